@@ -1,0 +1,166 @@
+"""The one static check of a LoRA adapter, made before anything is sent to the schedulers.
+
+Stock SGLang accepts most broken adapters at load and fails in the scheduler at their first
+batch, or serves them without part of their weights. ``check_adapter`` reads the configuration
+and the file headers (not the data) and names file and reason. An adapter that has only some of
+q, k, v or of gate, up passes: SGLang's fused layers get zeros for the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_elora.adapters.base_shapes import BaseShapes
+from sglang_elora.adapters.config_file import (
+    ALL_LINEAR,
+    AdapterConfig,
+    check_added_tokens,
+    check_patterns,
+    read_config,
+)
+from sglang_elora.adapters.errors import AdapterFolder, Problem
+from sglang_elora.adapters.module_names import served_name, served_names
+from sglang_elora.adapters.source import find_folder
+from sglang_elora.adapters.tensor_rules import LoraPair, check_shapes, pair_tensors
+from sglang_elora.adapters.weight_files import (
+    CONFIG_FILE,
+    find_weight_files,
+    non_finite_tensors,
+    read_tensors,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """What is known of an adapter that passed the check."""
+
+    name: str
+    folder: Path
+    """Local, also for an adapter given by its Hugging Face id."""
+    files: tuple[Path, ...]
+    rank: int
+    alpha: float
+    scaling: float
+    """alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+    modules: frozenset[str]
+    """Leaf names of the modules that have weights, as in the file ("q_proj")."""
+    num_parameters: int
+    size_bytes: int
+    """Of the LoRA factors as stored, in the file's dtype."""
+
+    @property
+    def served_modules(self) -> frozenset[str]:
+        """The modules by SGLang's fused names ("qkv_proj")."""
+        return served_names(self.modules)
+
+
+def check_adapter(
+    name: str,
+    path: str,
+    base: BaseShapes,
+    *,
+    max_rank: int | None = None,
+    target_modules: Iterable[str] | None = None,
+    read_data: bool = False,
+) -> AdapterFacts:
+    """Check an adapter against the base model and the server's limits.
+
+    Args:
+        name: The name it is served under.
+        path: A local folder, or a Hugging Face id (downloaded if not cached; blocking).
+        base: Shapes of the base model; where unknown, only ranks are compared.
+        max_rank: The server's ``--max-lora-rank``.
+        target_modules: The server's ``--lora-target-modules``, plain or fused names; "all"
+            allows everything.
+        read_data: Also read all weights and refuse NaN and infinity.
+
+    Raises:
+        AdapterError: The adapter cannot be served; the text says which file, why, and what
+            to do.
+    """
+    folder = find_folder(name, path)
+    config = read_config(folder)
+    files = find_weight_files(folder)
+    check_added_tokens(folder, base.vocab_size)
+    pairs = pair_tensors(folder, config, base, read_tensors(folder, files))
+    modules = {pair.path for pair in pairs}
+    check_patterns(folder, config, (pair.stored_path for pair in pairs))
+    check_shapes(folder, config, base, pairs)
+    _check_targets(folder, config, base, pairs)
+    _check_limits(folder, config, modules, max_rank, target_modules)
+    if read_data:
+        folder.raise_if_any(
+            non_finite_tensors(folder, files), "Training diverged: use an earlier checkpoint"
+        )
+    tensors = [tensor for pair in pairs for tensor in pair.tensors]
+    return AdapterFacts(
+        name=name,
+        folder=folder.path,
+        files=tuple(files),
+        rank=config.rank,
+        alpha=config.alpha,
+        scaling=config.scaling,
+        modules=frozenset(_leaf(pair) for pair in pairs),
+        num_parameters=sum(tensor.num_elements for tensor in tensors),
+        size_bytes=sum(tensor.size_bytes for tensor in tensors),
+    )
+
+
+def _check_targets(
+    folder: AdapterFolder, config: AdapterConfig, base: BaseShapes, pairs: Sequence[LoraPair]
+) -> None:
+    """The file and target_modules must agree on what is adapted."""
+    extra = sorted({_leaf(pair) for pair in pairs if not config.targets(pair.stored_path)})
+    folder.raise_if_any(
+        [Problem(CONFIG_FILE, f"weights of {m!r} are not in target_modules") for m in extra],
+        "Add the name to target_modules if it was trained, or save the adapter again",
+    )
+    leaves = {_leaf(pair) for pair in pairs}
+    unknown = [
+        target
+        for target in config.target_modules or ()
+        if base.known
+        and not base.has_target(target)
+        and served_name(target) not in served_names(leaves)
+    ]
+    folder.raise_if_any(
+        [
+            Problem(CONFIG_FILE, f"target module {t!r} has no weights and no base module")
+            for t in unknown
+        ],
+        "Remove the name from target_modules, or serve the adapter with its own base model",
+    )
+
+
+def _leaf(pair: LoraPair) -> str:
+    return pair.path.rsplit(".", 1)[-1]
+
+
+def _check_limits(
+    folder: AdapterFolder,
+    config: AdapterConfig,
+    modules: Iterable[str],
+    max_rank: int | None,
+    target_modules: Iterable[str] | None,
+) -> None:
+    if max_rank is not None and config.rank > max_rank:
+        raise folder.error(
+            CONFIG_FILE,
+            f"its rank r={config.rank} is above the server's --max-lora-rank {max_rank}",
+            f"Start the server with --max-lora-rank {config.rank} or more",
+        )
+    allowed = frozenset(target_modules) if target_modules is not None else None
+    if allowed is None or allowed & ALL_LINEAR:
+        return
+    needed = served_names(modules) | served_names(config.target_modules or ())
+    outside = sorted(needed - served_names(allowed))
+    if outside:
+        raise folder.error(
+            CONFIG_FILE,
+            f"it adapts {', '.join(outside)}, outside the server's --lora-target-modules "
+            f"{' '.join(sorted(allowed))}",
+            "Start the server with --lora-target-modules "
+            f"{' '.join(sorted(served_names(allowed) | needed))}, or with 'all'",
+        )

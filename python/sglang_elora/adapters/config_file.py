@@ -1,0 +1,207 @@
+"""adapter_config.json: what is read from it, and which of PEFT's options are refused.
+
+Every field of peft 0.21's LoraConfig was decided. Not refused, because they leave the forward
+``W x + scaling * B A x`` as it is: those of training only (lora_dropout, exclude_modules,
+layers_to_transform, layers_pattern, eva_config, velora_config, ensure_weight_tying,
+runtime_config, megatron_*), and fan_in_fan_out, which tells PEFT how the *base* weight is
+stored and matters when merging. modules_to_save and ``bias`` are refused by their tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_elora.adapters.errors import MERGE, AdapterFolder, Problem
+from sglang_elora.adapters.weight_files import ADDED_TOKENS_FILE, CONFIG_FILE
+
+ALL_LINEAR = frozenset({"all", "all-linear"})
+_REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
+_RESAVE = "Re-save the adapter with PEFT's save_pretrained"
+
+# Refused when truthy: option -> what it does to the forward.
+_REFUSED = {
+    "use_dora": "DoRA scales the merged weight by a learned magnitude",
+    "use_qalora": "QALoRA pools the inputs before A",
+    "use_bdlora": "BD-LoRA has block-diagonal factors",
+    "kasa_config": "KaSA cuts the base weight and puts a diagonal between A and B",
+    "monteclora_config": "MonteCLoRA saves a sampler beside A and B",
+    "arrow_config": "Arrow routes each token over several adapters",
+    "lora_bias": "B has a bias",
+    "layer_replication": "it builds a deeper model out of repeated base layers",
+    "target_parameters": "LoRA on bare parameters, such as MoE experts, is not served",
+    "trainable_token_indices": "it replaces rows of the embedding",
+}
+_ALORA = "alora_invocation_tokens"
+# init_lora_weights: these subtract the initial B A from the base weight.
+_ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """The part of adapter_config.json that serving needs, validated."""
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    target_modules: tuple[str, ...] | None
+    """As PEFT saved them; None for "all-linear"."""
+    modules_to_save: tuple[str, ...]
+    rank_pattern: Mapping[str, Any]
+    alpha_pattern: Mapping[str, Any]
+    base_model_name: str | None
+
+    @property
+    def scaling(self) -> float:
+        """The factor on B A x. rsLoRA (arXiv 2312.03732) divides by sqrt(rank), not by rank."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def targets(self, path: str) -> bool:
+        """PEFT's rule for a list: the whole path or its last components."""
+        return self.target_modules is None or any(
+            path == target or path.endswith("." + target) for target in self.target_modules
+        )
+
+
+def read_config(folder: AdapterFolder) -> AdapterConfig:
+    """Read and validate adapter_config.json, refusing options that are not served."""
+    raw = _read_json(folder, CONFIG_FILE)
+    if raw is None:
+        raise folder.error(
+            CONFIG_FILE,
+            "the file is missing",
+            "Point to the folder that PEFT's save_pretrained wrote",
+        )
+    missing = [key for key in _REQUIRED if key not in raw]
+    if missing:
+        raise folder.error(CONFIG_FILE, f"it lacks {', '.join(map(repr, missing))}", _RESAVE)
+    if str(raw["peft_type"]).lower() != "lora":
+        raise folder.error(
+            CONFIG_FILE,
+            f"peft_type is {raw['peft_type']!r}, only 'LORA' is served",
+            MERGE,
+        )
+    _refuse_options(folder, raw)
+    rank, alpha = raw["r"], raw["lora_alpha"]
+    if type(rank) is not int or rank <= 0:
+        raise folder.error(CONFIG_FILE, f"r must be a positive integer, got {rank!r}", _RESAVE)
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise folder.error(CONFIG_FILE, f"lora_alpha must be a number, got {alpha!r}", _RESAVE)
+    base_name = raw.get("base_model_name_or_path")
+    return AdapterConfig(
+        rank=rank,
+        alpha=float(alpha),
+        use_rslora=bool(raw.get("use_rslora")),
+        target_modules=_targets(folder, raw["target_modules"]),
+        modules_to_save=tuple(raw.get("modules_to_save") or ()),
+        rank_pattern=_pattern(folder, raw, "rank_pattern"),
+        alpha_pattern=_pattern(folder, raw, "alpha_pattern"),
+        base_model_name=base_name if isinstance(base_name, str) and base_name else None,
+    )
+
+
+def check_patterns(folder: AdapterFolder, config: AdapterConfig, modules: Iterable[str]) -> None:
+    """Refuse rank_pattern and alpha_pattern where they change a module the adapter has."""
+    paths = sorted(modules)
+    for option, pattern, default in (
+        ("rank_pattern", config.rank_pattern, config.rank),
+        ("alpha_pattern", config.alpha_pattern, config.alpha),
+    ):
+        problems = []
+        for path in paths:
+            key = next((k for k in pattern if re.match(rf"(.*\.)?({k})$", path)), None)
+            if key is not None and pattern[key] != default:
+                text = f"{option} gives {path} {pattern[key]} where the rest has {default:g}"
+                problems.append(Problem(CONFIG_FILE, text))
+        folder.raise_if_any(
+            problems, f"Train or re-save it with one rank and one lora_alpha. Or: {MERGE}"
+        )
+
+
+def check_added_tokens(folder: AdapterFolder, vocab_size: int | None) -> None:
+    """Refuse tokens outside the base vocabulary; ids inside it are a copy of the tokenizer's."""
+    added = _read_json(folder, ADDED_TOKENS_FILE)
+    if not added or vocab_size is None:
+        return
+    outside = {t: i for t, i in added.items() if not isinstance(i, int) or i >= vocab_size}
+    if outside:
+        token, token_id = next(iter(outside.items()))
+        raise folder.error(
+            ADDED_TOKENS_FILE,
+            f"it adds {len(outside)} tokens outside the base vocabulary of {vocab_size} "
+            f"(first: {token!r} with id {token_id})",
+            MERGE,
+        )
+
+
+def _read_json(folder: AdapterFolder, file: str) -> dict[str, Any] | None:
+    """The JSON object in ``file``, or None if there is no such file."""
+    try:
+        content = json.loads((folder.path / file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise folder.error(file, f"cannot read it as JSON: {error}", _RESAVE) from error
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise folder.error(file, f"it must hold a JSON object, got a {kind}", _RESAVE)
+    return content
+
+
+def _refuse_options(folder: AdapterFolder, raw: Mapping[str, Any]) -> None:
+    for option, effect in _REFUSED.items():
+        if raw.get(option):
+            raise folder.error(
+                CONFIG_FILE, f"{option} is set, which is not served: {effect}", MERGE
+            )
+    if raw.get(_ALORA):
+        raise folder.error(
+            CONFIG_FILE,
+            f"{_ALORA} is set, which is not served: the adapter applies to some tokens only",
+            "Train a plain LoRA (an activated LoRA cannot be merged)",
+        )
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_ALTERS_BASE):
+        raise folder.error(
+            CONFIG_FILE,
+            f"init_lora_weights is {init!r}: that training changed the base weights, so on the "
+            "original base model the adapter's output would be wrong",
+            "Convert it (peft: save_pretrained with path_initial_model_for_weight_conversion), "
+            'or serve the changed base model and set "init_lora_weights": true',
+        )
+
+
+def _targets(folder: AdapterFolder, targets: Any) -> tuple[str, ...] | None:
+    if isinstance(targets, str):
+        if targets in ALL_LINEAR:
+            return None
+        raise folder.error(
+            CONFIG_FILE,
+            f"target_modules is the regular expression {targets!r}, which SGLang does not read",
+            "Replace it by the list of module names it matched, such as "
+            '["q_proj", "v_proj"], or by "all-linear"',
+        )
+    if not isinstance(targets, list) or not all(isinstance(t, str) and t for t in targets):
+        raise folder.error(
+            CONFIG_FILE, f"target_modules must be a list of names, got {targets!r}", _RESAVE
+        )
+    if not targets:
+        raise folder.error(CONFIG_FILE, "target_modules is empty", _RESAVE)
+    return tuple(targets)
+
+
+def _pattern(folder: AdapterFolder, raw: Mapping[str, Any], option: str) -> dict[str, Any]:
+    pattern = raw.get(option) or {}
+    try:
+        for key, value in dict(pattern).items():
+            re.compile(key)
+            float(value)
+    except (re.error, TypeError, ValueError) as error:
+        raise folder.error(
+            CONFIG_FILE, f"{option} must map module patterns to numbers: {error}", _RESAVE
+        ) from error
+    return dict(pattern)

@@ -1,0 +1,32 @@
+"""Names of modules as the server groups them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+# SGLang runs these projections as one fused layer, so --lora-target-modules and the memory for
+# adapters know them by the fused name.
+_FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+    "q_a_proj": "fused_qkv_a_proj_with_mqa",
+    "kv_a_proj_with_mqa": "fused_qkv_a_proj_with_mqa",
+    "vocab_emb": "embed_tokens",
+    "embeddings": "embed_tokens",
+    "word_embeddings": "embed_tokens",
+    "output": "lm_head",
+    "unembed_tokens": "lm_head",
+}
+
+
+def served_name(path: str) -> str:
+    """The served name of a module given by its path, its leaf name, or its served name."""
+    leaf = path.rsplit(".", 1)[-1]
+    return _FUSED.get(leaf, leaf)
+
+
+def served_names(paths: Iterable[str]) -> frozenset[str]:
+    return frozenset(served_name(path) for path in paths)

@@ -1,0 +1,55 @@
+"""From what the user gave (a folder or a Hugging Face id) to a local folder."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+from sglang_elora.adapters.errors import AdapterError, AdapterFolder
+from sglang_elora.adapters.weight_files import CONFIG_FILE
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_GIVE_A_FOLDER = f"Give the folder that holds {CONFIG_FILE}, or the id of a Hugging Face repository"
+
+
+def find_folder(name: str, path: str) -> AdapterFolder:
+    """Return the local folder of an adapter, downloading it if ``path`` is a Hub id.
+
+    As SGLang does, anything that is not a local folder and can be a Hub id is asked for there
+    (network, blocking; a snapshot already in the cache is used offline).
+    """
+    local = Path(path)
+    if local.is_dir():
+        return AdapterFolder(name, local)
+    if local.exists():
+        raise AdapterError(name, path, "the path is a file, not a folder", _GIVE_A_FOLDER)
+    if not _HUB_ID.fullmatch(path):
+        raise AdapterError(name, path, "the path does not exist", _GIVE_A_FOLDER)
+    return AdapterFolder(name, _download(name, path))
+
+
+def _download(name: str, path: str) -> Path:
+    hub: Any = importlib.import_module("huggingface_hub")
+    fetched = None
+    try:
+        # In SGLang's order of preference: formats that would not be read are not downloaded.
+        for pattern in ("*.safetensors", "*.bin", "*.pt"):
+            wanted = ["*.json", pattern]
+            fetched = Path(
+                hub.snapshot_download(path, allow_patterns=wanted, ignore_patterns="*/*")
+            )
+            if any(fetched.glob(pattern)):
+                break
+    except (OSError, ValueError) as error:  # every error of huggingface_hub is one of these
+        text = " ".join(str(error).split())
+        raise AdapterError(
+            name,
+            path,
+            "there is no such folder, and getting it from the Hugging Face Hub failed: "
+            f"{type(error).__name__}: {text[:300]}",
+            f"{_GIVE_A_FOLDER} that this machine can reach",
+        ) from error
+    assert fetched is not None
+    return fetched

@@ -1,0 +1,228 @@
+"""From the tensors of a file to pairs A, B of base modules, or the reasons why not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sglang_elora.adapters.base_shapes import (
+    BaseShapes,
+    ModuleShape,
+    canonical,
+    is_tower,
+    layer_of,
+)
+from sglang_elora.adapters.config_file import AdapterConfig
+from sglang_elora.adapters.errors import MERGE, AdapterFolder, Problem
+from sglang_elora.adapters.weight_files import TensorInfo
+
+_PREFIX = "base_model.model."
+_LORA_KEY = re.compile(
+    r"(?P<path>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)"
+    r"(?:\.default)?(?P<weight>\.weight)?"
+)
+_EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
+_RETRAIN = f"Train the adapter without it. Or: {MERGE}"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPair:
+    """One adapted module, and its A and B where present."""
+
+    stored_path: str
+    """As in the file, which is what PEFT's patterns match."""
+    path: str
+    """As in the base model."""
+    shape: ModuleShape | None  # None where the base model's shapes are not known
+    a: TensorInfo | None
+    b: TensorInfo | None
+
+    @property
+    def tensors(self) -> list[TensorInfo]:
+        return [tensor for tensor in (self.a, self.b) if tensor is not None]
+
+
+def pair_tensors(
+    folder: AdapterFolder,
+    config: AdapterConfig,
+    base: BaseShapes,
+    tensors: Sequence[TensorInfo],
+) -> list[LoraPair]:
+    """Group tensors by base module.
+
+    Raises AdapterError on a tensor that is not a LoRA factor, is not of floats, has no module
+    in the base model, or lacks its other half.
+    """
+    factors, others = _split(tensors)
+    paths = {canonical(path) for _, path, _ in factors}
+    problems = []
+    for tensor in others:
+        if not _is_frozen_copy(tensor, paths, base):
+            problems.append(Problem(tensor.file, _why_not_lora(tensor.name, config)))
+    folder.raise_if_any(problems, _RETRAIN)
+    folder.raise_if_any(
+        [
+            Problem(t.file, f"{t.name} has dtype {t.dtype}, not a floating-point type")
+            for t, _, _ in factors
+            if not t.is_float
+        ],
+        "Save the adapter in bfloat16, float16 or float32",
+    )
+    folder.raise_if_any(_unserved_modules(factors), _RETRAIN)
+    folder.raise_if_any(_unknown_modules(factors, base), _other_base_remedy(config))
+    pairs = _pairs(folder, factors, base)
+    folder.raise_if_any(
+        [_half(pair) for pair in pairs if pair.a is None or pair.b is None],
+        "Save the adapter again: A and B belong together",
+    )
+    return pairs
+
+
+def check_shapes(
+    folder: AdapterFolder, config: AdapterConfig, base: BaseShapes, pairs: Sequence[LoraPair]
+) -> None:
+    """A must be [rank, in_size] and B [out_size, rank]."""
+    ranks: list[Problem] = []
+    sizes: list[Problem] = []
+    vocab: list[Problem] = []
+    for pair in pairs:
+        for tensor, rank_axis in ((pair.a, 0), (pair.b, 1)):
+            assert tensor is not None, f"unpaired {pair.path}"
+            if len(tensor.shape) != 2 or tensor.num_elements == 0:
+                text = f"{tensor.name} has shape {list(tensor.shape)}, not a matrix"
+                sizes.append(Problem(tensor.file, text))
+                continue
+            rank, size = tensor.shape[rank_axis], tensor.shape[1 - rank_axis]
+            if rank != config.rank:
+                text = f"{tensor.name} has rank {rank}, adapter_config.json says r={config.rank}"
+                ranks.append(Problem(tensor.file, text))
+            side = "input" if rank_axis == 0 else "output"
+            wanted = _size_of(pair.shape, side)
+            if wanted is not None and size != wanted:
+                text = f"{tensor.name} has {side} size {size}, the base module has {wanted}"
+                grown = wanted == base.vocab_size and size > wanted
+                (vocab if grown else sizes).append(Problem(tensor.file, text))
+    folder.raise_if_any(
+        vocab, f"The adapter was trained with added tokens, which are not served. {MERGE}"
+    )
+    folder.raise_if_any(sizes, _other_base_remedy(config))
+    folder.raise_if_any(
+        ranks, "Correct r (and lora_alpha) in adapter_config.json, or re-save at one rank"
+    )
+
+
+def _split(
+    tensors: Sequence[TensorInfo],
+) -> tuple[list[tuple[TensorInfo, str, str]], list[TensorInfo]]:
+    """LoRA factors as (tensor, module path, "A" or "B"), and the rest."""
+    factors, others = [], []
+    for tensor in tensors:
+        match = _LORA_KEY.fullmatch(tensor.name.removeprefix(_PREFIX))
+        embedding = match is not None and "embedding" in match["kind"]
+        # PEFT writes "q_proj.lora_A.weight" but "embed_tokens.lora_embedding_A".
+        if match is None or (match["weight"] is None and not embedding):
+            others.append(tensor)
+        else:
+            factors.append((tensor, match["path"], match["kind"][-1]))
+    return factors, others
+
+
+def _is_frozen_copy(tensor: TensorInfo, paths: set[str], base: BaseShapes) -> bool:
+    """The base weight of an embedding that PEFT saves beside LoRA factors *of that embedding*.
+
+    It was not trained, so it is skipped. One of another shape was resized: not skipped.
+    """
+    path = tensor.name.removeprefix(_PREFIX).removesuffix(".weight").removesuffix(".base_layer")
+    if canonical(path) not in paths or path.rsplit(".", 1)[-1] not in _EMBEDDINGS:
+        return False
+    found = base.find(path)
+    return found is None or sorted(tensor.shape) == sorted((found[1].in_size, found[1].out_size))
+
+
+def _why_not_lora(name: str, config: AdapterConfig) -> str:
+    path = name.removeprefix(_PREFIX)
+    if "lora_magnitude_vector" in path:
+        return f"{name} belongs to DoRA, which is not served"
+    if "trainable_tokens" in path:
+        return f"{name} holds trained token embeddings (trainable_token_indices), not served"
+    if ".lora_" in path and path.endswith(".bias"):
+        return f"{name} is a bias of a LoRA factor (lora_bias), not served"
+    if path.endswith(".bias"):
+        return f"{name} is a trained bias, not served"
+    if any(f"{module}." in path for module in config.modules_to_save):
+        return f"{name} is a fully trained module (modules_to_save), not served"
+    if _EMBEDDINGS.intersection(path.split(".")):
+        return (
+            f"{name} is a saved embedding, not served; if it was not trained, save with "
+            "save_embedding_layers=False"
+        )
+    return f"{name} is not a LoRA factor of a module"
+
+
+def _unserved_modules(factors: Sequence[tuple[TensorInfo, str, str]]) -> list[Problem]:
+    problems = []
+    for tensor, path, _ in factors:
+        if ".experts." in f"{path}.":
+            what = "belongs to MoE experts"
+        elif is_tower(path):
+            what = "belongs to a vision or audio encoder"
+        else:
+            continue
+        problems.append(Problem(tensor.file, f"{tensor.name} {what}, where LoRA is not served"))
+    return problems
+
+
+def _unknown_modules(
+    factors: Sequence[tuple[TensorInfo, str, str]], base: BaseShapes
+) -> list[Problem]:
+    problems = {}
+    for tensor, path, _ in factors:
+        if path in problems:
+            continue
+        layer = layer_of(path)
+        if layer is not None and base.num_layers is not None and layer >= base.num_layers:
+            reason = f"{path} is in layer {layer}, the base model has layers 0 to "
+            problems[path] = Problem(tensor.file, f"{reason}{base.num_layers - 1}")
+        elif base.known and base.find(path) is None:
+            problems[path] = Problem(tensor.file, f"the base model has no linear module {path}")
+    return list(problems.values())
+
+
+def _other_base_remedy(config: AdapterConfig) -> str:
+    name = config.base_model_name
+    trained = f", it was trained on {name!r}" if name else ""
+    return f"Is this an adapter of another base model{trained}? Serve it with its own base model"
+
+
+def _pairs(
+    folder: AdapterFolder, factors: Sequence[tuple[TensorInfo, str, str]], base: BaseShapes
+) -> list[LoraPair]:
+    slots: dict[str, dict[str, TensorInfo]] = {}
+    modules: dict[str, tuple[str, str, ModuleShape | None]] = {}
+    twice = []
+    for tensor, path, side in factors:
+        key = canonical(path)
+        modules[key] = (path, *(base.find(path) or (path, None)))
+        halves = slots.setdefault(key, {})
+        if side in halves:
+            text = f"{tensor.name} and {halves[side].name} are the same factor"
+            twice.append(Problem(tensor.file, text))
+        halves[side] = tensor
+    folder.raise_if_any(twice, "Keep one of them")
+    return [
+        LoraPair(*modules[key], a=halves.get("A"), b=halves.get("B"))
+        for key, halves in slots.items()
+    ]
+
+
+def _half(pair: LoraPair) -> Problem:
+    present, missing = (pair.a, "B") if pair.a is not None else (pair.b, "A")
+    assert present is not None
+    return Problem(present.file, f"{present.name} has no matching lora_{missing}")
+
+
+def _size_of(shape: ModuleShape | None, side: str) -> int | None:
+    if shape is None:
+        return None
+    return shape.in_size if side == "input" else shape.out_size

@@ -1,0 +1,233 @@
+"""Which files hold an adapter's weights, and what their headers say."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import math
+import pickle
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_elora.adapters.errors import AdapterFolder, Problem
+
+CONFIG_FILE = "adapter_config.json"
+ADDED_TOKENS_FILE = "added_tokens.json"
+WEIGHT_FILE = "adapter_model.safetensors"
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
+_COPY_AGAIN = "Copy or download the adapter again"
+# safetensors name -> (name in torch, bytes per element); what is not here is not a float.
+_FLOATS = {
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F32": ("float32", 4),
+    "F64": ("float64", 8),
+}
+_SIZES = dict(_FLOATS.values())
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One stored tensor, not its data. ``dtype`` is torch's name where it is a float."""
+
+    file: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in _SIZES
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.num_elements * _SIZES[self.dtype]
+
+
+def find_weight_files(folder: AdapterFolder) -> list[Path]:
+    """The files SGLang's loader would read: all *.safetensors, else all *.bin, else all *.pt."""
+    for pattern in ("*.safetensors", "*.bin", "*.pt"):
+        found = sorted(p for p in folder.path.glob(pattern) if p.name not in _NOT_WEIGHTS)
+        if found:
+            return found
+    raise folder.error(
+        WEIGHT_FILE,
+        "the weights file is missing, and the folder has no other *.safetensors, *.bin or *.pt",
+        "Point to the folder that PEFT's save_pretrained wrote",
+    )
+
+
+def read_tensors(folder: AdapterFolder, files: Sequence[Path]) -> list[TensorInfo]:
+    """Headers of all files; a broken file or a tensor stored twice is an AdapterError."""
+    tensors = [info for file in files for info in _read_file(folder, file)]
+    seen: dict[str, TensorInfo] = {}
+    twice = []
+    for info in tensors:
+        if info.name in seen:
+            other = seen[info.name].file
+            twice.append(Problem(info.file, f"tensor {info.name!r} is also in {other}"))
+        seen[info.name] = info
+    folder.raise_if_any(twice, "Leave one weights file in the folder")
+    if not tensors:
+        raise folder.error(files[0].name, "it holds no tensors", _COPY_AGAIN)
+    return tensors
+
+
+def non_finite_tensors(folder: AdapterFolder, files: Sequence[Path]) -> list[Problem]:
+    """Tensors with NaN or infinity. Reads all data."""
+    torch: Any = importlib.import_module("torch")
+    problems = []
+    for file in files:
+        for name, tensor in _data(folder, file):
+            bad = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
+            if bad:
+                text = f"{bad} of {tensor.numel()} values of {name!r} are NaN or infinite"
+                problems.append(Problem(file.name, text))
+    return problems
+
+
+def content_version(path: str | Path) -> str:
+    """A digest (32 hex digits) that changes whenever the adapter's content does.
+
+    Covers adapter_config.json, added_tokens.json and the weight files, names included. Reads
+    every byte: about 1 s per GB from the page cache, and the disk's time when cold, so call it
+    once per load and not per request.
+
+    Raises:
+        OSError: A file went away or cannot be read.
+        AdapterError: The folder has no weights.
+    """
+    folder = AdapterFolder(name=Path(path).name, path=Path(path))
+    files = [folder.path / CONFIG_FILE, folder.path / ADDED_TOKENS_FILE]
+    digest = hashlib.blake2b(digest_size=16)
+    for file in [*(f for f in files if f.is_file()), *find_weight_files(folder)]:
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_file(folder: AdapterFolder, file: Path) -> list[TensorInfo]:
+    try:
+        size_bytes = file.stat().st_size
+        with file.open("rb") as stream:
+            head = stream.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise folder.error(file.name, f"cannot read it: {error}", _COPY_AGAIN) from error
+    if size_bytes == 0:
+        raise folder.error(file.name, "the file is empty (0 bytes)", _COPY_AGAIN)
+    if head == _LFS_POINTER:
+        raise folder.error(
+            file.name,
+            f"this is a Git LFS pointer of {size_bytes} bytes, not the weights",
+            "Run 'git lfs install' and 'git lfs pull' in the adapter's repository",
+        )
+    if file.suffix == ".safetensors":
+        return _read_safetensors(folder, file, size_bytes)
+    return [
+        TensorInfo(file.name, name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for name, tensor in _load_pickle(folder, file).items()
+    ]
+
+
+def _read_safetensors(folder: AdapterFolder, file: Path, size_bytes: int) -> list[TensorInfo]:
+    """Read the header: 8 bytes of length, then JSON with dtype, shape and data offsets."""
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size_bytes
+        if header_bytes > size_bytes - 8:
+            raise folder.error(
+                file.name,
+                f"not a safetensors file, or cut off inside its header: it has {size_bytes} "
+                f"bytes, the header alone would need {header_bytes + 8}",
+                _COPY_AGAIN,
+            )
+        text = stream.read(header_bytes)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        data_bytes = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        infos = [
+            TensorInfo(file.name, name, _dtype(entry["dtype"]), tuple(entry["shape"]))
+            for name, entry in header.items()
+        ]
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
+        raise folder.error(
+            file.name, f"its safetensors header does not parse: {error}", _COPY_AGAIN
+        ) from error
+    stored_bytes = size_bytes - 8 - header_bytes
+    if stored_bytes != data_bytes:
+        what = "truncated" if stored_bytes < data_bytes else "corrupt"
+        raise folder.error(
+            file.name,
+            f"{what}: its header announces {data_bytes} bytes of weights, "
+            f"the file holds {stored_bytes}",
+            _COPY_AGAIN,
+        )
+    _open_as_loader_does(folder, file)
+    return infos
+
+
+def _open_as_loader_does(folder: AdapterFolder, file: Path) -> None:
+    """Let the library that will load the file have the last word on its header."""
+    safetensors: Any = importlib.import_module("safetensors")
+    try:
+        with safetensors.safe_open(str(file), framework="numpy"):
+            pass
+    except (safetensors.SafetensorError, OSError) as error:
+        raise folder.error(
+            file.name, f"safetensors rejects the file: {error}", _COPY_AGAIN
+        ) from error
+
+
+def _dtype(code: str) -> str:
+    return _FLOATS[code][0] if code in _FLOATS else code
+
+
+def _load_pickle(folder: AdapterFolder, file: Path) -> dict[str, Any]:
+    """Load a .bin or .pt on the CPU, tensors only (``weights_only``: no code is run)."""
+    torch: Any = importlib.import_module("torch")
+    failures = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError)
+    load: Callable[..., Any] = torch.load
+    try:
+        state = load(str(file), map_location="cpu", weights_only=True)
+    except failures as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise folder.error(
+            file.name,
+            f"torch cannot load it as plain tensors: {type(error).__name__}: {first_line}",
+            "Re-save it as safetensors (peft: save_pretrained), or copy it again if it is cut off",
+        ) from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
+        raise folder.error(
+            file.name,
+            "it is not a flat dictionary of tensors",
+            "Re-save the adapter with PEFT's save_pretrained",
+        )
+    return state
+
+
+def _data(folder: AdapterFolder, file: Path) -> Iterator[tuple[str, Any]]:
+    if file.suffix != ".safetensors":
+        yield from _load_pickle(folder, file).items()
+        return
+    safetensors: Any = importlib.import_module("safetensors")
+    with safetensors.safe_open(str(file), framework="pt", device="cpu") as handle:
+        for name in handle.keys():
+            yield name, handle.get_tensor(name)

@@ -1,0 +1,143 @@
+"""The configuration of ELORA: one frozen object, from flags or environment.
+
+Each field is a flag ``--elora-*`` of ``python -m sglang_elora.launch_server``
+and an environment variable ``SGLANG_ELORA_*``. The environment is also how the
+configuration reaches SGLang's child processes, so flags are written to it
+before the server starts and every process reads it back with ``from_env``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+SGLANG_PIN = "0.5.21"
+"""The one version of SGLang this package runs on. pyproject.toml repeats it; a test compares."""
+
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"", "0", "false", "no", "off"})
+
+
+def _option(
+    default: Any, flag: str, help_text: str, *, choices: tuple[str, ...] | None = None
+) -> Any:
+    return field(default=default, metadata={"flag": flag, "help": help_text, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True)
+class EloraConfig:
+    """What the user asked for.
+
+    Raises:
+        ValueError: A value is out of range, or an environment variable does
+            not parse. The text names the flag and the variable.
+    """
+
+    enabled: bool = _option(
+        False,
+        "--elora",
+        "Turn ELORA on. Without it SGLang runs as if this package were not installed.",
+    )
+    bad_adapter: str = _option(
+        "skip",
+        "--elora-bad-adapter",
+        "What to do at start with an adapter of --lora-paths that cannot be served: 'skip' it "
+        "(log the reason, serve the others, answer HTTP 400 to requests that name it) or 'exit'.",
+        choices=("skip", "exit"),
+    )
+    link_gbytes_per_s: float = _option(
+        0.0,
+        "--elora-link-gbytes-per-s",
+        "CPU platform only: emulate a host-to-device link of this bandwidth (10^9 bytes per "
+        "second) for every copy of adapters and KV, with or without --elora. 0 turns it off.",
+    )
+    link_latency_us: float = _option(
+        0.0,
+        "--elora-link-latency-us",
+        "CPU platform only: latency of the emulated link per copy, in microseconds.",
+    )
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, choices = getattr(self, item.name), item.metadata["choices"]
+            if choices is not None and value not in choices:
+                raise ValueError(f"{_names(item)} must be one of {choices}, got {value!r}")
+            if isinstance(value, float) and not 0 <= value < float("inf"):
+                raise ValueError(f"{_names(item)} must be finite and not negative, got {value}")
+        if self.link_latency_us and not self.link_gbytes_per_s:
+            raise ValueError(
+                "--elora-link-latency-us (SGLANG_ELORA_LINK_LATENCY_US) needs a bandwidth: "
+                "set --elora-link-gbytes-per-s as well"
+            )
+
+    @property
+    def emulates_link(self) -> bool:
+        return self.link_gbytes_per_s > 0
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> EloraConfig:
+        """Read the ``SGLANG_ELORA*`` variables; a name that is not ours is an error."""
+        known = {_variable(item): item for item in fields(cls)}
+        unknown = sorted(
+            name for name in environ if name.startswith("SGLANG_ELORA") and name not in known
+        )
+        if unknown:
+            raise ValueError(
+                f"unknown environment variable {unknown[0]}; known are {', '.join(sorted(known))}"
+            )
+        values = {
+            item.name: _parse(item, environ[name])
+            for name, item in known.items()
+            if name in environ
+        }
+        return cls(**values)
+
+    def to_env(self, environ: MutableMapping[str, str]) -> None:
+        """Write every field, so that child processes read back an equal object."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            environ[_variable(item)] = str(int(value)) if isinstance(value, bool) else str(value)
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser, defaults: EloraConfig) -> None:
+        """Add one flag per field; a flag that is not given keeps the value of ``defaults``."""
+        group = parser.add_argument_group("ELORA")
+        for item in fields(EloraConfig):
+            kind = type(item.default)
+            default = getattr(defaults, item.name)
+            text = f"{item.metadata['help']} (environment: {_variable(item)}; default: {default})"
+            kwargs: dict[str, Any] = {"dest": item.name, "default": default, "help": text}
+            if kind is bool:
+                kwargs["action"] = argparse.BooleanOptionalAction
+            else:
+                kwargs |= {"type": kind, "choices": item.metadata["choices"]}
+            group.add_argument(item.metadata["flag"], **kwargs)
+
+    @classmethod
+    def from_args(cls, namespace: argparse.Namespace) -> EloraConfig:
+        return cls(**{item.name: getattr(namespace, item.name) for item in fields(cls)})
+
+
+def _variable(item: Any) -> str:
+    flag: str = item.metadata["flag"]
+    return "SGLANG_" + flag.removeprefix("--").replace("-", "_").upper()
+
+
+def _names(item: Any) -> str:
+    return f"{item.metadata['flag']} ({_variable(item)})"
+
+
+def _parse(item: Any, text: str) -> Any:
+    kind = type(item.default)
+    if kind is bool:
+        if text.strip().lower() in _TRUE:
+            return True
+        if text.strip().lower() in _FALSE:
+            return False
+        raise ValueError(f"{_names(item)} must be 1 or 0, got {text!r}")
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{_names(item)} must be a {kind.__name__}, got {text!r}") from None

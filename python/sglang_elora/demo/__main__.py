@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m sglang_elora.demo``: many adapters, many chats, one server, no downloads."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sglang_elora.demo.chat import ChatPlan, hold_chats
+from sglang_elora.demo.examples import example_lines
+from sglang_elora.demo.loads import adapter_loads, adapter_loads_in_log
+from sglang_elora.demo.server import ServerProcess, ServerStartError
+from sglang_elora.demo.signals import signals_ignored, sigterm_raises_system_exit
+from sglang_elora.demo.terminal import Terminal
+
+if TYPE_CHECKING:
+    from sglang_elora.demo.adapters import AdapterSpec
+
+MODEL = "demo"
+_SHORT_TURNS = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo.
+
+    Returns:
+        0 if every turn was answered and no process of the server is left, 1 otherwise, 130 after
+        Ctrl-C (in ``--serve``, where Ctrl-C is the way out, 0).
+    """
+    options, server_flags = _parse(sys.argv[1:] if argv is None else argv)
+    terminal = Terminal()
+    try:
+        with sigterm_raises_system_exit():
+            return _run(terminal, options, server_flags)
+    except KeyboardInterrupt:
+        terminal.say("\ninterrupted", style="yellow")
+        return 130
+    except (ServerStartError, ValueError) as error:
+        terminal.say_verbatim(f"\n{error}", style="red")
+        return 1
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our options, and the server flags that follow ``--``."""
+    argv = list(argv)
+    at = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_elora.demo",
+        description="Build a small random model and LoRA adapters, serve them, and chat with all.",
+        epilog="What follows -- goes to the server, for example: -- --max-total-tokens 8000",
+    )
+    parser.add_argument(
+        "--dir", type=Path, default=Path(".demo"), help="where everything is kept [%(default)s]"
+    )
+    parser.add_argument("--sessions", type=int, default=32, help="concurrent chats [%(default)s]")
+    parser.add_argument("--turns", type=int, default=4, help="turns of each chat [%(default)s]")
+    parser.add_argument("--adapters", type=int, default=16, help="LoRA adapters [%(default)s]")
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help=f"one chat of {_SHORT_TURNS} turns per adapter, for continuous integration",
+    )
+    parser.add_argument(
+        "--serve",
+        action="store_true",
+        help="hold no chats: keep the server up until Ctrl-C and print requests to try",
+    )
+    options = parser.parse_args(argv[:at])
+    if options.short:
+        options.sessions, options.turns = options.adapters, _SHORT_TURNS
+    if options.adapters < 1 or options.sessions < options.adapters or options.turns < 1:
+        parser.error(
+            f"--sessions {options.sessions} --turns {options.turns} --adapters {options.adapters}: "
+            "at least one turn and one adapter, and a session for each adapter"
+        )
+    return options, argv[at + 1 :]
+
+
+def _run(terminal: Terminal, options: argparse.Namespace, server_flags: Sequence[str]) -> int:
+    directory: Path = options.dir.resolve()
+    terminal.banner("ELORA demo", _introduction(options))
+    with terminal.step("libraries") as step:
+        # Here and not at the top: they take seconds, in which the user should see something.
+        from sglang_elora.demo.adapters import demo_adapters, make_adapters
+        from sglang_elora.demo.checkpoint import make_checkpoint, silence_progress_bars
+
+        silence_progress_bars()
+        step.detail = "torch, transformers, peft"
+    with terminal.step("checkpoint") as step:
+        checkpoint = make_checkpoint(directory / "checkpoint")
+        step.detail = "Llama, 4 layers of width 256, random weights"
+    specs = demo_adapters(options.adapters)
+    with terminal.step("adapters") as step:
+        paths = make_adapters(checkpoint, directory / "adapters", specs)
+        ranks = sorted(spec.rank for spec in specs)
+        step.detail = f"{len(specs)} of rank {ranks[0]} to {ranks[-1]}"
+    server = ServerProcess(
+        launch_flags(checkpoint, paths, server_flags), log_path=directory / "server.log"
+    )
+    terminal.say_verbatim(f"\n$ {_shown(server.command)}\n", style="dim")
+    try:
+        with terminal.step("server") as step:
+            server.start()
+            step.detail = f"up at {server.url}"
+        if options.serve:
+            return _serve(terminal, server, paths)
+        return _chat(terminal, server, specs, paths, options, directory)
+    finally:
+        with signals_ignored(), terminal.step("shutdown") as step:
+            server.stop()
+            step.detail = "everything shut down, no process left"
+
+
+def _serve(terminal: Terminal, server: ServerProcess, adapters: Mapping[str, Path]) -> int:
+    terminal.say()
+    for line in example_lines(server.url, MODEL, adapters):
+        terminal.say_verbatim(line, style="dim" if line.startswith("#") else None)
+    terminal.say("\n[bold]Ctrl-C ends the server.[/]")
+    try:
+        status = server.wait()
+    except KeyboardInterrupt:
+        terminal.say()
+        return 0
+    terminal.say_verbatim(f"the server ended with status {status}:\n{server.log_tail()}")
+    return 1
+
+
+def _chat(
+    terminal: Terminal,
+    server: ServerProcess,
+    specs: Sequence[AdapterSpec],
+    adapters: Mapping[str, Path],
+    options: argparse.Namespace,
+    directory: Path,
+) -> int:
+    from sglang_elora.demo.report import adapter_table, save_plot, turn_table
+    from sglang_elora.demo.summary import DemoRun
+
+    plan = ChatPlan(
+        model=MODEL,
+        adapters=list(adapters),
+        num_sessions=options.sessions,
+        num_turns=options.turns,
+    )
+    started = time.perf_counter()
+    with terminal.step("chats") as step, terminal.chat_progress(plan.num_requests) as progress:
+        results = asyncio.run(hold_chats(server.url, plan, progress))
+        step.detail = f"{len(results)} of {plan.num_requests} turns"
+    run = DemoRun(
+        specs=specs,
+        results=results,
+        loads=adapter_loads(server.url) or adapter_loads_in_log(server.log_path, adapters),
+        duration_s=time.perf_counter() - started,
+        server_command=server.command,
+    )
+    records_path = directory / "chats.json"
+    run.save(records_path)
+    for failure in run.failures:
+        terminal.say_verbatim(
+            f"session {failure.session} ({failure.adapter}), turn {failure.turn + 1}: "
+            f"{failure.error}",
+            style="red",
+        )
+    if run.records:
+        terminal.say()
+        terminal.say(turn_table(run))
+        terminal.say(adapter_table(run))
+        plot_path = directory / "chats.png"
+        save_plot(run, plot_path)
+        terminal.say_verbatim(f"plot     {plot_path}")
+    terminal.say_verbatim(f"records  {records_path}")
+    terminal.say_verbatim(f"log      {server.log_path}\n")
+    return 0 if len(run.records) == plan.num_requests else 1
+
+
+def launch_flags(
+    checkpoint: Path, adapters: Mapping[str, Path], extra: Sequence[str] = ()
+) -> list[str]:
+    """The server's command line, without host and port; ``extra`` comes last and so wins."""
+    return [
+        *("--model-path", str(checkpoint)),
+        *("--served-model-name", MODEL),
+        *("--dtype", "float32"),
+        "--elora",
+        "--enable-lora",
+        *("--lora-paths", *(f"{name}={path}" for name, path in adapters.items())),
+        *("--max-loras-per-batch", "8"),
+        *("--max-running-requests", "16"),
+        *("--max-total-tokens", "20000"),
+        "--enable-cache-report",
+        *extra,
+    ]
+
+
+def _introduction(options: argparse.Namespace) -> str:
+    first = (
+        f"Builds a small random [bold]Llama[/] and [bold]{options.adapters} LoRA adapters[/] of "
+        "mixed rank in\n"
+        f"{options.dir}/, and serves all of them from one SGLang server on this machine.\n"
+    )
+    if options.serve:
+        return first + "Then prints requests to try, and serves until Ctrl-C."
+    return first + (
+        f"[bold]{options.sessions} chats[/] of {options.turns} turns run at once, each with one "
+        "adapter for its life.\nLater turns should find their history in the cache."
+    )
+
+
+def _shown(command: Sequence[str]) -> str:
+    """The command to print: "python" for this interpreter, paths relative to where we are."""
+    here = f"{Path.cwd()}/"
+    return shlex.join(["python", *(argument.replace(here, "") for argument in command[1:])])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All processes that descend from one, including those whose parent is already gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import psutil  # type: ignore[import-untyped, unused-ignore]
+
+_POLL_S = 0.1
+
+
+class ProcessTree:
+    """The descendants of a session leader, and every other process of its session.
+
+    A child that outlives its parent is adopted by init and leaves the tree. It is still found by
+    its session or, if it opened a session of its own, because an earlier ``collect`` saw it.
+    """
+
+    def __init__(self, leader_pid: int) -> None:
+        self._leader_pid = leader_pid
+        self._processes: set[psutil.Process] = set()  # grows in collect, never shrinks
+
+    def collect(self) -> None:
+        """Remember who belongs to the tree now."""
+        for pid in psutil.pids():
+            try:
+                if pid == self._leader_pid or os.getsid(pid) == self._leader_pid:
+                    self._processes.add(psutil.Process(pid))
+            except (psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+                continue  # gone meanwhile, or another user's
+        for process in list(self._processes):
+            try:
+                self._processes.update(process.children(recursive=True))
+            except psutil.NoSuchProcess:
+                continue
+
+    def alive(self) -> list[psutil.Process]:
+        """Collected processes that still run. A zombie does not: it waits for its parent only."""
+        return [process for process in self._processes if _runs(process)]
+
+    def end(self, patience_s: float) -> None:
+        """SIGTERM to the leader; when it is gone, or after ``patience_s``, SIGKILL to the rest.
+
+        Only the leader is asked: it knows the order in which its children have to go, and takes a
+        child that dies by itself for a crash.
+
+        Raises:
+            RuntimeError: A process outlived SIGKILL by ``patience_s``.
+        """
+        self.collect()
+        leader = [process for process in self.alive() if process.pid == self._leader_pid]
+        for process in leader:
+            _send(process, signal.SIGTERM)
+        _gone_within(patience_s, leader)
+        self.collect()
+        while alive := self.alive():
+            for process in alive:
+                _send(process, signal.SIGKILL)
+            if not _gone_within(patience_s, alive):
+                raise RuntimeError(f"processes survived SIGKILL: {self.alive()}")
+            self.collect()  # a child may have been born while its parent was dying
+
+
+def _gone_within(patience_s: float, processes: list[psutil.Process]) -> bool:
+    deadline = time.monotonic() + patience_s
+    while any(_runs(process) for process in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _send(process: psutil.Process, number: signal.Signals) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return  # which is what the signal was for

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server as a subprocess that leaves nothing behind, however its caller ends."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+
+from sglang_elora.demo.process_tree import ProcessTree
+from sglang_elora.demo.signals import signals_ignored, sigterm_raises_system_exit
+
+HOST = "127.0.0.1"
+LOG_TAIL_LINES = 40
+_POLL_S = 0.1
+_HEALTH_TIMEOUT_S = 25.0  # above the 20 s in which SGLang's own /health gives up
+
+
+class ServerStartError(RuntimeError):
+    """The server exited or stayed silent during start-up; the text ends with its last log lines."""
+
+
+class ServerProcess:
+    """Context manager: a healthy server inside, no process of it outside.
+
+    ``python -m <module> <flags> --host 127.0.0.1 --port <port>`` runs in a session of its own, so
+    a terminal's Ctrl-C reaches only the caller, who then stops the server in order. Leaving the
+    context stops the server's whole process tree, after an exception, KeyboardInterrupt or
+    SIGTERM too (inside the context, SIGTERM raises SystemExit if nobody else handles it).
+
+    Args:
+        flags: Command line of the server, without host and port.
+        log_path: File that receives stdout and stderr; overwritten.
+        env: Variables added to this process's environment.
+        module: What to run; it must answer ``GET /health`` with 200 once it can serve.
+        startup_timeout_s: Seconds to wait for that answer.
+        stop_timeout_s: Seconds between SIGTERM and SIGKILL; SGLang itself looks for a SIGTERM
+            every 5 s.
+        port: Port to listen on; a free one by default.
+    """
+
+    def __init__(
+        self,
+        flags: Sequence[str],
+        *,
+        log_path: Path,
+        env: Mapping[str, str] | None = None,
+        module: str = "sglang_elora.launch_server",
+        startup_timeout_s: float = 180.0,
+        stop_timeout_s: float = 8.0,
+        port: int | None = None,
+    ) -> None:
+        self.port = free_port() if port is None else port
+        self.log_path = log_path
+        self.command = [
+            sys.executable, "-m", module, *flags, "--host", HOST, "--port", str(self.port),
+        ]  # fmt: skip
+        self._env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
+        self._startup_timeout_s = startup_timeout_s
+        self._stop_timeout_s = stop_timeout_s
+        self._popen: subprocess.Popen[bytes] | None = None
+        self._tree: ProcessTree | None = None
+        self._signals = ExitStack()
+
+    @property
+    def url(self) -> str:
+        """Root of the HTTP API, without a trailing slash."""
+        return f"http://{HOST}:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server's main process.
+
+        Raises:
+            RuntimeError: It was never started.
+        """
+        return self._started().pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status of the main process, None while it runs."""
+        return self._started().poll()
+
+    def __enter__(self) -> ServerProcess:
+        self._signals.enter_context(sigterm_raises_system_exit())
+        try:
+            self.start()
+        except BaseException:
+            self._signals.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.stop()
+        finally:
+            self._signals.close()
+
+    def start(self) -> None:
+        """Start and return when healthy; on any failure stop everything first.
+
+        Raises:
+            ServerStartError: The server exited early, or was not healthy in time.
+        """
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self.log_path.open("wb") as log:
+                self._popen = subprocess.Popen(
+                    self.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=self._env,
+                    start_new_session=True,
+                )
+            self._tree = ProcessTree(self._popen.pid)
+            self._wait_until_healthy()
+        except BaseException:
+            self.stop()
+            raise
+        self._tree.collect()  # so that children are found even if the main process crashes
+
+    def stop(self) -> None:
+        """End every process of the server. Idempotent; Ctrl-C and SIGTERM wait until it is done.
+
+        Raises:
+            RuntimeError: Something outlived SIGKILL.
+        """
+        if self._popen is None or self._tree is None:
+            return
+        with signals_ignored():
+            self._tree.end(self._stop_timeout_s)
+            self._popen.wait()
+
+    def wait(self) -> int:
+        """Block until the main process exits by itself; return its exit status."""
+        return self._started().wait()
+
+    def alive(self) -> list[int]:
+        """Ids of the server's processes, at any depth, that still run."""
+        return [process.pid for process in self._tree.alive()] if self._tree else []
+
+    def log_tail(self, num_lines: int = LOG_TAIL_LINES) -> str:
+        """The last lines of the server's log."""
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        return "\n".join(lines[-num_lines:])
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._popen is None:
+            raise RuntimeError("the server was not started: use it as a context manager")
+        return self._popen
+
+    def _wait_until_healthy(self) -> None:
+        started = time.monotonic()
+        while (elapsed_s := time.monotonic() - started) < self._startup_timeout_s:
+            if self.returncode is not None:
+                raise self._start_error(f"exited with status {self.returncode}", elapsed_s)
+            remaining_s = self._startup_timeout_s - elapsed_s
+            if self._is_healthy(timeout_s=min(_HEALTH_TIMEOUT_S, remaining_s)):
+                return
+            time.sleep(_POLL_S)
+        raise self._start_error("was not healthy", self._startup_timeout_s)
+
+    def _is_healthy(self, timeout_s: float) -> bool:
+        try:
+            answer = httpx.get(f"{self.url}/health", timeout=timeout_s, trust_env=False)
+        except httpx.TransportError:  # not listening yet, or busy starting
+            return False
+        return answer.status_code == httpx.codes.OK
+
+    def _start_error(self, what: str, elapsed_s: float) -> ServerStartError:
+        return ServerStartError(
+            f"the server {what} after {elapsed_s:.0f} s\n"
+            f"command: {' '.join(self.command)}\n"
+            f"last lines of {self.log_path}:\n{self.log_tail()}"
+        )
+
+
+def free_port() -> int:
+    """A TCP port on 127.0.0.1 that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        port: int = listener.getsockname()[1]
+        return port

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers per turn and per adapter, out of raw turn records."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import fmean
+
+from sglang_elora.demo.adapters import AdapterSpec
+from sglang_elora.demo.chat import TurnFailure, TurnRecord, TurnResult
+
+
+@dataclass(frozen=True, slots=True)
+class TurnSummary:
+    """All sessions' n-th turns together; ``turn`` counts from 0."""
+
+    turn: int
+    num_requests: int
+    mean_ttft_s: float
+    p95_ttft_s: float
+    prompt_tokens: int
+    cached_tokens: int
+
+    @property
+    def cached_share(self) -> float:
+        """Prompt tokens that were not computed again, 0 to 1."""
+        return share(self.cached_tokens, self.prompt_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSummary:
+    """One adapter's requests; ``num_loads`` is None if the server did not tell."""
+
+    spec: AdapterSpec
+    num_requests: int
+    num_loads: int | None
+    mean_ttft_s: float | None
+    cached_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class DemoRun:
+    """Everything one demo run measured."""
+
+    specs: Sequence[AdapterSpec]
+    results: Sequence[TurnResult]
+    loads: Mapping[str, int] | None
+    duration_s: float
+    server_command: Sequence[str]
+
+    @property
+    def records(self) -> list[TurnRecord]:
+        return [result for result in self.results if isinstance(result, TurnRecord)]
+
+    @property
+    def failures(self) -> list[TurnFailure]:
+        return [result for result in self.results if isinstance(result, TurnFailure)]
+
+    def by_turn(self) -> list[TurnSummary]:
+        """Summaries in the order of turns."""
+        summaries = []
+        for turn in sorted({record.turn for record in self.records}):
+            records = [record for record in self.records if record.turn == turn]
+            ttfts = [record.ttft_s for record in records]
+            summaries.append(
+                TurnSummary(
+                    turn=turn,
+                    num_requests=len(records),
+                    mean_ttft_s=fmean(ttfts),
+                    p95_ttft_s=percentile(ttfts, 95),
+                    prompt_tokens=sum(record.prompt_tokens for record in records),
+                    cached_tokens=sum(record.cached_tokens for record in records),
+                )
+            )
+        return summaries
+
+    def by_adapter(self) -> list[AdapterSummary]:
+        """Summaries in the order of ``specs``, adapters without any request included."""
+        summaries = []
+        for spec in self.specs:
+            records = [record for record in self.records if record.adapter == spec.name]
+            summaries.append(
+                AdapterSummary(
+                    spec=spec,
+                    num_requests=len(records),
+                    num_loads=None if self.loads is None else self.loads.get(spec.name, 0),
+                    mean_ttft_s=fmean(r.ttft_s for r in records) if records else None,
+                    cached_share=cached_share(records),
+                )
+            )
+        return summaries
+
+    def save(self, path: Path) -> None:
+        """Write raw records and what is needed to read them later, as JSON."""
+        content = {
+            "machine": {
+                "system": platform.platform(),
+                "processor": platform.processor() or platform.machine(),
+                "num_cpus": os.cpu_count(),
+                "python": platform.python_version(),
+                "sglang": _installed_version("sglang"),
+                "torch": _installed_version("torch"),
+            },
+            "server_command": list(self.server_command),
+            "duration_s": self.duration_s,
+            "adapters": [asdict(spec) for spec in self.specs],
+            "adapter_loads": None if self.loads is None else dict(self.loads),
+            "turns": [asdict(record) for record in self.records],
+            "failures": [asdict(failure) for failure in self.failures],
+        }
+        path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def cached_share(records: Sequence[TurnRecord]) -> float:
+    """Prompt tokens of ``records`` that came from the cache, 0 to 1."""
+    return share(sum(r.cached_tokens for r in records), sum(r.prompt_tokens for r in records))
+
+
+def share(part: int, whole: int) -> float:
+    """``part / whole``, and 0 of nothing is 0."""
+    return part / whole if whole else 0.0
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Percentile with linear interpolation between the two nearest of ``values``.
+
+    Raises:
+        ValueError: ``values`` is empty.
+    """
+    if not values:
+        raise ValueError("no values, so no percentile")
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * percent / 100
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+def _installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

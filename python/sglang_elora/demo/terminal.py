@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the demo shows while it works: live on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sglang_elora.demo.chat import TurnFailure, TurnRecord, TurnResult
+from sglang_elora.demo.report import milliseconds
+from sglang_elora.demo.summary import share
+
+_PLAIN_WIDTH = 110  # without a terminal nobody tells the width, and 80 folds the tables
+_PLAIN_LINES = 8  # progress lines per run where there is no terminal
+
+
+class Step:
+    """One line of the demo; ``detail`` may be set until the step ends."""
+
+    def __init__(self) -> None:
+        self.detail = ""
+
+
+class Terminal:
+    """Prints steps, progress and whatever rich can render."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        console = console or Console(highlight=False)
+        self.live = console.is_terminal
+        if not self.live:
+            console.width = max(console.width, _PLAIN_WIDTH)
+        self.console = console
+
+    def banner(self, title: str, text: str) -> None:
+        """A framed introduction."""
+        self.console.print(
+            Panel(text, title=f"[bold]{title}", title_align="left", padding=(1, 2), expand=False)
+        )
+
+    def say(self, renderable: object = "", *, style: str | None = None) -> None:
+        """Print anything rich can render; strings may hold rich markup."""
+        self.console.print(renderable, style=style)
+
+    def say_verbatim(self, line: str, *, style: str | None = None) -> None:
+        """Print text for copying: no markup, no wrapping, no colour of its own."""
+        self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[Step]:
+        """Spinner while the body runs, then a check mark (or a cross) and the time it took."""
+        step, started = Step(), time.perf_counter()
+        try:
+            if self.live:
+                with self.console.status(f"{title} …"):
+                    yield step
+            else:
+                yield step
+        except BaseException:
+            self._end_step("[red]✗[/]", title, "", started)
+            raise
+        self._end_step("[green]✓[/]", title, step.detail, started)
+
+    def _end_step(self, mark: str, title: str, detail: str, started: float) -> None:
+        took = f"{time.perf_counter() - started:.1f} s"
+        self.console.print(f"{mark} [bold]{title:<11}[/] {detail}  [dim]{took}[/]")
+
+    @contextmanager
+    def chat_progress(self, num_turns: int) -> Iterator[Callable[[TurnResult], None]]:
+        """Yields what to call with each result; shows how far it is and how it goes."""
+        meter = _Meter(num_turns)
+        if not self.live:
+            yield self._plain_progress(meter)
+            return
+        bar = Progress(
+            TextColumn("  "),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("turns"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=self.console,
+        )
+        with bar:
+            task = bar.add_task("", total=num_turns, numbers="")
+
+            def show(result: TurnResult) -> None:
+                meter.add(result)
+                bar.update(task, advance=1, numbers=meter.numbers())
+
+            yield show
+
+    def _plain_progress(self, meter: _Meter) -> Callable[[TurnResult], None]:
+        interval = max(1, meter.num_turns // _PLAIN_LINES)
+
+        def show(result: TurnResult) -> None:
+            meter.add(result)
+            if meter.num_results % interval == 0 or meter.num_results == meter.num_turns:
+                count = f"{meter.num_results:>4}/{meter.num_turns} turns"
+                self.console.print(f"  {count}  {meter.elapsed_s:5.1f} s  {meter.numbers()}")
+
+        return show
+
+
+@dataclass(slots=True)
+class _Meter:
+    """Running totals of the results so far; changed only by ``add``."""
+
+    num_turns: int
+    num_results: int = 0
+    num_failures: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    ttft_sum_s: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self.started
+
+    def add(self, result: TurnResult) -> None:
+        self.num_results += 1
+        if isinstance(result, TurnFailure):
+            self.num_failures += 1
+        elif isinstance(result, TurnRecord):
+            self.prompt_tokens += result.prompt_tokens
+            self.cached_tokens += result.cached_tokens
+            self.completion_tokens += result.completion_tokens
+            self.ttft_sum_s += result.ttft_s
+
+    def numbers(self) -> str:
+        answered = self.num_results - self.num_failures
+        parts = [
+            f"{self.completion_tokens / self.elapsed_s:,.0f} tokens/s",
+            f"mean TTFT {milliseconds(self.ttft_sum_s / answered) if answered else '—'}",
+            f"cached {share(self.cached_tokens, self.prompt_tokens):.0%}",
+        ]
+        if self.num_failures:
+            parts.append(f"[red]{self.num_failures} failed[/]")
+        return " · ".join(parts)

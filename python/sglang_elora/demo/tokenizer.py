@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A byte-level BPE tokenizer trained on the spot, with a chat template."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sglang_elora.demo.corpus import paragraph, vocabulary
+from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BEGIN, END = "<|begin|>", "<|end|>"
+ROLES = ("<|user|>", "<|assistant|>", "<|system|>")
+SPECIAL_TOKENS = (BEGIN, END, *ROLES)
+"""Token ids 0 to 4, in this order."""
+
+CHAT_TEMPLATE = (
+    "{{- bos_token -}}"
+    "{%- for message in messages -%}"
+    "{{- '<|' + message['role'] + '|>' + message['content'] + eos_token -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+"""Renders content verbatim, so a conversation's next prompt starts with exactly the tokens that
+the server has already processed and its cached KV can be reused."""
+
+_CORPUS_PARAGRAPHS = 1500
+
+
+def train_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
+    """Train a tokenizer of exactly ``vocab_size`` tokens.
+
+    Raises:
+        ValueError: The corpus has too few distinct words for that many tokens, or ``vocab_size``
+            leaves no room beside the 256 bytes and the special tokens.
+    """
+    ensure_torchvision_importable()
+    from tokenizers import (  # type: ignore[import-untyped, unused-ignore]
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        trainers,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (paragraph(f"corpus/{seed}/{i}", 8) for i in range(_CORPUS_PARAGRAPHS))
+    bpe.train_from_iterator(texts, trainer=trainer)
+    if bpe.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"vocab_size={vocab_size} is out of reach: training gave {bpe.get_vocab_size()} "
+            "tokens; choose a size of at least 512 and at most 2048"
+        )
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call, unused-ignore]
+        tokenizer_object=bpe,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=END,
+        extra_special_tokens=list(ROLES),
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def speakable_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids of tokens that are a space and a whole word, and that survive decoding and encoding.
+
+    A model restricted to these says words, never ends early, and, because words split at spaces,
+    any sequence of them encodes back to itself: an assistant turn put back into the history gives
+    the same tokens again, as it would with the text of a trained model.
+    """
+    words = vocabulary()
+    speakable = []
+    for token_id in range(len(tokenizer)):
+        text = str(tokenizer.decode([token_id]))
+        is_word = text.startswith(" ") and text[1:] in words
+        if is_word and tokenizer.encode(text, add_special_tokens=False) == [token_id]:
+            speakable.append(token_id)
+    return speakable

@@ -1,0 +1,93 @@
+"""Hook bodies that check adapters before SGLang sends them to the schedulers."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput, LoadLoRAAdapterReqOutput
+from sglang.srt.runtime_context import get_lora, get_model
+
+from sglang_elora.adapters import AdapterError, BaseShapes, check_adapter
+from sglang_elora.config import EloraConfig
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+logger = logging.getLogger(__name__)
+
+_Load = Callable[..., Awaitable[LoadLoRAAdapterReqOutput]]
+
+
+def drop_bad_start_adapters(result: None, server_args: Any) -> None:
+    """After ``check_lora_server_args``: keep the adapters of --lora-paths that can be served.
+
+    Raises:
+        AdapterError: One cannot, and ``--elora-bad-adapter exit`` is set.
+        ValueError: None can, and the flags do not say which shapes to expect of later ones.
+    """
+    settings = resolving_view(server_args)
+    if not settings.enable_lora or not settings.lora_paths:
+        return
+    config = EloraConfig.from_env(os.environ)
+    kept = []
+    for adapter in settings.lora_paths:
+        try:
+            _check(adapter.lora_name, adapter.lora_path, settings, settings)
+            kept.append(adapter)
+        except AdapterError as error:
+            if config.bad_adapter == "exit":
+                raise
+            logger.error("Not served: %s", error)
+    if not kept and not (settings.max_lora_rank and settings.lora_target_modules):
+        raise ValueError(
+            "no adapter of --lora-paths can be served (reasons above); to start without any, "
+            "give --max-lora-rank and --lora-target-modules"
+        )
+    if len(kept) < len(settings.lora_paths):
+        declare_resolution(server_args, "sglang_elora", lora_paths=kept)
+
+
+async def check_before_load(
+    original: _Load, self: TokenizerManager, obj: LoadLoRAAdapterReqInput, _: Any = None
+) -> LoadLoRAAdapterReqOutput:
+    """Around ``load_lora_adapter``: refuse what cannot be served, and name it in every error."""
+    if get_lora().enable_lora:
+        try:
+            await asyncio.to_thread(
+                _check, obj.lora_name, obj.lora_path, get_model(), get_lora()
+            )
+        except AdapterError as error:
+            return LoadLoRAAdapterReqOutput(success=False, error_message=str(error))
+    output = await original(self, obj, _)
+    if not output.success and obj.lora_path not in (output.error_message or ""):
+        output.error_message = (
+            f"LoRA adapter '{obj.lora_name}' ({obj.lora_path}): {output.error_message}"
+        )
+    return output
+
+
+def _check(name: str, path: str, model: Any, lora: Any) -> None:
+    modules = lora.lora_target_modules
+    check_adapter(
+        name,
+        path,
+        _base_shapes(model.model_path, model.revision, model.trust_remote_code),
+        max_rank=lora.max_lora_rank,
+        target_modules=set(modules) if modules else None,
+    )
+
+
+@functools.cache
+def _base_shapes(model_path: str, revision: str | None, trust_remote_code: bool) -> BaseShapes:
+    shapes = BaseShapes.from_pretrained(
+        model_path, revision=revision, trust_remote_code=trust_remote_code
+    )
+    if not shapes.known:
+        logger.warning("The shapes of adapters are not checked: %s", shapes.reason)
+    return shapes

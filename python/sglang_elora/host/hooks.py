@@ -1,0 +1,114 @@
+"""Every hook this package puts on SGLang, in one table.
+
+A hook is the third rung of the ladder (registry, subclass, hook, patch): each
+row says why the rungs above do not reach. ``host/install.py`` applies the rows
+that the configuration selects; without a selection none is applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from sglang_elora.config import EloraConfig
+from sglang_elora.host import adapter_loading, adapter_weights, link
+
+
+class When(Enum):
+    """What in the configuration selects a hook or a patch."""
+
+    ELORA = "--elora"
+    LINK = "--elora-link-gbytes-per-s"
+
+    def selected_by(self, config: EloraConfig) -> bool:
+        return config.enabled if self is When.ELORA else config.emulates_link
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """One hook: where, what, and why it has to be a hook."""
+
+    target: str  # dotted path in sglang
+    parameters: tuple[str, ...]  # the target's leading parameters in the pinned version
+    kind: HookType
+    body: Callable[..., Any]
+    when: When
+    why_not_registry: str
+
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "sglang.srt.arg_groups.lora_hook.check_lora_server_args",
+        ("server_args",),
+        HookType.AFTER,
+        adapter_loading.drop_bad_start_adapters,
+        When.ELORA,
+        "Server-argument checks have no registry, and one bad adapter in --lora-paths ends the "
+        "server only after the model has been loaded.",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.load_lora_adapter",
+        ("self", "obj", "_"),
+        HookType.AROUND,
+        adapter_loading.check_before_load,
+        When.ELORA,
+        "Adapter loading has no validator to register; the scheduler finds a wrong shape only at "
+        "the first forward pass, where it is fatal.",
+    ),
+    Hook(
+        "sglang.srt.lora.lora.LoRAAdapter.__init__",
+        ("self", "uid", "config"),
+        HookType.AFTER,
+        adapter_weights.scale_rslora,
+        When.ELORA,
+        "The LoRA manager names the class itself, and the scaling rule is inside __init__.",
+    ),
+    Hook(
+        "sglang.srt.lora.lora.LoRAAdapter._normalize_weights",
+        ("self",),
+        HookType.BEFORE,
+        adapter_weights.complete_fused_modules,
+        When.ELORA,
+        "The LoRA manager names the class itself, so a subclass cannot be handed in.",
+    ),
+    Hook(
+        "sglang.srt.lora.mem_pool.copy_weight_into_buffer",
+        ("buffer_view", "weight"),
+        HookType.BEFORE,
+        link.delay_adapter_copy,
+        When.LINK,
+        "Weight copies are plain function calls.",
+    ),
+    Hook(
+        "sglang.srt.mem_cache.pool_host.base.HostKVCache.load_to_device_per_layer_physical",
+        ("self", "device_pool", "host_indices", "device_indices", "layer_id"),
+        HookType.BEFORE,
+        link.delay_kv_load,
+        When.LINK,
+        "Host pools are chosen by KV layout, with no registry in between.",
+    ),
+    Hook(
+        "sglang.srt.mem_cache.l2_transfer.L2TransferEngine.__init__",
+        ("self", "io_backend"),
+        HookType.AFTER,
+        link.mark_kv_streams,
+        When.LINK,
+        "The transfer engine makes its copy streams itself.",
+    ),
+    Hook(
+        "sglang.srt.lora.lora_overlap_loader.LoRAOverlapLoader.__init__",
+        ("self", "lora_manager"),
+        HookType.AFTER,
+        link.mark_adapter_stream,
+        When.LINK,
+        "The overlap loader makes its copy stream itself.",
+    ),
+)
+
+
+def selected_hooks(config: EloraConfig) -> tuple[Hook, ...]:
+    return tuple(hook for hook in HOOKS if hook.when.selected_by(config))

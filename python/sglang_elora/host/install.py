@@ -1,0 +1,152 @@
+"""Install what the configuration selects: preflight, apply, verify. Once per process.
+
+SGLang calls our plugin, then those of other packages in no promised order, and
+then applies all registered hooks together, logging failures and going on. So
+the verification runs behind that step: it finds hooks that were not applied,
+and functions that another plugin replaced after ours.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import multiprocessing
+import pkgutil
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookRegistry
+
+from sglang_elora.config import SGLANG_PIN, EloraConfig
+from sglang_elora.host.hooks import Hook, selected_hooks
+from sglang_elora.host.link import use_emulated_link
+from sglang_elora.host.patching import Patch, apply_patch, is_applied, load_patches
+from sglang_elora.host.patching import preflight as preflight_patch
+from sglang_elora.platforms.selection import cpu_platform_declined
+
+logger = logging.getLogger(__name__)
+
+
+class SeamError(RuntimeError):
+    """SGLang is not as the pinned version has it, or something took one of our places."""
+
+
+def install(config: EloraConfig) -> None:
+    """Apply the selected patches, register the selected hooks, arrange their verification.
+
+    With nothing selected this returns without touching SGLang.
+
+    Raises:
+        SeamError: A target is missing or differs; the text names each one.
+        ValueError: The configuration cannot work on this machine.
+    """
+    hooks, patches = selected_hooks(config), selected_patches(config)
+    if not hooks and not patches:
+        return
+    problems = preflight(config)
+    if problems:
+        raise SeamError(_report("cannot be installed", problems))
+    if config.emulates_link:
+        use_emulated_link(config)
+    for patch in patches:
+        apply_patch(patch)
+    for hook in hooks:
+        HookRegistry.register(hook.target, hook.body, hook.kind)
+    _verify_once_applied(hooks, patches)
+    if config.enabled and multiprocessing.parent_process() is None:
+        logger.warning(
+            "ELORA is on. This version selects no cache of its own yet: the radix tree and the "
+            "LoRA memory pool are SGLang's. Adapters are checked before they are loaded, "
+            "rsLoRA and partial projections follow PEFT, and cache namespaces are unambiguous."
+        )
+
+
+def selected_patches(config: EloraConfig) -> tuple[Patch, ...]:
+    return load_patches() if config.enabled else ()
+
+
+def preflight(config: EloraConfig) -> list[str]:
+    """What would keep the selection from being installed; empty if nothing."""
+    if config.emulates_link:
+        declined = cpu_platform_declined()
+        if declined is not None:
+            raise ValueError(f"--elora-link-gbytes-per-s is for the CPU platform only: {declined}")
+    problems = [] if (problem := _version_problem()) is None else [problem]
+    for patch in selected_patches(config):
+        problems += preflight_patch(patch)
+    for hook in selected_hooks(config):
+        problems += _hook_problems(hook)
+    return problems
+
+
+def missing(config: EloraConfig) -> list[str]:
+    """Which selected hooks and patches are not in effect in this process."""
+    return _not_in_effect(selected_hooks(config), selected_patches(config))
+
+
+def _version_problem() -> str | None:
+    try:
+        installed = version("sglang")
+    except PackageNotFoundError:
+        installed = "none"
+    if installed == SGLANG_PIN:
+        return None
+    return f"sglang {installed} is installed, this package is for sglang=={SGLANG_PIN}"
+
+
+def _hook_problems(hook: Hook) -> list[str]:
+    try:
+        target = pkgutil.resolve_name(hook.target)
+        names = tuple(inspect.signature(target).parameters)
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
+        return [f"hook target {hook.target} is not there: {error}"]
+    expected = hook.parameters
+    if names[: len(expected)] != expected and names[:1] != ("args",):
+        return [f"hook target {hook.target} takes {names}, expected {expected} first"]
+    return []
+
+
+def _verify_once_applied(hooks: tuple[Hook, ...], patches: tuple[Patch, ...]) -> None:
+    """Have the next ``HookRegistry.apply_hooks`` followed by our verification."""
+    upstream: Any = HookRegistry.__dict__["apply_hooks"]
+
+    def apply_hooks() -> None:
+        HookRegistry.apply_hooks = upstream  # type: ignore[method-assign]
+        HookRegistry.apply_hooks()
+        problems = _not_in_effect(hooks, patches)
+        if problems:
+            raise SystemExit(f"sglang_elora: {_report('is not in effect', problems)}")
+
+    HookRegistry.apply_hooks = apply_hooks  # type: ignore[method-assign]
+
+
+def _not_in_effect(hooks: tuple[Hook, ...], patches: tuple[Patch, ...]) -> list[str]:
+    problems = [
+        f"hook target {hook.target} runs without our hook (another plugin replaced it?)"
+        for hook in hooks
+        if not any(f is hook.body for f in _functions_around(pkgutil.resolve_name(hook.target)))
+    ]
+    problems += [
+        f"patch {patch.name} of {patch.target} is not in effect (another plugin replaced it?)"
+        for patch in patches
+        if not is_applied(patch)
+    ]
+    return problems
+
+
+def _functions_around(target: Any) -> Iterator[Any]:
+    """What the wrapper chain that ``HookRegistry`` builds around a target closes over."""
+    while target is not None:
+        for cell in getattr(target, "__closure__", None) or ():
+            yield cell.cell_contents
+        target = getattr(target, "__wrapped__", None)
+
+
+def _report(what: str, problems: list[str]) -> str:
+    lines = "\n".join(f"  - {problem}" for problem in problems)
+    return (
+        f"ELORA {what} on this SGLang:\n{lines}\n"
+        f"Install sglang=={SGLANG_PIN} unmodified, remove the plugin that is in the way, "
+        "or start without --elora."
+    )

@@ -1,0 +1,50 @@
+"""Hook bodies of the emulated device link (CPU platform, stock and ELORA alike)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang_elora.config import EloraConfig
+from sglang_elora.platforms.emulated_link import Link
+
+if TYPE_CHECKING:
+    from sglang.srt.lora.lora_overlap_loader import LoRAOverlapLoader
+    from sglang.srt.mem_cache.l2_transfer import L2TransferEngine
+    from sglang.srt.mem_cache.pool_host.base import HostKVCache
+
+
+def use_emulated_link(config: EloraConfig) -> None:
+    """Replace torch's CPU streams and events by those of an emulated link."""
+    Link(config.link_gbytes_per_s * 1e9, config.link_latency_us * 1e-6).install(torch.cpu)
+
+
+def delay_adapter_copy(buffer_view: torch.Tensor, weight: torch.Tensor) -> None:
+    """Before each copy of an adapter's matrix from host to device."""
+    _link().copy(buffer_view.nbytes)
+
+
+def delay_kv_load(
+    self: HostKVCache, device_pool: Any, host_indices: torch.Tensor, *_: Any, **__: Any
+) -> None:
+    """Before each copy of one layer's KV from host to device.
+
+    ``host_indices`` is int64 ``[tokens]``; ``size_per_token`` counts all layers.
+    """
+    _link().copy(len(host_indices) * self.size_per_token // self.layer_num)
+
+
+def mark_kv_streams(result: None, self: L2TransferEngine, io_backend: str) -> None:
+    self.host_to_device_stream.asynchronous = True
+    self.device_to_host_stream.asynchronous = True
+
+
+def mark_adapter_stream(result: None, self: LoRAOverlapLoader, lora_manager: Any) -> None:
+    self.load_stream.asynchronous = True  # type: ignore[attr-defined]
+
+
+def _link() -> Link:
+    stream: Any = torch.cpu.current_stream()
+    link: Link = stream.link
+    return link

@@ -1,0 +1,28 @@
+"""Start SGLang's server with our plugin loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from sglang.launch_server import run_server
+from sglang.srt.plugins import load_plugins
+from sglang.srt.server_args import prepare_server_args
+from sglang.srt.utils import kill_process_tree
+
+
+def serve(argv: Sequence[str]) -> None:
+    """Run the server until it ends; its child processes end with it.
+
+    Args:
+        argv: SGLang's command line, without our flags.
+
+    Raises:
+        SystemExit: The command line is invalid, or a seam is not as pinned.
+    """
+    load_plugins()
+    server_args = prepare_server_args(list(argv))
+    try:
+        run_server(server_args)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)

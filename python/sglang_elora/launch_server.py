@@ -1,0 +1,55 @@
+"""``python -m sglang_elora.launch_server``: SGLang's server with ELORA's flags.
+
+Takes every flag of ``python -m sglang.launch_server``, and ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from sglang_elora.config import EloraConfig
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[EloraConfig, list[str]]:
+    """Separate our flags from SGLang's.
+
+    Prints our part of the help if help is asked for; SGLang's parser prints its own.
+
+    Returns:
+        The configuration (flags over environment) and SGLang's arguments.
+
+    Raises:
+        ValueError: A flag or an environment variable is invalid.
+        SystemExit: A flag of ours does not parse (argparse's exit 2).
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_elora.launch_server",
+        usage="%(prog)s [SGLang flags] [ELORA flags]",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    EloraConfig.add_arguments(parser, EloraConfig.from_env(os.environ))
+    namespace, rest = parser.parse_known_args(argv)
+    if "-h" in rest or "--help" in rest:
+        parser.print_help()
+        print("\nSGLang's flags:\n")
+    return EloraConfig.from_args(namespace), rest
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    try:
+        config, rest = split_arguments(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        raise SystemExit(f"sglang_elora: {error}") from error
+    config.to_env(os.environ)
+
+    from sglang_elora.host.server import serve
+
+    serve(rest)
+
+
+if __name__ == "__main__":
+    main()

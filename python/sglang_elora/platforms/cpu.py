@@ -1,0 +1,72 @@
+"""A platform for SGLang that runs the real server on any CPU.
+
+SGLang's own CPU engine needs a compiled kernel library and AMX instructions.
+This one is registered as an out-of-tree platform of device type ``cpu``: fused
+operators take their native torch forward, attention and LoRA run on their
+``torch_native`` backends. It is for development and tests: correct, not fast.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import SRTPlatform
+
+logger = logging.getLogger(__name__)
+
+_GPU_ONLY_LORA_BACKENDS = ("csgmv", "triton")
+
+
+class EloraCpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """Plain torch on the CPU, for machines without an accelerator."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+
+    def get_device(self, local_rank: int = 0) -> str:  # type: ignore[override]
+        """The device string; SGLang splits it at ':', so a torch.device will not do."""
+        return "cpu"
+
+    def init_backend(self) -> None:
+        """Called once in each worker, when SGLang's model runner is imported."""
+        from sglang_elora.platforms.pinned_memory import use_plain_memory
+
+        use_plain_memory()
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Defaults of the CPU: backends that need no GPU, no CUDA graphs."""
+        if server_args.device is None:
+            server_args.device = "cpu"
+        if server_args.attention_backend is None:
+            server_args.attention_backend = self.get_default_attention_backend()
+        if server_args.lora_backend in _GPU_ONLY_LORA_BACKENDS:
+            logger.info(
+                "LoRA backend %r needs a GPU; the CPU platform uses 'torch_native'.",
+                server_args.lora_backend,
+            )
+            server_args.lora_backend = "torch_native"
+        if server_args.enable_hierarchical_cache:
+            server_args.hicache_io_backend = "direct"
+            server_args.hicache_mem_layout = "layer_first"
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def get_mha_kv_pool_cls(self) -> type:
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+        return MHATokenToKVPool
+
+    def get_mla_kv_pool_cls(self) -> type:
+        from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+        return MLATokenToKVPool
+
+    def get_paged_allocator_cls(self) -> type:
+        from sglang_elora.platforms.allocator import allocator_for_page_size
+
+        return allocator_for_page_size

@@ -1,0 +1,144 @@
+"""An emulated host-to-device link for a machine whose device is the host.
+
+On the CPU platform a copy from host to device is a memcpy and costs next to
+nothing, which hides what a cache is for. This module gives copies the duration
+they would have on a link of given bandwidth and latency, and gives CPU streams
+and events the one property of theirs that matters then: work on a copy stream
+takes time of its own, and only who waits for its event waits for it.
+
+The bytes are moved at once; only the waiting is emulated. Time is kept per
+stream as the moment until which it is busy:
+
+* a copy on an asynchronous stream moves that moment, and does not block;
+* a copy on any other stream blocks, as a copy in front of a kernel would;
+* recording an event notes the stream's moment; waiting for it blocks until then.
+
+One direction, copies in order of issue, as a single copy engine would do them.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+class Link:
+    """A link of ``bytes_per_s`` with ``latency_s`` per copy, its clock and its streams.
+
+    Args:
+        bytes_per_s: Bandwidth, positive.
+        latency_s: Seconds added to every copy, not negative.
+        clock: Seconds, monotonic. Tests hand in their own.
+        sleep: Blocks for that many seconds.
+    """
+
+    def __init__(
+        self,
+        bytes_per_s: float,
+        latency_s: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.bytes_per_s = bytes_per_s
+        self.latency_s = latency_s
+        self.num_copies = 0
+        self.num_bytes = 0
+        self.clock = clock
+        self._sleep = sleep
+        self._busy_until_s = 0.0
+        self.stream = Stream(self)  # the current stream, switched by StreamContext
+
+    def copy(self, num_bytes: int) -> None:
+        """Account for one copy on the current stream; blocks unless that is asynchronous."""
+        stream = self.stream
+        start_s = max(self.clock(), self._busy_until_s, stream.busy_until_s)
+        stream.busy_until_s = start_s + self.latency_s + num_bytes / self.bytes_per_s
+        self._busy_until_s = stream.busy_until_s
+        self.num_copies += 1
+        self.num_bytes += num_bytes
+        if not stream.asynchronous:
+            stream.synchronize()
+
+    def wait_until(self, moment_s: float) -> None:
+        remaining_s = moment_s - self.clock()
+        if remaining_s > 0:
+            self._sleep(remaining_s)
+
+    def install(self, device_module: Any) -> None:
+        """Put this link's streams and events in the place of ``device_module``'s (torch.cpu)."""
+        device_module.Stream = functools.partial(Stream, self)
+        device_module.Event = functools.partial(Event, self)
+        device_module.StreamContext = StreamContext
+        device_module.stream = StreamContext
+        device_module.current_stream = self.current_stream
+
+    def current_stream(self, device: Any = None) -> Stream:
+        return self.stream
+
+
+class Stream:
+    """A stream that can be busy. ``asynchronous`` is set on copy streams by their makers."""
+
+    def __init__(self, link: Link, device: Any = None, priority: int = -1) -> None:
+        self.link = link
+        self.asynchronous = False
+        self.busy_until_s = 0.0
+
+    def wait_stream(self, stream: Stream) -> None:
+        stream.synchronize()
+
+    def wait_event(self, event: Event) -> None:
+        event.synchronize()
+
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event(self.link)
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        self.link.wait_until(self.busy_until_s)
+
+
+class Event:
+    """The moment at which the work put on a stream so far is done."""
+
+    def __init__(self, link: Link, enable_timing: bool = False) -> None:
+        self.link = link
+        self.ready_s = 0.0
+
+    def record(self, stream: Stream | None = None) -> None:
+        busy_until_s = (stream or self.link.stream).busy_until_s
+        self.ready_s = max(busy_until_s, self.link.clock())
+
+    def query(self) -> bool:
+        return self.link.clock() >= self.ready_s
+
+    def wait(self, stream: Stream | None = None) -> None:
+        self.synchronize()
+
+    def synchronize(self) -> None:
+        self.link.wait_until(self.ready_s)
+
+    def elapsed_time(self, end: Event) -> float:
+        """Milliseconds between the two recorded moments."""
+        return (end.ready_s - self.ready_s) * 1e3
+
+
+class StreamContext:
+    """Makes a stream the current one. Reusable, as SGLang keeps and re-enters them."""
+
+    def __init__(self, stream: Stream | None) -> None:
+        self._stream = stream
+        self._outer: list[Stream] = []
+
+    def __enter__(self) -> None:
+        if self._stream is not None:
+            self._outer.append(self._stream.link.stream)
+            self._stream.link.stream = self._stream
+
+    def __exit__(self, *exception: object) -> None:
+        if self._stream is not None:
+            self._stream.link.stream = self._outer.pop()

@@ -1,0 +1,50 @@
+"""Entry points through which SGLang finds this package.
+
+SGLang only logs an exception raised inside a plugin and goes on without it.
+A server that silently runs without what the user asked for is worse than none,
+so everything here that fails ends the process.
+
+This module imports nothing heavy: SGLang would swallow an import error too.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def load() -> None:
+    """Entry point ``sglang.srt.plugins``: install what the configuration selects.
+
+    Called by SGLang in every process, before the engine is built.
+
+    Raises:
+        SystemExit: The configuration is invalid, or a seam of SGLang is not as
+            the pinned version has it.
+    """
+    try:
+        from sglang_elora.config import EloraConfig
+        from sglang_elora.host.install import install
+
+        install(EloraConfig.from_env(os.environ))
+    except Exception as error:
+        raise SystemExit(f"sglang_elora: {error}") from error
+
+
+def activate_cpu_platform() -> str | None:
+    """Entry point ``sglang.srt.platforms``: the CPU platform, where nothing better is.
+
+    Returns:
+        The dotted name of the platform class, or None to decline: an
+        accelerator is present, or SGLang's own AMX engine was asked for.
+    """
+    try:
+        from sglang_elora.platforms.selection import cpu_platform_declined
+
+        if cpu_platform_declined() is not None:
+            return None
+        from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
+
+        ensure_torchvision_importable()
+        return "sglang_elora.platforms.cpu.EloraCpuPlatform"
+    except Exception as error:
+        raise SystemExit(f"sglang_elora: CPU platform: {error}") from error

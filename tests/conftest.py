@@ -1,0 +1,24 @@
+"""Fixtures shared by all tests: the demo checkpoint family, built once per run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sglang_elora.demo.checkpoint import make_checkpoint
+from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
+
+ensure_torchvision_importable()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder for generated checkpoints and adapters."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(models: Path) -> Path:
+    """The demo's Llama checkpoint: random weights, grouped-query attention, float32."""
+    return make_checkpoint(models / "base")

@@ -1,0 +1,136 @@
+"""A thin client for the three ways a request names its adapter."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+
+T = TypeVar("T")
+MODEL = "demo"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back of one request."""
+
+    text: str
+    token_ids: tuple[int, ...]  # empty where the API gives none
+    cached_tokens: int
+
+
+class Client:
+    """Requests to one server; use inside ``run``."""
+
+    def __init__(self, url: str) -> None:
+        self._http = httpx.AsyncClient(
+            base_url=url, timeout=120, trust_env=False, limits=httpx.Limits(max_connections=None)
+        )
+
+    async def generate(
+        self,
+        adapter: str | None,
+        prompt: Sequence[int],
+        *,
+        num_tokens: int = 32,
+        stream: bool = False,
+        **extra: Any,
+    ) -> Answer:
+        body: dict[str, Any] = {
+            "input_ids": list(prompt),
+            "sampling_params": {
+                "temperature": 0,
+                "max_new_tokens": num_tokens,
+                "ignore_eos": True,
+            },
+            "stream": stream,
+            **extra,
+        }
+        if adapter is not None:
+            body["lora_path"] = adapter
+        events = await self._events("/generate", body)
+        last = events[-1]
+        return Answer(last["text"], tuple(last["output_ids"]), last["meta_info"]["cached_tokens"])
+
+    async def complete(
+        self, model: str, prompt: str, *, num_tokens: int = 32, stream: bool = False, **extra: Any
+    ) -> Answer:
+        body = {"model": model, "prompt": prompt, **_openai_options(num_tokens, stream), **extra}
+        events = await self._events("/v1/completions", body)
+        return _openai_answer(events, lambda choice: choice["text"])
+
+    async def chat(
+        self,
+        model: str,
+        messages: Sequence[dict[str, str]],
+        *,
+        num_tokens: int = 32,
+        stream: bool = False,
+        **extra: Any,
+    ) -> Answer:
+        body = {
+            "model": model,
+            "messages": list(messages),
+            **_openai_options(num_tokens, stream),
+            **extra,
+        }
+        events = await self._events("/v1/chat/completions", body)
+        part = "delta" if stream else "message"
+        return _openai_answer(events, lambda choice: choice[part].get("content") or "")
+
+    async def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        return await self._http.post(path, json=body)
+
+    async def get(self, path: str) -> httpx.Response:
+        return await self._http.get(path)
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def _events(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        response = await self._http.post(path, json=body)
+        assert response.status_code == 200, response.text
+        if not body["stream"]:
+            return [response.json()]
+        lines = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
+        assert lines[-1] == "[DONE]"
+        assert len(lines) > 2, "the answer came in one piece"
+        return [json.loads(line) for line in lines[:-1]]
+
+
+def run(url: str, work: Callable[[Client], Awaitable[T]]) -> T:
+    """Run ``work`` with a client of its own."""
+
+    async def main() -> T:
+        client = Client(url)
+        try:
+            return await work(client)
+        finally:
+            await client.close()
+
+    return asyncio.run(main())
+
+
+def _openai_options(num_tokens: int, stream: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "temperature": 0,
+        "max_tokens": num_tokens,
+        "ignore_eos": True,
+        "stream": stream,
+    }
+    if stream:
+        options["stream_options"] = {"include_usage": True}
+    return options
+
+
+def _openai_answer(
+    events: list[dict[str, Any]], text_of: Callable[[dict[str, Any]], str]
+) -> Answer:
+    text = "".join(text_of(choice) for event in events for choice in event["choices"])
+    usage = next(event["usage"] for event in reversed(events) if event.get("usage"))
+    details = usage.get("prompt_tokens_details") or {}
+    return Answer(text, (), details.get("cached_tokens", 0))

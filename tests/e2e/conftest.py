@@ -1,0 +1,78 @@
+"""Real servers for the end-to-end tests, started once and shared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from adapters import SPECS
+from client import MODEL
+from reference import Reference
+
+from sglang_elora.demo.adapters import make_adapters
+from sglang_elora.demo.server import ServerProcess
+
+
+def server_flags(checkpoint: Path, adapters: dict[str, Path] | None = None) -> list[str]:
+    """Flags common to the servers of these tests."""
+    flags = [
+        *("--model-path", str(checkpoint), "--served-model-name", MODEL, "--dtype", "float32"),
+        *("--max-total-tokens", "12000", "--max-running-requests", "32"),
+        *("--enable-lora", "--enable-cache-report", "--decode-log-interval", "1"),
+    ]
+    if adapters is not None:
+        flags += ["--max-loras-per-batch", "16", "--lora-paths"]
+        flags += [f"{name}={path}" for name, path in adapters.items()]
+    return flags
+
+
+@pytest.fixture(scope="session")
+def adapters(checkpoint: Path, models: Path) -> dict[str, Path]:
+    return make_adapters(checkpoint, models / "adapters", SPECS)
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: Path, adapters: dict[str, Path]) -> Reference:
+    return Reference(checkpoint, adapters)
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="session")
+def prompts(reference: Reference) -> Sequence[list[int]]:
+    """Prompts of different lengths, as token ids."""
+    texts = (
+        "The train to the harbour leaves at noon",
+        "Please compare the two letters and tell me which one was written first, " * 6,
+        "A recipe for soup:",
+    )
+    return [reference.tokenizer.encode(text) for text in texts]
+
+
+@pytest.fixture(scope="session")
+def elora_server(
+    checkpoint: Path, adapters: dict[str, Path], logs: Path, models: Path
+) -> Iterator[ServerProcess]:
+    """ELORA on, all adapters given at start, and a bad one among them."""
+    given = {**adapters, "missing": models / "no-such-adapter"}
+    flags = ["--elora", *server_flags(checkpoint, given)]
+    with ServerProcess(flags, log_path=logs / "elora.log") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def stock_server(
+    checkpoint: Path, adapters: dict[str, Path], logs: Path
+) -> Iterator[ServerProcess]:
+    """SGLang as it is, with this package installed but not asked for anything."""
+    stock = {name: adapters[name] for name in ("all-r64", "attention-r8")}
+    with ServerProcess(
+        server_flags(checkpoint, stock),
+        log_path=logs / "stock.log",
+        module="sglang.launch_server",
+    ) as server:
+        yield server

@@ -1,0 +1,79 @@
+"""What transformers and PEFT generate: the truth that a server's outputs must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
+
+ensure_torchvision_importable()
+
+from peft import PeftModel  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+
+class Reference:
+    """Greedy generation in float32, one prompt at a time, without any cache between prompts."""
+
+    def __init__(self, checkpoint: Path, adapters: Mapping[str, Path]) -> None:
+        self._checkpoint = checkpoint
+        self._adapters = adapters
+        self._answers: dict[tuple[str | None, tuple[int, ...], int], list[int]] = {}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self._checkpoint)
+
+    @cached_property
+    def _model(self) -> Any:
+        base = AutoModelForCausalLM.from_pretrained(self._checkpoint, dtype=torch.float32)
+        first, *others = self._adapters.items()
+        model = PeftModel.from_pretrained(base, first[1], adapter_name=first[0])
+        for name, path in others:
+            model.load_adapter(path, adapter_name=name)
+        return model.eval()
+
+    def generate(
+        self, adapter: str | None, prompt: Sequence[int], num_tokens: int = 32
+    ) -> list[int]:
+        """Ids of the ``num_tokens`` greedy tokens after ``prompt``; ``adapter`` None is the base."""
+        key = (adapter, tuple(prompt), num_tokens)
+        if key not in self._answers:
+            self._answers[key] = self._generate(*key)
+        return self._answers[key]
+
+    def text(self, adapter: str | None, prompt: Sequence[int], num_tokens: int = 32) -> str:
+        answer: str = self.tokenizer.decode(
+            self.generate(adapter, prompt, num_tokens), skip_special_tokens=True
+        )
+        return answer
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        ids: list[int] = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        return ids
+
+    def _generate(self, adapter: str | None, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        ids = torch.tensor([list(prompt)])
+        options = {
+            "attention_mask": torch.ones_like(ids),
+            "do_sample": False,
+            "min_new_tokens": num_tokens,  # the servers are told to ignore the end token
+            "max_new_tokens": num_tokens,
+            "pad_token_id": 0,
+        }
+        with torch.inference_mode():
+            if adapter is None:
+                with self._model.disable_adapter():
+                    output = self._model.generate(ids, **options)
+            else:
+                self._model.set_adapter(adapter)
+                output = self._model.generate(ids, **options)
+        generated: list[int] = output[0, ids.shape[1] :].tolist()
+        return generated

@@ -1,0 +1,200 @@
+"""A bad adapter is refused with a text that names file and reason, and nothing else suffers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from client import MODEL, Client, run
+from reference import Reference
+from safetensors.torch import load_file, save_file
+
+from sglang_elora.demo.server import ServerProcess
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **changes}))
+
+
+def edit_weights(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> None:
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+
+
+def remove_config(folder: Path) -> None:
+    (folder / CONFIG).unlink()
+
+
+def halve_hidden_size(folder: Path) -> None:
+    edit_weights(
+        folder,
+        lambda tensors: {
+            name: (tensor[:, :128] if "lora_A" in name else tensor).contiguous()
+            for name, tensor in tensors.items()
+        },
+    )
+
+
+def announce_other_rank(folder: Path) -> None:
+    edit_config(folder, r=16)
+
+
+def truncate(folder: Path) -> None:
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+def make_dora(folder: Path) -> None:
+    edit_config(folder, use_dora=True)
+
+
+def add_tokens(folder: Path) -> None:
+    (folder / "added_tokens.json").write_text(json.dumps({"<extra>": 999_999}))
+
+
+def target_unknown_module(folder: Path) -> None:
+    edit_config(folder, target_modules=["q_proj", "v_proj", "flux_proj"])
+    edit_weights(
+        folder,
+        lambda tensors: {n.replace("v_proj", "flux_proj"): t for n, t in tensors.items()},
+    )
+
+
+BAD = {
+    remove_weights: ("adapter_model",),
+    remove_config: (CONFIG,),
+    halve_hidden_size: (WEIGHTS, "128", "256"),
+    announce_other_rank: ("rank", "16", "8"),
+    truncate: (WEIGHTS, "truncated"),
+    make_dora: (CONFIG, "DoRA"),
+    add_tokens: ("added_tokens.json",),
+    target_unknown_module: ("flux_proj",),
+}
+
+
+@pytest.mark.parametrize("spoil", BAD, ids=lambda spoil: spoil.__name__)
+def test_load_is_refused_and_the_server_goes_on(
+    spoil: Callable[[Path], None],
+    elora_server: ServerProcess,
+    adapters: dict[str, Path],
+    reference: Reference,
+    prompts: Sequence[list[int]],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "bad"
+    shutil.copytree(adapters["attention-r8"], folder)
+    spoil(folder)
+
+    async def work(client: Client) -> None:
+        loaded = await client.post(
+            "/load_lora_adapter", {"lora_name": "bad", "lora_path": str(folder)}
+        )
+        assert loaded.status_code == 400
+        message = loaded.json()["error_message"]
+        assert "'bad'" in message
+        assert str(folder) in message
+        for part in BAD[spoil]:
+            assert part in message
+
+        refused = await client.post("/generate", {"text": "Hello", "lora_path": "bad"})
+        assert refused.status_code == 400
+
+        answer = await client.generate("attention-r8", prompts[0])
+        assert list(answer.token_ids) == reference.generate("attention-r8", prompts[0])
+
+    run(elora_server.url, work)
+
+
+def test_load_after_mending_the_folder(
+    elora_server: ServerProcess,
+    adapters: dict[str, Path],
+    reference: Reference,
+    prompts: Sequence[list[int]],
+    tmp_path: Path,
+) -> None:
+    """A refused name is free again: nothing of the failed load stays behind."""
+    folder = tmp_path / "mended"
+    shutil.copytree(adapters["all-r4"], folder)
+    good = (folder / WEIGHTS).read_bytes()
+    body = {"lora_name": "mended", "lora_path": str(folder)}
+
+    async def work(client: Client) -> None:
+        truncate(folder)
+        assert (await client.post("/load_lora_adapter", body)).status_code == 400
+        (folder / WEIGHTS).write_bytes(good)
+        loaded = await client.post("/load_lora_adapter", body)
+        assert loaded.status_code == 200, loaded.text
+        assert "mended" in loaded.json()["loaded_adapters"]
+        answer = await client.generate("mended", prompts[0])
+        assert list(answer.token_ids) == reference.generate("all-r4", prompts[0])
+        twice = await client.post("/load_lora_adapter", body)
+        assert twice.status_code == 400
+        assert "already loaded" in twice.json()["error_message"]
+        gone = await client.post("/unload_lora_adapter", {"lora_name": "mended"})
+        assert gone.status_code == 200, gone.text
+
+    run(elora_server.url, work)
+
+
+def test_bad_adapter_at_start_is_left_out_and_named(
+    elora_server: ServerProcess, adapters: dict[str, Path]
+) -> None:
+    """``elora_server`` was started with an adapter 'missing' whose folder is not there."""
+
+    async def work(client: Client) -> None:
+        models = (await client.get("/v1/models")).json()["data"]
+        served = {model["id"] for model in models}
+        assert set(adapters) <= served
+        assert "missing" not in served
+        refused = await client.post("/generate", {"text": "Hello", "lora_path": "missing"})
+        assert refused.status_code == 400
+
+    run(elora_server.url, work)
+    log = elora_server.log_path.read_text()
+    assert "Not served: LoRA adapter 'missing'" in log
+    assert "no-such-adapter" in log
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"text": "Hello", "lora_path": "nobody"}),
+        ("/generate", {"text": ["Hello", "you"], "lora_path": ["all-r4", "nobody"]}),
+        ("/v1/completions", {"model": f"{MODEL}:nobody", "prompt": "Hello"}),
+        ("/v1/completions", {"model": MODEL, "prompt": "Hello", "lora_path": "nobody"}),
+        (
+            "/v1/chat/completions",
+            {"model": f"{MODEL}:nobody", "messages": [{"role": "user", "content": "Hello"}]},
+        ),
+        (
+            "/v1/chat/completions",
+            {
+                "model": f"{MODEL}:nobody",
+                "messages": [{"role": "user", "content": "Hello"}],
+                "stream": True,
+            },
+        ),
+    ],
+)
+def test_request_for_an_unknown_adapter(
+    path: str, body: dict[str, object], elora_server: ServerProcess
+) -> None:
+    async def work(client: Client) -> None:
+        response = await client.post(path, body)
+        assert response.status_code == 400
+        assert "nobody" in response.text
+
+    run(elora_server.url, work)

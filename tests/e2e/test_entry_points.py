@@ -1,0 +1,82 @@
+"""Other ways to start: ``sglang serve`` with the environment, no adapters at start, host tier."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from client import Answer, Client, run
+from conftest import server_flags
+from reference import Reference
+
+from sglang_elora.demo.server import ServerProcess
+
+
+def test_sglang_serve_configured_by_environment(
+    checkpoint: Path,
+    adapters: dict[str, Path],
+    reference: Reference,
+    prompts: Sequence[list[int]],
+    logs: Path,
+) -> None:
+    """No adapter at start; one is loaded while the server runs, with ELORA's semantics."""
+    flags = [
+        "serve",
+        *server_flags(checkpoint),
+        *("--max-lora-rank", "64", "--lora-target-modules", "all"),
+    ]
+    with ServerProcess(
+        flags, log_path=logs / "serve.log", module="sglang.cli.main", env={"SGLANG_ELORA": "1"}
+    ) as server:
+
+        async def work(client: Client) -> Answer:
+            body = {"lora_name": "late", "lora_path": str(adapters["rslora-r8"])}
+            loaded = await client.post("/load_lora_adapter", body)
+            assert loaded.status_code == 200, loaded.text
+            return await client.generate("late", prompts[0])
+
+        answer = run(server.url, work)
+    assert list(answer.token_ids) == reference.generate("rslora-r8", prompts[0])
+
+
+def test_host_tier_and_emulated_link(
+    checkpoint: Path,
+    adapters: dict[str, Path],
+    reference: Reference,
+    prompts: Sequence[list[int]],
+    logs: Path,
+) -> None:
+    """KV of many prompts overflows a small pool to the host and comes back the same."""
+    few = {name: adapters[name] for name in ("all-r64", "attention-r8", "mlp-r24")}
+    flags = [
+        "--elora",
+        *server_flags(checkpoint, few),
+        *("--max-total-tokens", "1024", "--page-size", "16", "--max-loras-per-batch", "2"),
+        *("--enable-hierarchical-cache", "--hicache-size", "1"),
+        *("--hicache-write-policy", "write_back"),
+        *("--elora-link-gbytes-per-s", "2", "--elora-link-latency-us", "20"),
+    ]
+    many = [[i + 3, *prompts[1], *prompts[0]] for i in range(12)]
+    names = (None, *few)
+
+    async def ask_all(client: Client) -> list[Answer]:
+        answers: list[Answer] = []
+        for start in range(0, len(many), 4):
+            requests = [
+                client.generate(names[i % len(names)], many[i], num_tokens=16)
+                for i in range(start, start + 4)
+            ]
+            answers += await asyncio.gather(*requests)
+        return answers
+
+    with ServerProcess(flags, log_path=logs / "hicache.log") as server:
+        rounds = [run(server.url, ask_all) for _ in range(2)]
+    for answers in rounds:
+        for i, answer in enumerate(answers):
+            expected = reference.generate(names[i % len(names)], many[i], 16)
+            assert list(answer.token_ids) == expected
+    # The pool holds a fraction of these prompts, so hits in round 2 came from the host.
+    pages = sum(len(prompt) // 16 for prompt in many)
+    assert pages * 16 > 1024
+    assert all(answer.cached_tokens >= 16 for answer in rounds[1])

@@ -1,0 +1,123 @@
+"""Greedy outputs equal those of transformers + PEFT, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+
+import pytest
+from adapters import NAMES
+from client import MODEL, Answer, Client, run
+from reference import Reference
+
+from sglang_elora.demo.server import ServerProcess
+
+BASE_AND_ADAPTERS = (None, *NAMES)
+MESSAGES = (
+    {"role": "system", "content": "You answer in one sentence."},
+    {"role": "user", "content": "Where does the train to the harbour leave?"},
+)
+
+
+@pytest.mark.parametrize("adapter", BASE_AND_ADAPTERS)
+def test_one_at_a_time(
+    adapter: str | None,
+    elora_server: ServerProcess,
+    reference: Reference,
+    prompts: Sequence[list[int]],
+) -> None:
+    async def work(client: Client) -> list[Answer]:
+        return [await client.generate(adapter, prompt) for prompt in prompts]
+
+    for prompt, answer in zip(prompts, run(elora_server.url, work), strict=True):
+        assert list(answer.token_ids) == reference.generate(adapter, prompt)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_all_mixed_in_one_batch(
+    stream: bool,
+    elora_server: ServerProcess,
+    reference: Reference,
+    prompts: Sequence[list[int]],
+) -> None:
+    prompt = prompts[1]
+    log_start = len(elora_server.log_path.read_text())
+
+    async def work(client: Client) -> list[Answer]:
+        requests = [
+            client.generate(adapter, prompt, stream=stream) for adapter in BASE_AND_ADAPTERS
+        ]
+        return list(await asyncio.gather(*requests))
+
+    for round_number in (1, 2):
+        answers = run(elora_server.url, work)
+        for adapter, answer in zip(BASE_AND_ADAPTERS, answers, strict=True):
+            assert list(answer.token_ids) == reference.generate(adapter, prompt), adapter
+        if round_number == 2:
+            assert all(answer.cached_tokens > len(prompt) // 2 for answer in answers)
+
+    log = elora_server.log_path.read_text()[log_start:]
+    together = max(int(n) for n in re.findall(r"Decode batch.*?#running-req: (\d+)", log))
+    assert together == len(BASE_AND_ADAPTERS)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("by_model_name", [True, False])
+def test_completions(
+    by_model_name: bool,
+    stream: bool,
+    elora_server: ServerProcess,
+    reference: Reference,
+) -> None:
+    prompt = "The letter was written by"
+    ids = reference.tokenizer.encode(prompt)
+
+    async def work(client: Client) -> list[Answer]:
+        requests = [
+            client.complete(
+                _model(adapter, by_model_name),
+                prompt,
+                stream=stream,
+                **_lora_path(adapter, by_model_name),
+            )
+            for adapter in BASE_AND_ADAPTERS
+        ]
+        return list(await asyncio.gather(*requests))
+
+    for adapter, answer in zip(BASE_AND_ADAPTERS, run(elora_server.url, work), strict=True):
+        assert answer.text == reference.text(adapter, ids), adapter
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("by_model_name", [True, False])
+def test_chat_completions(
+    by_model_name: bool,
+    stream: bool,
+    elora_server: ServerProcess,
+    reference: Reference,
+) -> None:
+    ids = reference.chat_prompt(MESSAGES)
+
+    async def work(client: Client) -> list[Answer]:
+        requests = [
+            client.chat(
+                _model(adapter, by_model_name),
+                MESSAGES,
+                stream=stream,
+                **_lora_path(adapter, by_model_name),
+            )
+            for adapter in BASE_AND_ADAPTERS
+        ]
+        return list(await asyncio.gather(*requests))
+
+    for adapter, answer in zip(BASE_AND_ADAPTERS, run(elora_server.url, work), strict=True):
+        assert answer.text == reference.text(adapter, ids), adapter
+
+
+def _model(adapter: str | None, by_model_name: bool) -> str:
+    return f"{MODEL}:{adapter}" if by_model_name and adapter else MODEL
+
+
+def _lora_path(adapter: str | None, by_model_name: bool) -> dict[str, str]:
+    return {} if by_model_name or adapter is None else {"lora_path": adapter}

@@ -1,0 +1,60 @@
+"""Shapes of base models, known and unknown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import test_adapter_support as support
+from sglang_elora.adapters import BaseShapes, check_adapter
+from test_adapter_support import (
+    HIDDEN,
+    INTERMEDIATE,
+    SIZES,
+    assert_in,
+    edit_config,
+    refusal,
+    tiny_config,
+)
+
+saved, adapter = support.saved, support.adapter
+
+
+def test_unknown_base_skips_shapes_only(adapter: Path) -> None:
+    base = BaseShapes.unknown("no such architecture")
+    assert not base.known
+    check_adapter("a", str(adapter), base)
+    edit_config(adapter, r=16)
+    assert_in(refusal(adapter, base), "rank 4", "r=16")
+
+
+def test_base_from_a_folder(tmp_path: Path) -> None:
+    tiny_config("Llama").save_pretrained(str(tmp_path))
+    base = BaseShapes.from_pretrained(str(tmp_path))
+    assert base == BaseShapes.from_config(tiny_config("Llama"))
+    shape = base.modules["model.layers.1.mlp.down_proj"]
+    assert (shape.in_size, shape.out_size) == (INTERMEDIATE, HIDDEN)
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "never_heard_of"}', "{", '{"x": 1}'])
+def test_base_that_cannot_be_built(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    base = BaseShapes.from_pretrained(str(tmp_path))
+    assert base.reason and str(tmp_path) in base.reason
+    assert not base.modules
+
+
+def test_text_model_inside_a_multimodal_wrapper(saved: Path) -> None:
+    import transformers
+
+    text = SIZES | {"sliding_window": None}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14, "head_dim": 16}
+    config = transformers.Mistral3Config(
+        text_config=transformers.MistralConfig(**text),
+        vision_config=transformers.PixtralVisionConfig(**vision),
+    )
+    base = BaseShapes.from_config(config)
+    assert base.reason is None
+    assert "model.language_model.layers.1.self_attn.q_proj" in base.modules
+    check_adapter("a", str(saved), base)

@@ -1,0 +1,176 @@
+"""Adapters that pass, what is known of them, and the server's limits."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_adapter_support as support
+import torch
+from sglang_elora.adapters import AdapterFacts, BaseShapes, check_adapter
+from test_adapter_support import (
+    ALL_LINEAR,
+    FAMILIES,
+    HIDDEN,
+    INTERMEDIATE,
+    LAYERS,
+    RANK,
+    VOCAB,
+    WEIGHTS,
+    Tensors,
+    assert_in,
+    edit_config,
+    edit_tensors,
+    refusal,
+    save_adapter,
+    tiny_config,
+)
+
+base, saved, adapter = support.base, support.saved, support.adapter
+
+
+# Adapters that must pass
+@pytest.mark.parametrize("family", FAMILIES)
+def test_good_adapter_of_each_family(family: str, tmp_path: Path) -> None:
+    base = BaseShapes.from_config(tiny_config(family))
+    assert base.known and base.num_layers == LAYERS and base.vocab_size == VOCAB
+    folder = save_adapter(tmp_path / family, family)
+    facts = check_adapter("a", str(folder), base, max_rank=RANK, target_modules={"all"})
+    assert facts.modules == frozenset(ALL_LINEAR)
+    assert facts.rank == RANK and facts.scaling == 2.0
+
+
+def test_facts(saved: Path, base: BaseShapes) -> None:
+    per_layer = 2 * (HIDDEN + 64) + 2 * (HIDDEN + 32) + 3 * (HIDDEN + INTERMEDIATE)
+    parameters = LAYERS * RANK * per_layer
+    assert check_adapter("a", str(saved), base) == AdapterFacts(
+        name="a",
+        folder=saved,
+        files=(saved / WEIGHTS,),
+        rank=RANK,
+        alpha=8.0,
+        scaling=2.0,
+        modules=frozenset(ALL_LINEAR),
+        num_parameters=parameters,
+        size_bytes=4 * parameters,
+    )
+
+
+def test_rslora_scaling(adapter: Path, base: BaseShapes) -> None:
+    edit_config(adapter, use_rslora=True)
+    assert check_adapter("a", str(adapter), base).scaling == pytest.approx(8 / math.sqrt(RANK))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["up_proj"]},
+        {"target_modules": ["k_proj"], "layers_to_transform": [1]},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["self_attn.q_proj"]},
+        {"target_modules": ["lm_head", "embed_tokens"]},
+        {"rank_pattern": {"lm_head": 64}, "alpha_pattern": {"q_proj": 8}},
+        {"bias": "all"},  # this base has no biases, so none are saved
+        {"init_lora_weights": "gaussian"},
+        {"use_rslora": True},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_unusual_adapters_that_are_fine(
+    options: dict[str, Any], tmp_path: Path, base: BaseShapes
+) -> None:
+    facts = check_adapter("a", str(save_adapter(tmp_path / "x", **options)), base, read_data=True)
+    assert facts.num_parameters > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_frozen_embedding_copies_do_not_count(tmp_path: Path, base: BaseShapes) -> None:
+    folder = save_adapter(tmp_path / "x", target_modules=["embed_tokens"])
+    names: list[str] = []
+    edit_tensors(folder, names.extend)
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in names
+    facts = check_adapter("a", str(folder), base, target_modules={"embed_tokens"})
+    assert facts.num_parameters == RANK * (VOCAB + HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (".weight", ".default.weight"),
+        ("base_model.model.", ""),
+        ("base_model.model.model.", "base_model.model.model.language_model."),
+        ("base_model.model.model.", "base_model.model.language_model.model."),
+    ],
+)
+def test_other_spellings_of_keys(adapter: Path, base: BaseShapes, old: str, new: str) -> None:
+    def rename(tensors: Tensors) -> None:
+        for name in list(tensors):
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    edit_tensors(adapter, rename)
+    assert check_adapter("a", str(adapter), base).modules == frozenset(ALL_LINEAR)
+
+
+def test_unembed_tokens_is_lm_head(tmp_path: Path, base: BaseShapes) -> None:
+    folder = save_adapter(tmp_path / "x", target_modules=["q_proj"])
+
+    def add(tensors: Tensors) -> None:
+        tensors["base_model.model.model.unembed_tokens.lora_A.weight"] = torch.ones(RANK, HIDDEN)
+        tensors["base_model.model.model.unembed_tokens.lora_B.weight"] = torch.ones(VOCAB, RANK)
+
+    edit_tensors(folder, add)
+    edit_config(folder, target_modules=["q_proj", "unembed_tokens"])
+    facts = check_adapter("a", str(folder), base)
+    assert facts.served_modules == {"qkv_proj", "lm_head"}
+
+
+def test_pickled_weights(adapter: Path, base: BaseShapes) -> None:
+    edit_tensors(adapter, lambda tensors: torch.save(dict(tensors), adapter / "adapter_model.bin"))
+    torch.save({"lr": 0.1}, adapter / "training_args.bin")
+    (adapter / WEIGHTS).unlink()
+    facts = check_adapter("a", str(adapter), base, read_data=True)
+    assert [file.name for file in facts.files] == ["adapter_model.bin"]
+
+
+def test_tokenizer_copy_is_not_added_tokens(adapter: Path, base: BaseShapes) -> None:
+    (adapter / "added_tokens.json").write_text(json.dumps({"<s>": 1, "<last>": VOCAB - 1}))
+    check_adapter("a", str(adapter), base)
+
+
+def test_hub_id_is_downloaded(
+    saved: Path, base: BaseShapes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def snapshot_download(repo: str, **_: Any) -> str:
+        asked.append(repo)
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert check_adapter("a", "org/adapter", base).folder == saved
+    assert asked == ["org/adapter"]
+
+
+# The server's limits
+def test_rank_above_the_server(adapter: Path, base: BaseShapes) -> None:
+    check_adapter("a", str(adapter), base, max_rank=RANK)
+    assert_in(refusal(adapter, base, max_rank=2), "r=4", "--max-lora-rank 2", "--max-lora-rank 4")
+
+
+@pytest.mark.parametrize("allowed", [{"qkv_proj", "o_proj"}, {"q_proj", "v_proj", "o_proj"}])
+def test_modules_outside_the_server(adapter: Path, base: BaseShapes, allowed: set[str]) -> None:
+    text = refusal(adapter, base, target_modules=allowed)
+    assert_in(text, "adapts down_proj, gate_up_proj", "--lora-target-modules")
+
+
+def test_modules_inside_the_server(adapter: Path, base: BaseShapes) -> None:
+    fused = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    for allowed in (fused, set(ALL_LINEAR), {"all"}):
+        check_adapter("a", str(adapter), base, target_modules=allowed)

@@ -1,0 +1,119 @@
+"""The folder, adapter_config.json and added_tokens.json: what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_adapter_support as support
+from sglang_elora.adapters import BaseShapes
+from test_adapter_support import CONFIG, VOCAB, WEIGHTS, assert_in, edit_config, refusal
+
+base, saved, adapter = support.base, support.saved, support.adapter
+
+
+# The folder
+def test_path_missing(tmp_path: Path, base: BaseShapes) -> None:
+    assert_in(refusal(tmp_path / "nope", base), str(tmp_path / "nope"), "does not exist")
+
+
+def test_path_is_a_file(adapter: Path, base: BaseShapes) -> None:
+    assert_in(refusal(adapter / WEIGHTS, base), WEIGHTS, "is a file")
+
+
+def test_hub_unreachable(base: BaseShapes, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def snapshot_download(repo: str, **_: Any) -> str:
+        raise huggingface_hub.errors.OfflineModeIsEnabled("offline mode")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    text = refusal("org/adapter", base)
+    assert_in(text, "(org/adapter)", "no such folder", "Hub failed", "OfflineModeIsEnabled")
+
+
+# adapter_config.json
+def test_config_missing(adapter: Path, base: BaseShapes) -> None:
+    (adapter / CONFIG).unlink()
+    assert_in(refusal(adapter, base), f"{adapter}/{CONFIG}", "missing")
+
+
+@pytest.mark.parametrize("content", ['{"r": 4,', "[]", "\xff"])
+def test_config_not_json(adapter: Path, base: BaseShapes, content: str) -> None:
+    (adapter / CONFIG).write_bytes(content.encode("latin-1"))
+    assert_in(refusal(adapter, base), CONFIG, "JSON")
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules", "peft_type"])
+def test_config_lacks_key(adapter: Path, base: BaseShapes, key: str) -> None:
+    config = json.loads((adapter / CONFIG).read_text())
+    del config[key]
+    (adapter / CONFIG).write_text(json.dumps(config))
+    assert_in(refusal(adapter, base), CONFIG, f"lacks '{key}'")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("r", 0, "positive integer, got 0"),
+        ("r", "4", "positive integer, got '4'"),
+        ("r", True, "positive integer, got True"),
+        ("lora_alpha", None, "lora_alpha must be a number, got None"),
+        ("lora_alpha", float("nan"), "lora_alpha must be a number"),
+        ("target_modules", None, "target_modules must be a list"),
+        ("target_modules", [], "target_modules is empty"),
+        ("target_modules", r".*self_attn\.q_proj", "regular expression"),
+        ("peft_type", "ADALORA", "peft_type is 'ADALORA'"),
+        ("use_dora", True, "use_dora"),
+        ("use_qalora", True, "use_qalora"),
+        ("use_bdlora", {"nblocks": 2}, "use_bdlora"),
+        ("kasa_config", {"beta": 0.1}, "kasa_config"),
+        ("monteclora_config", {"x": 1}, "monteclora_config"),
+        ("arrow_config", {"top_k": 3}, "arrow_config"),
+        ("alora_invocation_tokens", [1, 2], "alora_invocation_tokens"),
+        ("lora_bias", True, "lora_bias"),
+        ("layer_replication", [[0, 2], [0, 2]], "layer_replication"),
+        ("target_parameters", ["mlp.experts.down_proj"], "target_parameters"),
+        ("trainable_token_indices", [3], "trainable_token_indices"),
+        ("init_lora_weights", "pissa_niter_4", "'pissa_niter_4'"),
+        ("init_lora_weights", "olora", "'olora'"),
+        ("rank_pattern", {"(": 3}, "rank_pattern must map"),
+        ("alpha_pattern", {"q_proj": "x"}, "alpha_pattern must map"),
+        ("alpha_pattern", {"q_proj": 32}, "alpha_pattern gives model.layers.0.self_attn.q_proj 32"),
+        ("rank_pattern", {r"layers\.1\..*up_proj": 8}, "model.layers.1.mlp.up_proj 8"),
+    ],
+)
+def test_config_refused(
+    adapter: Path, base: BaseShapes, key: str, value: object, part: str
+) -> None:
+    edit_config(adapter, **{key: value})
+    assert_in(refusal(adapter, base), f"{adapter}/{CONFIG}", part)
+
+
+def test_every_option_of_peft_is_decided() -> None:
+    """A field that a new peft adds must be read, refused, or declared harmless here."""
+    import dataclasses
+
+    import peft
+    from sglang_elora.adapters import config_file
+
+    harmless = {
+        *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode"),
+        *("lora_dropout", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("fan_in_fan_out", "megatron_config", "megatron_core", "runtime_config"),
+        *("eva_config", "velora_config", "ensure_weight_tying", "qalora_group_size"),
+        # Decided by init_lora_weights and by the tensors present.
+        *("loftq_config", "corda_config", "lora_ga_config", "bias"),
+    }
+    read = {"base_model_name_or_path", "use_rslora", "modules_to_save", "rank_pattern"}
+    read |= {"alpha_pattern", "init_lora_weights", "alora_invocation_tokens"}
+    decided = harmless | read | set(config_file._REQUIRED) | set(config_file._REFUSED)
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} - decided == set()
+
+
+def test_added_tokens(adapter: Path, base: BaseShapes) -> None:
+    (adapter / "added_tokens.json").write_text(json.dumps({"<s>": 1, "<new>": VOCAB}))
+    text = refusal(adapter, base)
+    assert_in(text, "added_tokens.json", "1 tokens", f"of {VOCAB}", f"'<new>' with id {VOCAB}")
