@@ -73,6 +73,11 @@ class EloraConfig:
             )
 
     @property
+    def selects_anything(self) -> bool:
+        """Whether SGLang is to be changed at all."""
+        return self.enabled or self.emulates_link
+
+    @property
     def emulates_link(self) -> bool:
         return self.link_gbytes_per_s > 0
 

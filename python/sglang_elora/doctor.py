@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -43,9 +44,7 @@ def findings() -> Iterator[Finding]:
         import torch  # noqa: F401
         from sglang.srt.plugins import hook_registry  # noqa: F401
     except ImportError as error:
-        yield Finding(
-            "import", f"torch or sglang does not import: {error}", _INSTALL, fatal=True
-        )
+        yield Finding("import", f"torch or sglang does not import: {error}", _INSTALL, fatal=True)
         return
     yield from _platform(config)
     yield from _seams(config)
@@ -146,6 +145,7 @@ def _seams(config: EloraConfig) -> Iterator[Finding]:
 
 def main() -> int:
     """Print the report; 1 if a start with ELORA would fail."""
+    warnings.simplefilter("ignore")  # what SGLang warns of while it imports is not our topic
     report = []
     for finding in findings():
         print(finding)

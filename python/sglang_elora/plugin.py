@@ -23,9 +23,12 @@ def load() -> None:
     """
     try:
         from sglang_elora.config import EloraConfig
-        from sglang_elora.host.install import install
 
-        install(EloraConfig.from_env(os.environ))
+        config = EloraConfig.from_env(os.environ)
+        if config.selects_anything:
+            from sglang_elora.host.install import install
+
+            install(config)
     except Exception as error:
         raise SystemExit(f"sglang_elora: {error}") from error
 

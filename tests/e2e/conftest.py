@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+
 from adapters import SPECS
 from client import MODEL
 from reference import Reference
-
 from sglang_elora.demo.adapters import make_adapters
 from sglang_elora.demo.server import ServerProcess
 

@@ -41,7 +41,7 @@ class Reference:
     def generate(
         self, adapter: str | None, prompt: Sequence[int], num_tokens: int = 32
     ) -> list[int]:
-        """Ids of the ``num_tokens`` greedy tokens after ``prompt``; ``adapter`` None is the base."""
+        """The ``num_tokens`` greedy tokens after ``prompt``; ``adapter`` None is the base."""
         key = (adapter, tuple(prompt), num_tokens)
         if key not in self._answers:
             self._answers[key] = self._generate(*key)

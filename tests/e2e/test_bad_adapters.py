@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from client import MODEL, Client, run
-from reference import Reference
 from safetensors.torch import load_file, save_file
 
+from client import MODEL, Client, run
+from reference import Reference
 from sglang_elora.demo.server import ServerProcess
 
 WEIGHTS = "adapter_model.safetensors"

@@ -9,7 +9,6 @@ from pathlib import Path
 from client import Answer, Client, run
 from conftest import server_flags
 from reference import Reference
-
 from sglang_elora.demo.server import ServerProcess
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from uuid import NAMESPACE_URL, uuid5
 
 import pytest
+
 from client import Answer, Client, run
 from reference import Reference
-
 from sglang_elora.demo.server import ServerProcess
 
 

@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 
 import pytest
+
 from adapters import NAMES
 from client import MODEL, Answer, Client, run
 from reference import Reference
-
 from sglang_elora.demo.server import ServerProcess
 
 BASE_AND_ADAPTERS = (None, *NAMES)

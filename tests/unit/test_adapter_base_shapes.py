@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 import test_adapter_support as support
 from sglang_elora.adapters import BaseShapes, check_adapter
 from test_adapter_support import (

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_adapter_support as support
 import torch
+
+import test_adapter_support as support
 from sglang_elora.adapters import AdapterFacts, BaseShapes, check_adapter
 from test_adapter_support import (
     ALL_LINEAR,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import test_adapter_support as support
 from sglang_elora.adapters import BaseShapes
 from test_adapter_support import CONFIG, VOCAB, WEIGHTS, assert_in, edit_config, refusal
@@ -32,6 +33,10 @@ def test_hub_unreachable(base: BaseShapes, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     text = refusal("org/adapter", base)
     assert_in(text, "(org/adapter)", "no such folder", "Hub failed", "OfflineModeIsEnabled")
+
+
+def test_path_too_long(base: BaseShapes) -> None:
+    assert_in(refusal("/" + "x" * 5000, base), "cannot be read")
 
 
 # adapter_config.json
@@ -97,6 +102,7 @@ def test_every_option_of_peft_is_decided() -> None:
     import dataclasses
 
     import peft
+
     from sglang_elora.adapters import config_file
 
     harmless = {

@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import test_adapter_support as support
 import torch
+
+import test_adapter_support as support
 from sglang_elora.adapters import AdapterError, BaseShapes, check_adapter, content_version
 from test_adapter_support import (
     CONFIG,

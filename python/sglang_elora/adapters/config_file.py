@@ -51,8 +51,8 @@ class AdapterConfig:
     target_modules: tuple[str, ...] | None
     """As PEFT saved them; None for "all-linear"."""
     modules_to_save: tuple[str, ...]
-    rank_pattern: Mapping[str, Any]
-    alpha_pattern: Mapping[str, Any]
+    rank_pattern: Mapping[str, float]
+    alpha_pattern: Mapping[str, float]
     base_model_name: str | None
 
     @property
@@ -97,7 +97,7 @@ def read_config(folder: AdapterFolder) -> AdapterConfig:
         alpha=float(alpha),
         use_rslora=bool(raw.get("use_rslora")),
         target_modules=_targets(folder, raw["target_modules"]),
-        modules_to_save=tuple(raw.get("modules_to_save") or ()),
+        modules_to_save=_names(raw.get("modules_to_save")),
         rank_pattern=_pattern(folder, raw, "rank_pattern"),
         alpha_pattern=_pattern(folder, raw, "alpha_pattern"),
         base_model_name=base_name if isinstance(base_name, str) and base_name else None,
@@ -115,7 +115,7 @@ def check_patterns(folder: AdapterFolder, config: AdapterConfig, modules: Iterab
         for path in paths:
             key = next((k for k in pattern if re.match(rf"(.*\.)?({k})$", path)), None)
             if key is not None and pattern[key] != default:
-                text = f"{option} gives {path} {pattern[key]} where the rest has {default:g}"
+                text = f"{option} gives {path} {pattern[key]:g} where the rest has {default:g}"
                 problems.append(Problem(CONFIG_FILE, text))
         folder.raise_if_any(
             problems, f"Train or re-save it with one rank and one lora_alpha. Or: {MERGE}"
@@ -144,7 +144,7 @@ def _read_json(folder: AdapterFolder, file: str) -> dict[str, Any] | None:
         content = json.loads((folder.path / file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise folder.error(file, f"cannot read it as JSON: {error}", _RESAVE) from error
     if not isinstance(content, dict):
         kind = type(content).__name__
@@ -194,14 +194,18 @@ def _targets(folder: AdapterFolder, targets: Any) -> tuple[str, ...] | None:
     return tuple(targets)
 
 
-def _pattern(folder: AdapterFolder, raw: Mapping[str, Any], option: str) -> dict[str, Any]:
+def _pattern(folder: AdapterFolder, raw: Mapping[str, Any], option: str) -> dict[str, float]:
     pattern = raw.get(option) or {}
     try:
-        for key, value in dict(pattern).items():
+        values = {key: float(value) for key, value in dict(pattern).items()}
+        for key in values:
             re.compile(key)
-            float(value)
     except (re.error, TypeError, ValueError) as error:
         raise folder.error(
             CONFIG_FILE, f"{option} must map module patterns to numbers: {error}", _RESAVE
         ) from error
-    return dict(pattern)
+    return values
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return tuple(v for v in value if isinstance(v, str)) if isinstance(value, list) else ()

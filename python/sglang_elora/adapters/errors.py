@@ -28,7 +28,8 @@ class AdapterError(ValueError):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"LoRA adapter {self.name!r} ({self.where}): {_closed(self.reason)} {_closed(self.remedy)}"
+        text = f"{_closed(self.reason)} {_closed(self.remedy)}"
+        return f"LoRA adapter {self.name!r} ({self.where}): {text}"
 
 
 def _closed(sentence: str) -> str:

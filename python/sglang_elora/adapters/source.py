@@ -21,9 +21,14 @@ def find_folder(name: str, path: str) -> AdapterFolder:
     (network, blocking; a snapshot already in the cache is used offline).
     """
     local = Path(path)
-    if local.is_dir():
+    try:
+        is_folder, exists = local.is_dir(), local.exists()
+    except OSError as error:
+        text = f"the path cannot be read: {error.strerror}"
+        raise AdapterError(name, path, text, _GIVE_A_FOLDER) from error
+    if is_folder:
         return AdapterFolder(name, local)
-    if local.exists():
+    if exists:
         raise AdapterError(name, path, "the path is a file, not a folder", _GIVE_A_FOLDER)
     if not _HUB_ID.fullmatch(path):
         raise AdapterError(name, path, "the path does not exist", _GIVE_A_FOLDER)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import shlex
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from sglang_elora.demo.chat import ChatPlan, hold_chats
 from sglang_elora.demo.examples import example_lines
 from sglang_elora.demo.loads import adapter_loads, adapter_loads_in_log
-from sglang_elora.demo.server import ServerProcess, ServerStartError
+from sglang_elora.demo.server import SMALL_MODEL_ENV, ServerProcess, ServerStartError
 from sglang_elora.demo.signals import signals_ignored, sigterm_raises_system_exit
 from sglang_elora.demo.terminal import Terminal
 
@@ -101,7 +102,9 @@ def _run(terminal: Terminal, options: argparse.Namespace, server_flags: Sequence
         ranks = sorted(spec.rank for spec in specs)
         step.detail = f"{len(specs)} of rank {ranks[0]} to {ranks[-1]}"
     server = ServerProcess(
-        launch_flags(checkpoint, paths, server_flags), log_path=directory / "server.log"
+        launch_flags(checkpoint, paths, server_flags),
+        log_path=directory / "server.log",
+        env={name: value for name, value in SMALL_MODEL_ENV.items() if name not in os.environ},
     )
     terminal.say_verbatim(f"\n$ {_shown(server.command)}\n", style="dim")
     try:
@@ -139,7 +142,8 @@ def _chat(
     options: argparse.Namespace,
     directory: Path,
 ) -> int:
-    from sglang_elora.demo.report import adapter_table, save_plot, turn_table
+    from sglang_elora.demo.plot import save_plot
+    from sglang_elora.demo.report import adapter_table, turn_table
     from sglang_elora.demo.summary import DemoRun
 
     plan = ChatPlan(

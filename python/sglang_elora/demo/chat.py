@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,13 +22,18 @@ _USER_SENTENCES = 2
 
 @dataclass(frozen=True, slots=True)
 class ChatPlan:
-    """How many conversations to hold, and how."""
+    """How many conversations to hold, and how.
+
+    Before each of their turns users think, for a time drawn from an exponential distribution:
+    without it, sessions that were batched together once would stay in step for ever.
+    """
 
     model: str
     adapters: Sequence[str]
     num_sessions: int = 32
     num_turns: int = 4
     max_completion_tokens: int = 32
+    mean_think_s: float = 1.0
     request_timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
@@ -128,7 +134,9 @@ async def _hold_chat(
     history: list[ChatCompletionMessageParam] = [
         {"role": "system", "content": system_prompt(adapter)}
     ]
+    thinking = random.Random(session)
     for turn in range(plan.num_turns):
+        await asyncio.sleep(plan.mean_think_s * min(3.0, thinking.expovariate(1.0)))
         history.append({"role": "user", "content": user_message(session, turn)})
         try:
             answer = await _ask(client, plan, adapter, history)

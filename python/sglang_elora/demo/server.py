@@ -20,6 +20,10 @@ from sglang_elora.demo.signals import signals_ignored, sigterm_raises_system_exi
 
 HOST = "127.0.0.1"
 LOG_TAIL_LINES = 40
+SMALL_MODEL_ENV: Mapping[str, str] = {"OMP_NUM_THREADS": "1"}
+"""For models as small as the demo's on a CPU: a second thread costs more in waiting than it
+computes, several times more when other processes want the cores too."""
+
 _POLL_S = 0.1
 _HEALTH_TIMEOUT_S = 25.0  # above the 20 s in which SGLang's own /health gives up
 

@@ -59,9 +59,7 @@ async def check_before_load(
     """Around ``load_lora_adapter``: refuse what cannot be served, and name it in every error."""
     if get_lora().enable_lora:
         try:
-            await asyncio.to_thread(
-                _check, obj.lora_name, obj.lora_path, get_model(), get_lora()
-            )
+            await asyncio.to_thread(_check, obj.lora_name, obj.lora_path, get_model(), get_lora())
         except AdapterError as error:
             return LoadLoRAAdapterReqOutput(success=False, error_message=str(error))
     output = await original(self, obj, _)

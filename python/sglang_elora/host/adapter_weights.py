@@ -60,8 +60,8 @@ def _out_features(config: Any, part: str, *, like: str, rows: int) -> int:
     """Output size of projection ``part``, given that of its sibling ``like``."""
     if "q_proj" not in (part, like):
         return rows  # k and v are alike, gate and up are alike
-    heads = config.num_attention_heads
-    kv_heads = config.num_key_value_heads
+    heads: int = config.num_attention_heads
+    kv_heads: int = config.num_key_value_heads
     if part == "q_proj":
         return rows * heads // kv_heads
     return rows * kv_heads // heads

@@ -35,18 +35,14 @@ class SeamError(RuntimeError):
 def install(config: EloraConfig) -> None:
     """Apply the selected patches, register the selected hooks, arrange their verification.
 
-    With nothing selected this returns without touching SGLang.
-
     Raises:
         SeamError: A target is missing or differs; the text names each one.
         ValueError: The configuration cannot work on this machine.
     """
-    hooks, patches = selected_hooks(config), selected_patches(config)
-    if not hooks and not patches:
-        return
     problems = preflight(config)
     if problems:
         raise SeamError(_report("cannot be installed", problems))
+    hooks, patches = selected_hooks(config), selected_patches(config)
     if config.emulates_link:
         use_emulated_link(config)
     for patch in patches:
@@ -72,7 +68,7 @@ def preflight(config: EloraConfig) -> list[str]:
         declined = cpu_platform_declined()
         if declined is not None:
             raise ValueError(f"--elora-link-gbytes-per-s is for the CPU platform only: {declined}")
-    problems = [] if (problem := _version_problem()) is None else [problem]
+    problems = _version_problems()
     for patch in selected_patches(config):
         problems += preflight_patch(patch)
     for hook in selected_hooks(config):
@@ -85,14 +81,14 @@ def missing(config: EloraConfig) -> list[str]:
     return _not_in_effect(selected_hooks(config), selected_patches(config))
 
 
-def _version_problem() -> str | None:
+def _version_problems() -> list[str]:
     try:
         installed = version("sglang")
     except PackageNotFoundError:
         installed = "none"
     if installed == SGLANG_PIN:
-        return None
-    return f"sglang {installed} is installed, this package is for sglang=={SGLANG_PIN}"
+        return []
+    return [f"sglang {installed} is installed, this package is for sglang=={SGLANG_PIN}"]
 
 
 def _hook_problems(hook: Hook) -> list[str]:
@@ -112,13 +108,13 @@ def _verify_once_applied(hooks: tuple[Hook, ...], patches: tuple[Patch, ...]) ->
     upstream: Any = HookRegistry.__dict__["apply_hooks"]
 
     def apply_hooks() -> None:
-        HookRegistry.apply_hooks = upstream  # type: ignore[method-assign]
+        HookRegistry.apply_hooks = upstream
         HookRegistry.apply_hooks()
         problems = _not_in_effect(hooks, patches)
         if problems:
             raise SystemExit(f"sglang_elora: {_report('is not in effect', problems)}")
 
-    HookRegistry.apply_hooks = apply_hooks  # type: ignore[method-assign]
+    HookRegistry.apply_hooks = apply_hooks
 
 
 def _not_in_effect(hooks: tuple[Hook, ...], patches: tuple[Patch, ...]) -> list[str]:

@@ -41,7 +41,7 @@ def mark_kv_streams(result: None, self: L2TransferEngine, io_backend: str) -> No
 
 
 def mark_adapter_stream(result: None, self: LoRAOverlapLoader, lora_manager: Any) -> None:
-    self.load_stream.asynchronous = True  # type: ignore[attr-defined]
+    self.load_stream.asynchronous = True
 
 
 def _link() -> Link:

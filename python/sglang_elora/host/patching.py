@@ -21,11 +21,10 @@ import importlib
 import inspect
 import linecache
 import re
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib.resources import files
-from importlib.resources.abc import Traversable
 from importlib.util import decode_source
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -34,12 +33,7 @@ from typing import Any
 from sglang_elora.config import SGLANG_PIN
 
 _HUNK = re.compile(r"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
-_KIND = (
-    inspect.CO_GENERATOR
-    | inspect.CO_COROUTINE
-    | inspect.CO_ASYNC_GENERATOR
-    | inspect.CO_ITERABLE_COROUTINE
-)
+_KIND = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _PINNED = f"Install sglang=={SGLANG_PIN} unmodified."
 _OURS = "The patch is wrong; patches/README.md says how to make one."
 _OTHER = "Remove the plugin that changes it, or start without --elora."
@@ -84,20 +78,17 @@ class _Compiled:
     changes: tuple[_Change, ...]
 
 
-def load_patches(folder: Traversable | None = None) -> tuple[Patch, ...]:
+def load_patches(folder: Path | None = None) -> tuple[Patch, ...]:
     """The patches of a folder (default: the installed ones), in order of their names.
 
     Raises:
         PatchError: A header line is missing, or there is no patch at all.
     """
-    folder = files("sglang_elora.patches") if folder is None else folder
-    found = [entry for entry in folder.iterdir() if entry.name.endswith(".patch")]
-    if not found:
-        raise PatchError(f"no *.patch in {folder}: install sglang_elora again, with its data.")
-    return tuple(
-        _read(entry.name, entry.read_text(encoding="utf-8"))
-        for entry in sorted(found, key=lambda entry: entry.name)
-    )
+    source = files("sglang_elora.patches") if folder is None else folder
+    texts = {entry.name: entry for entry in source.iterdir() if entry.name.endswith(".patch")}
+    if not texts:
+        raise PatchError(f"no *.patch in {source}: install sglang_elora again, with its data.")
+    return tuple(_read(name, texts[name].read_text(encoding="utf-8")) for name in sorted(texts))
 
 
 def preflight(patch: Patch) -> list[str]:
@@ -119,7 +110,7 @@ def apply_patch(patch: Patch) -> tuple[str, ...]:
         PatchError: The file, the diff or a live function is not as expected.
     """
     compiled, plan = _plan(patch)
-    lines = compiled.source.splitlines(keepends=True)
+    lines = [f"{line}\n" for line in compiled.source.split("\n")]
     linecache.cache[compiled.filename] = (len(compiled.source), None, lines, compiled.filename)
     pending = [(function, change) for function, change in plan if not _runs(function, change)]
     for function, change in pending:
@@ -137,38 +128,30 @@ def is_applied(patch: Patch) -> bool:
 
 
 def patched_source(patch: Patch, source: str) -> str:
-    """Apply the diff to a text. Strict: lines and line numbers match exactly, or it is refused."""
-    lines = ("--- " + patch.diff.partition("\n--- ")[2]).removesuffix("\n").split("\n")
-    if [line.split("\t")[0] for line in lines[:2]] != [
-        f"--- a/{patch.target}",
-        f"+++ b/{patch.target}",
-    ]:
-        raise patch.error(f"its --- and +++ lines do not name a/ and b/{patch.target}", _OURS)
+    """Apply the diff to a text: each line equal, at the line number stated, or a PatchError."""
+    head, *hunks = re.split(r"^(?=@@ )", patch.diff, flags=re.MULTILINE)
+    if not head.endswith(f"\n--- a/{patch.target}\n+++ b/{patch.target}\n") or not hunks:
+        raise patch.error("no hunks behind --- a/ and +++ b/ lines with the target", _OURS)
     old, new = source.split("\n"), list[str]()
-    done, at = 0, 2  # lines of `old` dealt with; the next line of the diff
-    while at < len(lines):
-        header, at = _HUNK.match(lines[at]), at + 1
-        if header is None:
-            raise patch.error(f"{lines[at - 1]!r} is not a hunk header", _OURS)
-        old_start, old_left, new_start, new_left = (int(x or 1) for x in header.groups())
-        new += old[done : old_start - 1]
-        if old_start - 1 < done or len(new) != new_start - 1 or not old_left:
-            raise patch.error(f"hunk {header[0]!r} is out of place or without context", _OURS)
-        done = old_start - 1
-        while old_left > 0 or new_left > 0:
-            line, at = lines[at] if at < len(lines) else "end of file", at + 1
-            tag, text = line[:1] or " ", line[1:]
-            if tag not in " -+":
-                raise patch.error(f"{line!r} in hunk {header[0]!r} is no diff line", _OURS)
-            if tag != "+":
-                if done >= len(old) or old[done] != text:
-                    raise patch.error(f"line {done + 1} of the target is not {text!r}", _OURS)
-                done, old_left = done + 1, old_left - 1
-            if tag != "-":
-                new.append(text)
-                new_left -= 1
-        if old_left or new_left:
-            raise patch.error(f"hunk {header[0]!r} has other line counts than it says", _OURS)
+    done = 0  # lines of `old` copied, replaced or removed
+    for hunk in hunks:
+        header, *lines = hunk.removesuffix("\n").split("\n")
+        match = _HUNK.match(header)
+        before = [line[1:] for line in lines if line[:1] in " -"]
+        after = [line[1:] for line in lines if line[:1] in " +"]
+        if match is None or not all(line[:1] in " -+" for line in lines):
+            raise patch.error(f"hunk {header!r} is not of a unified diff", _OURS)
+        start, count, new_start, new_count = (int(number or 1) for number in match.groups())
+        if (len(before), len(after)) != (count, new_count) or not before:
+            raise patch.error(f"hunk {header!r} has other line counts, or no context", _OURS)
+        new += old[done : start - 1]
+        if start <= done or len(new) != new_start - 1:
+            raise patch.error(f"hunk {header!r} is out of place", _OURS)
+        for number, line in enumerate(before, start):
+            if old[number - 1 : number] != [line]:
+                raise patch.error(f"line {number} of the target is not {line!r}", _OURS)
+        new += after
+        done = start - 1 + count
     return "\n".join(new + old[done:])
 
 
@@ -201,7 +184,7 @@ def _plan(patch: Patch) -> tuple[_Compiled, list[tuple[FunctionType, _Change]]]:
     return compiled, plan
 
 
-@lru_cache(maxsize=None)  # preflight, apply and verify ask for the same
+@cache  # preflight, apply and verify ask for the same
 def _compile(patch: Patch, path: str, source: str) -> _Compiled:
     filename = f"{path} [sglang_elora {patch.name}]"
     text = patched_source(patch, source)
@@ -269,10 +252,35 @@ def _live_function(patch: Patch, module: ModuleType, qualname: str) -> FunctionT
             found = vars(found)[name]
     except (KeyError, TypeError):
         raise patch.error(f"{qualname} is not there; its class was replaced", _OTHER) from None
-    for layer, found in _layers(found):
-        cells = getattr(layer, "__closure__", None) or ()
-        if isinstance(layer, FunctionType) and not any(_holds(cell, found) for cell in cells):
-            raise patch.error(f"another plugin's {layer.__module__} replaced {qualname}", _OTHER)
-    if not isinstance(found, FunctionType):
-        raise patch.error(f"{qualname} is a {type(found).__name__}, not a function", _OTHER)
-    return found
+    while True:
+        if isinstance(found, (staticmethod, classmethod)):
+            found = found.__func__
+        elif isinstance(found, property):
+            found = found.fget
+        elif hasattr(found, "__wrapped__"):
+            wrapper, found = found, found.__wrapped__
+            # HookRegistry's REPLACE keeps __wrapped__, but never calls what is under it.
+            if isinstance(wrapper, FunctionType) and not _closes_over(wrapper, found):
+                raise patch.error(f"another plugin replaced {qualname}", _OTHER)
+        elif isinstance(found, FunctionType):
+            return found
+        else:
+            raise patch.error(f"{qualname} is a {type(found).__name__}, not a function", _OTHER)
+
+
+def _closes_over(wrapper: FunctionType, function: object) -> bool:
+    for cell in wrapper.__closure__ or ():
+        with suppress(ValueError):  # an empty cell
+            if cell.cell_contents is function:
+                return True
+    return False
+
+
+def _runs(function: FunctionType, change: _Change) -> bool:
+    return _bare(function.__code__) == _bare(change.patched)
+
+
+def _bare(code: CodeType) -> CodeType:
+    """The code without where it came from, to be compared only."""
+    constants = tuple(_bare(c) if isinstance(c, CodeType) else c for c in code.co_consts)
+    return code.replace(co_filename="", co_firstlineno=1, co_linetable=b"", co_consts=constants)

@@ -10,6 +10,9 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
 from sglang.srt.utils import kill_process_tree
 
+from sglang_elora.config import EloraConfig
+from sglang_elora.host.install import missing
+
 
 def serve(argv: Sequence[str]) -> None:
     """Run the server until it ends; its child processes end with it.
@@ -18,9 +21,17 @@ def serve(argv: Sequence[str]) -> None:
         argv: SGLang's command line, without our flags.
 
     Raises:
-        SystemExit: The command line is invalid, or a seam is not as pinned.
+        SystemExit: The command line is invalid, a seam is not as pinned, or SGLang was told
+            to leave our plugin out.
     """
     load_plugins()
+    problems = missing(EloraConfig.from_env(os.environ))
+    if problems:
+        raise SystemExit(
+            "sglang_elora: SGLang did not load our plugin, so the flags would have no effect. "
+            "SGLANG_PLUGINS, if set, must name 'elora', and SGLANG_PLATFORM must be unset. "
+            "Run 'sglang-elora doctor'.\n" + "\n".join(f"  - {problem}" for problem in problems)
+        )
     server_args = prepare_server_args(list(argv))
     try:
         run_server(server_args)

@@ -26,6 +26,8 @@ def allocator_for_page_size(size: int, page_size: int, **kwargs: Any) -> TokenTo
 class TorchPagedAllocator(PagedTokenToKVPoolAllocator):
     """The paged allocator with its two Triton kernels replaced by SGLang's torch reference."""
 
+    free_pages: torch.Tensor  # int64, ids of the pages nobody holds
+
     def alloc_extend(
         self,
         prefix_lens: torch.Tensor,  # int64 [batch]

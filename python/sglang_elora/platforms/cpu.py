@@ -27,7 +27,7 @@ class EloraCpuPlatform(CpuDeviceMixin, SRTPlatform):
     device_name = "cpu"
     device_type = "cpu"
 
-    def get_device(self, local_rank: int = 0) -> str:  # type: ignore[override]
+    def get_device(self, local_rank: int = 0) -> str:
         """The device string; SGLang splits it at ':', so a torch.device will not do."""
         return "cpu"
 
@@ -56,17 +56,17 @@ class EloraCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
-    def get_mha_kv_pool_cls(self) -> type:
+    def get_mha_kv_pool_cls(self) -> Any:
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
         return MHATokenToKVPool
 
-    def get_mla_kv_pool_cls(self) -> type:
+    def get_mla_kv_pool_cls(self) -> Any:
         from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
         return MLATokenToKVPool
 
-    def get_paged_allocator_cls(self) -> type:
+    def get_paged_allocator_cls(self) -> Any:
         from sglang_elora.platforms.allocator import allocator_for_page_size
 
         return allocator_for_page_size

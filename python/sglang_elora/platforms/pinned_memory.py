@@ -22,7 +22,7 @@ def use_plain_memory() -> None:
         return
     for name in _FACTORIES:
         setattr(torch, name, _without_pinning(getattr(torch, name)))
-    torch.Tensor.pin_memory = _unpinned  # type: ignore[method-assign,assignment]
+    torch.Tensor.pin_memory = _unpinned
 
     from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS, alloc_with_pin_memory
 

@@ -1,0 +1,48 @@
+# Every target works on a fresh machine: it makes .venv first if that is missing or out of date.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO ?=
+
+.PHONY: help install demo test serve check doctor clean
+
+help:  ## this text
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: $(READY)  ## make .venv with everything in it
+
+demo: $(READY)  ## 16 adapters, 32 chats, one server: watch it work
+	$(BIN)/python -m sglang_elora.demo $(DEMO)
+
+test: $(READY)  ## all tests
+	$(BIN)/python -m pytest
+
+serve: $(READY)  ## the demo's server, left up for you to try
+	$(BIN)/python -m sglang_elora.demo --serve $(DEMO)
+
+check: $(READY)  ## format, lint, types, import rules
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_imports.py
+
+doctor: $(READY)  ## is this machine ready, and what would a start select
+	$(BIN)/sglang-elora doctor
+
+clean:  ## remove what the targets above made
+	rm -rf $(VENV) .demo build
+
+# On a CUDA machine SGLang and its CUDA packages come whole. Elsewhere they do not build, so the
+# locks list what SGLang needs to run on a CPU and pip is told not to look at dependencies.
+$(READY): pyproject.toml requirements/cpu.lock requirements/dev.lock
+	$(PYTHON) -m venv $(VENV)
+	if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then \
+	  $(BIN)/pip install --quiet --editable '.[cuda,dev]'; \
+	else \
+	  $(BIN)/pip install --quiet --no-compile --no-deps \
+	    --requirement requirements/cpu.lock --requirement requirements/dev.lock && \
+	  $(BIN)/pip install --quiet --no-deps --editable .; \
+	fi
+	touch $(READY)

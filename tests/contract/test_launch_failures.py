@@ -1,0 +1,149 @@
+"""A seam that is not as pinned ends the launch, and the text names it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from conftest import RunPython
+from second_plugin import write_plugin
+
+LAUNCH = ("-m", "sglang_elora.launch_server", "--elora", "--model-path", "no-such-model")
+TARGET = "sglang.srt.lora.lora.LoRAAdapter._normalize_weights"
+PATCHED_FILE = "srt/managers/schedule_batch.py"
+
+
+@pytest.fixture
+def sglang_copy(tmp_path: Path) -> Path:
+    """A folder whose ``sglang`` is the installed one, file by file as links."""
+    spec = find_spec("sglang")
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).parent
+    shutil.copytree(source, tmp_path / "sglang", copy_function=os.symlink)
+    return tmp_path
+
+
+def test_missing_hook_target(run_python: RunPython, tmp_path: Path) -> None:
+    write_plugin(
+        tmp_path,
+        "vandal",
+        "from sglang.srt.lora.lora import LoRAAdapter\ndel LoRAAdapter._normalize_weights",
+    )
+    result = run_python(*LAUNCH, path=tmp_path)
+    assert result.returncode != 0
+    assert f"hook target {TARGET} is not there" in result.stderr
+    assert "sglang==0.5.21" in result.stderr
+
+
+def test_changed_signature(run_python: RunPython, tmp_path: Path) -> None:
+    write_plugin(
+        tmp_path,
+        "vandal",
+        "from sglang.srt.lora.lora import LoRAAdapter\n"
+        "LoRAAdapter._normalize_weights = lambda adapter, strict: None",
+    )
+    result = run_python(*LAUNCH, path=tmp_path)
+    assert result.returncode != 0
+    assert f"hook target {TARGET} takes ('adapter', 'strict')" in result.stderr
+
+
+def test_changed_patched_file(run_python: RunPython, sglang_copy: Path) -> None:
+    file = sglang_copy / "sglang" / PATCHED_FILE
+    text = file.read_text()
+    file.unlink()  # the link, not what it points to
+    file.write_text(text + "# one line more\n")
+    result = run_python(*LAUNCH, path=sglang_copy)
+    assert result.returncode != 0
+    assert PATCHED_FILE in result.stderr
+    assert "sha256" in result.stderr
+    assert "sglang==0.5.21" in result.stderr
+
+
+def test_left_out_by_sglang_plugins(run_python: RunPython) -> None:
+    result = run_python(*LAUNCH, SGLANG_PLUGINS="something_else")
+    assert result.returncode != 0
+    assert "SGLANG_PLUGINS" in result.stderr
+
+
+def test_bad_configuration(run_python: RunPython) -> None:
+    result = run_python(*LAUNCH, "--elora-link-gbytes-per-s", "-3")
+    assert result.returncode != 0
+    assert "--elora-link-gbytes-per-s" in result.stderr
+
+
+def test_second_plugin_on_the_same_method_is_survived(
+    run_python: RunPython, tmp_path: Path
+) -> None:
+    """Through SGLang's registry, before or after ours: both hooks run."""
+    write_plugin(
+        tmp_path,
+        "neighbour",
+        f"""
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+def around(original, self):
+    print("neighbour ran")
+    return original(self)
+HookRegistry.register({TARGET!r}, around, HookType.AROUND)
+""",
+    )
+    code = """
+import os
+from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
+ensure_torchvision_importable()
+from sglang.srt.plugins import load_plugins
+load_plugins()
+import torch
+from types import SimpleNamespace
+from sglang.srt.lora.lora import LoRAAdapter
+weights = {
+    "model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 4),
+    "model.layers.0.mlp.up_proj.lora_B.weight": torch.ones(8, 2),
+}
+adapter = SimpleNamespace(
+    layers=[SimpleNamespace(weights=weights)], base_hf_config=None,
+)
+try:
+    LoRAAdapter._normalize_weights(adapter)
+except AttributeError as error:
+    print("original ran:", error)
+print(sorted(name.split(".")[4] for name in weights if "lora_A" in name))
+"""
+    result = run_python("-c", code, path=tmp_path, SGLANG_ELORA="1")
+    assert result.returncode == 0, result.stderr
+    assert "neighbour ran" in result.stdout
+    assert "original ran" in result.stdout
+    assert "['gate_proj', 'up_proj']" in result.stdout
+
+
+@pytest.mark.parametrize("victim", ["hook", "patch"])
+def test_second_plugin_that_replaces_what_we_changed_is_reported(
+    victim: str, run_python: RunPython, tmp_path: Path
+) -> None:
+    """A plugin that assigns over our place after us: the launch ends and says where."""
+    module, owner, name = {
+        "hook": ("sglang.srt.lora.lora", "LoRAAdapter", "_normalize_weights"),
+        "patch": ("sglang.srt.managers.schedule_batch", "Req", "__init__"),
+    }[victim]
+    write_plugin(
+        tmp_path,
+        "vandal",
+        f"""
+from sglang.srt.plugins.hook_registry import HookRegistry
+from {module} import {owner}
+apply = HookRegistry.apply_hooks
+def later():
+    apply()
+    {owner}.{name} = lambda self, *args, **kwargs: None
+HookRegistry.apply_hooks = later
+""",
+    )
+    result = run_python(*LAUNCH, path=tmp_path)
+    assert result.returncode != 0
+    named = {"hook": TARGET, "patch": "schedule_batch.py"}[victim]
+    assert named in result.stderr
+    assert "another plugin" in result.stderr

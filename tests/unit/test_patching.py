@@ -1,0 +1,525 @@
+"""Diffs become new code of functions that are already imported; everything else is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import importlib
+import inspect
+import itertools
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Iterator
+from difflib import unified_diff
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_elora.config import SGLANG_PIN
+from sglang_elora.host.patching import (
+    Patch,
+    PatchError,
+    apply_patch,
+    is_applied,
+    load_patches,
+    patched_source,
+    preflight,
+)
+
+_numbers = itertools.count()
+
+
+class Target:
+    """A module on sys.path, imported before its patch is made."""
+
+    def __init__(self, folder: Path, source: str) -> None:
+        self.source = textwrap.dedent(source)
+        self.name = f"patch_target_{next(_numbers)}"
+        self.path = folder / f"{self.name}.py"
+        self.path.write_text(self.source)
+        importlib.invalidate_caches()
+        self.module: Any = importlib.import_module(self.name)
+
+    def diff(self, after: str) -> str:
+        return _diff(self.path.name, self.source, after)
+
+    def patch(self, old: str, new: str, name: str = "01-test.patch") -> Patch:
+        assert self.source.count(old) == 1, old
+        return self.with_diff(self.diff(self.source.replace(old, new)), name)
+
+    def with_diff(self, diff: str, name: str = "01-test.patch") -> Patch:
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return Patch(name, self.path.name, digest, "a test", "# a header\n" + diff)
+
+
+def _diff(target: str, before: str, after: str) -> str:
+    lines = before.splitlines(keepends=True), after.splitlines(keepends=True)
+    return "".join(unified_diff(*lines, f"a/{target}", f"b/{target}"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    known = set(sys.modules)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in set(sys.modules) - known:
+        if name.startswith("patch_target_"):
+            del sys.modules[name]
+
+
+SHAPES = {
+    "function": ("def f(): return 'old'", "module.f()"),
+    "method": ("class C:\n    def f(self): return 'old'", "module.C().f()"),
+    "nested class": (
+        "class C:\n    class D:\n        def f(self): return 'old'",
+        "module.C.D().f()",
+    ),
+    "static method": (
+        "class C:\n    @staticmethod\n    def f(): return 'old'",
+        "module.C.f()",
+    ),
+    "class method": (
+        "class C:\n    @classmethod\n    def f(cls): return cls.__name__ and 'old'",
+        "module.C.f()",
+    ),
+    "property": (
+        "class C:\n    @property\n    def f(self): return 'old'",
+        "module.C().f",
+    ),
+    "cached": (
+        "import functools\n@functools.lru_cache(1)\ndef f(): return 'old'",
+        "module.f.__wrapped__()",
+    ),
+    "decorated": (
+        "import functools\n"
+        "def twice(g):\n"
+        "    @functools.wraps(g)\n"
+        "    def both(): return g() and g()\n"
+        "    return both\n"
+        "@twice\n"
+        "@twice\n"
+        "def f(): return 'old'",
+        "module.f()",
+    ),
+    "super": (
+        "class B:\n"
+        "    def f(self): return 'value'\n"
+        "class C(B):\n"
+        "    def f(self): return (super().f(), __class__.__name__) and 'old'",
+        "module.C().f()",
+    ),
+    "private name": (
+        "class C:\n    __word = 'old'\n    def f(self): return self.__word and 'old '.strip()",
+        "module.C().f().strip()",
+    ),
+    "nested function": (
+        "def f(word='!'):\n    def inner():\n        return word and 'old'\n    return inner()",
+        "module.f()",
+    ),
+    "generator": ("def f():\n    yield 'old'", "next(module.f())"),
+    "coroutine": ("async def f(): return 'old'", "asyncio.run(module.f())"),
+    "async generator": (
+        "async def f():\n    yield 'old'",
+        "asyncio.run(anext_of(module.f()))",
+    ),
+    "conditional definition": ("if True:\n    def f(): return 'old'", "module.f()"),
+}
+
+
+async def _anext_of(generator: Any) -> Any:
+    try:
+        return await generator.__anext__()
+    finally:
+        await generator.aclose()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_live_function_runs_the_patched_body(shape: str, folder: Path) -> None:
+    source, call = SHAPES[shape]
+    before = f"import asyncio\nSTATE = []\n{source}\nAFTER = 1\n"
+    target = Target(folder, before)
+    word, longer = ("'old '", "'new '") if "'old '" in source else ("'old'", "'new'")
+    patch = target.patch(word, longer)
+
+    def result() -> object:
+        scope = {"module": target.module, "asyncio": asyncio, "anext_of": _anext_of}
+        return eval(call, scope)
+
+    assert result() == "old"
+    assert preflight(patch) == [] and not is_applied(patch)
+    (changed,) = apply_patch(patch)
+    assert changed.startswith(f"{target.name}.") and changed.endswith("f")
+    assert result() == "new"
+    assert is_applied(patch) and preflight(patch) == []
+
+
+def test_identity_survives(folder: Path) -> None:
+    """Other modules hold the class and the function, instances and bound methods exist."""
+    target = Target(folder, "class C:\n    def f(self):\n        return 'old'\n")
+    cls, function, instance = target.module.C, target.module.C.f, target.module.C()
+    bound = instance.f
+    apply_patch(target.patch("'old'", "'new'"))
+    assert target.module.C is cls and cls.f is function
+    assert bound() == instance.f() == "new"
+
+
+def test_a_second_apply_changes_nothing(folder: Path) -> None:
+    target = Target(folder, "def f():\n    return 'old'\n")
+    patch = target.patch("'old'", "'new'")
+    assert apply_patch(patch) == (f"{target.name}.f",)
+    code = target.module.f.__code__
+    assert apply_patch(patch) == ()
+    assert target.module.f.__code__ is code
+
+
+def test_two_patches_of_one_file(folder: Path) -> None:
+    """Each is made against the pinned file. They may not share a function."""
+    target = Target(folder, "def f():\n    return 'f'\n\n\ndef g():\n    return 'g'\n")
+    first = target.patch("'f'", "'F' + 'F'", "01-f.patch")
+    second = target.patch("'g'", "'G'", "02-g.patch")
+    third = target.patch("return 'f'", "return None", "03-f.patch")
+    apply_patch(first)
+    apply_patch(second)
+    assert (target.module.f(), target.module.g()) == ("FF", "G")
+    assert is_applied(first) and is_applied(second)
+    with pytest.raises(PatchError, match="another plugin or patch changed f"):
+        apply_patch(third)
+
+
+def test_the_patched_module_keeps_its_future_flags(folder: Path) -> None:
+    """The target's own ``from __future__`` imports count, not those of patching.py."""
+    target = Target(folder, "def f():\n    def g(x: int): ...\n    return g, 'old'\n")
+    apply_patch(target.patch("'old'", "'new'"))
+    assert target.module.f()[0].__annotations__ == {"x": int}
+
+
+def test_lines_may_shift(folder: Path) -> None:
+    """A function behind the change keeps its code; its tracebacks point at the file on disk."""
+    target = Target(folder, "def f():\n    return 'old'\n\n\ndef g():\n    return 1 / 0\n")
+    code = target.module.g.__code__
+    apply_patch(target.patch("    return 'old'", "    word = 'new'\n    return word"))
+    assert target.module.f() == "new"
+    assert target.module.g.__code__ is code
+
+
+def test_tracebacks_and_getsource_show_the_patched_lines(folder: Path) -> None:
+    target = Target(folder, "def f():\n    return 'old'\n")
+    apply_patch(target.patch("    return 'old'", "    word = 'new'\n    return word / 0"))
+    with pytest.raises(TypeError) as caught:
+        target.module.f()
+    shown = "".join(traceback.format_exception(caught.value))
+    assert (
+        f'{target.path} [sglang_elora 01-test.patch]", line 3, in f\n    return word / 0' in shown
+    )
+    assert "word = 'new'" in inspect.getsource(target.module.f)
+
+
+BODY = """\
+import functools
+
+
+class C:
+    limit = 1
+
+    def f(self, x, y=2):
+        z = 3
+        return x + y + z
+
+    @property
+    def p(self):
+        return 'get'
+
+    @p.setter
+    def p(self, value):
+        self.value = value
+
+
+def outer(a, b):
+    def inner():
+        return a
+    return inner
+
+
+inner = outer(1, 2)
+double = lambda x: 2 * x
+"""
+
+REFUSED = {
+    "module level": ("import functools", "import functools as tools", "more than function bodies"),
+    "class level": ("limit = 1", "limit = 2", "more than function bodies"),
+    "signature": ("(self, x, y=2)", "(self, x, w, y=2)", "more than function bodies"),
+    "default": ("y=2", "y=5", "more than function bodies"),
+    "annotation": ("(self, x,", "(self, x: int,", "more than function bodies"),
+    "decorator": ("    @property\n", "    @functools.cached_property\n", "more than function"),
+    "module lambda": ("2 * x", "3 * x", "more than function bodies"),
+    "new function": ("double =", "def g(): ...\ndouble =", "more than function bodies"),
+    "removed function": (
+        "    def f(self, x, y=2):\n        z = 3\n        return x + y + z\n",
+        "    pass\n",
+        "more than function bodies",
+    ),
+    "made async": ("    def f(", "    async def f(", "more than function bodies"),
+    "made a generator": ("return x + y + z", "yield x", "or a generator"),
+    "twice defined": ("return 'get'", "return 'got'", "C.p is defined more than once"),
+    "new closure": ("z = 3", "z = __class__ and 3", "what C.f closes over"),
+    "comment only": ("z = 3", "z = 3  # three", "changes no function"),
+    "syntax": ("z = 3", "z = = 3", "does not compile"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_code_objects_cannot_change_is_refused(case: str, folder: Path) -> None:
+    old, new, reason = REFUSED[case]
+    target = Target(folder, BODY)
+    code = target.module.C.f.__code__
+    patch = target.patch(old, new)
+    (problem,) = preflight(patch)
+    assert re.search(reason, problem), problem
+    for part in (patch.name, patch.target, f"sglang=={SGLANG_PIN}", "patches/README.md"):
+        assert part in problem
+    with pytest.raises(PatchError, match=reason):
+        apply_patch(patch)
+    assert not is_applied(patch)
+    assert target.module.C.f.__code__ is code
+
+
+def test_an_inner_function_may_close_over_more(folder: Path) -> None:
+    """Only the outermost function's closure exists already; inner ones are made at each call."""
+    target = Target(folder, BODY)
+    apply_patch(target.patch("        return a\n", "        return a, b\n"))
+    assert target.module.outer(1, 2)() == (1, 2)
+    assert target.module.inner() == 1  # made before the patch
+
+
+def test_all_functions_or_none(folder: Path) -> None:
+    target = Target(folder, "def f():\n    return 'old'\n\n\ndef g():\n    return 'old'\n")
+    patch = target.with_diff(target.diff(target.source.replace("'old'", "'new'")))
+    target.module.g = lambda: "theirs"
+    with pytest.raises(PatchError, match="another plugin or patch changed g"):
+        apply_patch(patch)
+    assert target.module.f() == "old"
+
+
+# What another plugin may have done before us.
+
+
+def _replaced_function(module: ModuleType) -> None:
+    module.f = lambda: "theirs"  # type: ignore[attr-defined]
+
+
+def _replaced_code(module: ModuleType) -> None:
+    module.f.__code__ = (lambda: "theirs").__code__
+
+
+def _replace_hook(module: ModuleType) -> None:
+    """As HookRegistry does for REPLACE: __wrapped__ is kept, the original never called."""
+
+    def hook() -> str:
+        return "theirs"
+
+    @functools.wraps(module.f)
+    def wrapper() -> str:
+        return hook()
+
+    module.f = wrapper  # type: ignore[attr-defined]
+
+
+def _callable_object(module: ModuleType) -> None:
+    module.f = len  # type: ignore[attr-defined]
+
+
+def _deleted(module: ModuleType) -> None:
+    del module.f
+
+
+@pytest.mark.parametrize(
+    "meddle", [_replaced_function, _replaced_code, _replace_hook, _callable_object, _deleted]
+)
+@pytest.mark.parametrize("applied_first", [False, True])
+def test_a_function_that_another_plugin_replaced_is_refused(
+    meddle: Any, applied_first: bool, folder: Path
+) -> None:
+    target = Target(folder, "def f():\n    return 'old'\n")
+    patch = target.patch("'old'", "'new'")
+    if applied_first:
+        apply_patch(patch)
+    meddle(target.module)
+    (problem,) = preflight(patch)
+    assert re.search(r"\bf\b.* Remove the plugin", problem), problem
+    assert not is_applied(patch)
+    with pytest.raises(PatchError):
+        apply_patch(patch)
+
+
+def test_a_method_of_a_replaced_class_is_refused(folder: Path) -> None:
+    target = Target(folder, "class C:\n    def f(self):\n        return 'old'\n")
+    patch = target.patch("'old'", "'new'")
+    target.module.C = type("C", (target.module.C,), {})
+    assert "C.f is not there" in preflight(patch)[0]
+
+
+def test_wrapping_hooks_of_others_stay_in_place(folder: Path) -> None:
+    target = Target(folder, "def f():\n    return 'old'\n")
+    original = target.module.f
+
+    @functools.wraps(original)
+    def wrapper() -> str:
+        return f"<{original()}>"
+
+    target.module.f = wrapper
+    patch = target.patch("'old'", "'new'")
+    apply_patch(patch)
+    assert target.module.f is wrapper and wrapper() == "<new>"
+    assert is_applied(patch)
+
+
+# The file and the diff.
+
+
+def test_another_file_is_refused(folder: Path) -> None:
+    target = Target(folder, "def f():\n    return 'old'\n")
+    patch = target.patch("'old'", "'new'")
+    target.path.write_text(target.source + "\n")
+    (problem,) = preflight(patch)
+    assert str(target.path) in problem and patch.sha256 in problem
+    assert problem.endswith(f"Install sglang=={SGLANG_PIN} unmodified.")
+    assert not is_applied(patch)
+
+
+def test_an_absent_module_is_refused() -> None:
+    patch = Patch("01-test.patch", "patch_target_absent/x.py", "0", "a test", "")
+    assert "cannot be imported and read" in preflight(patch)[0]
+
+
+NUMBERED = "".join(f"line {n}\n" for n in range(1, 31))
+
+
+def _edit(*changes: tuple[str, str]) -> Patch:
+    after = NUMBERED
+    for old, new in changes:
+        after = after.replace(old, new)
+    return Patch("01-test.patch", "t.py", "", "", "\n" + _diff("t.py", NUMBERED, after))
+
+
+def test_hunks_apply_in_order() -> None:
+    patch = _edit(("line 3\n", ""), ("line 20\n", "line 20\nnew\n"), ("line 30\n", "end\n"))
+    after = patched_source(patch, NUMBERED).splitlines()
+    assert "line 3" not in after and after[19] == "new" and after[-1] == "end"
+    assert len(after) == 30
+
+
+@pytest.mark.parametrize("number", [17, 18, 19, 20, 21, 22, 23])
+def test_every_context_line_counts(number: int) -> None:
+    source = NUMBERED.replace(f"line {number}\n", f"line {number} \n")
+    with pytest.raises(PatchError, match=f"line {number} of the target is not 'line {number}'"):
+        patched_source(_edit(("line 20\n", "new\n")), source)
+
+
+def test_lines_elsewhere_do_not() -> None:
+    """Their part is the hash."""
+    patch = _edit(("line 20\n", "new\n"))
+    assert "other" in patched_source(patch, NUMBERED.replace("line 2\n", "other\n"))
+
+
+def test_no_offset() -> None:
+    with pytest.raises(PatchError, match="line 17 of the target is not 'line 17'"):
+        patched_source(_edit(("line 20\n", "new\n")), "one more\n" + NUMBERED)
+
+
+def test_a_target_that_ends_early() -> None:
+    with pytest.raises(PatchError, match="line 3 of the target"):
+        patched_source(_edit(("line 1\n", "new\n")), "line 1\nline 2")
+
+
+def _swap_hunks(diff: str) -> str:
+    head, first, second = re.split(r"^(?=@@ )", diff, flags=re.MULTILINE)
+    return head + second + first
+
+
+MALFORMED = {
+    "other path": (lambda d: d.replace("a/t.py", "a/u.py"), "no hunks behind"),
+    "no hunk": (lambda d: d.partition("@@")[0], "no hunks behind"),
+    "count": (lambda d: d.replace("-2,7", "-2,8"), "other line counts"),
+    "cut short": (lambda d: d.rpartition(" line 23")[0], "other line counts"),
+    "new line number": (lambda d: d.replace("+17,", "+18,"), "out of place"),
+    "order": (_swap_hunks, "out of place"),
+    "line zero": (lambda d: d.replace("@@ -2,7 +2,7", "@@ -0,7 +0,7"), "out of place"),
+    "stray line": (lambda d: d.replace(" line 4\n", "line 4\n"), "not of a unified diff"),
+    "no newline": (lambda d: d + "\\ No newline at end of file\n", "not of a unified diff"),
+    "header": (lambda d: d.replace("@@ -2,7 ", "@@ 2 "), "not of a unified diff"),
+    "second file": (lambda d: d + "--- a/u.py\n+++ b/u.py\n", "other line counts"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_diffs_are_refused(case: str) -> None:
+    change, reason = MALFORMED[case]
+    good = _edit(("line 5\n", "five\n"), ("line 20\n", "twenty\n"))
+    assert change(good.diff) != good.diff
+    bad = Patch(good.name, good.target, "", "", change(good.diff))
+    with pytest.raises(PatchError, match=reason):
+        patched_source(bad, NUMBERED)
+
+
+def test_no_context_at_all_is_refused() -> None:
+    diff = "\n--- a/t.py\n+++ b/t.py\n@@ -3,0 +4,1 @@\n+new\n"
+    with pytest.raises(PatchError, match="no context"):
+        patched_source(Patch("01-test.patch", "t.py", "", "", diff), NUMBERED)
+
+
+def test_an_editor_may_have_stripped_blank_context_lines() -> None:
+    before, after = "a\n\nb\n", "a\n\nc\n"
+    diff = _diff("t.py", before, after).replace("\n \n", "\n\n")
+    assert patched_source(Patch("01.patch", "t.py", "", "", "\n" + diff), before) == after
+
+
+_texts = st.lists(
+    st.sampled_from(["a", "b", " ", "", "@@ -1 +1 @@", "-- a/t.py", "++"]), min_size=1
+)
+
+
+@given(_texts, _texts)
+def test_every_diff_leads_from_one_text_to_the_other(old: list[str], new: list[str]) -> None:
+    before, after = ("".join(f"{line}\n" for line in lines) for lines in (old, new))
+    if before != after:
+        patch = Patch("01.patch", "t.py", "", "", "\n" + _diff("t.py", before, after))
+        assert patched_source(patch, before) == after
+
+
+# The folder.
+
+HEADER = "# target: a/b.py\n# sha256: 12ab\n# why: Because.\n"
+
+
+def test_load_patches_in_order_of_names(tmp_path: Path) -> None:
+    for name in ("02-b.patch", "01-a.patch", "README.md", "__init__.py"):
+        (tmp_path / name).write_text(f"{HEADER}--- a/a/b.py\n+++ b/a/b.py\n")
+    patches = load_patches(tmp_path)
+    assert [patch.name for patch in patches] == ["01-a.patch", "02-b.patch"]
+    (first, _) = patches
+    assert (first.target, first.sha256, first.why) == ("a/b.py", "12ab", "Because.")
+    assert first.module == "a.b"
+
+
+@pytest.mark.parametrize("field", ["target", "sha256", "why"])
+def test_a_missing_header_line_is_named(field: str, tmp_path: Path) -> None:
+    header = "".join(line for line in HEADER.splitlines(True) if field not in line)
+    (tmp_path / "01-a.patch").write_text(f"{header}--- a/a/b.py\n+++ b/a/b.py\n# {field}: late\n")
+    with pytest.raises(PatchError, match=rf"01-a\.patch .*'{field}'"):
+        load_patches(tmp_path)
+
+
+def test_an_empty_folder_is_an_installation_without_its_data(tmp_path: Path) -> None:
+    with pytest.raises(PatchError, match="install sglang_elora again"):
+        load_patches(tmp_path)
+
+
+def test_a_package_is_a_target_by_its_init_file() -> None:
+    assert Patch("01.patch", "a/b/__init__.py", "", "", "").module == "a.b"
