@@ -198,3 +198,12 @@ def test_request_for_an_unknown_adapter(
         assert "nobody" in response.text
 
     run(elora_server.url, work)
+
+
+def test_request_by_internal_id(elora_server: ServerProcess, adapters: dict[str, Path]) -> None:
+    async def work(client: Client) -> None:
+        response = await client.post("/generate", {"text": "Hello", "lora_id": "0" * 32})
+        assert response.status_code == 400
+        assert "lora_path" in response.text
+
+    run(elora_server.url, work)

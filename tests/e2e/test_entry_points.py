@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,9 +26,9 @@ def test_sglang_serve_configured_by_environment(
         *server_flags(checkpoint),
         *("--max-lora-rank", "64", "--lora-target-modules", "all"),
     ]
-    with ServerProcess(
-        flags, log_path=logs / "serve.log", module="sglang.cli.main", env={"SGLANG_ELORA": "1"}
-    ) as server:
+    server = ServerProcess(flags, log_path=logs / "serve.log", env={"SGLANG_ELORA": "1"})
+    server.command[:3] = [str(Path(sys.executable).with_name("sglang"))]
+    with server:
 
         async def work(client: Client) -> Answer:
             body = {"lora_name": "late", "lora_path": str(adapters["rslora-r8"])}

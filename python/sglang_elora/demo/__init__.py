@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A demonstration that needs no downloads: a small random model, LoRA adapters, a real server.
 
 ``python -m sglang_elora.demo`` builds a checkpoint and adapters, starts the server, drives

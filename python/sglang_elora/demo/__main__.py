@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """``python -m sglang_elora.demo``: many adapters, many chats, one server, no downloads."""
 
 from __future__ import annotations
@@ -8,16 +7,16 @@ import asyncio
 import os
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sglang_elora.demo.chat import ChatPlan, hold_chats
 from sglang_elora.demo.examples import example_lines
 from sglang_elora.demo.loads import adapter_loads, adapter_loads_in_log
 from sglang_elora.demo.server import SMALL_MODEL_ENV, ServerProcess, ServerStartError
-from sglang_elora.demo.signals import signals_ignored, sigterm_raises_system_exit
+from sglang_elora.demo.signals import signals_ignored, sigterm_acts_as_ctrl_c
 from sglang_elora.demo.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -32,12 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 if every turn was answered and no process of the server is left, 1 otherwise, 130 after
-        Ctrl-C (in ``--serve``, where Ctrl-C is the way out, 0).
+        Ctrl-C or SIGTERM (in ``--serve``, where Ctrl-C is the way out, 0).
     """
-    options, server_flags = _parse(sys.argv[1:] if argv is None else argv)
+    options, server_flags = parse_arguments(sys.argv[1:] if argv is None else argv)
     terminal = Terminal()
     try:
-        with sigterm_raises_system_exit():
+        with sigterm_acts_as_ctrl_c():
             return _run(terminal, options, server_flags)
     except KeyboardInterrupt:
         terminal.say("\ninterrupted", style="yellow")
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our options, and the server flags that follow ``--``."""
     argv = list(argv)
     at = argv.index("--") if "--" in argv else len(argv)
@@ -88,11 +87,13 @@ def _run(terminal: Terminal, options: argparse.Namespace, server_flags: Sequence
     terminal.banner("ELORA demo", _introduction(options))
     with terminal.step("libraries") as step:
         # Here and not at the top: they take seconds, in which the user should see something.
+        import openai  # noqa: F401  (for the chats; with the others to be shown as one step)
+
         from sglang_elora.demo.adapters import demo_adapters, make_adapters
         from sglang_elora.demo.checkpoint import make_checkpoint, silence_progress_bars
 
         silence_progress_bars()
-        step.detail = "torch, transformers, peft"
+        step.detail = "torch, transformers"
     with terminal.step("checkpoint") as step:
         checkpoint = make_checkpoint(directory / "checkpoint")
         step.detail = "Llama, 4 layers of width 256, random weights"
@@ -142,6 +143,7 @@ def _chat(
     options: argparse.Namespace,
     directory: Path,
 ) -> int:
+    from sglang_elora.demo.chat import ChatPlan, hold_chats
     from sglang_elora.demo.plot import save_plot
     from sglang_elora.demo.report import adapter_table, turn_table
     from sglang_elora.demo.summary import DemoRun
@@ -153,9 +155,8 @@ def _chat(
         num_turns=options.turns,
     )
     started = time.perf_counter()
-    with terminal.step("chats") as step, terminal.chat_progress(plan.num_requests) as progress:
-        results = asyncio.run(hold_chats(server.url, plan, progress))
-        step.detail = f"{len(results)} of {plan.num_requests} turns"
+    with terminal.chats(plan.num_requests) as show:
+        results = asyncio.run(hold_chats(server.url, plan, show))
     run = DemoRun(
         specs=specs,
         results=results,
@@ -217,9 +218,11 @@ def _introduction(options: argparse.Namespace) -> str:
 
 
 def _shown(command: Sequence[str]) -> str:
-    """The command to print: "python" for this interpreter, paths relative to where we are."""
+    """The command to print and copy: "python" for this interpreter, paths relative to here."""
     here = f"{Path.cwd()}/"
-    return shlex.join(["python", *(argument.replace(here, "") for argument in command[1:])])
+    words = shlex.join(["python", *(argument.replace(here, "") for argument in command[1:])])
+    lines = textwrap.wrap(words, 96, break_long_words=False, break_on_hyphens=False)
+    return " \\\n    ".join(lines)
 
 
 if __name__ == "__main__":

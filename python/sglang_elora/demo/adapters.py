@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Random LoRA adapters of mixed rank and coverage, written with ``peft`` itself."""
 
 from __future__ import annotations
@@ -9,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
-
-import torch
 
 from sglang_elora.demo.build_once import MANIFEST_NAME, build_once
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
@@ -158,6 +155,8 @@ def _randomise(adapted: PeftModel, spec: AdapterSpec) -> None:
     ``lora_A``: [rank, in_features], ``lora_B``: [out_features, rank]. Each tensor has a generator
     of its own, seeded by spec and name.
     """
+    import torch
+
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
             if "lora_" not in name:

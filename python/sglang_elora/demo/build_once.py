@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Build a directory once: atomic, and rebuilt when the parameters it was made from change."""
 
 from __future__ import annotations

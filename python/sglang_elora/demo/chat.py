@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Concurrent multi-turn chats against an OpenAI-compatible server, each with its own adapter."""
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletionMessageParam
 
 from sglang_elora.demo.corpus import paragraph
+from sglang_elora.demo.turns import TurnFailure, TurnRecord, TurnResult
 
 _SYSTEM_SENTENCES = 6
 _USER_SENTENCES = 2
@@ -54,33 +54,6 @@ class ChatPlan:
     def adapter_of(self, session: int) -> str:
         """The adapter that ``session`` talks to all its life."""
         return self.adapters[session % len(self.adapters)]
-
-
-@dataclass(frozen=True, slots=True)
-class TurnRecord:
-    """What one answered turn took; times are seconds since its request was sent."""
-
-    session: int
-    adapter: str
-    turn: int
-    ttft_s: float
-    total_s: float
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class TurnFailure:
-    """A turn that got no answer, which ends its session."""
-
-    session: int
-    adapter: str
-    turn: int
-    error: str
-
-
-TurnResult = TurnRecord | TurnFailure
 
 
 @dataclass(frozen=True, slots=True)

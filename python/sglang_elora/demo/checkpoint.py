@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A small random-weight model in Hugging Face format whose greedy output is worth looking at."""
 
 from __future__ import annotations

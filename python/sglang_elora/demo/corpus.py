@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Seeded template sentences: what the tokenizer is trained on and what the demo's users say."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Requests to paste into another terminal while the demo's server is up."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """How often each adapter was copied onto the device: from the server, or from its log."""
 
 from __future__ import annotations

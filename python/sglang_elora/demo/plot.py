@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A picture of a demo run: latency and reuse, turn by turn."""
 
 from __future__ import annotations
@@ -8,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sglang_elora.demo.chat import TurnRecord
 from sglang_elora.demo.summary import DemoRun, cached_share, share
+from sglang_elora.demo.turns import TurnRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +35,7 @@ def save_plot(run: DemoRun, path: Path) -> None:
     turns = [[r for r in run.records if r.turn == turn] for turn in range(num_turns)]
     num_sessions = len({record.session for record in run.records})
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr]
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     figure.suptitle(
         f"{num_sessions} concurrent chats, {len(run.specs)} LoRA adapters, one base model",
         fontsize=13,

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """All processes that descend from one, including those whose parent is already gone."""
 
 from __future__ import annotations

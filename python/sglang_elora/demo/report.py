@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Tables of a demo run for the terminal."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A server as a subprocess that leaves nothing behind, however its caller ends."""
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from types import TracebackType
 import httpx
 
 from sglang_elora.demo.process_tree import ProcessTree
-from sglang_elora.demo.signals import signals_ignored, sigterm_raises_system_exit
+from sglang_elora.demo.signals import signals_ignored, sigterm_acts_as_ctrl_c
 
 HOST = "127.0.0.1"
 LOG_TAIL_LINES = 40
@@ -38,7 +37,7 @@ class ServerProcess:
     ``python -m <module> <flags> --host 127.0.0.1 --port <port>`` runs in a session of its own, so
     a terminal's Ctrl-C reaches only the caller, who then stops the server in order. Leaving the
     context stops the server's whole process tree, after an exception, KeyboardInterrupt or
-    SIGTERM too (inside the context, SIGTERM raises SystemExit if nobody else handles it).
+    SIGTERM too (inside the context, SIGTERM acts as Ctrl-C unless somebody else handles it).
 
     Args:
         flags: Command line of the server, without host and port.
@@ -94,7 +93,7 @@ class ServerProcess:
         return self._started().poll()
 
     def __enter__(self) -> ServerProcess:
-        self._signals.enter_context(sigterm_raises_system_exit())
+        self._signals.enter_context(sigterm_acts_as_ctrl_c())
         try:
             self.start()
         except BaseException:
@@ -131,11 +130,10 @@ class ServerProcess:
                     start_new_session=True,
                 )
             self._tree = ProcessTree(self._popen.pid)
-            self._wait_until_healthy()
+            self._wait_until_healthy(self._tree)
         except BaseException:
             self.stop()
             raise
-        self._tree.collect()  # so that children are found even if the main process crashes
 
     def stop(self) -> None:
         """End every process of the server. Idempotent; Ctrl-C and SIGTERM wait until it is done.
@@ -167,13 +165,15 @@ class ServerProcess:
             raise RuntimeError("the server was not started: use it as a context manager")
         return self._popen
 
-    def _wait_until_healthy(self) -> None:
+    def _wait_until_healthy(self, tree: ProcessTree) -> None:
         started = time.monotonic()
         while (elapsed_s := time.monotonic() - started) < self._startup_timeout_s:
+            tree.collect()  # so that children are found even if the main process crashes
             if self.returncode is not None:
                 raise self._start_error(f"exited with status {self.returncode}", elapsed_s)
             remaining_s = self._startup_timeout_s - elapsed_s
             if self._is_healthy(timeout_s=min(_HEALTH_TIMEOUT_S, remaining_s)):
+                tree.collect()
                 return
             time.sleep(_POLL_S)
         raise self._start_error("was not healthy", self._startup_timeout_s)

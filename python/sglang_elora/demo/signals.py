@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What SIGINT and SIGTERM do while a server is up, and while it is being stopped."""
 
 from __future__ import annotations
@@ -11,18 +10,22 @@ from types import FrameType
 
 
 @contextmanager
-def sigterm_raises_system_exit() -> Iterator[None]:
-    """Unwind the stack on SIGTERM instead of dying on the spot.
+def sigterm_acts_as_ctrl_c() -> Iterator[None]:
+    """Unwind the stack on SIGTERM as KeyboardInterrupt does, instead of dying on the spot.
 
-    Does nothing outside the main thread (Python sets handlers only there), or if SIGTERM already
-    has a handler.
+    It is handed to whoever handles Ctrl-C at that moment: inside ``asyncio.run`` that cancels the
+    main task, where an exception out of nowhere would leave the other tasks behind. Does nothing
+    outside the main thread (Python sets handlers only there), or if SIGTERM already has a handler.
     """
     if not _in_main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
 
     def leave(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
+        interrupt = signal.getsignal(signal.SIGINT)
+        if not callable(interrupt):  # ignored, as in a job that a shell put in the background
+            raise KeyboardInterrupt
+        interrupt(signum, frame)
 
     signal.signal(signal.SIGTERM, leave)
     try:

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Numbers per turn and per adapter, out of raw turn records."""
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 
 from sglang_elora.demo.adapters import AdapterSpec
-from sglang_elora.demo.chat import TurnFailure, TurnRecord, TurnResult
+from sglang_elora.demo.turns import TurnFailure, TurnRecord, TurnResult
 
 
 @dataclass(frozen=True, slots=True)

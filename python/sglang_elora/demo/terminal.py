@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What the demo shows while it works: live on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
@@ -7,14 +6,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
-from sglang_elora.demo.chat import TurnFailure, TurnRecord, TurnResult
 from sglang_elora.demo.report import milliseconds
 from sglang_elora.demo.summary import share
+from sglang_elora.demo.turns import TurnFailure, TurnRecord, TurnResult
 
 _PLAIN_WIDTH = 110  # without a terminal nobody tells the width, and 80 folds the tables
 _PLAIN_LINES = 8  # progress lines per run where there is no terminal
@@ -54,57 +61,59 @@ class Terminal:
     @contextmanager
     def step(self, title: str) -> Iterator[Step]:
         """Spinner while the body runs, then a check mark (or a cross) and the time it took."""
-        step, started = Step(), time.perf_counter()
-        try:
+        with self._timed(title) as step:
             if self.live:
                 with self.console.status(f"{title} …"):
                     yield step
             else:
                 yield step
-        except BaseException:
-            self._end_step("[red]✗[/]", title, "", started)
-            raise
-        self._end_step("[green]✓[/]", title, step.detail, started)
-
-    def _end_step(self, mark: str, title: str, detail: str, started: float) -> None:
-        took = f"{time.perf_counter() - started:.1f} s"
-        self.console.print(f"{mark} [bold]{title:<11}[/] {detail}  [dim]{took}[/]")
 
     @contextmanager
-    def chat_progress(self, num_turns: int) -> Iterator[Callable[[TurnResult], None]]:
-        """Yields what to call with each result; shows how far it is and how it goes."""
+    def chats(self, num_turns: int) -> Iterator[Callable[[TurnResult], None]]:
+        """A step that yields what to call with each result; shows progress and totals."""
         meter = _Meter(num_turns)
-        if not self.live:
-            yield self._plain_progress(meter)
-            return
-        bar = Progress(
-            TextColumn("  "),
+        with self._timed("chats") as step:
+            if self.live:
+                with self._bar() as bar:
+                    yield partial(_advance, bar, bar.add_task("", total=num_turns), meter)
+            else:
+                yield partial(self._print_progress, meter)
+            step.detail = f"{meter.num_answers} of {num_turns} turns · {meter.numbers()} "
+
+    @contextmanager
+    def _timed(self, title: str) -> Iterator[Step]:
+        step, started = Step(), time.perf_counter()
+        mark = "[red]✗[/]"
+        try:
+            yield step
+            mark = "[green]✓[/]"
+        finally:
+            took = f"{time.perf_counter() - started:.1f} s"
+            self.console.print(f"{mark} [bold]{title:<11}[/] {step.detail}  [dim]{took}[/]")
+
+    def _bar(self) -> Progress:
+        return Progress(
+            TextColumn(" "),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TextColumn("turns"),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.description}"),
             console=self.console,
+            transient=True,
         )
-        with bar:
-            task = bar.add_task("", total=num_turns, numbers="")
 
-            def show(result: TurnResult) -> None:
-                meter.add(result)
-                bar.update(task, advance=1, numbers=meter.numbers())
-
-            yield show
-
-    def _plain_progress(self, meter: _Meter) -> Callable[[TurnResult], None]:
+    def _print_progress(self, meter: _Meter, result: TurnResult) -> None:
+        meter.add(result)
         interval = max(1, meter.num_turns // _PLAIN_LINES)
+        if meter.num_results % interval == 0:
+            count = f"{meter.num_results:>4}/{meter.num_turns} turns"
+            self.console.print(f"  {count}  {meter.elapsed_s:5.1f} s  {meter.numbers()}")
 
-        def show(result: TurnResult) -> None:
-            meter.add(result)
-            if meter.num_results % interval == 0 or meter.num_results == meter.num_turns:
-                count = f"{meter.num_results:>4}/{meter.num_turns} turns"
-                self.console.print(f"  {count}  {meter.elapsed_s:5.1f} s  {meter.numbers()}")
 
-        return show
+def _advance(bar: Progress, task: TaskID, meter: _Meter, result: TurnResult) -> None:
+    meter.add(result)
+    bar.update(task, advance=1, description=meter.numbers())
 
 
 @dataclass(slots=True)
@@ -124,6 +133,10 @@ class _Meter:
     def elapsed_s(self) -> float:
         return time.perf_counter() - self.started
 
+    @property
+    def num_answers(self) -> int:
+        return self.num_results - self.num_failures
+
     def add(self, result: TurnResult) -> None:
         self.num_results += 1
         if isinstance(result, TurnFailure):
@@ -135,10 +148,10 @@ class _Meter:
             self.ttft_sum_s += result.ttft_s
 
     def numbers(self) -> str:
-        answered = self.num_results - self.num_failures
+        mean_ttft = milliseconds(self.ttft_sum_s / self.num_answers) if self.num_answers else "—"
         parts = [
             f"{self.completion_tokens / self.elapsed_s:,.0f} tokens/s",
-            f"mean TTFT {milliseconds(self.ttft_sum_s / answered) if answered else '—'}",
+            f"mean TTFT {mean_ttft}",
             f"cached {share(self.cached_tokens, self.prompt_tokens):.0%}",
         ]
         if self.num_failures:

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A byte-level BPE tokenizer trained on the spot, with a chat template."""
 
 from __future__ import annotations

@@ -10,7 +10,12 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
-from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput, LoadLoRAAdapterReqOutput
+from sglang.srt.managers.io_struct import (
+    EmbeddingReqInput,
+    GenerateReqInput,
+    LoadLoRAAdapterReqInput,
+    LoadLoRAAdapterReqOutput,
+)
 from sglang.srt.runtime_context import get_lora, get_model
 
 from sglang_elora.adapters import AdapterError, BaseShapes, check_adapter
@@ -68,6 +73,19 @@ async def check_before_load(
             f"LoRA adapter '{obj.lora_name}' ({obj.lora_path}): {output.error_message}"
         )
     return output
+
+
+def refuse_adapter_ids(self: TokenizerManager, obj: GenerateReqInput | EmbeddingReqInput) -> None:
+    """Before ``_validate_and_resolve_lora``: adapters are asked for by name.
+
+    ``lora_id`` is SGLang's internal id of a loaded adapter. Sent by a client it would bypass the
+    registry, so that the adapter could be unloaded under the running request.
+
+    Raises:
+        ValueError: The request carries one (SGLang answers HTTP 400).
+    """
+    if obj.lora_id is not None:
+        raise ValueError("lora_id is internal to SGLang: name the adapter with lora_path")
 
 
 def _check(name: str, path: str, model: Any, lora: Any) -> None:

@@ -60,6 +60,14 @@ HOOKS: tuple[Hook, ...] = (
         "the first forward pass, where it is fatal.",
     ),
     Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_and_resolve_lora",
+        ("self", "obj"),
+        HookType.BEFORE,
+        adapter_loading.refuse_adapter_ids,
+        When.ELORA,
+        "Request validation has no registry.",
+    ),
+    Hook(
         "sglang.srt.lora.lora.LoRAAdapter.__init__",
         ("self", "uid", "config"),
         HookType.AFTER,

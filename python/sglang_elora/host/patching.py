@@ -251,7 +251,7 @@ def _live_function(patch: Patch, module: ModuleType, qualname: str) -> FunctionT
         for name in qualname.split("."):
             found = vars(found)[name]
     except (KeyError, TypeError):
-        raise patch.error(f"{qualname} is not there; its class was replaced", _OTHER) from None
+        raise patch.error(f"{qualname} is not there under that name", _OTHER) from None
     while True:
         if isinstance(found, (staticmethod, classmethod)):
             found = found.__func__

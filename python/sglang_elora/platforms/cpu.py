@@ -33,9 +33,10 @@ class EloraCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def init_backend(self) -> None:
         """Called once in each worker, when SGLang's model runner is imported."""
-        from sglang_elora.platforms.pinned_memory import use_plain_memory
+        from sglang_elora.platforms.host_memory import use_plain_host_tier, use_plain_memory
 
         use_plain_memory()
+        use_plain_host_tier()
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Defaults of the CPU: backends that need no GPU, no CUDA graphs."""
@@ -49,6 +50,7 @@ class EloraCpuPlatform(CpuDeviceMixin, SRTPlatform):
                 server_args.lora_backend,
             )
             server_args.lora_backend = "torch_native"
+        server_args.sleep_on_idle = True  # an idle scheduler would take a core from the others
         if server_args.enable_hierarchical_cache:
             server_args.hicache_io_backend = "direct"
             server_args.hicache_mem_layout = "layer_first"

@@ -1,0 +1,163 @@
+"""The server process: whatever happens, nothing of it is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from sglang_elora.demo.server import ServerProcess, ServerStartError
+
+FAKE_SERVER = """
+import os, signal, subprocess, sys, time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+child = subprocess.Popen([sys.executable, "-c", STUBBORN])
+daemon = subprocess.Popen([sys.executable, "-c", STUBBORN], start_new_session=True)
+with open(os.environ["FAKE_PIDS"], "w") as file:
+    print(os.getpid(), child.pid, daemon.pid, file=file)
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        if self.path == "/crash":
+            os._exit(1)
+
+port = int(sys.argv[sys.argv.index("--port") + 1])
+if "--never-healthy" in sys.argv:
+    time.sleep(600)
+if "--fail" in sys.argv:
+    time.sleep(0.5)  # long enough to be seen with all children
+    print("\\n".join(f"line {i}" for i in range(100)))
+    sys.exit(3)
+HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+from sglang_elora.demo.server import ServerProcess
+with ServerProcess([], module="fake_server", log_path=Path(sys.argv[1]), stop_timeout_s=1.0):
+    print("up", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where ``fake_server`` can be imported from and leaves its process ids."""
+    (tmp_path / "fake_server.py").write_text(FAKE_SERVER)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("FAKE_PIDS", str(tmp_path / "pids"))
+    return tmp_path
+
+
+def fake_server(folder: Path, flags: Sequence[str] = (), timeout_s: float = 30) -> ServerProcess:
+    return ServerProcess(
+        flags,
+        module="fake_server",
+        log_path=folder / "logs" / "server.log",
+        startup_timeout_s=timeout_s,
+        stop_timeout_s=1.0,
+    )
+
+
+def running(folder: Path) -> list[int]:
+    """Which of the fake server's processes run."""
+    pids = [int(pid) for pid in (folder / "pids").read_text().split()]
+    assert len(pids) == 3
+    return [pid for pid in pids if psutil.pid_exists(pid) and is_running(pid)]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_serves_and_ends(folder: Path) -> None:
+    with fake_server(folder) as server:
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert server.url == f"http://127.0.0.1:{server.port}"
+        assert server.returncode is None
+        assert len(running(folder)) == 3
+        assert server.pid in running(folder)
+        assert set(running(folder)) <= set(server.alive())
+    assert running(folder) == []
+    assert server.alive() == []
+
+
+@pytest.mark.parametrize("error", [KeyError("body"), KeyboardInterrupt(), SystemExit(1)])
+def test_ends_when_the_body_raises(folder: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), fake_server(folder):
+        raise error
+    assert running(folder) == []
+
+
+def test_ends_children_of_a_crashed_server(folder: Path) -> None:
+    with fake_server(folder) as server:
+        httpx.get(f"{server.url}/crash")
+        while server.returncode is None:
+            time.sleep(0.01)
+        assert len(running(folder)) == 2
+    assert running(folder) == []
+    assert server.returncode == 1
+
+
+def test_early_exit_shows_the_log(folder: Path) -> None:
+    with pytest.raises(ServerStartError) as caught, fake_server(folder, ["--fail"]):
+        pass
+    text = str(caught.value)
+    assert "exited with status 3" in text
+    assert "fake_server --fail --host 127.0.0.1 --port" in text
+    assert [f"line {i}" for i in range(60, 100)] == text.splitlines()[-40:]
+    assert "line 59" not in text
+    assert running(folder) == []
+
+
+def test_start_up_timeout(folder: Path) -> None:
+    with (
+        pytest.raises(ServerStartError, match="was not healthy after 2 s"),
+        fake_server(folder, ["--never-healthy"], timeout_s=2),
+    ):
+        pass
+    assert running(folder) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ends_when_its_owner_is_told_to(folder: Path, number: signal.Signals) -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(folder / "server.log")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    with owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"up\n"
+        assert len(running(folder)) == 3
+        owner.send_signal(number)
+        owner.send_signal(number)  # an impatient user must not stop the cleaning-up
+        assert owner.wait(timeout=30) != 0
+    assert running(folder) == []
+
+
+def test_stop_twice_and_before_start(folder: Path) -> None:
+    server = fake_server(folder)
+    server.stop()
+    with pytest.raises(RuntimeError, match="not started"):
+        _ = server.pid
+    with server:
+        server.stop()
+        assert running(folder) == []

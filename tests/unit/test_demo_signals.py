@@ -1,0 +1,71 @@
+"""SIGTERM unwinds whatever runs, as Ctrl-C does; and clean-up is left alone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+
+from sglang_elora.demo.signals import signals_ignored, sigterm_acts_as_ctrl_c
+
+
+def send_to_self(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0.2)
+
+
+def test_sigterm_interrupts() -> None:
+    with sigterm_acts_as_ctrl_c(), pytest.raises(KeyboardInterrupt):
+        send_to_self(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_sigterm_interrupts_where_ctrl_c_is_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with sigterm_acts_as_ctrl_c(), pytest.raises(KeyboardInterrupt):
+            send_to_self(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_sigterm_cancels_tasks() -> None:
+    """As an exception out of a callback it would leave them pending, which asyncio complains of."""
+    ended: list[int] = []
+
+    async def wait(number: int) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(number)
+
+    async def both() -> None:
+        asyncio.get_running_loop().call_later(0.1, send_to_self, signal.SIGTERM)
+        await asyncio.gather(wait(1), wait(2))
+
+    with sigterm_acts_as_ctrl_c(), pytest.raises(KeyboardInterrupt):
+        asyncio.run(both())
+    assert sorted(ended) == [1, 2]
+
+
+def test_somebody_elses_handler_stays() -> None:
+    calls: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: calls.append(number))
+    try:
+        with sigterm_acts_as_ctrl_c():
+            send_to_self(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert calls == [signal.SIGTERM]
+
+
+def test_clean_up_is_not_interrupted() -> None:
+    with sigterm_acts_as_ctrl_c():
+        with signals_ignored():
+            send_to_self(signal.SIGTERM)
+            send_to_self(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            send_to_self(signal.SIGTERM)
