@@ -10,8 +10,8 @@ import pytest
 # Small matrices, and several processes on few cores: more threads only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from sglang_elora.demo.checkpoint import make_checkpoint  # noqa: E402
-from sglang_elora.platforms.torchvision_shim import (  # noqa: E402
+from sglang_elora.demo.checkpoint import make_checkpoint
+from sglang_elora.platforms.torchvision_shim import (
     ensure_torchvision_importable,
 )
 

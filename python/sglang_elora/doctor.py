@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from sglang_elora.config import SGLANG_PIN, EloraConfig
+from sglang_elora.plugin import left_out
 
 _GROUPS = {"sglang.srt.plugins": "elora", "sglang.srt.platforms": "elora_cpu"}
 
@@ -87,19 +88,9 @@ def _entry_points() -> Iterator[Finding]:
         yield Finding(
             group, f"{ours!r} is registered" + (f", beside {', '.join(others)}" if others else "")
         )
-    allowed = os.environ.get("SGLANG_PLUGINS", "")
-    if allowed and "elora" not in {name.strip() for name in allowed.split(",")}:
-        yield Finding(
-            "SGLANG_PLUGINS", f"{allowed!r} leaves us out", "Add 'elora' to it.", fatal=True
-        )
-    selected = os.environ.get("SGLANG_PLATFORM", "")
-    if selected and selected != _GROUPS["sglang.srt.platforms"]:
-        yield Finding(
-            "SGLANG_PLATFORM",
-            f"{selected!r} makes SGLang skip every package that offers another platform, ours too",
-            "Unset it; SGLang finds the platform by itself.",
-            fatal=True,
-        )
+    reason = left_out(os.environ)
+    if reason is not None:
+        yield Finding("environment", reason, "Change the variable as it says.", fatal=True)
 
 
 def _platform(config: EloraConfig) -> Iterator[Finding]:

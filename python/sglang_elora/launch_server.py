@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from sglang_elora.config import EloraConfig
+from sglang_elora.plugin import left_out
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[EloraConfig, list[str]]:
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         config, rest = split_arguments(sys.argv[1:] if argv is None else argv)
     except ValueError as error:
         raise SystemExit(f"sglang_elora: {error}") from error
+    if config.selects_anything and (reason := left_out(os.environ)) is not None:
+        raise SystemExit(f"sglang_elora: {reason}")
     config.to_env(os.environ)
 
     from sglang_elora.host.server import serve

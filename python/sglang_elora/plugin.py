@@ -10,6 +10,21 @@ This module imports nothing heavy: SGLang would swallow an import error too.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+
+
+def left_out(environ: Mapping[str, str]) -> str | None:
+    """Which variable makes SGLang skip this package's plugins, and how; None if none does."""
+    allowed = environ.get("SGLANG_PLUGINS", "")
+    if allowed and not {"elora", "elora_cpu"} <= {name.strip() for name in allowed.split(",")}:
+        return f"SGLANG_PLUGINS={allowed!r} leaves out 'elora' or 'elora_cpu': add both"
+    platform = environ.get("SGLANG_PLATFORM", "")
+    if platform not in ("", "elora_cpu"):
+        return (
+            f"SGLANG_PLATFORM={platform!r} makes SGLang skip every other package that offers a "
+            "platform, this one too: unset it, SGLang finds the platform by itself"
+        )
+    return None
 
 
 def load() -> None:

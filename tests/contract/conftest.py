@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
+from run_python import RunPython
 
 
 @pytest.fixture
-def run_python() -> RunPython:
-    """``run_python(*arguments, path=folder, **environment)``: the finished process."""
+def run_python(tmp_path_factory: pytest.TempPathFactory) -> RunPython:
+    """``run_python(*arguments, path=folder, **environment)``: the finished process.
+
+    It runs in an empty folder: in a checkout, Python would find the package's metadata there
+    first, and the order in which plugins load would be another one than in an installation.
+    """
+    folder = tmp_path_factory.mktemp("cwd")
 
     def run(
         *arguments: str, path: Path | None = None, **environment: str
@@ -24,7 +28,12 @@ def run_python() -> RunPython:
         if path is not None:
             env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(path), env.get("PYTHONPATH"))))
         return subprocess.run(
-            [sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=300
+            [sys.executable, *arguments],
+            cwd=folder,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
 
     return run

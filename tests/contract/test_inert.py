@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conftest import RunPython
+from run_python import RunPython
 
 UNTOUCHED = """
 import pkgutil

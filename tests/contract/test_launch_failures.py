@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import RunPython
+from run_python import RunPython
 from second_plugin import write_plugin
 
 LAUNCH = ("-m", "sglang_elora.launch_server", "--elora", "--model-path", "no-such-model")

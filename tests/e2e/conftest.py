@@ -5,26 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from adapters import SPECS
-from client import MODEL
 from reference import Reference
+from server_flags import server_flags
 from sglang_elora.demo.adapters import make_adapters
-from sglang_elora.demo.server import ServerProcess
+from sglang_elora.demo.server import ServerProcess, python_module
 
 
-def server_flags(checkpoint: Path, adapters: dict[str, Path] | None = None) -> list[str]:
-    """Flags common to the servers of these tests."""
-    flags = [
-        *("--model-path", str(checkpoint), "--served-model-name", MODEL, "--dtype", "float32"),
-        *("--max-total-tokens", "12000", "--max-running-requests", "32"),
-        *("--enable-lora", "--enable-cache-report", "--decode-log-interval", "1"),
-    ]
-    if adapters is not None:
-        flags += ["--max-loras-per-batch", "16", "--lora-paths"]
-        flags += [f"{name}={path}" for name, path in adapters.items()]
-    return flags
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """Behind all other fixtures: no process that this run started is still there."""
+    yield
+    left = psutil.Process().children(recursive=True)
+    assert not left, [process.cmdline() for process in left]
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +69,6 @@ def stock_server(
     with ServerProcess(
         server_flags(checkpoint, stock),
         log_path=logs / "stock.log",
-        module="sglang.launch_server",
+        program=python_module("sglang.launch_server"),
     ) as server:
         yield server

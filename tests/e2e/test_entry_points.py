@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from client import Answer, Client, run
-from conftest import server_flags
 from reference import Reference
+from server_flags import server_flags
 from sglang_elora.demo.server import ServerProcess
 
 
@@ -22,13 +22,13 @@ def test_sglang_serve_configured_by_environment(
 ) -> None:
     """No adapter at start; one is loaded while the server runs, with ELORA's semantics."""
     flags = [
-        "serve",
         *server_flags(checkpoint),
         *("--max-lora-rank", "64", "--lora-target-modules", "all"),
     ]
-    server = ServerProcess(flags, log_path=logs / "serve.log", env={"SGLANG_ELORA": "1"})
-    server.command[:3] = [str(Path(sys.executable).with_name("sglang"))]
-    with server:
+    program = (str(Path(sys.executable).with_name("sglang")), "serve")
+    with ServerProcess(
+        flags, log_path=logs / "serve.log", program=program, env={"SGLANG_ELORA": "1"}
+    ) as server:
 
         async def work(client: Client) -> Answer:
             body = {"lora_name": "late", "lora_path": str(adapters["rslora-r8"])}

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from sglang_elora.demo.server import ServerProcess, ServerStartError
+from sglang_elora.demo.server import ServerProcess, ServerStartError, python_module
 
 FAKE_SERVER = """
 import os, signal, subprocess, sys, time
@@ -46,8 +46,9 @@ HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 DRIVER = """
 import sys, time
 from pathlib import Path
-from sglang_elora.demo.server import ServerProcess
-with ServerProcess([], module="fake_server", log_path=Path(sys.argv[1]), stop_timeout_s=1.0):
+from sglang_elora.demo.server import ServerProcess, python_module
+program = python_module("fake_server")
+with ServerProcess([], program=program, log_path=Path(sys.argv[1]), stop_timeout_s=1.0):
     print("up", flush=True)
     time.sleep(600)
 """
@@ -66,7 +67,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def fake_server(folder: Path, flags: Sequence[str] = (), timeout_s: float = 30) -> ServerProcess:
     return ServerProcess(
         flags,
-        module="fake_server",
+        program=python_module("fake_server"),
         log_path=folder / "logs" / "server.log",
         startup_timeout_s=timeout_s,
         stop_timeout_s=1.0,

@@ -27,6 +27,14 @@ _POLL_S = 0.1
 _HEALTH_TIMEOUT_S = 25.0  # above the 20 s in which SGLang's own /health gives up
 
 
+def python_module(name: str) -> tuple[str, ...]:
+    """The command ``python -m name``, with this interpreter."""
+    return (sys.executable, "-m", name)
+
+
+ELORA_SERVER = python_module("sglang_elora.launch_server")
+
+
 class ServerStartError(RuntimeError):
     """The server exited or stayed silent during start-up; the text ends with its last log lines."""
 
@@ -34,7 +42,7 @@ class ServerStartError(RuntimeError):
 class ServerProcess:
     """Context manager: a healthy server inside, no process of it outside.
 
-    ``python -m <module> <flags> --host 127.0.0.1 --port <port>`` runs in a session of its own, so
+    ``<program> <flags> --host 127.0.0.1 --port <port>`` runs in a session of its own, so
     a terminal's Ctrl-C reaches only the caller, who then stops the server in order. Leaving the
     context stops the server's whole process tree, after an exception, KeyboardInterrupt or
     SIGTERM too (inside the context, SIGTERM acts as Ctrl-C unless somebody else handles it).
@@ -43,7 +51,7 @@ class ServerProcess:
         flags: Command line of the server, without host and port.
         log_path: File that receives stdout and stderr; overwritten.
         env: Variables added to this process's environment.
-        module: What to run; it must answer ``GET /health`` with 200 once it can serve.
+        program: What to run; it must answer ``GET /health`` with 200 once it can serve.
         startup_timeout_s: Seconds to wait for that answer.
         stop_timeout_s: Seconds between SIGTERM and SIGKILL; SGLang itself looks for a SIGTERM
             every 5 s.
@@ -56,16 +64,14 @@ class ServerProcess:
         *,
         log_path: Path,
         env: Mapping[str, str] | None = None,
-        module: str = "sglang_elora.launch_server",
+        program: Sequence[str] = ELORA_SERVER,
         startup_timeout_s: float = 180.0,
         stop_timeout_s: float = 8.0,
         port: int | None = None,
     ) -> None:
         self.port = free_port() if port is None else port
         self.log_path = log_path
-        self.command = [
-            sys.executable, "-m", module, *flags, "--host", HOST, "--port", str(self.port),
-        ]  # fmt: skip
+        self.command = [*program, *flags, "--host", HOST, "--port", str(self.port)]
         self._env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
         self._startup_timeout_s = startup_timeout_s
         self._stop_timeout_s = stop_timeout_s

@@ -118,11 +118,17 @@ def _verify_once_applied(hooks: tuple[Hook, ...], patches: tuple[Patch, ...]) ->
 
 
 def _not_in_effect(hooks: tuple[Hook, ...], patches: tuple[Patch, ...]) -> list[str]:
-    problems = [
-        f"hook target {hook.target} runs without our hook (another plugin replaced it?)"
-        for hook in hooks
-        if not any(f is hook.body for f in _functions_around(pkgutil.resolve_name(hook.target)))
-    ]
+    problems = []
+    for hook in hooks:
+        try:
+            target = pkgutil.resolve_name(hook.target)
+        except AttributeError as error:
+            problems.append(f"hook target {hook.target} is not there: {error}")
+            continue
+        if not any(function is hook.body for function in _functions_around(target)):
+            problems.append(
+                f"hook target {hook.target} runs without our hook (another plugin replaced it?)"
+            )
     problems += [
         f"patch {patch.name} of {patch.target} is not in effect (another plugin replaced it?)"
         for patch in patches

@@ -21,16 +21,15 @@ def serve(argv: Sequence[str]) -> None:
         argv: SGLang's command line, without our flags.
 
     Raises:
-        SystemExit: The command line is invalid, a seam is not as pinned, or SGLang was told
-            to leave our plugin out.
+        SystemExit: The command line is invalid, a seam is not as pinned, or SGLang did not
+            load our plugin.
     """
     load_plugins()
     problems = missing(EloraConfig.from_env(os.environ))
     if problems:
         raise SystemExit(
-            "sglang_elora: SGLang did not load our plugin, so the flags would have no effect. "
-            "SGLANG_PLUGINS, if set, must name 'elora', and SGLANG_PLATFORM must be unset. "
-            "Run 'sglang-elora doctor'.\n" + "\n".join(f"  - {problem}" for problem in problems)
+            "sglang_elora: SGLang did not load our plugin, so the flags would have no effect; "
+            "'sglang-elora doctor' may say why.\n" + "\n".join(f"  - {p}" for p in problems)
         )
     server_args = prepare_server_args(list(argv))
     try:

@@ -1,0 +1,73 @@
+"""A wheel built from the repository works where there is no checkout."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from run_python import RunPython
+
+ROOT = Path(__file__).parents[2]
+IN_USE = """
+import importlib, pathlib, sys
+from importlib.metadata import entry_points
+from importlib.resources import files
+import sglang_elora, sglang_elora.kernels
+assert str(pathlib.Path(sglang_elora.__file__)).startswith(sys.argv[1]), sglang_elora.__file__
+assert {p.name for p in entry_points(group="sglang.srt.plugins")} == {"elora"}
+assert {p.name for p in entry_points(group="sglang.srt.platforms")} == {"elora_cpu"}
+from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
+ensure_torchvision_importable()
+from sglang_elora.host.install import preflight
+from sglang_elora.config import EloraConfig
+assert preflight(EloraConfig(enabled=True)) == []
+names = {entry.name for entry in files("sglang_elora.patches").iterdir()}
+assert {"README.md", "01-cache-namespace.patch"} <= names, names
+print("in use")
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    shutil.copytree(
+        ROOT,
+        source,
+        ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "tests"),
+    )
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, source],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_contents(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    packaged = {
+        str(path.relative_to(ROOT / "python"))
+        for path in (ROOT / "python" / "sglang_elora").rglob("*.py")
+    }
+    assert packaged <= names
+    assert {"sglang_elora/py.typed", "sglang_elora/kernels/__init__.py"} <= names
+    assert {f"sglang_elora/patches/{p.name}" for p in (ROOT / "patches").iterdir()
+            if p.suffix in (".patch", ".md", ".py")} <= names  # fmt: skip
+    assert all(name.split("/")[0].startswith("sglang_elora") for name in names)
+
+
+def test_works_outside_the_checkout(wheel: Path, run_python: RunPython, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(target)
+    result = run_python("-c", IN_USE, str(target), path=target)
+    assert result.returncode == 0, result.stderr
+    assert "in use" in result.stdout
