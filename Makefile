@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 DEMO ?=
 
 .PHONY: help install demo test serve check doctor clean
@@ -35,7 +36,9 @@ clean:  ## remove what the targets above made
 	rm -rf $(VENV) .demo build
 
 # On a CUDA machine SGLang and its CUDA packages come whole. Elsewhere they do not build, so the
-# locks list what SGLang needs to run on a CPU and pip is told not to look at dependencies.
+# locks list what SGLang needs to run on a CPU and pip is told not to look at dependencies. Where that
+# brings a torch built for CUDA, which does not import without CUDA's libraries, the CPU build from
+# PyTorch's own index takes its place.
 $(READY): pyproject.toml requirements/cpu.lock requirements/dev.lock
 	$(PYTHON) -m venv $(VENV)
 	if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then \
@@ -43,6 +46,8 @@ $(READY): pyproject.toml requirements/cpu.lock requirements/dev.lock
 	else \
 	  $(BIN)/pip install --quiet --no-compile --no-deps \
 	    --requirement requirements/cpu.lock --requirement requirements/dev.lock && \
+	  { $(BIN)/python -c 'import torch' || $(BIN)/pip install --quiet --no-deps --force-reinstall \
+	      --index-url $(TORCH_CPU_INDEX) $$(grep '^torch==' requirements/cpu.lock); } && \
 	  $(BIN)/pip install --quiet --no-deps --editable .; \
 	fi
 	touch $(READY)

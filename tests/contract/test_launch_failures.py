@@ -76,6 +76,27 @@ def test_bad_configuration(run_python: RunPython) -> None:
     assert "--elora-link-gbytes-per-s" in result.stderr
 
 
+def test_bad_adapter_at_start_when_told_to_exit(run_python: RunPython, checkpoint: Path) -> None:
+    result = run_python(
+        *("-m", "sglang_elora.launch_server", "--elora", "--elora-bad-adapter", "exit"),
+        *("--model-path", str(checkpoint), "--enable-lora"),
+        *("--lora-paths", f"law={checkpoint}"),
+    )
+    assert result.returncode != 0
+    assert "LoRA adapter 'law'" in result.stderr
+    assert "adapter_config.json" in result.stderr
+
+
+def test_no_adapter_left_at_start(run_python: RunPython, checkpoint: Path) -> None:
+    result = run_python(
+        *("-m", "sglang_elora.launch_server", "--elora", "--model-path", str(checkpoint)),
+        *("--enable-lora", "--lora-paths", f"law={checkpoint}"),
+    )
+    assert result.returncode != 0
+    assert "Not served: LoRA adapter 'law'" in result.stderr
+    assert "--max-lora-rank and --lora-target-modules" in result.stderr
+
+
 def test_second_plugin_on_the_same_method_is_survived(
     run_python: RunPython, tmp_path: Path
 ) -> None:

@@ -19,9 +19,10 @@ ALLOWED = {
     ".": {".", "host", "demo", "platforms"},
     "adapters": {"adapters"},
     "demo": {"demo", "platforms"},
-    "host": {".", "adapters", "host", "patches", "platforms"},
+    "host": {".", "adapters", "host", "patches", "platforms", "tree"},
     "kernels": {"kernels"},
     "platforms": {"platforms"},
+    "tree": {"tree"},
 }
 MAY_IMPORT_SGLANG = {"host", "platforms"}
 LINES_MAX = 500

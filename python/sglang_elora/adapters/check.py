@@ -8,9 +8,10 @@ q, k, v or of gate, up passes: SGLang's fused layers get zeros for the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sglang_elora.adapters.base_shapes import BaseShapes
 from sglang_elora.adapters.config_file import (
@@ -18,6 +19,7 @@ from sglang_elora.adapters.config_file import (
     AdapterConfig,
     check_added_tokens,
     check_patterns,
+    parse_config,
     read_config,
 )
 from sglang_elora.adapters.errors import AdapterFolder, Problem
@@ -26,6 +28,7 @@ from sglang_elora.adapters.source import find_folder
 from sglang_elora.adapters.tensor_rules import LoraPair, check_shapes, pair_tensors
 from sglang_elora.adapters.weight_files import (
     CONFIG_FILE,
+    TensorInfo,
     find_weight_files,
     non_finite_tensors,
     read_tensors,
@@ -84,21 +87,61 @@ def check_adapter(
     config = read_config(folder)
     files = find_weight_files(folder)
     check_added_tokens(folder, base.vocab_size)
-    pairs = pair_tensors(folder, config, base, read_tensors(folder, files))
+    tensors = read_tensors(folder, files)
+    facts = _check_parts(folder, config, base, tensors, max_rank, target_modules)
+    if read_data:
+        folder.raise_if_any(
+            non_finite_tensors(folder, files), "Training diverged: use an earlier checkpoint"
+        )
+    return replace(facts, files=tuple(files))
+
+
+def check_tensors(
+    name: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, tuple[str, Sequence[int]]],
+    base: BaseShapes,
+    *,
+    max_rank: int | None = None,
+    target_modules: Iterable[str] | None = None,
+) -> AdapterFacts:
+    """``check_adapter`` for an adapter that comes as tensors in a request.
+
+    Args:
+        config: Content of its adapter_config.json.
+        tensors: Name -> (dtype as torch names it, such as "bfloat16"; shape).
+
+    Raises:
+        AdapterError: As ``check_adapter``; the text says "request" for the folder.
+    """
+    folder = AdapterFolder(name, Path("request"))
+    parsed = parse_config(folder, config)
+    stored = [
+        TensorInfo("tensors", key, dtype, tuple(shape)) for key, (dtype, shape) in tensors.items()
+    ]
+    return _check_parts(folder, parsed, base, stored, max_rank, target_modules)
+
+
+def _check_parts(
+    folder: AdapterFolder,
+    config: AdapterConfig,
+    base: BaseShapes,
+    stored: Sequence[TensorInfo],
+    max_rank: int | None,
+    target_modules: Iterable[str] | None,
+) -> AdapterFacts:
+    """What configuration, tensors and base model must agree on."""
+    pairs = pair_tensors(folder, config, base, stored)
     modules = {pair.path for pair in pairs}
     check_patterns(folder, config, (pair.stored_path for pair in pairs))
     check_shapes(folder, config, base, pairs)
     _check_targets(folder, config, base, pairs)
     _check_limits(folder, config, modules, max_rank, target_modules)
-    if read_data:
-        folder.raise_if_any(
-            non_finite_tensors(folder, files), "Training diverged: use an earlier checkpoint"
-        )
     tensors = [tensor for pair in pairs for tensor in pair.tensors]
     return AdapterFacts(
-        name=name,
+        name=folder.name,
         folder=folder.path,
-        files=tuple(files),
+        files=(),
         rank=config.rank,
         alpha=config.alpha,
         scaling=config.scaling,

@@ -76,6 +76,11 @@ def read_config(folder: AdapterFolder) -> AdapterConfig:
             "the file is missing",
             "Point to the folder that PEFT's save_pretrained wrote",
         )
+    return parse_config(folder, raw)
+
+
+def parse_config(folder: AdapterFolder, raw: Mapping[str, Any]) -> AdapterConfig:
+    """Validate the content of an adapter_config.json."""
     missing = [key for key in _REQUIRED if key not in raw]
     if missing:
         raise folder.error(CONFIG_FILE, f"it lacks {', '.join(map(repr, missing))}", _RESAVE)

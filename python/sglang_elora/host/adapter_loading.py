@@ -6,22 +6,26 @@ import asyncio
 import functools
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import (
     EmbeddingReqInput,
     GenerateReqInput,
     LoadLoRAAdapterReqInput,
     LoadLoRAAdapterReqOutput,
+    LoRAUpdateOutput,
 )
 from sglang.srt.runtime_context import get_lora, get_model
 
-from sglang_elora.adapters import AdapterError, BaseShapes, check_adapter
+from sglang_elora.adapters import AdapterError, BaseShapes, check_adapter, check_tensors
 from sglang_elora.config import EloraConfig
 
 if TYPE_CHECKING:
+    import torch
+    from sglang.srt.lora.lora_manager import LoRAManager
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 logger = logging.getLogger(__name__)
@@ -75,6 +79,32 @@ async def check_before_load(
     return output
 
 
+def check_before_load_from_tensors(
+    original: Callable[..., LoRAUpdateOutput],
+    self: LoRAManager,
+    lora_ref: LoRARef,
+    tensors: Mapping[str, torch.Tensor],
+    config_dict: Mapping[str, Any],
+    *rest: Any,
+) -> LoRAUpdateOutput:
+    """Around ``LoRAManager.load_lora_adapter_from_tensors``, in each scheduler.
+
+    The tensors are whole, not sharded, so all ranks come to the same answer.
+    """
+    model, lora = get_model(), get_lora()
+    shapes = {
+        name: (str(tensor.dtype).removeprefix("torch."), tensor.shape)
+        for name, tensor in tensors.items()
+    }
+    try:
+        check_tensors(
+            lora_ref.lora_name or "", config_dict, shapes, _base_of(model), **_limits_of(lora)
+        )
+    except AdapterError as error:
+        return self.create_lora_update_result(success=False, error_message=str(error))
+    return original(self, lora_ref, tensors, config_dict, *rest)
+
+
 def refuse_adapter_ids(self: TokenizerManager, obj: GenerateReqInput | EmbeddingReqInput) -> None:
     """Before ``_validate_and_resolve_lora``: adapters are asked for by name.
 
@@ -89,14 +119,16 @@ def refuse_adapter_ids(self: TokenizerManager, obj: GenerateReqInput | Embedding
 
 
 def _check(name: str, path: str, model: Any, lora: Any) -> None:
+    check_adapter(name, path, _base_of(model), **_limits_of(lora))
+
+
+def _limits_of(lora: Any) -> dict[str, Any]:
     modules = lora.lora_target_modules
-    check_adapter(
-        name,
-        path,
-        _base_shapes(model.model_path, model.revision, model.trust_remote_code),
-        max_rank=lora.max_lora_rank,
-        target_modules=set(modules) if modules else None,
-    )
+    return {"max_rank": lora.max_lora_rank, "target_modules": set(modules) if modules else None}
+
+
+def _base_of(model: Any) -> BaseShapes:
+    return _base_shapes(model.model_path, model.revision, model.trust_remote_code)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_elora.config import EloraConfig
-from sglang_elora.host import adapter_loading, adapter_weights, link
+from sglang_elora.host import adapter_loading, adapter_weights, link, selection
 
 
 class When(Enum):
@@ -42,6 +42,15 @@ class Hook:
 
 HOOKS: tuple[Hook, ...] = (
     Hook(
+        "sglang.srt.arg_groups.platform_hook.handle_platform_defaults",
+        ("server_args",),
+        HookType.AFTER,
+        selection.select_radix_cache,
+        When.ELORA,
+        "Only a platform can give server arguments a default, and on CUDA the platform is "
+        "SGLang's own.",
+    ),
+    Hook(
         "sglang.srt.arg_groups.lora_hook.check_lora_server_args",
         ("server_args",),
         HookType.AFTER,
@@ -58,6 +67,14 @@ HOOKS: tuple[Hook, ...] = (
         When.ELORA,
         "Adapter loading has no validator to register; the scheduler finds a wrong shape only at "
         "the first forward pass, where it is fatal.",
+    ),
+    Hook(
+        "sglang.srt.lora.lora_manager.LoRAManager.load_lora_adapter_from_tensors",
+        ("self", "lora_ref", "tensors", "config_dict"),
+        HookType.AROUND,
+        adapter_loading.check_before_load_from_tensors,
+        When.ELORA,
+        "As above; these tensors are unpacked in the scheduler only.",
     ),
     Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_and_resolve_lora",

@@ -23,6 +23,7 @@ from sglang_elora.host.hooks import Hook, selected_hooks
 from sglang_elora.host.link import use_emulated_link
 from sglang_elora.host.patching import Patch, apply_patch, is_applied, load_patches
 from sglang_elora.host.patching import preflight as preflight_patch
+from sglang_elora.host.radix_cache import register_backend
 from sglang_elora.platforms.selection import cpu_platform_declined
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ def install(config: EloraConfig) -> None:
     hooks, patches = selected_hooks(config), selected_patches(config)
     if config.emulates_link:
         use_emulated_link(config)
+    if config.enabled:
+        register_backend()
     for patch in patches:
         apply_patch(patch)
     for hook in hooks:
@@ -52,9 +55,10 @@ def install(config: EloraConfig) -> None:
     _verify_once_applied(hooks, patches)
     if config.enabled and multiprocessing.parent_process() is None:
         logger.warning(
-            "ELORA is on. This version selects no cache of its own yet: the radix tree and the "
-            "LoRA memory pool are SGLang's. Adapters are checked before they are loaded, "
-            "rsLoRA and partial projections follow PEFT, and cache namespaces are unambiguous."
+            "ELORA is on: the radix cache keeps its leaves in eviction order, cache namespaces are "
+            "unambiguous, adapters are checked before they are loaded, rsLoRA and partial "
+            "projections follow PEFT. Adapter weights still lie in SGLang's own pool: "
+            "--max-loras-per-batch applies."
         )
 
 

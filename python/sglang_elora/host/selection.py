@@ -1,0 +1,23 @@
+"""Hook body that selects ELORA's parts among SGLang's registered ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+from sglang_elora.host.radix_cache import BACKEND
+
+
+def select_radix_cache(result: None, server_args: Any) -> None:
+    """After ``handle_platform_defaults``: the radix cache is ours.
+
+    Raises:
+        ValueError: Another one was asked for by ``--radix-cache-backend``.
+    """
+    asked_for = resolving_view(server_args).radix_cache_backend
+    if asked_for not in (None, BACKEND):
+        raise ValueError(
+            f"--elora brings its own radix cache; drop --radix-cache-backend {asked_for} or --elora"
+        )
+    declare_resolution(server_args, "sglang_elora", radix_cache_backend=BACKEND)

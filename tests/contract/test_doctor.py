@@ -1,0 +1,41 @@
+"""``sglang-elora doctor`` says what is, and what to do about what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from run_python import RunPython
+from second_plugin import write_plugin
+
+DOCTOR = ("-m", "sglang_elora.cli", "doctor")
+
+
+def test_a_ready_machine(run_python: RunPython) -> None:
+    result = run_python(*DOCTOR)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "FAIL" not in result.stdout
+    assert "[  ok] sglang: 0.5.21, as pinned" in result.stdout
+    assert "sglang.srt.lora.lora.LoRAAdapter.__init__" in result.stdout
+    assert "01-cache-namespace.patch" in result.stdout
+    assert "would be applied by --elora" in result.stdout
+    assert result.stdout.rstrip().endswith("Ready.")
+
+
+def test_everything_wrong_at_once(run_python: RunPython, tmp_path: Path) -> None:
+    write_plugin(tmp_path, "vandal", "pass")
+    (tmp_path / "sitecustomize.py").write_text(
+        "from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable\n"
+        "ensure_torchvision_importable()\n"
+        "from sglang.srt.lora.lora import LoRAAdapter\n"
+        "del LoRAAdapter._normalize_weights\n"
+    )
+    result = run_python(*DOCTOR, path=tmp_path, SGLANG_ELORA="perhaps", SGLANG_PLUGINS="vandal")
+    assert result.returncode == 1
+    lines = result.stdout.splitlines()
+    failures = [line for line in lines if line.startswith("[FAIL]")]
+    assert any("SGLANG_ELORA) must be 1 or 0, got 'perhaps'" in line for line in failures)
+    assert any("SGLANG_PLUGINS='vandal' leaves out 'elora'" in line for line in failures)
+    assert any("LoRAAdapter._normalize_weights is not there" in line for line in failures)
+    assert all(lines[lines.index(line) + 1].startswith("       -> ") for line in failures)
+    assert "'elora' is registered, beside vandal" in result.stdout
+    assert lines[-1] == f"{len(failures)} problem(s) to solve before a start."

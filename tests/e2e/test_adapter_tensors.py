@@ -1,0 +1,67 @@
+"""Adapters sent as tensors are checked like those in files."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from safetensors.torch import load_file
+
+from client import Client, run
+from reference import Reference
+from sglang_elora.demo.server import ServerProcess
+
+
+@pytest.fixture(autouse=True)
+def share_by_file_name() -> None:
+    """A server that is not our child cannot be handed file descriptors."""
+    torch.multiprocessing.set_sharing_strategy("file_system")
+
+
+def request(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, object]:
+    buffer = io.BytesIO()
+    ForkingPickler(buffer).dump(tensors)
+    return {
+        "lora_name": name,
+        "config_dict": json.loads((folder / "adapter_config.json").read_text()),
+        "serialized_named_tensors": [base64.b64encode(buffer.getvalue()).decode()],
+    }
+
+
+def test_good_ones_are_served_and_bad_ones_refused(
+    elora_server: ServerProcess,
+    adapters: dict[str, Path],
+    reference: Reference,
+    prompts: Sequence[list[int]],
+) -> None:
+    folder = adapters["rslora-r8"]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    narrow = {
+        name: (tensor[:, :128].clone() if "lora_A" in name else tensor)
+        for name, tensor in tensors.items()
+    }
+    path = "/load_lora_adapter_from_tensors"
+
+    async def work(client: Client) -> None:
+        refused = await client.post(path, request(folder, "sent", narrow))
+        assert refused.status_code == 400
+        message = refused.json()["error_message"]
+        assert "LoRA adapter 'sent' (request/tensors)" in message
+        assert "128" in message
+        assert "256" in message
+
+        loaded = await client.post(path, request(folder, "sent", tensors))
+        assert loaded.status_code == 200, loaded.text
+        answer = await client.generate("sent", prompts[0])
+        assert list(answer.token_ids) == reference.generate("rslora-r8", prompts[0])
+        gone = await client.post("/unload_lora_adapter", {"lora_name": "sent"})
+        assert gone.status_code == 200, gone.text
+
+    run(elora_server.url, work)

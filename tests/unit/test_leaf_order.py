@@ -1,0 +1,151 @@
+"""The leaf order equals sorting all leaves anew, at every step of any history."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from itertools import count
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_elora.tree import LeafOrder
+
+
+@dataclass(eq=False)
+class Leaf:
+    name: int
+    visited: int = 0
+
+
+def order_of(leaves: LeafOrder[Leaf]) -> list[int]:
+    """Names in eviction order; takes all and gives them back."""
+    names = []
+    while (leaf := leaves.take_lowest()) is not None:
+        names.append(leaf.name)
+    leaves.give_back()
+    leaves.check_invariants()
+    return names
+
+
+def new_order() -> LeafOrder[Leaf]:
+    return LeafOrder(lambda leaf: leaf.visited)
+
+
+def test_lowest_first_and_ties_first_in_first_out() -> None:
+    leaves = new_order()
+    for name, visited in enumerate([5, 1, 3, 1, 5]):
+        leaves.add(Leaf(name, visited))
+    assert order_of(leaves) == [1, 3, 2, 0, 4]
+
+
+def test_a_visit_moves_a_leaf_back() -> None:
+    leaves = new_order()
+    first, second = Leaf(1, 1), Leaf(2, 2)
+    leaves.add(first)
+    leaves.add(second)
+    first.visited = 3
+    assert order_of(leaves) == [2, 1]
+
+
+def test_taken_leaf_is_met_once_until_given_back() -> None:
+    leaves = new_order()
+    leaf = Leaf(1)
+    leaves.add(leaf)
+    assert leaves.take_lowest() is leaf
+    assert leaf in leaves
+    assert leaves.take_lowest() is None
+    leaves.give_back()
+    assert leaves.take_lowest() is leaf
+
+
+def test_taken_leaf_that_left_and_came_again_waits_again() -> None:
+    leaves = new_order()
+    leaf = Leaf(1)
+    leaves.add(leaf)
+    leaves.take_lowest()
+    leaves.discard(leaf)
+    leaves.add(leaf)
+    leaves.check_invariants()
+    assert leaves.take_lowest() is leaf
+    leaves.discard(leaf)
+    leaves.give_back()
+    assert order_of(leaves) == []
+
+
+def test_compares_and_subtracts_as_a_set() -> None:
+    leaves = new_order()
+    one, two = Leaf(1), Leaf(2)
+    leaves.add(one)
+    assert leaves == {one}
+    assert leaves != {two}
+    assert leaves - {one} == set()
+    assert {two} - leaves == {two}
+    assert leaves & {one, two} == {one}
+    assert len(leaves) == 1
+
+
+def test_heap_stays_small_when_leaves_come_and_go() -> None:
+    leaves = new_order()
+    nodes = [Leaf(i) for i in range(10)]
+    for _ in range(1000):
+        for leaf in nodes:
+            leaves.add(leaf)
+            leaves.discard(leaf)
+    assert len(leaves._heap) < 200
+
+
+def test_check_finds_a_priority_that_fell() -> None:
+    leaves = new_order()
+    leaf = Leaf(1, visited=5)
+    leaves.add(leaf)
+    leaf.visited = 4
+    with pytest.raises(RuntimeError, match="fell from 5"):
+        leaves.check_invariants()
+
+
+@dataclass
+class Model:
+    """The same set, sorted from scratch."""
+
+    members: list[Leaf] = field(default_factory=list)
+    taken: list[Leaf] = field(default_factory=list)
+
+    def lowest(self) -> int | None:
+        waiting = [leaf for leaf in self.members if leaf not in self.taken]
+        return min((leaf.visited for leaf in waiting), default=None)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_any_history(seed: int) -> None:
+    """Random adds, visits, discards and takes: always a leaf of the lowest priority is taken."""
+    rng, clock = random.Random(seed), count(1)
+    leaves, model = new_order(), Model()
+    nodes = [Leaf(i) for i in range(12)]
+    for _ in range(120):
+        leaf = rng.choice(nodes)
+        action = rng.choice(["add", "visit", "visit", "discard", "take", "give back"])
+        if action == "add":
+            leaves.add(leaf)
+            if leaf not in model.members:
+                model.members.append(leaf)
+        elif action == "visit":
+            leaf.visited = next(clock)
+        elif action == "discard":
+            leaves.discard(leaf)
+            for known in (model.members, model.taken):
+                if leaf in known:
+                    known.remove(leaf)
+        elif action == "take":
+            lowest = model.lowest()
+            taken = leaves.take_lowest()
+            assert (taken.visited if taken else None) == lowest
+            if taken is not None:
+                model.taken.append(taken)
+        else:
+            leaves.give_back()
+            model.taken.clear()
+        leaves.check_invariants()
+        assert leaves == set(model.members)
