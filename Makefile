@@ -44,7 +44,7 @@ $(READY): pyproject.toml requirements/cpu.lock requirements/dev.lock
 	if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then \
 	  $(BIN)/pip install --quiet --editable '.[cuda,dev]'; \
 	else \
-	  $(BIN)/pip install --quiet --no-compile --no-deps \
+	  $(BIN)/pip install --quiet --no-deps \
 	    --requirement requirements/cpu.lock --requirement requirements/dev.lock && \
 	  { $(BIN)/python -c 'import torch' || $(BIN)/pip install --quiet --no-deps --force-reinstall \
 	      --index-url $(TORCH_CPU_INDEX) $$(grep '^torch==' requirements/cpu.lock); } && \
