@@ -57,6 +57,15 @@ def truncate(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
 
 
+def diverge(folder: Path) -> None:
+    edit_weights(
+        folder,
+        lambda tensors: {
+            n: t.clone().index_fill_(0, torch.tensor(1), float("nan")) for n, t in tensors.items()
+        },
+    )
+
+
 def make_dora(folder: Path) -> None:
     edit_config(folder, use_dora=True)
 
@@ -79,6 +88,7 @@ BAD = {
     halve_hidden_size: (WEIGHTS, "128", "256"),
     announce_other_rank: ("rank", "16", "8"),
     truncate: (WEIGHTS, "truncated"),
+    diverge: (WEIGHTS, "NaN"),
     make_dora: (CONFIG, "DoRA"),
     add_tokens: ("added_tokens.json",),
     target_unknown_module: ("flux_proj",),

@@ -85,7 +85,7 @@ def test_rslora_scaling(adapter: Path, base: BaseShapes) -> None:
 def test_unusual_adapters_that_are_fine(
     options: dict[str, Any], tmp_path: Path, base: BaseShapes
 ) -> None:
-    facts = check_adapter("a", str(save_adapter(tmp_path / "x", **options)), base, read_data=True)
+    facts = check_adapter("a", str(save_adapter(tmp_path / "x", **options)), base)
     assert facts.num_parameters > 0
 
 
@@ -134,7 +134,7 @@ def test_pickled_weights(adapter: Path, base: BaseShapes) -> None:
     edit_tensors(adapter, lambda tensors: torch.save(dict(tensors), adapter / "adapter_model.bin"))
     torch.save({"lr": 0.1}, adapter / "training_args.bin")
     (adapter / WEIGHTS).unlink()
-    facts = check_adapter("a", str(adapter), base, read_data=True)
+    facts = check_adapter("a", str(adapter), base)
     assert [file.name for file in facts.files] == ["adapter_model.bin"]
 
 

@@ -1,9 +1,9 @@
 """The one static check of a LoRA adapter, made before anything is sent to the schedulers.
 
 Stock SGLang accepts most broken adapters at load and fails in the scheduler at their first
-batch, or serves them without part of their weights. ``check_adapter`` reads the configuration
-and the file headers (not the data) and names file and reason. An adapter that has only some of
-q, k, v or of gate, up passes: SGLang's fused layers get zeros for the rest.
+batch, or serves them without part of their weights. ``check_adapter`` reads the configuration,
+the file headers and then the data (NaN ends the sampler), and names file and reason. An adapter
+that has only some of q, k, v or of gate, up passes: SGLang's fused layers get zeros for the rest.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ from sglang_elora.adapters.weight_files import (
     CONFIG_FILE,
     TensorInfo,
     find_weight_files,
+    non_finite,
     non_finite_tensors,
     read_tensors,
 )
+
+_DIVERGED = "Training diverged: use an earlier checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,6 @@ def check_adapter(
     *,
     max_rank: int | None = None,
     target_modules: Iterable[str] | None = None,
-    read_data: bool = False,
 ) -> AdapterFacts:
     """Check an adapter against the base model and the server's limits.
 
@@ -77,7 +79,6 @@ def check_adapter(
         max_rank: The server's ``--max-lora-rank``.
         target_modules: The server's ``--lora-target-modules``, plain or fused names; "all"
             allows everything.
-        read_data: Also read all weights and refuse NaN and infinity.
 
     Raises:
         AdapterError: The adapter cannot be served; the text says which file, why, and what
@@ -89,17 +90,14 @@ def check_adapter(
     check_added_tokens(folder, base.vocab_size)
     tensors = read_tensors(folder, files)
     facts = _check_parts(folder, config, base, tensors, max_rank, target_modules)
-    if read_data:
-        folder.raise_if_any(
-            non_finite_tensors(folder, files), "Training diverged: use an earlier checkpoint"
-        )
+    folder.raise_if_any(non_finite_tensors(folder, files), _DIVERGED)
     return replace(facts, files=tuple(files))
 
 
 def check_tensors(
     name: str,
     config: Mapping[str, Any],
-    tensors: Mapping[str, tuple[str, Sequence[int]]],
+    tensors: Mapping[str, Any],
     base: BaseShapes,
     *,
     max_rank: int | None = None,
@@ -109,7 +107,7 @@ def check_tensors(
 
     Args:
         config: Content of its adapter_config.json.
-        tensors: Name -> (dtype as torch names it, such as "bfloat16"; shape).
+        tensors: Name -> torch tensor, whole (not sharded).
 
     Raises:
         AdapterError: As ``check_adapter``; the text says "request" for the folder.
@@ -117,9 +115,12 @@ def check_tensors(
     folder = AdapterFolder(name, Path("request"))
     parsed = parse_config(folder, config)
     stored = [
-        TensorInfo("tensors", key, dtype, tuple(shape)) for key, (dtype, shape) in tensors.items()
+        TensorInfo("tensors", key, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for key, tensor in tensors.items()
     ]
-    return _check_parts(folder, parsed, base, stored, max_rank, target_modules)
+    facts = _check_parts(folder, parsed, base, stored, max_rank, target_modules)
+    folder.raise_if_any(non_finite("tensors", tensors.items()), _DIVERGED)
+    return facts
 
 
 def _check_parts(

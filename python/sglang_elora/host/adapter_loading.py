@@ -91,15 +91,9 @@ def check_before_load_from_tensors(
 
     The tensors are whole, not sharded, so all ranks come to the same answer.
     """
-    model, lora = get_model(), get_lora()
-    shapes = {
-        name: (str(tensor.dtype).removeprefix("torch."), tensor.shape)
-        for name, tensor in tensors.items()
-    }
+    name, base, limits = lora_ref.lora_name or "", _base_of(get_model()), _limits_of(get_lora())
     try:
-        check_tensors(
-            lora_ref.lora_name or "", config_dict, shapes, _base_of(model), **_limits_of(lora)
-        )
+        check_tensors(name, config_dict, tensors, base, **limits)
     except AdapterError as error:
         return self.create_lora_update_result(success=False, error_message=str(error))
     return original(self, lora_ref, tensors, config_dict, *rest)
