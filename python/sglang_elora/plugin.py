@@ -40,6 +40,10 @@ def load() -> None:
         from sglang_elora.config import EloraConfig
 
         config = EloraConfig.from_env(os.environ)
+        if config.emulates_link:
+            from sglang_elora.platforms.selection import require_cpu_platform
+
+            require_cpu_platform("--elora-link-gbytes-per-s")
         if config.selects_anything:
             from sglang_elora.host.install import install
 

@@ -79,6 +79,19 @@ def test_layers_become_ready_one_by_one(link: Link, clock: Clock, copy_stream: S
     assert events[0].elapsed_time(events[2]) == pytest.approx(2000.0)
 
 
+def test_a_copy_stream_that_waits_does_not_block_the_host(
+    link: Link, clock: Clock, copy_stream: Stream
+) -> None:
+    first, second = Stream(link), copy_stream
+    first.busy_until_s = 103.0
+    second.wait_stream(first)
+    first.record_event().wait(second)
+    with StreamContext(second):
+        link.copy(500)
+    assert clock.now_s == 100.0
+    assert second.busy_until_s == pytest.approx(104.0)
+
+
 def test_event_on_an_idle_stream_is_ready_at_once(link: Link, clock: Clock) -> None:
     event = link.current_stream().record_event()
     event.synchronize()

@@ -24,7 +24,6 @@ from sglang_elora.host.link import use_emulated_link
 from sglang_elora.host.patching import Patch, apply_patch, is_applied, load_patches
 from sglang_elora.host.patching import preflight as preflight_patch
 from sglang_elora.host.radix_cache import register_backend
-from sglang_elora.platforms.selection import cpu_platform_declined
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,6 @@ def install(config: EloraConfig) -> None:
 
     Raises:
         SeamError: A target is missing or differs; the text names each one.
-        ValueError: The configuration cannot work on this machine.
     """
     problems = preflight(config)
     if problems:
@@ -68,10 +66,6 @@ def selected_patches(config: EloraConfig) -> tuple[Patch, ...]:
 
 def preflight(config: EloraConfig) -> list[str]:
     """What would keep the selection from being installed; empty if nothing."""
-    if config.emulates_link:
-        declined = cpu_platform_declined()
-        if declined is not None:
-            raise ValueError(f"--elora-link-gbytes-per-s is for the CPU platform only: {declined}")
     problems = _version_problems()
     for patch in selected_patches(config):
         problems += preflight_patch(patch)

@@ -11,7 +11,8 @@ stream as the moment until which it is busy:
 
 * a copy on an asynchronous stream moves that moment, and does not block;
 * a copy on any other stream blocks, as a copy in front of a kernel would;
-* recording an event notes the stream's moment; waiting for it blocks until then.
+* recording an event notes the stream's moment; an asynchronous stream that waits for it is
+  busy until then, any other stream and the host block.
 
 One direction, copies in order of issue, as a single copy engine would do them.
 """
@@ -88,10 +89,10 @@ class Stream:
         self.busy_until_s = 0.0
 
     def wait_stream(self, stream: Stream) -> None:
-        stream.synchronize()
+        self._wait_until(stream.busy_until_s)
 
     def wait_event(self, event: Event) -> None:
-        event.synchronize()
+        self._wait_until(event.ready_s)
 
     def record_event(self, event: Event | None = None) -> Event:
         event = event or Event(self.link)
@@ -100,6 +101,13 @@ class Stream:
 
     def synchronize(self) -> None:
         self.link.wait_until(self.busy_until_s)
+
+    def _wait_until(self, moment_s: float) -> None:
+        """Work put on this stream from now on starts no sooner."""
+        if self.asynchronous:
+            self.busy_until_s = max(self.busy_until_s, moment_s)
+        else:
+            self.link.wait_until(moment_s)
 
 
 class Event:
@@ -117,7 +125,7 @@ class Event:
         return self.link.clock() >= self.ready_s
 
     def wait(self, stream: Stream | None = None) -> None:
-        self.synchronize()
+        (stream or self.link.stream).wait_event(self)
 
     def synchronize(self) -> None:
         self.link.wait_until(self.ready_s)

@@ -5,6 +5,13 @@ from __future__ import annotations
 import os
 
 
+def require_cpu_platform(flag: str) -> None:
+    """Raise ValueError if ``flag``, which is for the CPU platform, has no meaning here."""
+    declined = cpu_platform_declined()
+    if declined is not None:
+        raise ValueError(f"{flag} is for the CPU platform only: {declined}")
+
+
 def cpu_platform_declined() -> str | None:
     """Why the CPU platform must not be used here, or None if it may."""
     if os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
