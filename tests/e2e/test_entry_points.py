@@ -7,22 +7,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from adapters import SPECS
 from client import Answer, Client, run
 from reference import Reference
 from server_flags import server_flags
+from sglang_elora.demo.adapters import make_adapters
+from sglang_elora.demo.checkpoint import make_checkpoint
 from sglang_elora.demo.server import ServerProcess
 
 
 def test_sglang_serve_configured_by_environment(
-    checkpoint: Path,
-    adapters: dict[str, Path],
-    reference: Reference,
-    prompts: Sequence[list[int]],
-    logs: Path,
+    models: Path, prompts: Sequence[list[int]], logs: Path
 ) -> None:
-    """No adapter at start; one is loaded while the server runs, with ELORA's semantics."""
+    """A Qwen3 model and no adapter at start; one is loaded later, with ELORA's semantics."""
+    qwen = make_checkpoint(models / "qwen3", architecture="qwen3")
+    spec = next(spec for spec in SPECS if spec.name == "rslora-r8")
+    adapters = make_adapters(qwen, models / "qwen3-adapters", [spec])
     flags = [
-        *server_flags(checkpoint),
+        *server_flags(qwen),
         *("--max-lora-rank", "64", "--lora-target-modules", "all"),
     ]
     program = (str(Path(sys.executable).with_name("sglang")), "serve")
@@ -37,7 +39,7 @@ def test_sglang_serve_configured_by_environment(
             return await client.generate("late", prompts[0])
 
         answer = run(server.url, work)
-    assert list(answer.token_ids) == reference.generate("rslora-r8", prompts[0])
+    assert list(answer.token_ids) == Reference(qwen, adapters).generate("rslora-r8", prompts[0])
 
 
 def test_host_tier_and_emulated_link(
