@@ -1,10 +1,18 @@
 #!/usr/bin/env bash
-# On a CUDA machine: report what a start selects, then serve the demo in short form.
-#   usage: benchmarks/gpu/start.sh OUT_DIR
+# On a CUDA machine: report what a start selects, then run the demo against the real server.
+#   usage: benchmarks/gpu/start.sh BUNDLE_DIR OUT_DIR     (BUNDLE_DIR from bundle.sh)
+# Not yet run on a GPU. --disable-cuda-graph is for the first try only.
 set -euo pipefail
-out=${1:?usage: start.sh OUT_DIR}
-cd "$(dirname "$0")/../.."
+bundle=${1:?usage: start.sh BUNDLE_DIR OUT_DIR}
+out=${2:?usage: start.sh BUNDLE_DIR OUT_DIR}
+site=$(mktemp -d)
+tar -xzf "$bundle/site.tgz" -C "$site"
+export PYTHONPATH="$site" PYTHONUNBUFFERED=1 SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1
+export SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python
 mkdir -p "$out"
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv >"$out/gpu.csv"
-make doctor | tee "$out/doctor.txt"
-make demo DEMO="--short --dir $out/demo" | tee "$out/demo.txt"
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/gpu.csv"
+python3 -m sglang_elora.cli doctor | tee "$out/doctor.txt"
+python3 -m sglang_elora.demo --dir "$out/demo" -- \
+  --attention-backend triton --sampling-backend pytorch --grammar-backend none \
+  --lora-backend triton --disable-cuda-graph | tee "$out/demo.txt"
+rm -rf "$out/demo/checkpoint" "$out/demo/adapters"

@@ -1,4 +1,4 @@
-"""Who may import what: the edges of docs/architecture, checked on the syntax tree."""
+"""Who may import what, checked on the syntax tree: imports go one way."""
 
 from __future__ import annotations
 
