@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
+# A shell starts background jobs with Ctrl-C ignored, and all that they start inherits it. The tests
+# interrupt processes on purpose.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Small matrices, and several processes on few cores: more threads only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from sglang_elora.demo.checkpoint import make_checkpoint
-from sglang_elora.platforms.torchvision_shim import (
-    ensure_torchvision_importable,
-)
+from sglang_elora.demo.checkpoint import make_checkpoint  # noqa: E402
+from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
 
 ensure_torchvision_importable()
 
