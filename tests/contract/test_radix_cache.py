@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,6 +112,37 @@ def test_other_policies_keep_sglangs_scan(policy: str) -> None:
         assert cache.evict(60) >= 60
     assert not isinstance(ours.tree.tree_core.evictable_device_leaves, LeafOrder)
     assert ours.free_slots() == theirs.free_slots()
+
+
+@pytest.mark.parametrize(
+    ("special", "named"),
+    [
+        ({"disable_radix_cache": True}, "--disable-radix-cache"),
+        ({"is_hybrid_swa": True}, "sliding windows"),
+        ({"is_hybrid_ssm": True}, "state spaces"),
+        ({"enable_lmcache": True}, "--enable-lmcache"),
+        ({"enable_flexkv": True}, "--enable-flexkv"),
+        ({}, None),
+    ],
+)
+def test_special_caches_are_sglangs(
+    special: dict[str, bool],
+    named: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sglang()
+    from sglang_elora.host import radix_cache
+
+    flags = {"disable_radix_cache", "is_hybrid_swa", "is_hybrid_ssm"}
+    settings = dict.fromkeys({*flags, "enable_lmcache", "enable_flexkv"}, False) | special
+    ctx = SimpleNamespace(params=SimpleNamespace(), **settings)
+    monkeypatch.setattr(radix_cache, "get_memory", lambda: ctx)
+    monkeypatch.setattr(radix_cache, "default_radix_cache_factory", lambda ctx: "SGLang's")
+    monkeypatch.setattr(radix_cache, "create_unified_radix_cache", lambda ctx: "ours")
+    assert radix_cache.create_cache(ctx) == ("ours" if named is None else "SGLang's")
+    assert (named or "") in caplog.text
+    assert hasattr(ctx.params, "tree_core_backend") == (named is None)
 
 
 def test_eviction_does_not_look_at_all_leaves() -> None:

@@ -6,6 +6,7 @@ subclasses of SGLang's Python ones; everything they do not mention is SGLang's.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 import torch
@@ -24,8 +25,11 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core import (
     UnifiedTreeCore,
     UnifiedTreeNode,
 )
+from sglang.srt.runtime_context import get_memory
 
 from sglang_elora.tree import LeafOrder
+
+logger = logging.getLogger(__name__)
 
 BACKEND = "elora"
 
@@ -47,11 +51,25 @@ def register_backend() -> None:
 
 
 def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
-    """Build the cache for a model of full attention; hybrids and disabled caches are SGLang's."""
-    if ctx.disable_radix_cache or ctx.is_hybrid_swa or ctx.is_hybrid_ssm:
+    """Build our cache, or SGLang's where the model or another flag asks for a special one."""
+    reason = _why_not_ours(ctx)
+    if reason is not None:
+        logger.warning("The radix cache is SGLang's, not ELORA's: %s", reason)
         return default_radix_cache_factory(ctx)
     use_elora_tree(ctx.params)
     return create_unified_radix_cache(ctx)
+
+
+def _why_not_ours(ctx: TreeCacheBuildContext) -> str | None:
+    if ctx.disable_radix_cache:
+        return "--disable-radix-cache"
+    if ctx.is_hybrid_swa or ctx.is_hybrid_ssm:
+        return "the model mixes full attention with sliding windows or state spaces"
+    memory = get_memory()
+    for flag in ("enable_lmcache", "enable_flexkv"):
+        if getattr(memory, flag):
+            return f"--{flag.replace('_', '-')} brings its own"
+    return None
 
 
 def use_elora_tree(params: Any) -> None:
