@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,6 +16,14 @@ from sglang_elora.demo.signals import signals_ignored, sigterm_acts_as_ctrl_c
 def send_to_self(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
     time.sleep(0.2)
+
+
+@pytest.fixture(autouse=True)
+def sigterm_unhandled() -> Iterator[None]:
+    """The servers of other tests may be up, and they handle SIGTERM."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_sigterm_interrupts() -> None:
