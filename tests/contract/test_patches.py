@@ -69,17 +69,6 @@ def test_our_applier_and_git_agree(patch: Patch, tmp_path: Path) -> None:
     assert target.read_text(encoding="utf-8") == expected
 
 
-@each_patch
-def test_gnu_patch_needs_no_fuzz(patch: Patch, tmp_path: Path) -> None:
-    if shutil.which("patch") is None:
-        pytest.skip("GNU patch is not installed")
-    target = tmp_path / patch.target
-    target.parent.mkdir(parents=True)
-    shutil.copyfile(_source(patch), target)
-    said = _run(tmp_path, "patch", "-p1", "--dry-run", "--fuzz=0", "-i", str(FOLDER / patch.name))
-    assert "fuzz" not in said and "offset" not in said, said
-
-
 def _run(folder: Path, *command: str) -> str:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from adapters import SPECS
+from bad_adapters import make_bad_adapters
 from reference import Reference
 from server_flags import server_flags
 from sglang_elora.demo.adapters import make_adapters
@@ -54,8 +55,9 @@ def prompts(reference: Reference) -> Sequence[list[int]]:
 def elora_server(
     checkpoint: Path, adapters: dict[str, Path], logs: Path, models: Path
 ) -> Iterator[ServerProcess]:
-    """ELORA on, all adapters given at start, and a bad one among them."""
-    given = {**adapters, "missing": models / "no-such-adapter"}
+    """ELORA on, all adapters given at start, and bad ones of every kind among them."""
+    bad = make_bad_adapters(adapters["attention-r8"], models / "bad")
+    given = {**adapters, **bad, "missing": models / "no-such-adapter"}
     flags = ["--elora", *server_flags(checkpoint, given)]
     with ServerProcess(flags, log_path=logs / "elora.log") as server:
         yield server

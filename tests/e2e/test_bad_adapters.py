@@ -2,97 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
+from bad_adapters import BAD, WEIGHTS, truncate
 from client import MODEL, Client, run
 from reference import Reference
 from sglang_elora.demo.server import ServerProcess
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-
-
-def edit_config(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**config, **changes}))
-
-
-def edit_weights(
-    folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-) -> None:
-    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
-
-
-def remove_weights(folder: Path) -> None:
-    (folder / WEIGHTS).unlink()
-
-
-def remove_config(folder: Path) -> None:
-    (folder / CONFIG).unlink()
-
-
-def halve_hidden_size(folder: Path) -> None:
-    edit_weights(
-        folder,
-        lambda tensors: {
-            name: (tensor[:, :128] if "lora_A" in name else tensor).contiguous()
-            for name, tensor in tensors.items()
-        },
-    )
-
-
-def announce_other_rank(folder: Path) -> None:
-    edit_config(folder, r=16)
-
-
-def truncate(folder: Path) -> None:
-    data = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
-
-
-def diverge(folder: Path) -> None:
-    edit_weights(
-        folder,
-        lambda tensors: {
-            n: t.clone().index_fill_(0, torch.tensor(1), float("nan")) for n, t in tensors.items()
-        },
-    )
-
-
-def make_dora(folder: Path) -> None:
-    edit_config(folder, use_dora=True)
-
-
-def add_tokens(folder: Path) -> None:
-    (folder / "added_tokens.json").write_text(json.dumps({"<extra>": 999_999}))
-
-
-def target_unknown_module(folder: Path) -> None:
-    edit_config(folder, target_modules=["q_proj", "v_proj", "flux_proj"])
-    edit_weights(
-        folder,
-        lambda tensors: {n.replace("v_proj", "flux_proj"): t for n, t in tensors.items()},
-    )
-
-
-BAD = {
-    remove_weights: ("adapter_model",),
-    remove_config: (CONFIG,),
-    halve_hidden_size: (WEIGHTS, "128", "256"),
-    announce_other_rank: ("rank", "16", "8"),
-    truncate: (WEIGHTS, "truncated"),
-    diverge: (WEIGHTS, "NaN"),
-    make_dora: (CONFIG, "DoRA"),
-    add_tokens: ("added_tokens.json",),
-    target_unknown_module: ("flux_proj",),
-}
 
 
 @pytest.mark.parametrize("spoil", BAD, ids=lambda spoil: spoil.__name__)
@@ -159,23 +78,27 @@ def test_load_after_mending_the_folder(
     run(elora_server.url, work)
 
 
-def test_bad_adapter_at_start_is_left_out_and_named(
+def test_bad_adapters_at_start_are_left_out_and_named(
     elora_server: ServerProcess, adapters: dict[str, Path]
 ) -> None:
-    """``elora_server`` was started with an adapter 'missing' whose folder is not there."""
+    """``elora_server`` was given one of each kind, and one whose folder is not there."""
+    reasons = {spoil.__name__: parts for spoil, parts in BAD.items()}
+    reasons["missing"] = ("no-such-adapter",)
 
     async def work(client: Client) -> None:
         models = (await client.get("/v1/models")).json()["data"]
         served = {model["id"] for model in models}
         assert set(adapters) <= served
-        assert "missing" not in served
+        assert not served & set(reasons)
         refused = await client.post("/generate", {"text": "Hello", "lora_path": "missing"})
         assert refused.status_code == 400
 
     run(elora_server.url, work)
-    log = elora_server.log_path.read_text()
-    assert "Not served: LoRA adapter 'missing'" in log
-    assert "no-such-adapter" in log
+    log = elora_server.log_path.read_text().splitlines()
+    for name, parts in reasons.items():
+        (line,) = [line for line in log if f"Not served: LoRA adapter '{name}'" in line]
+        for part in parts:
+            assert part in line
 
 
 @pytest.mark.parametrize(
