@@ -15,6 +15,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Small matrices, and several processes on few cores: more threads only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Servers end when slots are lost or counted twice.
+os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE"] = "1"
+
 from sglang_elora.demo.checkpoint import make_checkpoint  # noqa: E402
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
 

@@ -47,6 +47,12 @@ class EloraConfig:
         "(log the reason, serve the others, answer HTTP 400 to requests that name it) or 'exit'.",
         choices=("skip", "exit"),
     )
+    check: bool = _option(
+        False,
+        "--elora-check",
+        "For debugging: after every scheduler step recompute all counts of the cache, the owner of "
+        "each page and the dependency rule, and end the server on a difference. Slow.",
+    )
     link_gbytes_per_s: float = _option(
         0.0,
         "--elora-link-gbytes-per-s",
@@ -66,6 +72,8 @@ class EloraConfig:
                 raise ValueError(f"{_names(item)} must be one of {choices}, got {value!r}")
             if isinstance(value, float) and not 0 <= value < float("inf"):
                 raise ValueError(f"{_names(item)} must be finite and not negative, got {value}")
+        if self.check and not self.enabled:
+            raise ValueError("--elora-check (SGLANG_ELORA_CHECK) needs --elora")
         if self.link_latency_us and not self.link_gbytes_per_s:
             raise ValueError(
                 "--elora-link-latency-us (SGLANG_ELORA_LINK_LATENCY_US) needs a bandwidth: "

@@ -136,7 +136,8 @@ def test_special_caches_are_sglangs(
 
     flags = {"disable_radix_cache", "is_hybrid_swa", "is_hybrid_ssm"}
     settings = dict.fromkeys({*flags, "enable_lmcache", "enable_flexkv"}, False) | special
-    ctx = SimpleNamespace(params=SimpleNamespace(), **settings)
+    worker = SimpleNamespace(model_runner=SimpleNamespace(lora_manager=None))
+    ctx = SimpleNamespace(params=SimpleNamespace(), tp_worker=worker, **settings)
     monkeypatch.setattr(radix_cache, "get_memory", lambda: ctx)
     monkeypatch.setattr(radix_cache, "default_radix_cache_factory", lambda ctx: "SGLang's")
     monkeypatch.setattr(radix_cache, "create_unified_radix_cache", lambda ctx: "ours")

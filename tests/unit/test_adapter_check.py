@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import test_adapter_support as support
-from sglang_elora.adapters import AdapterFacts, BaseShapes, check_adapter
+from sglang_elora.adapters import EMBEDDING_MODULES, AdapterFacts, BaseShapes, check_adapter
 from test_adapter_support import (
     ALL_LINEAR,
     FAMILIES,
@@ -175,3 +175,18 @@ def test_modules_inside_the_server(adapter: Path, base: BaseShapes) -> None:
     fused = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
     for allowed in (fused, set(ALL_LINEAR), {"all"}):
         check_adapter("a", str(adapter), base, target_modules=allowed)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("module", sorted(EMBEDDING_MODULES))
+def test_modules_refused_by_the_server(tmp_path: Path, base: BaseShapes, module: str) -> None:
+    folder = save_adapter(tmp_path / "x", target_modules=["q_proj", module])
+    for allowed in (None, {"all"}, {"q_proj", module}):
+        text = refusal(folder, base, target_modules=allowed, refused_modules=EMBEDDING_MODULES)
+        assert_in(text, f"adapts {module}", "without --elora")
+
+
+def test_refused_modules_that_the_adapter_lacks(adapter: Path, base: BaseShapes) -> None:
+    check_adapter("a", str(adapter), base, refused_modules=EMBEDDING_MODULES)
+    edit_config(adapter, target_modules=[*ALL_LINEAR, "lm_head"])  # SGLang reads this list
+    assert_in(refusal(adapter, base, refused_modules=EMBEDDING_MODULES), "adapts lm_head")

@@ -19,8 +19,9 @@ ALLOWED = {
     ".": {".", "host", "demo", "platforms"},
     "adapters": {"adapters"},
     "demo": {"demo", "platforms"},
-    "host": {".", "adapters", "host", "patches", "platforms", "tree"},
+    "host": {".", "adapters", "host", "pages", "patches", "platforms", "tree"},
     "kernels": {"kernels"},
+    "pages": {"pages"},
     "platforms": {"platforms"},
     "tree": {"tree"},
 }

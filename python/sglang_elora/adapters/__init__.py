@@ -6,15 +6,18 @@ Nothing here imports sglang, and torch and transformers are imported only inside
 from __future__ import annotations
 
 __all__ = [
+    "EMBEDDING_MODULES",
     "AdapterError",
     "AdapterFacts",
     "BaseShapes",
     "check_adapter",
     "check_tensors",
     "content_version",
+    "served_names",
 ]
 
 from sglang_elora.adapters.base_shapes import BaseShapes
 from sglang_elora.adapters.check import AdapterFacts, check_adapter, check_tensors
 from sglang_elora.adapters.errors import AdapterError
+from sglang_elora.adapters.module_names import EMBEDDING_MODULES, served_names
 from sglang_elora.adapters.weight_files import content_version

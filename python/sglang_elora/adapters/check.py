@@ -69,6 +69,7 @@ def check_adapter(
     *,
     max_rank: int | None = None,
     target_modules: Iterable[str] | None = None,
+    refused_modules: Iterable[str] = (),
 ) -> AdapterFacts:
     """Check an adapter against the base model and the server's limits.
 
@@ -79,6 +80,7 @@ def check_adapter(
         max_rank: The server's ``--max-lora-rank``.
         target_modules: The server's ``--lora-target-modules``, plain or fused names; "all"
             allows everything.
+        refused_modules: Served names of modules that the server cannot adapt at all.
 
     Raises:
         AdapterError: The adapter cannot be served; the text says which file, why, and what
@@ -89,7 +91,8 @@ def check_adapter(
     files = find_weight_files(folder)
     check_added_tokens(folder, base.vocab_size)
     tensors = read_tensors(folder, files)
-    facts = _check_parts(folder, config, base, tensors, max_rank, target_modules)
+    facts = _check_parts(folder, config, base, tensors)
+    _check_limits(folder, config, facts, max_rank, target_modules, refused_modules)
     folder.raise_if_any(non_finite_tensors(folder, files), _DIVERGED)
     return replace(facts, files=tuple(files))
 
@@ -102,6 +105,7 @@ def check_tensors(
     *,
     max_rank: int | None = None,
     target_modules: Iterable[str] | None = None,
+    refused_modules: Iterable[str] = (),
 ) -> AdapterFacts:
     """``check_adapter`` for an adapter that comes as tensors in a request.
 
@@ -118,7 +122,8 @@ def check_tensors(
         TensorInfo("tensors", key, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         for key, tensor in tensors.items()
     ]
-    facts = _check_parts(folder, parsed, base, stored, max_rank, target_modules)
+    facts = _check_parts(folder, parsed, base, stored)
+    _check_limits(folder, parsed, facts, max_rank, target_modules, refused_modules)
     folder.raise_if_any(non_finite("tensors", tensors.items()), _DIVERGED)
     return facts
 
@@ -128,16 +133,12 @@ def _check_parts(
     config: AdapterConfig,
     base: BaseShapes,
     stored: Sequence[TensorInfo],
-    max_rank: int | None,
-    target_modules: Iterable[str] | None,
 ) -> AdapterFacts:
     """What configuration, tensors and base model must agree on."""
     pairs = pair_tensors(folder, config, base, stored)
-    modules = {pair.path for pair in pairs}
     check_patterns(folder, config, (pair.stored_path for pair in pairs))
     check_shapes(folder, config, base, pairs)
     _check_targets(folder, config, base, pairs)
-    _check_limits(folder, config, modules, max_rank, target_modules)
     tensors = [tensor for pair in pairs for tensor in pair.tensors]
     return AdapterFacts(
         name=folder.name,
@@ -185,10 +186,19 @@ def _leaf(pair: LoraPair) -> str:
 def _check_limits(
     folder: AdapterFolder,
     config: AdapterConfig,
-    modules: Iterable[str],
+    facts: AdapterFacts,
     max_rank: int | None,
     target_modules: Iterable[str] | None,
+    refused_modules: Iterable[str],
 ) -> None:
+    needed = facts.served_modules | served_names(config.target_modules or ())
+    refused = sorted(needed & frozenset(refused_modules))
+    if refused:
+        raise folder.error(
+            CONFIG_FILE,
+            f"it adapts {', '.join(refused)}, where --elora does not serve LoRA",
+            "Train it on modules of the layers only, or run the server without --elora",
+        )
     if max_rank is not None and config.rank > max_rank:
         raise folder.error(
             CONFIG_FILE,
@@ -198,7 +208,6 @@ def _check_limits(
     allowed = frozenset(target_modules) if target_modules is not None else None
     if allowed is None or allowed & ALL_LINEAR:
         return
-    needed = served_names(modules) | served_names(config.target_modules or ())
     outside = sorted(needed - served_names(allowed))
     if outside:
         raise folder.error(

@@ -20,7 +20,13 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.runtime_context import get_lora, get_model
 
-from sglang_elora.adapters import AdapterError, BaseShapes, check_adapter, check_tensors
+from sglang_elora.adapters import (
+    EMBEDDING_MODULES,
+    AdapterError,
+    BaseShapes,
+    check_adapter,
+    check_tensors,
+)
 from sglang_elora.config import EloraConfig
 
 if TYPE_CHECKING:
@@ -118,7 +124,11 @@ def _check(name: str, path: str, model: Any, lora: Any) -> None:
 
 def _limits_of(lora: Any) -> dict[str, Any]:
     modules = lora.lora_target_modules
-    return {"max_rank": lora.max_lora_rank, "target_modules": set(modules) if modules else None}
+    return {
+        "max_rank": lora.max_lora_rank,
+        "target_modules": set(modules) if modules else None,
+        "refused_modules": EMBEDDING_MODULES,
+    }
 
 
 def _base_of(model: Any) -> BaseShapes:

@@ -15,17 +15,32 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_elora.config import EloraConfig
-from sglang_elora.host import adapter_loading, adapter_weights, link, selection
+from sglang_elora.host import (
+    adapter_loading,
+    adapter_weights,
+    admission,
+    invariants,
+    link,
+    lora_manager,
+    selection,
+)
 
 
 class When(Enum):
     """What in the configuration selects a hook or a patch."""
 
     ELORA = "--elora"
+    CHECK = "--elora-check"
     LINK = "--elora-link-gbytes-per-s"
+    STOCK_LINK = "--elora-link-gbytes-per-s without --elora"
 
     def selected_by(self, config: EloraConfig) -> bool:
-        return config.enabled if self is When.ELORA else config.emulates_link
+        return {
+            When.ELORA: config.enabled,
+            When.CHECK: config.check,
+            When.LINK: config.emulates_link,
+            When.STOCK_LINK: config.emulates_link and not config.enabled,
+        }[self]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +60,7 @@ HOOKS: tuple[Hook, ...] = (
         "sglang.srt.arg_groups.platform_hook.handle_platform_defaults",
         ("server_args",),
         HookType.AFTER,
-        selection.select_radix_cache,
+        selection.select_parts,
         When.ELORA,
         "Only a platform can give server arguments a default, and on CUDA the platform is "
         "SGLang's own.",
@@ -101,11 +116,67 @@ HOOKS: tuple[Hook, ...] = (
         "The LoRA manager names the class itself, so a subclass cannot be handed in.",
     ),
     Hook(
+        "sglang.srt.lora.lora_manager.LoRAManager",
+        ("base_model", "base_hf_config", "max_loras_per_batch"),
+        HookType.REPLACE,
+        lora_manager.EloraLoRAManager,
+        When.ELORA,
+        "The model runner names the class itself; a subclass takes its place.",
+    ),
+    Hook(
+        "sglang.srt.managers.schedule_policy.PrefillAdder.__init__",
+        ("self", "page_size", "tree_cache"),
+        HookType.AFTER,
+        admission.begin_pass,
+        When.ELORA,
+        "The scheduler names the class itself, and asks about adapters without the budget.",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.can_schedule_lora_req",
+        ("self", "req", "running_loras"),
+        HookType.AROUND,
+        admission.admit,
+        When.ELORA,
+        "Admission has no registry; SGLang's counts slots that do not exist.",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens",
+        ("self", "req"),
+        HookType.AFTER,
+        admission.refuse_too_long,
+        When.ELORA,
+        "The length check knows the size of the pool, not what the request's adapter takes of it.",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
+        ("self", "recv_req"),
+        HookType.AFTER,
+        admission.add_statistics,
+        When.ELORA,
+        "/server_info has no registry of sections.",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.process_batch_result",
+        ("self", "batch", "result"),
+        HookType.AFTER,
+        invariants.check_step,
+        When.CHECK,
+        "SGLang's own checks run on idle or by an environment variable, and know no adapters.",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.on_idle",
+        ("self",),
+        HookType.AFTER,
+        invariants.check_step,
+        When.CHECK,
+        "As above.",
+    ),
+    Hook(
         "sglang.srt.lora.mem_pool.copy_weight_into_buffer",
         ("buffer_view", "weight"),
         HookType.BEFORE,
         link.delay_adapter_copy,
-        When.LINK,
+        When.STOCK_LINK,
         "Weight copies are plain function calls.",
     ),
     Hook(

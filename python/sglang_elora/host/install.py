@@ -19,11 +19,11 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from sglang_elora.config import SGLANG_PIN, EloraConfig
+from sglang_elora.host import lora_backend, radix_cache
 from sglang_elora.host.hooks import Hook, selected_hooks
 from sglang_elora.host.link import use_emulated_link
 from sglang_elora.host.patching import Patch, apply_patch, is_applied, load_patches
 from sglang_elora.host.patching import preflight as preflight_patch
-from sglang_elora.host.radix_cache import register_backend
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ def install(config: EloraConfig) -> None:
     if config.emulates_link:
         use_emulated_link(config)
     if config.enabled:
-        register_backend()
+        radix_cache.register_backend()
+        lora_backend.register_backend()
     for patch in patches:
         apply_patch(patch)
     for hook in hooks:
@@ -53,10 +54,8 @@ def install(config: EloraConfig) -> None:
     _verify_once_applied(hooks, patches)
     if config.enabled and multiprocessing.parent_process() is None:
         logger.warning(
-            "ELORA is on: the radix cache keeps its leaves in eviction order, cache namespaces are "
-            "unambiguous, adapters are checked before they are loaded, rsLoRA and partial "
-            "projections follow PEFT. Adapter weights still lie in SGLang's own pool: "
-            "--max-loras-per-batch applies."
+            "ELORA is on: LoRA adapters and KV share one pool and one radix tree. "
+            "--max-loras-per-batch has no effect: a batch holds the adapters that fit."
         )
 
 
@@ -123,7 +122,9 @@ def _not_in_effect(hooks: tuple[Hook, ...], patches: tuple[Patch, ...]) -> list[
         except AttributeError as error:
             problems.append(f"hook target {hook.target} is not there: {error}")
             continue
-        if not any(function is hook.body for function in _functions_around(target)):
+        if target is not hook.body and not any(
+            function is hook.body for function in _functions_around(target)
+        ):
             problems.append(
                 f"hook target {hook.target} runs without our hook (another plugin replaced it?)"
             )

@@ -21,8 +21,16 @@ def use_emulated_link(config: EloraConfig) -> None:
 
 
 def delay_adapter_copy(buffer_view: torch.Tensor, weight: torch.Tensor) -> None:
-    """Before each copy of an adapter's matrix from host to device."""
+    """Before each copy of an adapter's matrix into SGLang's own LoRA pool."""
     _link().copy(buffer_view.nbytes)
+
+
+def delay_page_copies(num_copies: int, num_bytes: int) -> None:
+    """Before ``num_copies`` copies of ``num_bytes`` each into pages, where a link is emulated."""
+    link = getattr(torch.cpu.current_stream(), "link", None)
+    if link is not None:
+        for _ in range(num_copies):
+            link.copy(num_bytes)
 
 
 def delay_kv_load(

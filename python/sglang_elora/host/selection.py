@@ -6,11 +6,12 @@ from typing import Any
 
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
+from sglang_elora.host import lora_backend
 from sglang_elora.host.radix_cache import BACKEND
 
 
-def select_radix_cache(result: None, server_args: Any) -> None:
-    """After ``handle_platform_defaults``: the radix cache is ours.
+def select_parts(result: None, server_args: Any) -> None:
+    """After ``handle_platform_defaults``: the radix cache and the LoRA backend are ours.
 
     Raises:
         ValueError: Another one was asked for by ``--radix-cache-backend``.
@@ -20,4 +21,9 @@ def select_radix_cache(result: None, server_args: Any) -> None:
         raise ValueError(
             f"--elora brings its own radix cache; drop --radix-cache-backend {asked_for} or --elora"
         )
-    declare_resolution(server_args, "sglang_elora", radix_cache_backend=BACKEND)
+    declare_resolution(
+        server_args,
+        "sglang_elora",
+        radix_cache_backend=BACKEND,
+        lora_backend=lora_backend.EloraTorchBackend.name,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LeafOrder"]
+__all__ = ["Adapter", "AdapterForest", "LeafOrder", "adapter_of", "namespace_of"]
 
+from sglang_elora.tree.adapter_forest import Adapter, AdapterForest, adapter_of, namespace_of
 from sglang_elora.tree.leaf_order import LeafOrder

@@ -1,0 +1,108 @@
+"""The tree's component of full attention: eviction in order, KV counted per adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from sglang.srt.mem_cache.hicache_storage import PoolTransfer
+from sglang.srt.mem_cache.unified_cache.components.base import (
+    CacheTransferPhase,
+    ComponentType,
+    EvictLayer,
+)
+from sglang.srt.mem_cache.unified_cache.components.full import FullComponent
+from sglang.srt.mem_cache.unified_cache.unified_tree_core import NodeId, UnifiedTreeNode
+
+from sglang_elora.tree import LeafOrder
+
+ORDERED_POLICIES = frozenset({"lru", "lfu", "fifo", "slru"})
+"""Values of --radix-eviction-policy under which a node's priority never falls while it is cached.
+
+Under the others (mru, filo, priority, tlru), and with sessions in the radix cache, SGLang's scan of
+all leaves stays.
+"""
+
+_Frees = dict[ComponentType, list[torch.Tensor]]
+_Tracker = dict[ComponentType, int]
+
+
+class EloraFullComponent(FullComponent):
+    """Full attention: takes eviction victims from the order instead of sorting all leaves."""
+
+    def __init__(self, cache: Any, params: Any) -> None:
+        super().__init__(cache, params)
+        self.keeps_order = (
+            params.eviction_policy.lower() in ORDERED_POLICIES
+            and not params.enable_session_radix_cache
+        )
+        self._tokens_wanted = 0
+
+    def evict_component(
+        self,
+        node: UnifiedTreeNode,
+        device_frees: _Frees,
+        host_frees: _Frees,
+        target: EvictLayer = EvictLayer.DEVICE,
+    ) -> tuple[int, int]:
+        device, host = super().evict_component(node, device_frees, host_frees, target)
+        self.tree_core.count_kv(node, device=-device, host=-host)
+        return device, host
+
+    def commit_hicache_transfer(
+        self,
+        node: UnifiedTreeNode,
+        phase: CacheTransferPhase,
+        transfers: Sequence[PoolTransfer] = (),
+        **options: Any,
+    ) -> None:
+        super().commit_hicache_transfer(node, phase, transfers, **options)
+        if not transfers:
+            return
+        moved = transfers[0]
+        if phase == CacheTransferPhase.BACKUP_HOST and moved.host_indices is not None:
+            self.tree_core.count_kv(node, host=len(moved.host_indices))
+        if phase == CacheTransferPhase.LOAD_BACK and moved.device_indices is not None:
+            self.tree_core.count_kv(node, device=len(moved.device_indices))
+
+    def _evict_device_start(self, request_cnt: int) -> None:
+        if not self.keeps_order:
+            super()._evict_device_start(request_cnt)
+            return
+        self._tokens_wanted = request_cnt
+
+    def _evict_device_next_node(
+        self, tracker: _Tracker, device_frees: _Frees, host_frees: _Frees
+    ) -> NodeId | None:
+        if not self.keeps_order:
+            return super()._evict_device_next_node(tracker, device_frees, host_frees)
+        if tracker[self.component_type] >= self._tokens_wanted:
+            return None
+        leaf = self._order(self.tree_core.evictable_device_leaves).take_lowest()
+        return None if leaf is None else leaf.id
+
+    def _evict_device_end(self) -> None:
+        if not self.keeps_order:
+            super()._evict_device_end()
+            return
+        self._order(self.tree_core.evictable_device_leaves).give_back()
+
+    def drive_host_eviction(
+        self, num_tokens: int, tracker: _Tracker, device_frees: _Frees, host_frees: _Frees
+    ) -> None:
+        """Free host tokens, leaf by leaf in eviction order, until ``num_tokens`` are free."""
+        if not self.keeps_order:
+            super().drive_host_eviction(num_tokens, tracker, device_frees, host_frees)
+            return
+        leaves = self._order(self.tree_core.evictable_host_leaves)
+        while tracker[self.component_type] < num_tokens:
+            leaf = leaves.take_lowest()
+            if leaf is None:
+                break
+            self.tree_core._evict_host_leaf(leaf, tracker, device_frees, host_frees)
+        leaves.give_back()
+
+    @staticmethod
+    def _order(leaves: set[UnifiedTreeNode]) -> LeafOrder[UnifiedTreeNode]:
+        return cast("LeafOrder[UnifiedTreeNode]", leaves)

@@ -1,0 +1,60 @@
+"""``--elora-check``: after every scheduler step recompute everything the cache counts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang_elora.host.lora_manager import EloraLoRAManager
+from sglang_elora.host.tree_core import EloraTreeCore
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
+
+
+def check_step(result: None, self: Scheduler, *arguments: Any) -> None:
+    """After ``Scheduler.process_batch_result`` and ``on_idle``.
+
+    Raises:
+        AssertionError: A count differs from what the tree, the requests and the allocator hold, a
+            slot has no owner or two, or KV is on the device without its adapter. It ends the
+            server, which is what the flag is for.
+    """
+    core = getattr(self.tree_cache, "tree_core", None)
+    if not isinstance(core, EloraTreeCore):
+        return
+    core.check_invariants()
+    _check_page_owners(self, core, _live_requests(self, arguments))
+    manager = self.tp_worker.model_runner.lora_manager
+    if isinstance(manager, EloraLoRAManager):
+        manager.num_checks += 1
+
+
+def _live_requests(scheduler: Scheduler, arguments: tuple[Any, ...]) -> list[Req]:
+    batches: list[ScheduleBatch] = [scheduler.running_batch, scheduler.last_batch, *arguments[:1]]
+    requests = [request for batch in batches if batch is not None for request in batch.reqs]
+    for batch, _ in getattr(scheduler, "result_queue", ()):
+        requests += batch.reqs
+    requests.append(scheduler.chunked_req)
+    return list({id(r): r for r in requests if r is not None and r.kv.holds_kv}.values())
+
+
+def _check_page_owners(scheduler: Scheduler, core: EloraTreeCore, requests: list[Req]) -> None:
+    """Each page is free, or a node's (KV or adapter), or one request's; none is two of them."""
+    allocator = scheduler.token_to_kv_pool_allocator
+    page_size, rows = allocator.page_size, scheduler.req_to_token_pool.req_to_token
+    owned = [allocator.get_all_free_pages(), core.all_values_flatten()[::page_size] // page_size]
+    for request in requests:
+        kv = request.kv
+        row = rows[kv.req_pool_idx, kv.cache_protected_len : kv.kv_allocated_len]
+        owned.append(row[::page_size] // page_size)
+    counts = torch.bincount(torch.cat([pages.to(torch.int64).cpu() for pages in owned]))
+    counts[0] = 1  # the page of padding, in nobody's list
+    num_pages = allocator.size // page_size
+    wrong = (counts != 1).nonzero().flatten().tolist()
+    assert len(counts) == num_pages + 1 and not wrong, (
+        f"{len(counts) - 1} of {num_pages} pages have owners, these have not exactly one: "
+        f"{wrong[:8]} ({core.forest.resident_slots} slots of adapters, {len(requests)} requests)"
+    )

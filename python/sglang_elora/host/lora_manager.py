@@ -1,0 +1,124 @@
+"""The LoRA manager over pages: which adapters exist, and what a forward batch runs with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.lora.lora_manager import LoRAManager
+from sglang.srt.lora.utils import generate_sequence_lengths
+
+from sglang_elora.host.lora_pool import PagedLoRAPool
+from sglang_elora.host.residency import Residency
+
+if TYPE_CHECKING:
+    from sglang.srt.lora.lora_registry import LoRARef
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+class EloraLoRAManager(LoRAManager):
+    """SGLang's manager, whose adapters live in the KV pool.
+
+    SGLang builds it before the KV pool is there; ``bind`` hands it the pool.
+    """
+
+    memory_pool: PagedLoRAPool
+
+    def __init__(self, *args: Any, max_loras_per_batch: int, **kwargs: Any) -> None:
+        self.residency: Residency | None = None
+        self.max_adapters_in_batch = 0
+        self.num_checks = 0  # counted by --elora-check
+        # A batch holds what fits into memory, and pinning is bounded by memory: no limit on slots.
+        super().__init__(*args, max_loras_per_batch=sys.maxsize, **kwargs)
+
+    def init_memory_pool(self) -> None:
+        self.memory_pool = PagedLoRAPool(
+            base_hf_config=self.base_hf_config,
+            max_loras_per_batch=1,  # a slab's slots; there are none
+            dtype=self.dtype,
+            tp_size=self.tp_size,
+            tp_rank=self.tp_rank,
+            attn_tp_size=self.attn_tp_size,
+            max_lora_rank=max(self.max_lora_rank, 1),
+            target_modules=self.target_modules,
+            base_model=self.base_model,
+            eviction_policy=self.eviction_policy,
+            lora_added_tokens_size=self.lora_added_tokens_size,
+            strict_loading=self.lora_strict_loading,
+        )
+        self.memory_pool.on_removed = self._retire
+
+    def bind(self, residency: Residency) -> None:
+        """Adapters live in this pool from now on.
+
+        Raises:
+            PoolTooSmall: An adapter given at start does not fit.
+            ValueError: The model's layers differ in shape.
+        """
+        self._shapes = self.memory_pool.module_shapes(self.lora_modules)
+        self.residency = residency
+        for lora_ref in self.lora_refs.values():
+            self._take_in(lora_ref)
+
+    def load_lora_weights(self, lora_ref: LoRARef) -> None:
+        super().load_lora_weights(lora_ref)
+        self._take_in_or_forget(lora_ref)
+
+    def load_lora_weights_from_tensors(
+        self, lora_ref: LoRARef, tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        super().load_lora_weights_from_tensors(lora_ref, tensors)
+        self._take_in_or_forget(lora_ref)
+
+    def validate_lora_batch(self, lora_ids: set[str | None]) -> bool:
+        """Always: admission has secured each adapter's slots."""
+        return True
+
+    def fetch_new_loras(
+        self, new_loras: set[str | None], running_loras: set[str | None] | None = None
+    ) -> None:
+        """Nothing: ``prepare_lora_batch``, which always follows, brings the weights."""
+
+    def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
+        """Weights of the batch's adapters into their slots, and who computes which rows."""
+        ids = forward_batch.lora_ids
+        distinct = sorted(set(ids) - {None})
+        if not distinct:
+            self.lora_backend.reset_batch_state()
+            return
+        assert self.residency is not None, "a batch with adapters before the KV pool"
+        adapters = {uid: self.residency.fill(uid) for uid in distinct}
+        self.max_adapters_in_batch = max(self.max_adapters_in_batch, len(distinct))
+        rows = generate_sequence_lengths(forward_batch, device=torch.device("cpu")).tolist()
+        self.lora_backend.set_batch(
+            [
+                (None if uid is None else adapters[uid], num_rows)
+                for uid, num_rows in zip(ids, rows, strict=False)
+            ]
+        )
+
+    def _take_in_or_forget(self, lora_ref: LoRARef) -> None:
+        """Register a loaded adapter; if that fails nothing of it stays."""
+        if self.residency is None:
+            return  # given at start: bind() takes it in
+        try:
+            self._take_in(lora_ref)
+        except ValueError:
+            del self.loras[lora_ref.lora_id], self.configs[lora_ref.lora_id]
+            raise
+
+    def _take_in(self, lora_ref: LoRARef) -> None:
+        assert self.residency is not None
+        adapter = self.loras[lora_ref.lora_id]
+        image = self.memory_pool.image_of(adapter, self.lora_modules, self._shapes)
+        self.residency.register(
+            lora_ref.lora_id, lora_ref.lora_name, image, pinned=bool(lora_ref.pinned)
+        )
+        for layer in adapter.layers:  # the image is the host copy from here on
+            layer.weights.clear()
+
+    def _retire(self, uid: str) -> None:
+        if self.residency is not None:
+            self.residency.retire(uid)

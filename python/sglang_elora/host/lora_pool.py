@@ -1,0 +1,149 @@
+"""The LoRA memory pool without memory: shapes for SGLang's layers, and one adapter's image.
+
+SGLang's pool is a slab of ``--max-loras-per-batch`` slots, each as large as the largest rank.
+Ours holds references; weights lie in the KV pool (``residency.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.lora.mem_pool import LoRAMemoryPool
+from sglang.srt.lora.utils import get_target_module_name
+
+from sglang_elora.pages import AdapterImage, AdapterLayout, ModuleShape, WeightRef
+
+if TYPE_CHECKING:
+    from sglang.srt.lora.lora import LoRAAdapter
+    from sglang.srt.lora.lora_config import LoRAConfig
+
+Layers = Sequence[dict[str, torch.nn.Module]]
+"""Per layer: SGLang's LoRA modules by their full name."""
+
+
+class PagedLoRAPool(LoRAMemoryPool):
+    """What the LoRA manager expects of a pool, as far as it is not a slab."""
+
+    max_lora_rank: int
+    on_removed: Callable[[str], None]  # set by the manager
+
+    def remove_lora(self, uid: str) -> None:
+        """An adapter was unloaded. No slot of a slab became free."""
+        self.on_removed(uid)
+
+    def init_buffers(self, base_model: torch.nn.Module) -> None:
+        self.base_model = base_model
+        device = next(base_model.parameters()).device
+        for buffers, shape_of in (
+            (self.A_buffer, self.get_lora_A_shape),
+            (self.B_buffer, self.get_lora_B_shape),
+        ):
+            for module in sorted(self.target_modules):
+                buffers[module] = [
+                    WeightRef(
+                        layer,
+                        module,
+                        shape_of(module, base_model, self.max_lora_rank, layer),
+                        device,
+                    )
+                    for layer in range(self.num_layer)
+                ]
+
+    def can_support(self, config: LoRAConfig | Iterable[LoRAConfig]) -> bool:
+        """Any rank fits pages; a limit the user gave was checked before."""
+        configs = [config] if not isinstance(config, Iterable) else list(config)
+        own, self.max_lora_rank = self.max_lora_rank, max((c.r for c in configs), default=0)
+        try:
+            return bool(super().can_support(configs))
+        finally:
+            self.max_lora_rank = own
+
+    def module_shapes(self, modules: Layers) -> tuple[ModuleShape, ...]:
+        """Sizes of each target module on this tensor-parallel rank, as the layers compute them.
+
+        Raises:
+            ValueError: They differ between layers; an adapter's layout is one for all.
+        """
+        shapes: dict[str, ModuleShape] = {}
+        for layer, by_name in enumerate(modules):
+            for full_name, module in by_name.items():
+                name = get_target_module_name(full_name, self.target_modules)
+                ends = module.output_offset_cpu.tolist()
+                shape = ModuleShape(
+                    name,
+                    in_features=self.A_buffer[name][layer].shape[-1],
+                    out_features=tuple(b - a for a, b in pairwise(ends)),
+                )
+                if shapes.setdefault(name, shape) != shape:
+                    raise ValueError(
+                        f"--elora needs layers of one shape, but {full_name} is {shape} and the "
+                        f"first {name} is {shapes[name]}: run without --elora"
+                    )
+        return tuple(shapes[name] for name in sorted(shapes))
+
+    def image_of(
+        self, adapter: LoRAAdapter, modules: Layers, shapes: Sequence[ModuleShape]
+    ) -> AdapterImage:
+        """The adapter's weights for this rank, laid out for the pool, in host memory."""
+        rank = adapter.config.r
+        present = {
+            get_target_module_name(name, self.target_modules)
+            for layer in adapter.layers
+            for name in layer.weights
+            if any(target in name for target in self.target_modules)
+        }
+        layout = AdapterLayout.build(rank, [shape for shape in shapes if shape.name in present])
+        staging = _Staging(self, rank)
+        staging.load_lora_weight_to_buffer(adapter.uid, 0, adapter, modules, None, None)
+
+        def matrices(layer: int, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+            return staging.A_buffer[module][layer][0], staging.B_buffer[module][layer][0]
+
+        return AdapterImage.build(
+            layout,
+            self.num_layer,
+            matrices,
+            self.dtype,
+            adapter.scaling,
+            pin_memory=self.pin_memory_available,
+        )
+
+
+class _Staging(LoRAMemoryPool):
+    """A slab of one slot of one rank in host memory: SGLang's own loader fills it."""
+
+    max_lora_rank: int
+
+    def __init__(self, pool: PagedLoRAPool, rank: int) -> None:
+        super().__init__(
+            base_hf_config=pool.base_hf_config,
+            max_loras_per_batch=1,
+            dtype=pool.dtype,
+            tp_size=pool.tp_size,
+            tp_rank=pool.tp_rank,
+            attn_tp_size=pool.attn_tp_size,
+            max_lora_rank=rank,
+            target_modules=pool.target_modules,
+            base_model=pool.base_model,
+            eviction_policy="lru",
+            lora_added_tokens_size=0,
+            strict_loading=pool.strict_loading,
+        )
+        self.pin_memory_available = False
+
+    def init_buffers(self, base_model: Any) -> None:
+        self.base_model = base_model
+        for buffers, shape_of in (
+            (self.A_buffer, self.get_lora_A_shape),
+            (self.B_buffer, self.get_lora_B_shape),
+        ):
+            for module in self.target_modules:
+                buffers[module] = [
+                    torch.zeros(
+                        shape_of(module, base_model, self.max_lora_rank, layer), dtype=self.dtype
+                    )
+                    for layer in range(self.num_layer)
+                ]

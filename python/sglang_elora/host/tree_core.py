@@ -1,0 +1,322 @@
+"""The tree core: SGLang's Python one, with adapter nodes between the root and the KV.
+
+Each adapter is a node under the root whose value is the slots that hold its weights, empty while
+it is not on the device. Its KV hangs under it, so what SGLang does for any node holds for
+adapters too: a lock on a request's path protects the adapter, its slots are counted as evictable
+or protected, and it is a leaf that eviction may take only when no KV of it is on the device.
+
+Walks start at the adapter's node, as SGLang's Rust core starts them at a root per namespace
+(``root_node_handle``, ``is_root``).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from sglang.srt.disaggregation.kv_events import StorageMedium
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams, MatchResult
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.components.base import (
+    ComponentType,
+    get_and_increase_time_counter,
+)
+from sglang.srt.mem_cache.unified_cache.unified_tree_core import (
+    NodeId,
+    UnifiedTreeCore,
+    UnifiedTreeNode,
+)
+from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import (
+    DropSubtreeNoHostResult,
+    EvictDeviceLeafResult,
+    InsertStepResult,
+)
+
+from sglang_elora.tree import Adapter, AdapterForest, LeafOrder, adapter_of, namespace_of
+
+FULL = ComponentType.FULL
+
+
+class AdapterNode(UnifiedTreeNode):
+    """An adapter's node. ``value`` is int64 ``[slots]`` on the pool's device, empty if evicted.
+
+    It counts as backed up (its weights are on the host) with no host slots of its own.
+    """
+
+    def __init__(self, adapter: Adapter, no_slots: torch.Tensor) -> None:
+        super().__init__((FULL,))
+        self.adapter = adapter
+        self.no_slots = no_slots
+        self.key = RadixKey(array("q"), namespace_of(str(adapter.uid)))
+        self.hash_value: list[str] = []
+        self.event_hash_value: list[str] = []
+        self.component_data[FULL].value = no_slots
+        self.component_data[FULL].host_value = no_slots
+
+    @property
+    def slots(self) -> torch.Tensor:
+        slots: torch.Tensor = self.component_data[FULL].value
+        return slots
+
+
+class EloraTreeCore(UnifiedTreeCore):
+    """See the module's text. ``on_evicted`` is told the id of each adapter that left the device."""
+
+    root_node: UnifiedTreeNode
+
+    def __init__(self, params: Any, components: Any) -> None:
+        self.forest = AdapterForest()
+        self.on_evicted: Callable[[str], None] = lambda uid: None
+        super().__init__(params, components)
+
+    def reset(self) -> None:
+        super().reset()
+        for uid in [str(adapter.uid) for adapter in self.forest if adapter.resident]:
+            self.on_evicted(uid)
+        self.forest.clear_tree()
+        self._adapter_nodes: dict[str, AdapterNode] = {}
+        self._no_slots = torch.empty(0, dtype=torch.int64, device=self.device)
+        full = cast(Any, self.components_by_type[FULL])
+        if full.keeps_order:
+            self.evictable_device_leaves = LeafOrder(self.eviction_strategy.get_priority)
+            self.evictable_host_leaves = LeafOrder(self.eviction_strategy.get_priority)
+
+    # ==== Where walks start ====
+
+    def node_of(self, uid: str) -> AdapterNode:
+        """The adapter's node, made at first need."""
+        node = self._adapter_nodes.get(uid)
+        if node is None:
+            node = self._adapter_nodes[uid] = AdapterNode(self.forest.get(uid), self._no_slots)
+            node.parent = self.root_node
+            self.root_node.children[self._child_key(uid)] = node
+            self._register_node(node)
+        return node
+
+    def root_node_handle(self, extra_key: str | None = None) -> NodeId:
+        return self._root_of(extra_key).id
+
+    def is_root(self, node_id: NodeId) -> bool:
+        return isinstance(self.node_by_id(node_id), AdapterNode) or super().is_root(node_id)
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        root = self._root_of(params.key.extra_key)
+        if root is self.root_node:
+            return super().match_prefix(params)
+        result = self._walk_from(root, super().match_prefix, params)
+        if result is self._empty_match_result:
+            root.last_access_time = get_and_increase_time_counter()
+            return result._replace(
+                last_device_node=root.id, last_host_node=root.id, best_match_node=root.id
+            )
+        return result
+
+    def begin_insert(self, params: InsertParams) -> InsertStepResult:
+        root = self._root_of(params.key.extra_key)
+        if not params.chunked:
+            root.hit_count += 1  # as each node on the path
+        return self._walk_from(root, super().begin_insert, params)
+
+    def match_full_device_prefix(self, key: RadixKey) -> tuple[int, NodeId, int]:
+        walk = super().match_full_device_prefix
+        found: tuple[int, NodeId, int] = self._walk_from(self._root_of(key.extra_key), walk, key)
+        return found
+
+    def _root_of(self, namespace: str | None) -> UnifiedTreeNode:
+        uid = adapter_of(namespace)
+        return self.root_node if uid is None else self.node_of(uid)
+
+    def _walk_from(self, root: UnifiedTreeNode, walk: Callable[[Any], Any], argument: Any) -> Any:
+        tree_root, self.root_node = self.root_node, root
+        try:
+            return walk(argument)
+        finally:
+            self.root_node = tree_root
+
+    @staticmethod
+    def _child_key(uid: str) -> tuple[str, str]:
+        return ("adapter", uid)  # KV children are keyed by tokens and namespace, never like this
+
+    # ==== Counting KV per adapter ====
+
+    def count_kv(self, node: UnifiedTreeNode, *, device: int = 0, host: int = 0) -> None:
+        """``node``'s KV gained (or lost) so many tokens on the device and on the host."""
+        uid = adapter_of(node.key.extra_key)
+        adapter = self.forest.get(uid)
+        had_kv = adapter.device_tokens > 0
+        adapter.device_tokens += device
+        adapter.host_tokens += host
+        if uid is not None and had_kv != (adapter.device_tokens > 0):
+            self._update_evictable_leaf_sets(self.node_of(uid))
+
+    def _add_new_node(
+        self, parent: UnifiedTreeNode, key: RadixKey, value: torch.Tensor, **options: Any
+    ) -> UnifiedTreeNode:
+        node = super()._add_new_node(parent, key, value, **options)
+        self.count_kv(node, device=len(value))
+        return node
+
+    def _unevict_node_on_insert(
+        self, node: UnifiedTreeNode, fresh_value: torch.Tensor, session_id: str | None = None
+    ) -> None:
+        super()._unevict_node_on_insert(node, fresh_value, session_id)
+        self.count_kv(node, device=len(fresh_value))
+
+    # ==== Adapters as leaves ====
+
+    def _is_device_leaf(self, node: UnifiedTreeNode) -> bool:
+        data = node.component_data[FULL]
+        if data.value is None or data.lock_ref > 0 or node is self.root_node:
+            return False
+        if isinstance(node, AdapterNode):  # without a look at its children, who may be many
+            return node.adapter.device_tokens == 0 and len(data.value) > 0
+        for child in node.children.values():
+            if child.component_data[FULL].value is not None:
+                return False
+        return True
+
+    def _is_host_leaf(self, node: UnifiedTreeNode) -> bool:
+        if node.component_data[FULL].value is not None:  # the usual case, told apart early
+            return False
+        return bool(super()._is_host_leaf(node))
+
+    def _is_settled_full_host_duplicate(self, node: UnifiedTreeNode) -> bool:
+        return not isinstance(node, AdapterNode) and super()._is_settled_full_host_duplicate(node)
+
+    def evict_device_leaf(self, node_id: NodeId, is_write_back: bool) -> EvictDeviceLeafResult:
+        node = self.node_by_id(node_id)
+        if not isinstance(node, AdapterNode):
+            return super().evict_device_leaf(node_id, is_write_back)
+        assert self._is_device_leaf(node), f"adapter {node.adapter.uid} is not a leaf"
+        result = EvictDeviceLeafResult()
+        result.tracker[FULL] += len(node.slots)
+        self._release_slots(node, result.device_frees)
+        node.adapter.evictions += 1
+        return result
+
+    def place(self, uid: str, slots: torch.Tensor) -> None:
+        """Give the adapter its slots (int64 ``[num_slots]``); a pinned one is locked with them."""
+        node = self.node_of(uid)
+        adapter = node.adapter
+        assert not adapter.resident and len(slots) == adapter.num_slots, adapter
+        data = node.component_data[FULL]
+        data.value = slots.clone()
+        sizes = (
+            self.component_protected_size_ if data.lock_ref > 0 else self.component_evictable_size_
+        )
+        sizes[FULL] += len(slots)
+        adapter.resident = True
+        adapter.loads += 1
+        node.last_access_time = get_and_increase_time_counter()
+        if adapter.pinned:
+            self.inc_lock_ref(node.id)
+        self._update_evictable_leaf_sets(node)
+
+    def purge(self, uid: str) -> DropSubtreeNoHostResult:
+        """Drop all KV of a retired adapter that nothing holds, then its slots and its node.
+
+        ``is_dropped`` tells whether nothing is left; if a request or a copy still holds a part,
+        call again later.
+        """
+        result = DropSubtreeNoHostResult()
+        node = self.node_of(uid)
+        assert node.adapter.retired, f"adapter {uid} is in use"
+        for child in reversed(self._below(node)):
+            if not child.children and not _is_held(child):
+                medium = StorageMedium.CPU if child.evicted else StorageMedium.GPU
+                self._release_all_component_layers(
+                    child, medium, result.tracker, result.device_frees, result.host_frees
+                )
+                self._remove_leaf_from_parent(child)
+        if node.adapter.pinned and node.adapter.resident:
+            node.adapter.pinned = False
+            node.component_data[FULL].lock_ref -= 1
+            if node.component_data[FULL].lock_ref == 0:
+                self.component_protected_size_[FULL] -= len(node.slots)
+                self.component_evictable_size_[FULL] += len(node.slots)
+        if not node.children and not _is_held(node):
+            self._release_slots(node, result.device_frees)
+            del self.root_node.children[self._child_key(uid)]
+            del self._adapter_nodes[uid]
+            self._unregister_node(node)
+            self.forest.remove(uid)
+            result.is_dropped = True
+        else:
+            self._update_evictable_leaf_sets(node)
+        return result
+
+    def _release_slots(
+        self, node: AdapterNode, device_frees: dict[ComponentType, list[torch.Tensor]]
+    ) -> None:
+        if node.adapter.resident:
+            self.component_evictable_size_[FULL] -= len(node.slots)
+            if len(node.slots):
+                device_frees[FULL].append(node.slots)
+            node.component_data[FULL].value = node.no_slots
+            node.adapter.resident = False
+            self.on_evicted(str(node.adapter.uid))
+        self._update_evictable_leaf_sets(node)
+
+    def _below(self, node: UnifiedTreeNode) -> list[UnifiedTreeNode]:
+        """All nodes under ``node``, parents first."""
+        nodes = list(node.children.values())
+        for child in nodes:  # grows while it is read
+            nodes.extend(child.children.values())
+        return nodes
+
+    # ==== Check ====
+
+    def check_invariants(self) -> None:
+        """Recompute orders, sizes, locks and the KV counts of each adapter from the tree.
+
+        Raises:
+            AssertionError: SGLang's own check of the tree fails, or KV is on the device without
+                its adapter, or a count is wrong.
+            RuntimeError: The eviction order is not that of the leaves.
+        """
+        self.sanity_check([], self._pending_load_backs())
+        for leaves in (self.evictable_device_leaves, self.evictable_host_leaves):
+            if isinstance(leaves, LeafOrder):
+                leaves.check_invariants()
+        counted = {uid: [0, 0] for uid in (None, *(adapter.uid for adapter in self.forest))}
+        for node in self._collect_all_nodes():
+            if node is self.root_node or isinstance(node, AdapterNode):
+                continue
+            data = node.component_data[FULL]
+            uid = adapter_of(node.key.extra_key)
+            assert uid is None or self._is_under(node, self.node_of(uid)), (
+                f"{node.key} is misplaced"
+            )
+            counted[uid][0] += 0 if data.value is None else len(data.value)
+            counted[uid][1] += 0 if data.host_value is None else len(data.host_value)
+        for adapter in (self.forest.base, *self.forest):
+            assert counted[adapter.uid] == [adapter.device_tokens, adapter.host_tokens], (
+                f"{adapter} holds {counted[adapter.uid]} tokens"
+            )
+            assert adapter.retired or adapter.invalid_tokens == 0, (
+                f"KV on the device without its adapter: {adapter}"
+            )
+            if adapter.resident and adapter.uid is not None:
+                node = self.node_of(adapter.uid)
+                assert len(node.slots) == adapter.num_slots, f"{adapter} in {len(node.slots)} slots"
+                assert not adapter.pinned or node.component_data[FULL].lock_ref > 0, adapter
+
+    def _pending_load_backs(self) -> list[tuple[int, NodeId]]:
+        pending = {node.load_back_pending_id for node in self._collect_all_nodes()} - {None}
+        return [(0, node_id) for node_id in pending]
+
+    @staticmethod
+    def _is_under(node: UnifiedTreeNode, ancestor: UnifiedTreeNode) -> bool:
+        while node is not None and node is not ancestor:
+            node = node.parent
+        return node is ancestor
+
+
+def _is_held(node: UnifiedTreeNode) -> bool:
+    return (
+        any(data.lock_ref > 0 or data.host_lock_ref > 0 for data in node.component_data)
+        or node.write_through_pending_id is not None
+        or node.load_back_pending_id is not None
+    )

@@ -1,0 +1,21 @@
+"""Adapter weights in the pages of the KV pool. Plain torch, no SGLang."""
+
+from __future__ import annotations
+
+__all__ = [
+    "TILE",
+    "AdapterImage",
+    "AdapterLayout",
+    "KVPlanes",
+    "ModulePlace",
+    "ModuleShape",
+    "PageTable",
+    "PagedAdapter",
+    "WeightRef",
+]
+
+from sglang_elora.pages.image import AdapterImage
+from sglang_elora.pages.layout import TILE, AdapterLayout, ModulePlace, ModuleShape
+from sglang_elora.pages.paged_adapter import PagedAdapter
+from sglang_elora.pages.planes import KVPlanes, PageTable
+from sglang_elora.pages.weight_ref import WeightRef

@@ -1,0 +1,100 @@
+"""Where an adapter's matrices lie in its address spaces. Numbers only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+TILE = 64
+"""Rows and offsets are multiples of this many elements: a kernel's tile of a row never straddles a
+slot when the elements of a slot are a multiple of it too."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleShape:
+    """Sizes of one linear layer on one tensor-parallel rank.
+
+    Args:
+        name: SGLang's name of the module, as ``qkv_proj``.
+        in_features: Elements of an input row.
+        out_features: Elements of an output row, per part: three for ``qkv_proj``, two for
+            ``gate_up_proj``, else one.
+    """
+
+    name: str
+    in_features: int
+    out_features: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if min(self.in_features, *self.out_features, len(self.out_features)) < 1:
+            raise ValueError(f"sizes must be positive: {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class ModulePlace:
+    """Where A and B of one module begin, in elements of their planes.
+
+    A is ``parts * rank`` rows of ``in_features`` elements. B is kept transposed, so that no row is
+    padded to a tile for a small rank: per part ``rank`` rows of that part's ``out_features``.
+    """
+
+    shape: ModuleShape
+    rank: int
+    a_offset: int
+    b_offsets: tuple[int, ...]
+
+    @property
+    def a_rows(self) -> int:
+        return len(self.shape.out_features) * self.rank
+
+    @property
+    def a_stride(self) -> int:
+        return padded(self.shape.in_features)
+
+    def b_stride(self, part: int) -> int:
+        return padded(self.shape.out_features[part])
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLayout:
+    """The places of all modules of one adapter; the same in every layer.
+
+    ``plane_elems`` are the elements used of each plane: A in the first, B in the second; with one
+    plane (as MLA pools have) B follows A.
+    """
+
+    rank: int
+    places: Mapping[str, ModulePlace]  # a module the adapter lacks is absent
+    plane_elems: tuple[int, ...]
+
+    @classmethod
+    def build(cls, rank: int, shapes: Sequence[ModuleShape], num_planes: int = 2) -> AdapterLayout:
+        """Lay out modules in the order given.
+
+        Raises:
+            ValueError: ``rank`` is not positive, or ``num_planes`` neither 1 nor 2.
+        """
+        if rank < 1 or num_planes not in (1, 2):
+            raise ValueError(f"rank {rank} must be positive and planes {num_planes} be 1 or 2")
+        a_end = sum(len(s.out_features) * rank * padded(s.in_features) for s in shapes)
+        a, b = 0, 0 if num_planes == 2 else a_end
+        places = {}
+        for shape in shapes:
+            a_offset, b_offsets = a, []
+            a += len(shape.out_features) * rank * padded(shape.in_features)
+            for out in shape.out_features:
+                b_offsets.append(b)
+                b += rank * padded(out)
+            places[shape.name] = ModulePlace(shape, rank, a_offset, tuple(b_offsets))
+        return cls(rank, MappingProxyType(places), (a, b) if num_planes == 2 else (b,))
+
+    def num_slots(self, slot_elems: int, page_size: int) -> int:
+        """Slots the adapter takes: what its longest plane needs, in whole pages."""
+        slots = -(-max(self.plane_elems) // slot_elems)
+        return -(-slots // page_size) * page_size
+
+
+def padded(num_elems: int) -> int:
+    """``num_elems`` rounded up to whole tiles."""
+    return -(-num_elems // TILE) * TILE

@@ -1,0 +1,111 @@
+"""Layer 2 of the cache tree: what is known of each adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+_LORA = "lora/"
+
+
+def adapter_of(namespace: str | None) -> str | None:
+    """The adapter id in a request's cache namespace; None is the base model.
+
+    Namespaces are ``lora/<adapter id>/<extra key>``, ``base/<extra key>`` or None (patch 01). An
+    adapter id holds no slash, and SGLang draws a new one for every load, so it names the adapter
+    and the version of its content.
+    """
+    if namespace is None or not namespace.startswith(_LORA):
+        return None
+    return namespace[len(_LORA) : namespace.index("/", len(_LORA))]
+
+
+def namespace_of(uid: str, extra_key: str = "") -> str:
+    """Inverse of ``adapter_of``."""
+    return f"{_LORA}{uid}/{extra_key}"
+
+
+@dataclass(slots=True, eq=False)
+class Adapter:
+    """One adapter, or the base model, which is the one of no size that is always resident.
+
+    ``device_tokens`` and ``host_tokens`` count the KV beneath it and are kept by the tree;
+    ``resident``, ``loads`` and ``evictions`` follow its pages.
+    """
+
+    uid: str | None
+    num_slots: int = 0
+    pinned: bool = False
+    version: str = ""  # digest of the weights that are served
+    retired: bool = False  # unloaded; what is left of it goes as soon as nothing holds it
+    resident: bool = False
+    device_tokens: int = 0
+    host_tokens: int = 0
+    loads: int = 0
+    evictions: int = 0
+
+    @property
+    def invalid_tokens(self) -> int:
+        """KV tokens on the device without their adapter: 0 by the dependency rule."""
+        return 0 if self.resident else self.device_tokens
+
+
+@dataclass(slots=True)
+class AdapterForest:
+    """All adapters by id. Adapters stay known over a reset of the tree; their KV does not."""
+
+    base: Adapter = field(default_factory=lambda: Adapter(uid=None, resident=True))
+    _adapters: dict[str, Adapter] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Adapter]:
+        """All adapters, without the base model, in the order they were registered."""
+        return iter(self._adapters.values())
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def __contains__(self, uid: str) -> bool:
+        return uid in self._adapters
+
+    def register(self, uid: str, *, num_slots: int, pinned: bool, version: str) -> Adapter:
+        """Make an adapter known. Its id must be new."""
+        assert uid not in self._adapters, f"adapter {uid} is registered"
+        adapter = Adapter(uid, num_slots=num_slots, pinned=pinned, version=version)
+        self._adapters[uid] = adapter
+        return adapter
+
+    def get(self, uid: str | None) -> Adapter:
+        """The adapter of this id.
+
+        KV of an adapter that was unloaded meanwhile (a request that ended late) hangs under an
+        adapter that is retired from the start.
+        """
+        if uid is None:
+            return self.base
+        adapter = self._adapters.get(uid)
+        if adapter is None:
+            adapter = self._adapters[uid] = Adapter(uid, retired=True)
+        return adapter
+
+    def remove(self, uid: str) -> None:
+        """Forget an adapter that holds nothing any more."""
+        adapter = self._adapters.pop(uid)
+        assert not (adapter.resident or adapter.device_tokens or adapter.host_tokens), adapter
+
+    def clear_tree(self) -> None:
+        """All KV and all pages are gone (the tree was reset)."""
+        self.base.device_tokens = self.base.host_tokens = 0
+        for adapter in list(self):
+            adapter.resident = False
+            adapter.device_tokens = adapter.host_tokens = 0
+            if adapter.retired:
+                del self._adapters[str(adapter.uid)]
+
+    @property
+    def pinned_slots(self) -> int:
+        """Slots that pinned adapters take, or will take once they are loaded."""
+        return sum(adapter.num_slots for adapter in self if adapter.pinned)
+
+    @property
+    def resident_slots(self) -> int:
+        return sum(adapter.num_slots for adapter in self if adapter.resident)

@@ -1,0 +1,296 @@
+"""Adapters in the tree: KV is on the device only with its adapter, and every slot has one owner."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from radix_caches import Cache, sglang
+from sglang_elora.tree import Adapter, namespace_of
+
+NUM_SLOTS = 400
+
+
+class AdapterCache(Cache):
+    """A cache and the adapters in its pool, loaded and unloaded as the server does it."""
+
+    def __init__(self, num_slots: int = NUM_SLOTS, policy: str = "lru") -> None:
+        super().__init__("elora", num_slots, policy)
+        self.core = self.tree.tree_core
+        self.forest = self.core.forest
+        self.left: list[str] = []
+        self.core.on_evicted = self.left.append
+
+    def add(self, uid: str, num_slots: int, *, pinned: bool = False) -> Adapter:
+        return self.forest.register(uid, num_slots=num_slots, pinned=pinned, version="1")
+
+    def load(self, uid: str) -> bool:
+        adapter = self.forest.get(uid)
+        if adapter.resident:
+            return True
+        self.make_room(adapter.num_slots)
+        slots = self.allocator.alloc(adapter.num_slots)
+        if slots is None:
+            return False
+        self.core.place(uid, slots)
+        return True
+
+    def make_room(self, num_slots: int) -> None:
+        if (shortfall := num_slots - self.allocator.available_size()) > 0:
+            self.evict(shortfall)
+
+    def chat(self, tokens: Sequence[int], uid: str | None) -> bool:
+        """Cache KV as a request with this adapter does: path locked, room made, inserted."""
+        namespace = None if uid is None else namespace_of(uid)
+        node = self.match(tokens, namespace).last_device_node
+        receipt = self.lock(node)
+        self.make_room(len(tokens))
+        cached = self.insert(tokens, namespace)
+        self.unlock(node, receipt)
+        return cached
+
+    def unload(self, uid: str) -> None:
+        if uid in self.forest:
+            self.forest.get(uid).retired = True
+            self.purge(uid)
+
+    def purge(self, uid: str) -> bool:
+        result = self.core.purge(uid)
+        self.tree._free_values(result.device_frees, result.host_frees)
+        return bool(result.is_dropped)
+
+    def check(self, used: Sequence[int] = ()) -> None:
+        """Own invariants, SGLang's, and that slots are free or in the tree, never both."""
+        self.core.check_invariants()
+        owners = Counter(self.free_slots() + self.core.all_values_flatten().tolist() + list(used))
+        assert owners == Counter(range(1, self.allocator.size + 1))
+        budget = self.tree.evictable_size() + self.core.protected_size()
+        assert self.allocator.available_size() + budget == self.allocator.size
+
+
+def test_an_adapter_goes_after_its_kv() -> None:
+    cache = AdapterCache(100)
+    cache.add("a", 20)
+    assert cache.load("a") and cache.chat(range(30), "a")
+    assert cache.evict(1) == 30  # the leaf, not the adapter, which is older
+    assert cache.left == []
+    assert cache.evict(1) == 20
+    assert cache.left == ["a"]
+    cache.check()
+
+
+def test_one_eviction_takes_kv_and_then_its_adapter() -> None:
+    cache = AdapterCache(100)
+    cache.add("a", 20)
+    cache.load("a")
+    cache.chat(range(30), "a")
+    assert cache.evict(50) == 50
+    assert cache.left == ["a"]
+    assert cache.allocator.available_size() == 100
+    cache.check()
+
+
+def test_an_unused_adapter_goes_before_younger_kv_of_others() -> None:
+    cache = AdapterCache(100)
+    cache.add("a", 20)
+    cache.load("a")
+    cache.chat(range(30), None)
+    assert cache.evict(1) == 20
+    assert cache.left == ["a"]
+    assert len(cache.match(range(30)).device_indices) == 30
+
+
+@pytest.mark.parametrize("tokens", [(), range(30)])
+def test_a_request_without_cached_kv_holds_its_adapter(tokens: Sequence[int]) -> None:
+    """The lock a request takes at the end of its match is below its adapter, even if empty."""
+    cache = AdapterCache(100)
+    cache.add("a", 20)
+    cache.load("a")
+    node = cache.match(tokens, namespace_of("a")).last_device_node
+    assert cache.tree.is_root(node) and node == cache.tree.root_node_handle(namespace_of("a"))
+    receipt = cache.lock(node)
+    assert cache.evict(100) == 0 and cache.tree.evictable_size() == 0
+    cache.check()
+    cache.unlock(node, receipt)
+    assert cache.evict(100) == 20
+
+
+def test_slots_that_arrive_under_a_lock_are_protected() -> None:
+    cache = AdapterCache(100)
+    cache.add("a", 20)
+    node = cache.match(range(5), namespace_of("a")).last_device_node
+    receipt = cache.lock(node)
+    cache.load("a")
+    assert cache.core.protected_size() == 20
+    cache.check()
+    cache.unlock(node, receipt)
+    assert cache.core.protected_size() == 0
+    cache.check()
+
+
+def test_pinned_adapters_stay_until_they_are_unloaded() -> None:
+    cache = AdapterCache(100)
+    cache.add("a", 20, pinned=True)
+    cache.load("a")
+    cache.chat(range(30), "a")
+    assert cache.evict(100) == 30
+    cache.check()
+    cache.unload("a")
+    cache.check()
+    assert cache.left == ["a"] and cache.allocator.available_size() == 100
+
+
+def test_the_same_tokens_under_two_adapters_are_two_paths() -> None:
+    cache = AdapterCache()
+    for uid in ("a", "b"):
+        cache.add(uid, 20)
+        cache.load(uid)
+    cache.chat(range(30), "a")
+    assert len(cache.match(range(30), namespace_of("b")).device_indices) == 0
+    assert len(cache.match(range(30)).device_indices) == 0
+    assert len(cache.match(range(30), namespace_of("a", "salt")).device_indices) == 0
+    assert len(cache.match(range(30), namespace_of("a")).device_indices) == 30
+
+
+def test_extra_keys_share_the_adapter() -> None:
+    cache = AdapterCache()
+    cache.add("a", 20)
+    cache.load("a")
+    for salt in ("x", "y"):
+        cache.insert(range(30), namespace_of("a", salt))
+    assert cache.forest.get("a").device_tokens == 60
+    cache.unload("a")
+    assert cache.allocator.available_size() == NUM_SLOTS
+    cache.check()
+
+
+def test_unload_takes_what_nothing_holds_and_the_rest_later() -> None:
+    cache = AdapterCache()
+    cache.add("a", 20)
+    cache.load("a")
+    cache.chat(range(30), "a")
+    cache.chat([*range(10), *range(100, 120)], "a")
+    node = cache.match(range(10), namespace_of("a")).last_device_node
+    receipt = cache.lock(node)
+    cache.unload("a")
+    assert "a" in cache.forest and cache.forest.get("a").device_tokens == 10
+    cache.check()
+    cache.unlock(node, receipt)
+    assert cache.purge("a") and "a" not in cache.forest
+    assert cache.left == ["a"] and cache.allocator.available_size() == NUM_SLOTS
+    cache.check()
+
+
+def test_kv_that_comes_after_unload_is_purged() -> None:
+    cache = AdapterCache()
+    cache.insert(range(30), namespace_of("gone"))
+    assert cache.forest.get("gone").retired
+    cache.check()
+    assert cache.purge("gone")
+    cache.check()
+
+
+def test_reset_forgets_pages_and_kv_but_not_adapters() -> None:
+    cache = AdapterCache()
+    cache.add("a", 20)
+    cache.add("b", 20, pinned=True)
+    for uid in ("a", "b"):
+        cache.load(uid)
+        cache.chat(range(30), uid)
+    cache.tree.reset()
+    cache.allocator.clear()
+    cache.check()
+    assert cache.left == ["a", "b"]
+    assert [(a.uid, a.resident, a.device_tokens) for a in cache.forest] == [
+        ("a", False, 0),
+        ("b", False, 0),
+    ]
+    assert cache.load("b") and cache.chat(range(30), "b")
+    cache.check()
+
+
+def test_an_adapter_of_no_size_is_never_a_victim() -> None:
+    cache = AdapterCache()
+    cache.add("a", 0)
+    cache.load("a")
+    cache.chat(range(30), "a")
+    assert cache.evict(NUM_SLOTS) == 30 and cache.left == []
+    cache.check()
+
+
+def test_the_check_finds_kv_without_its_adapter() -> None:
+    cache = AdapterCache()
+    cache.add("a", 20)
+    cache.insert(range(30), namespace_of("a"))  # nobody loaded it
+    with pytest.raises(AssertionError, match="without its adapter"):
+        cache.check()
+
+
+def test_the_check_finds_a_wrong_count() -> None:
+    cache = AdapterCache()
+    cache.insert(range(30))
+    cache.forest.base.device_tokens -= 1
+    with pytest.raises(AssertionError, match="holds \\[30, 0\\] tokens"):
+        cache.check()
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "slru", "priority"])
+@pytest.mark.parametrize("seed", range(8))
+def test_random_histories(seed: int, policy: str) -> None:
+    """Adapters come and go under locks, evictions, unloads and resets; all counts stay exact."""
+    rng = random.Random(seed)
+    cache = AdapterCache(policy=policy)
+    locks: list[tuple[Any, Any]] = []
+    serial = 0
+    names: list[str] = []
+    paths: list[tuple[tuple[int, ...], str | None]] = [((1,), None)]
+    seen: Counter[str] = Counter()
+    for _ in range(300):
+        kind = rng.choices(
+            ["chat", "lock", "unlock", "evict", "add", "unload", "reset"],
+            weights=[50, 12, 12, 10, 6, 4, 0.5],
+        )[0]
+        tokens, uid = rng.choice(paths[-20:])
+        if uid is not None and uid not in names:
+            continue
+        if kind == "add":
+            serial += 1
+            names.append(f"a{serial}")
+            cache.add(names[-1], rng.randint(0, 60), pinned=rng.random() < 0.1 and serial < 3)
+            paths.append(((), names[-1]))
+        elif kind == "chat":
+            tokens += tuple(rng.randint(1, 3) for _ in range(rng.randint(1, 30)))
+            if (uid is None or cache.load(uid)) and cache.chat(tokens, uid):
+                paths.append((tokens, uid))
+                seen["chat"] += 1
+        elif kind == "lock" and (uid is None or cache.load(uid)):
+            namespace = None if uid is None else namespace_of(uid)
+            node = cache.match(tokens, namespace).last_device_node
+            locks.append((node, cache.lock(node)))
+        elif kind == "unlock" and locks:
+            cache.unlock(*locks.pop(rng.randrange(len(locks))))
+        elif kind == "evict":
+            cache.evict(rng.randint(1, 150))
+        elif kind == "unload" and uid is not None:
+            names.remove(uid)
+            cache.unload(uid)
+            seen["unload"] += 1
+        elif kind == "reset" and not locks:
+            cache.tree.reset()
+            cache.allocator.clear()
+        for adapter in [adapter for adapter in cache.forest if adapter.retired]:
+            cache.purge(str(adapter.uid))
+        cache.check()
+    for lock in locks:
+        cache.unlock(*lock)
+    assert seen["chat"] > 40 and seen["unload"] > 0 and cache.left
+
+
+def test_the_harness_is_the_server_s_tree() -> None:
+    from sglang_elora.host.tree_core import EloraTreeCore
+
+    assert sglang() and type(AdapterCache().core) is EloraTreeCore

@@ -1,0 +1,321 @@
+"""Features that do not run with ELORA are refused at start, all at once, with reason and remedy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from run_python import RunPython
+from sglang_elora.demo.adapters import AdapterSpec, make_adapters
+
+LORA = ("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "q_proj", "o_proj")
+ATTENTION = ["qkv_proj", "o_proj"]
+
+# What is changed in the resolved arguments (or "env", "raw", "model") -> how its line begins.
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"enable_dp_attention": True}, "--enable-dp-attention: "),
+    ({"pp_size": 2}, "--pp-size 2: "),
+    ({"attn_cp_size": 2}, "--attn-cp-size 2 / --enable-prefill-cp: "),
+    ({"enable_prefill_cp": True}, "--attn-cp-size 1 / --enable-prefill-cp: "),
+    ({"dcp_size": 2}, "--dcp-size 2: "),
+    ({"elastic_ep_backend": "mooncake"}, "--elastic-ep-backend mooncake: "),
+    ({"enable_two_batch_overlap": True}, "--enable-two-batch-overlap: "),
+    ({"enable_pdmux": True}, "--enable-pdmux: "),
+    ({"disaggregation_mode": "prefill"}, "--disaggregation-mode prefill: "),
+    ({"disaggregation_mode": "decode"}, "--disaggregation-mode decode: "),
+    ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num 2: "),
+    ({"use_ray": True}, "--use-ray: "),
+    ({"disable_radix_cache": True}, "--disable-radix-cache (given, or set by SGLang "),
+    ({"hicache_storage_backend": "file"}, "--hicache-storage-backend file: "),
+    (
+        {"enable_hierarchical_cache": True, "hicache_host_memory_mode": "buffer_only"},
+        "--hicache-host-memory-mode buffer_only: ",
+    ),
+    (
+        {"enable_unified_cache_external_linker": True},
+        "--enable-unified-cache-external-linker: ",
+    ),
+    ({"enable_lmcache": True}, "--enable-lmcache: "),
+    ({"enable_flexkv": True}, "--enable-flexkv: "),
+    ({"enable_streaming_session": True}, "--enable-streaming-session: "),
+    ({"enable_session_radix_cache": True}, "--enable-session-radix-cache: "),
+    ({"enable_page_major_kv_layout": True}, "--enable-page-major-kv-layout: "),
+    ({"enable_unified_memory": True}, "--enable-unified-memory: "),
+    ({"enable_hisparse": True}, "--enable-hisparse: "),
+    ({"kv_cache_dtype": "nvfp4"}, "--kv-cache-dtype nvfp4: "),
+    ({"kv_cache_dtype": "mxfp8"}, "--kv-cache-dtype mxfp8: "),
+    ({"kv_canary": "log"}, "--kv-canary log: "),
+    ({"env": {"SGLANG_USE_HND_KVCACHE": "1"}}, "SGLANG_USE_HND_KVCACHE=1: "),
+    (
+        {"env": {"SGLANG_AITER_KV_CACHE_LAYOUT": "vectorized_5d"}},
+        "SGLANG_AITER_KV_CACHE_LAYOUT=vectorized_5d: ",
+    ),
+    (
+        {"env": {"SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "1"}},
+        "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING=1: ",
+    ),
+    ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm EAGLE: "),
+    ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm NGRAM: "),
+    ({"speculative_algorithm": "UNO"}, "--speculative-algorithm UNO: "),
+    ({"decoupled_spec_role": "verifier"}, "--decoupled-spec-role verifier: "),
+    ({"dllm_algorithm": "LowConfidence"}, "--dllm-algorithm LowConfidence: "),
+    ({"enable_priority_scheduling": True}, "--enable-priority-scheduling with preemption: "),
+    ({"raw": {"lora_backend": "triton"}}, "--lora-backend triton: "),
+    ({"enable_lora_overlap_loading": True}, "--enable-lora-overlap-loading: "),
+    ({"lora_drain_wait_threshold": 0.5}, "--lora-drain-wait-threshold 0.5: "),
+    ({"lora_use_virtual_experts": True}, "--lora-use-virtual-experts: "),
+    ({"experts_shared_outer_loras": False}, "--experts-shared-outer-loras / --no-"),
+    ({"lora_target_modules": ["q_proj", "lm_head"]}, "--lora-target-modules with embed_tokens or "),
+    ({"model": {"attention_arch": "MLA"}}, "this model (multi-head latent attention): "),
+    ({"model": {"is_hybrid_swa": True}}, "this model (sliding windows beside full attention): "),
+    ({"uses_mamba_radix_cache": True}, "this model (state spaces or linear attention): "),
+    ({"model": {"attention_arch": "SSM"}}, "this model (state spaces or linear attention): "),
+    ({"model": {"is_encoder_decoder": True}}, "this model (encoder and decoder): "),
+    ({"model": {"is_generation": False}}, "this model (embeddings, rewards or classes) "),
+    (
+        {"model": {"num_experts": 8}, "lora_target_modules": ["all"]},
+        "this model (mixture of experts) without ",
+    ),
+    (
+        {"model": {"num_local_experts": 8}, "lora_target_modules": ["q_proj", "down_proj"]},
+        "this model (mixture of experts) without ",
+    ),
+    (
+        {"model": {"n_routed_experts": 8}, "lora_target_modules": None},
+        "this model (mixture of experts) without ",
+    ),
+]
+ACCEPTED: list[dict[str, Any]] = [
+    {},
+    {"tp_size": 2},
+    {"dp_size": 2},
+    {"page_size": 16},
+    {"kv_cache_dtype": "fp8_e5m2"},
+    {"enable_mixed_chunk": True},
+    {"enable_memory_saver": True},
+    {"enable_hierarchical_cache": True, "hicache_write_policy": "write_back"},
+    {"enable_priority_scheduling": True, "disable_priority_preemption": True},
+    {"radix_eviction_policy": "tlru"},
+    {"lora_target_modules": ["all"]},
+    {"model": {"num_experts": 8}, "lora_target_modules": ATTENTION},
+    {"raw": {"lora_backend": "elora_torch"}},
+]
+
+RESOLVE = """
+import copy, json, os, sys
+from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
+ensure_torchvision_importable()
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
+from sglang.srt.configs.model_config import AttentionArch
+from sglang.srt.server_args import prepare_server_args
+from sglang_elora.host import compatibility
+
+def resolve(*flags):
+    server_args = prepare_server_args(["--model-path", sys.argv[1], *flags])
+    server_args.resolve_once()
+    return server_args
+
+def change(server_args, raw=None, model=None, env=None, **fields):
+    changed = copy.copy(server_args)
+    changed._raw_input = {**server_args._raw_input, **(raw or {})}
+    changed._resolved_overrides = list(server_args._resolved_overrides)
+    declare_resolution(changed, "test", **fields)
+    changed._model_config = copy.deepcopy(model_config_of(server_args))
+    for name, value in (model or {}).items():
+        if "experts" in name:
+            setattr(changed._model_config.hf_text_config, name, value)
+        else:
+            assert hasattr(changed._model_config, name), name
+            value = AttentionArch[value] if name == "attention_arch" else value
+            setattr(changed._model_config, name, value)
+    return changed
+
+def problems(server_args, env=None):
+    os.environ.update(env or {})
+    try:
+        compatibility.check_compatible(server_args)
+    except ValueError as error:
+        return str(error).splitlines()[1:]
+    finally:
+        for name in env or {}:
+            del os.environ[name]
+    return []
+"""
+
+
+def _in_process(run_python: RunPython, checkpoint: Path, code: str, *arguments: str) -> Any:
+    """What ``code`` prints last, as JSON. ``RESOLVE`` is before it, argv[1] is the model."""
+    result = run_python("-c", RESOLVE + code, str(checkpoint), *arguments)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_every_refusal(run_python: RunPython, checkpoint: Path) -> None:
+    """Each row of the table: triggered, alone, and its line says what to do."""
+    code = """
+base = resolve(*json.loads(sys.argv[2]))
+lines, seen = [], set()
+for case in json.loads(sys.argv[3]):
+    changed = change(base, **case)
+    os.environ.update(case.get("env", {}))
+    seen |= {i for i, r in enumerate(compatibility.REFUSALS) if r.applies(resolving_view(changed))}
+    lines.append(problems(changed, case.get("env")))
+missing = [r.name for i, r in enumerate(compatibility.REFUSALS) if i not in seen]
+print(json.dumps([lines, missing]))
+"""
+    cases = [case for case, _ in REFUSED]
+    lines, missing = _in_process(
+        run_python, checkpoint, code, json.dumps(LORA), json.dumps([*cases, *ACCEPTED])
+    )
+    assert missing == []
+    for (case, begin), found in zip(REFUSED, lines, strict=False):
+        assert len(found) == 1, (case, found)
+        assert found[0].startswith(f"  {begin}"), (case, found)
+        assert found[0].endswith("run without --elora"), (case, found)
+    for case, found in zip(ACCEPTED, lines[len(REFUSED) :], strict=True):
+        assert found == [], (case, found)
+
+
+def test_real_flags(run_python: RunPython, checkpoint: Path) -> None:
+    """Through SGLang's parser and resolution: all problems at once, none without LoRA."""
+    code = """
+flags = ["--enable-streaming-session", "--enable-priority-scheduling", "--lora-backend", "triton",
+         "--enable-lora-overlap-loading", "--lora-drain-wait-threshold", "2", "--max-loaded-loras",
+         "64", "--is-embedding", "--disable-radix-cache"]
+lora = json.loads(sys.argv[2])
+print(json.dumps([problems(resolve(*lora, *flags)), problems(resolve(*flags)),
+                  problems(resolve("--lora-paths", "a=/none", "--enable-streaming-session"))]))
+"""
+    with_lora, without, implied = _in_process(run_python, checkpoint, code, json.dumps(LORA))
+    named = [line.strip().split()[0] for line in with_lora]
+    assert named == [
+        "--disable-radix-cache",
+        "--enable-streaming-session",
+        "--enable-priority-scheduling",
+        "--lora-backend",
+        "--enable-lora-overlap-loading",
+        "--lora-drain-wait-threshold",
+        "this",
+    ]
+    assert without == []
+    assert len(implied) == 1
+
+
+def test_flags_about_slots_have_no_effect(run_python: RunPython, checkpoint: Path) -> None:
+    """One line in the log; and SGLang's own check does not ask for as many adapters as slots."""
+    code = """
+import logging
+heard = []
+compatibility.logger.info = lambda text, *values: heard.append(text % values)
+few = resolve(*json.loads(sys.argv[2]), "--max-loaded-loras", "4")
+compatibility.check_compatible(few)
+few.check_server_args()
+slots = resolve(*json.loads(sys.argv[2]), "--max-loras-per-batch", "3", "--lora-eviction-policy",
+                "fifo")
+quiet = list(heard)
+compatibility.check_compatible(slots)
+slots.check_server_args()
+print(json.dumps([quiet, heard, resolving_view(few).max_loaded_loras]))
+"""
+    quiet, heard, limit = _in_process(run_python, checkpoint, code, json.dumps(LORA))
+    assert quiet == []
+    assert [line.split(" has no effect")[0] for line in heard] == [
+        "--max-loras-per-batch 3",
+        "--lora-eviction-policy fifo",
+    ]
+    assert limit == 4
+
+
+def test_cuda_graphs_are_off_with_lora(run_python: RunPython, checkpoint: Path) -> None:
+    code = """
+found = []
+for flags in (json.loads(sys.argv[2]), []):
+    server_args = resolve(*flags, "--cuda-graph-backend-decode", "full")
+    compatibility.run_eagerly(None, server_args)
+    graphs = resolving_view(server_args).cuda_graph_config
+    found.append([graphs.decode.backend, graphs.prefill.backend])
+print(json.dumps(found))
+"""
+    with_lora, without = _in_process(run_python, checkpoint, code, json.dumps(LORA))
+    assert with_lora == ["disabled", "disabled"]
+    assert without[0] == "full"
+
+
+def test_pools_adapters_cannot_live_in(run_python: RunPython, checkpoint: Path) -> None:
+    code = """
+from types import SimpleNamespace
+from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import UnquantizedKVCacheMethod
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+
+def refusal(pool_class=MHATokenToKVPool, layout="nhd", quant_method=None, **state):
+    pool = object.__new__(pool_class)
+    pool.kv_cache_layout = layout
+    pool.quant_method = quant_method or UnquantizedKVCacheMethod()
+    allocator = SimpleNamespace(get_kvcache=lambda: pool)
+    defaults = {"is_hybrid_swa": False, "is_hybrid_ssm": False, "disable_radix_cache": False}
+    ctx = SimpleNamespace(
+        params=SimpleNamespace(token_to_kv_pool_allocator=allocator), **{**defaults, **state}
+    )
+    try:
+        compatibility.check_pool(ctx)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+print(json.dumps([refusal(), refusal(pool_class=MLATokenToKVPool), refusal(layout="hnd"),
+                  refusal(quant_method=object()), refusal(is_hybrid_swa=True),
+                  refusal(is_hybrid_ssm=True), refusal(disable_radix_cache=True)]))
+"""
+    plain, *refused = _in_process(run_python, checkpoint, code)
+    assert plain == ""
+    words = ("MLATokenToKVPool", "hnd", "scales", "outside", "outside", "radix cache is off")
+    for text, word in zip(refused, words, strict=True):
+        assert word in text
+        assert text.endswith("run without --elora")
+
+
+def test_launch_ends_with_all_reasons(run_python: RunPython, checkpoint: Path) -> None:
+    result = run_python(
+        *("-m", "sglang_elora.launch_server", "--elora", "--model-path", str(checkpoint), *LORA),
+        *("--enable-streaming-session", "--enable-lora-overlap-loading"),
+    )
+    assert result.returncode != 0
+    assert "--elora does not run with:" in result.stderr
+    assert "  --enable-streaming-session: an open session" in result.stderr
+    assert "  --enable-lora-overlap-loading: it loads into slots" in result.stderr
+
+
+@pytest.fixture
+def embedding_adapter(checkpoint: Path, tmp_path: Path) -> Path:
+    """An adapter of the demo whose configuration also targets lm_head, and its factors."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    spec = AdapterSpec("law", rank=8, alpha=16, target_modules=("q_proj",))
+    folder = make_adapters(checkpoint, tmp_path, [spec])["law"]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["target_modules"] = ["q_proj", "lm_head"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    base = json.loads((checkpoint / "config.json").read_text())
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights["base_model.model.lm_head.lora_A.weight"] = torch.ones(8, base["hidden_size"])
+    weights["base_model.model.lm_head.lora_B.weight"] = torch.ones(base["vocab_size"], 8)
+    save_file(weights, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_adapter_on_lm_head_is_refused(
+    run_python: RunPython, checkpoint: Path, embedding_adapter: Path
+) -> None:
+    result = run_python(
+        *("-m", "sglang_elora.launch_server", "--elora", "--elora-bad-adapter", "exit"),
+        *("--model-path", str(checkpoint), "--lora-paths", f"law={embedding_adapter}"),
+    )
+    assert result.returncode != 0
+    assert "it adapts lm_head, where --elora does not serve LoRA" in result.stderr
+    assert "run the server without --elora" in result.stderr

@@ -1,0 +1,277 @@
+"""Many chats over more adapters and KV than fit on the device: the trace, and how it is run.
+
+Outputs are comparable between servers because a turn's prompt is the whole history, output tokens
+of earlier turns included: one wrong token changes everything after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import httpx
+
+from sglang_elora.demo.adapters import COVERAGE_NAMES, AdapterSpec, Module
+from sglang_elora.demo.checkpoint import ModelShape
+
+_RANKS = (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64)
+_COVERAGES = tuple(COVERAGE_NAMES)
+_BASE_MODEL_SHARE = 0.1
+_WINDOW = 12  # adapters that are in use around one moment of the trace
+_SESSIONS_A_PASS = 88  # until the window was everywhere; two passes, so what left comes back
+_ABORTED_TOKENS = 200  # length of the answers that nobody waits for
+_TIMEOUT_S = 600.0
+
+
+def _spec(i: int) -> AdapterSpec:
+    """11 ranks and 4 coverages have no common factor, so they meet in all combinations."""
+    rank, coverage = _RANKS[i % len(_RANKS)], _COVERAGES[(i + 1) % len(_COVERAGES)]
+    return AdapterSpec(f"a{i:02}-r{rank}", rank, (8, rank, 2 * rank)[i % 3], coverage, seed=100 + i)
+
+
+PRESSURE_SPECS = tuple(_spec(i) for i in range(32))
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one turn adds to its session's history."""
+
+    new_tokens: tuple[int, ...]
+    num_output: int
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A chat, with the same adapter from the first turn to the last."""
+
+    number: int
+    adapter: str | None  # None is the base model
+    system: tuple[int, ...]  # the prefix that all sessions of the adapter share
+    turns: tuple[Turn, ...]
+
+    @property
+    def num_own_tokens(self) -> int:
+        return sum(len(turn.new_tokens) + turn.num_output for turn in self.turns)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Sessions in the order in which they start."""
+
+    sessions: tuple[Session, ...]
+
+    @property
+    def num_requests(self) -> int:
+        return sum(len(session.turns) for session in self.sessions)
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """KV of the whole trace, what sessions share counted once."""
+        shared = {session.adapter: len(session.system) for session in self.sessions}
+        return sum(shared.values()) + sum(session.num_own_tokens for session in self.sessions)
+
+    @property
+    def adapters(self) -> set[str]:
+        return {session.adapter for session in self.sessions if session.adapter is not None}
+
+
+def make_trace(
+    *,
+    small: bool = False,
+    num_requests: int | None = None,
+    output_tokens: tuple[int, int] = (4, 16),
+) -> Trace:
+    """At least 600 requests, or with ``small`` the first 150 of the same ones."""
+    wanted = num_requests or (150 if small else 600)
+    sessions: list[Session] = []
+    while sum(len(session.turns) for session in sessions) < wanted:
+        sessions.append(_session(len(sessions), output_tokens))
+    return Trace(tuple(sessions))
+
+
+def _session(number: int, output_tokens: tuple[int, int]) -> Session:
+    rng = random.Random(f"session/{number}")
+    adapter = None if rng.random() < _BASE_MODEL_SHARE else _popular_adapter(number, rng)
+    system = random.Random(f"system/{adapter}")
+    turns = tuple(
+        Turn(_tokens(rng, rng.randint(20, 120)), rng.randint(*output_tokens))
+        for _ in range(rng.randint(2, 5))
+    )
+    return Session(number, adapter, _tokens(system, system.randint(24, 64)), turns)
+
+
+def _popular_adapter(number: int, rng: random.Random) -> str:
+    """Zipf over a window that moves on with every session; who is new in it is most popular."""
+    newest = number * len(PRESSURE_SPECS) // _SESSIONS_A_PASS
+    age = rng.choices(range(_WINDOW), [1 / (1 + age) for age in range(_WINDOW)])[0]
+    return PRESSURE_SPECS[(newest - age) % len(PRESSURE_SPECS)].name
+
+
+def _tokens(rng: random.Random, count: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(3, ModelShape().vocab_size) for _ in range(count))
+
+
+_MODULES: tuple[tuple[tuple[Module, ...], str, tuple[str, ...]], ...] = (
+    (("q_proj", "k_proj", "v_proj"), "hidden", ("heads", "kv", "kv")),
+    (("o_proj",), "heads", ("hidden",)),
+    (("gate_proj", "up_proj"), "hidden", ("mlp", "mlp")),
+    (("down_proj",), "mlp", ("hidden",)),
+)
+"""(parts, input dimension, output dimensions) of each linear layer as SGLang fuses them."""
+
+
+def plane_elements(spec: AdapterSpec) -> tuple[int, int]:
+    """Elements of one layer's A and B matrices, rows padded to 64.
+
+    An adapter that targets one part of a fused layer has all its parts, as SGLang loads it.
+    """
+    shape = ModelShape()
+    dims = {
+        "hidden": shape.hidden_size,
+        "heads": shape.num_heads * shape.head_dim,
+        "kv": shape.num_kv_heads * shape.head_dim,
+        "mlp": shape.intermediate_size,
+    }
+    padded = {name: 64 * ceil(dim / 64) for name, dim in dims.items()}
+    targeted = [m for m in _MODULES if set(m[0]) & set(spec.target_modules)]
+    a_rows = sum(len(parts) * padded[source] for parts, source, _ in targeted)
+    b_rows = sum(padded[out] for _, _, outs in targeted for out in outs)
+    return spec.rank * a_rows, spec.rank * b_rows
+
+
+def adapter_slots(spec: AdapterSpec, page_size: int = 1) -> int:
+    """Slots of the KV pool that the adapter's weights take, in whole pages.
+
+    A matrices lie in the K plane and B matrices in the V plane, in the same slots.
+    """
+    shape = ModelShape()
+    slots = ceil(max(plane_elements(spec)) / (shape.num_kv_heads * shape.head_dim))
+    return page_size * ceil(slots / page_size)
+
+
+def pool_tokens(
+    specs: Sequence[AdapterSpec], trace: Trace, share: float, page_size: int = 1
+) -> int:
+    """Size of a pool that holds ``share`` of the adapters and of the trace's KV together."""
+    needed = sum(adapter_slots(spec, page_size) for spec in specs) + trace.num_kv_tokens
+    return int(share * needed) // page_size * page_size
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One request that was answered in full, or refused."""
+
+    session: int
+    turn: int
+    adapter: str | None
+    num_prompt: int
+    num_cached: int
+    output: tuple[int, ...]
+    num_aborted: int  # requests of this turn that were aborted before this one
+    error: str | None = None
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.session, self.turn
+
+
+OnRecord = Callable[[httpx.AsyncClient, Record], Awaitable[None]]
+
+
+def run_trace(
+    url: str,
+    trace: Trace,
+    *,
+    concurrency: int = 16,
+    abort_every: int = 0,
+    on_record: OnRecord | None = None,
+) -> list[Record]:
+    """Hold ``concurrency`` sessions at a time, the next one starting when one ends.
+
+    Args:
+        abort_every: Before each n-th turn its prompt is sent once for a long answer, which is
+            aborted after its first token, in turn by closing the stream and by /abort_request.
+        on_record: Called between a turn's answer and the session's next turn.
+
+    Returns:
+        Records in the order in which they came; a session ends with its first error.
+    """
+    return asyncio.run(_Run(url, trace, abort_every, on_record).run(concurrency))
+
+
+class _Run:
+    def __init__(
+        self, url: str, trace: Trace, abort_every: int, on_record: OnRecord | None
+    ) -> None:
+        self._url = url
+        self._waiting = iter(trace.sessions)
+        self._abort_every = abort_every
+        self._on_record = on_record
+        self._records: list[Record] = []
+
+    async def run(self, concurrency: int) -> list[Record]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(
+            base_url=self._url, timeout=_TIMEOUT_S, trust_env=False, limits=limits
+        ) as http:
+            await asyncio.gather(*(self._hold_sessions(http) for _ in range(concurrency)))
+        return self._records
+
+    async def _hold_sessions(self, http: httpx.AsyncClient) -> None:
+        for session in self._waiting:
+            await self._hold(http, session)
+
+    async def _hold(self, http: httpx.AsyncClient, session: Session) -> None:
+        history = list(session.system)
+        for i, turn in enumerate(session.turns):
+            history += turn.new_tokens
+            aborts = self._abort_every and (session.number + i) % self._abort_every == 0
+            if aborts:
+                by_request = (session.number + i) // self._abort_every % 2 == 0
+                await _abort(http, _body(session, history, _ABORTED_TOKENS), by_request)
+            answer = await http.post("/generate", json=_body(session, history, turn.num_output))
+            record = _record(session, i, len(history), int(aborts), answer)
+            self._records.append(record)
+            if self._on_record is not None:
+                await self._on_record(http, record)
+            if record.error is not None:
+                return
+            history += record.output
+
+
+def _body(session: Session, prompt: Sequence[int], num_output: int) -> dict[str, Any]:
+    sampling = {"temperature": 0, "max_new_tokens": num_output, "ignore_eos": True}
+    body: dict[str, Any] = {"input_ids": list(prompt), "sampling_params": sampling}
+    return body if session.adapter is None else {**body, "lora_path": session.adapter}
+
+
+def _record(
+    session: Session, turn: int, num_prompt: int, num_aborted: int, answer: httpx.Response
+) -> Record:
+    facts = (session.number, turn, session.adapter, num_prompt)
+    if answer.status_code != httpx.codes.OK:
+        return Record(*facts, 0, (), num_aborted, f"{answer.status_code}: {answer.text[:300]}")
+    body = answer.json()
+    cached, output = body["meta_info"]["cached_tokens"], tuple(body["output_ids"])
+    finished = body["meta_info"]["finish_reason"]["type"]
+    error = None if finished == "length" else f"finished by {finished}"
+    return Record(*facts, cached, output, num_aborted, error)
+
+
+async def _abort(http: httpx.AsyncClient, body: dict[str, Any], by_request: bool) -> None:
+    """Take one token of a stream, then end it from this side."""
+    body = {**body, "stream": True}
+    async with http.stream("POST", "/generate", json=body) as stream:
+        assert stream.status_code == httpx.codes.OK, await stream.aread()
+        lines = (line async for line in stream.aiter_lines() if line.startswith("data: "))
+        first = json.loads((await anext(lines))[6:])
+        if not by_request:
+            return
+        await http.post("/abort_request", json={"rid": first["meta_info"]["id"]})
+        last = [json.loads(line[6:]) async for line in lines if line != "data: [DONE]"][-1]
+        assert last["meta_info"]["finish_reason"]["type"] == "abort", last["meta_info"]

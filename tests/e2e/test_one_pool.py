@@ -1,0 +1,288 @@
+"""Adapters and KV in one small pool: admission, refusals, pins, flushes, versions."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters import NAMES, SPECS
+from client import Client, run
+from pressure import adapter_slots
+from reference import Reference
+from server_flags import server_flags
+from sglang_elora.demo.adapters import ALL_LINEAR, AdapterSpec, make_adapters
+from sglang_elora.demo.server import ServerProcess
+
+POOL_SLOTS = 2600
+LARGEST = "all-r64"
+SLOTS = {spec.name: adapter_slots(spec) for spec in SPECS}
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path, adapters: dict[str, Path], logs: Path) -> Iterator[ServerProcess]:
+    """A pool that holds the largest adapter and not much more, or half of all others."""
+    assert SLOTS[LARGEST] < POOL_SLOTS < sum(SLOTS.values()) / 2
+    flags = [*server_flags(checkpoint, adapters), "--max-total-tokens", str(POOL_SLOTS)]
+    log_path = logs / "one-pool.log"
+    with ServerProcess(["--elora", "--elora-check", *flags], log_path=log_path) as server:
+        yield server
+        log = log_path.read_text()
+        assert "leak" not in log.lower() and "AssertionError" not in log
+
+
+async def statistics(client: Client) -> dict[str, int]:
+    info = (await client.get("/server_info")).json()
+    found: dict[str, int] = info["internal_states"][0]["elora"]
+    return found
+
+
+async def load(client: Client, name: str, path: Path, **extra: Any) -> Any:
+    return await client.post(
+        "/load_lora_adapter", {"lora_name": name, "lora_path": str(path), **extra}
+    )
+
+
+async def unload(client: Client, name: str) -> None:
+    answer = await client.post("/unload_lora_adapter", {"lora_name": name})
+    assert answer.status_code == 200, answer.text
+
+
+def test_adapters_that_do_not_fit_together_take_turns(
+    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+) -> None:
+    """All at once, three prompts each; nobody waits for ever and every answer is right."""
+    asked = [(name, prompt) for prompt in prompts for name in (*NAMES, None)]
+
+    async def work(client: Client) -> dict[str, int]:
+        answers = await asyncio.gather(*(client.generate(*request) for request in asked))
+        for (name, prompt), answer in zip(asked, answers, strict=True):
+            assert list(answer.token_ids) == reference.generate(name, prompt), name
+        return await statistics(client)
+
+    found = run(server.url, work)
+    assert found["adapter_loads"] >= len(NAMES) and found["adapter_evictions"] > 0
+    assert found["kv_tokens_invalid"] == 0 and found["checks"] > 0
+    assert found["adapter_slots"] + found["kv_tokens_device"] <= POOL_SLOTS
+
+
+def test_a_batch_holds_the_adapters_that_fit(
+    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+) -> None:
+    small = sorted(NAMES, key=SLOTS.__getitem__)[:9]
+    assert sum(SLOTS[name] for name in small) < POOL_SLOTS - 900
+
+    async def work(client: Client) -> dict[str, int]:
+        answers = await asyncio.gather(*(client.generate(name, prompts[0]) for name in small))
+        for name, answer in zip(small, answers, strict=True):
+            assert list(answer.token_ids) == reference.generate(name, prompts[0])
+        return await statistics(client)
+
+    assert run(server.url, work)["max_adapters_in_batch"] >= len(small)
+
+
+def test_an_adapter_larger_than_the_pool_is_refused_with_the_numbers(
+    server: ServerProcess,
+    checkpoint: Path,
+    models: Path,
+    reference: Reference,
+    prompts: Sequence[list[int]],
+) -> None:
+    spec = AdapterSpec("huge", rank=128, alpha=8, target_modules=ALL_LINEAR, seed=20)
+    path = make_adapters(checkpoint, models / "huge", [spec])["huge"]
+
+    async def work(client: Client) -> None:
+        refused = await load(client, "huge", path)
+        assert refused.status_code == 400
+        message = refused.json()["error_message"]
+        assert f"{adapter_slots(spec)} slots" in message and str(POOL_SLOTS) in message
+        assert "--max-total-tokens" in message
+        unknown = await client.post("/generate", {"text": "Hello", "lora_path": "huge"})
+        assert unknown.status_code == 400
+        answer = await client.generate(LARGEST, prompts[0])
+        assert list(answer.token_ids) == reference.generate(LARGEST, prompts[0])
+
+    run(server.url, work)
+
+
+def test_a_prompt_too_long_beside_its_adapter_is_refused(
+    server: ServerProcess, reference: Reference
+) -> None:
+    prompt = list(range(3, 3 + POOL_SLOTS - SLOTS[LARGEST]))
+
+    async def work(client: Client) -> None:
+        body = {"input_ids": prompt, "sampling_params": {"temperature": 0, "max_new_tokens": 4}}
+        refused = await client.post("/generate", {**body, "lora_path": LARGEST})
+        assert refused.status_code == 400
+        assert (
+            f"({SLOTS[LARGEST]} slots)" in refused.text and f"{len(prompt)} tokens" in refused.text
+        )
+        answer = await client.generate(None, prompt, num_tokens=4)
+        assert list(answer.token_ids) == reference.generate(None, prompt, 4)
+
+    run(server.url, work)
+
+
+def test_answers_are_clipped_to_what_fits_beside_the_adapter(server: ServerProcess) -> None:
+    async def work(client: Client) -> None:
+        answer = await client.generate(LARGEST, range(3, 103), num_tokens=POOL_SLOTS)
+        room = POOL_SLOTS - SLOTS[LARGEST] - 100
+        assert room - 8 < len(answer.token_ids) < room
+
+    run(server.url, work)
+
+
+def test_a_cold_adapter_is_not_passed_by_for_ever(
+    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+) -> None:
+    """Requests of the base model keep the pool full; the adapter's request gets its turn."""
+    rng = random.Random(0)
+
+    async def work(client: Client) -> int:
+        await client.post("/flush_cache", {})
+        passed, done = 0, asyncio.Event()
+
+        async def keep_busy() -> None:
+            nonlocal passed
+            while not done.is_set():
+                prompt = [rng.randrange(3, 2000) for _ in range(150)]
+                await client.generate(None, prompt, num_tokens=32)
+                passed += 1
+
+        others = [asyncio.create_task(keep_busy()) for _ in range(12)]
+        while passed < 12:
+            await asyncio.sleep(0.05)
+        before = passed
+        answer = await client.generate(LARGEST, prompts[0])
+        overtaken = passed - before
+        done.set()
+        await asyncio.gather(*others)
+        assert list(answer.token_ids) == reference.generate(LARGEST, prompts[0])
+        return overtaken
+
+    assert run(server.url, work) <= 64 + 2 * 12
+
+
+def test_flush_leaves_adapters_servable(
+    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+) -> None:
+    names = ("qv-r4", "attention-r8", None)
+
+    async def work(client: Client) -> None:
+        for _ in range(3):
+            for name in names:
+                for expect_cached in (False, True):
+                    answer = await client.generate(name, prompts[1])
+                    assert list(answer.token_ids) == reference.generate(name, prompts[1])
+                    assert (answer.cached_tokens > 0) == expect_cached
+            assert (await client.post("/flush_cache", {})).status_code == 200
+        found = await statistics(client)
+        assert (found["adapter_slots"], found["kv_tokens_device"]) == (0, 0)
+
+    run(server.url, work)
+
+
+def test_weight_update_leaves_adapters_servable(
+    server: ServerProcess, checkpoint: Path, reference: Reference, prompts: Sequence[list[int]]
+) -> None:
+    async def work(client: Client) -> None:
+        await client.generate("all-r4", prompts[1])
+        updated = await client.post("/update_weights_from_disk", {"model_path": str(checkpoint)})
+        assert updated.json()["success"], updated.text
+        answer = await client.generate("all-r4", prompts[1])
+        assert answer.cached_tokens == 0
+        assert list(answer.token_ids) == reference.generate("all-r4", prompts[1])
+
+    run(server.url, work)
+
+
+def test_pinned_adapters_stay(
+    server: ServerProcess,
+    adapters: dict[str, Path],
+    reference: Reference,
+    prompts: Sequence[list[int]],
+) -> None:
+    async def work(client: Client) -> None:
+        loaded = await load(client, "pinned", adapters["attention-r8"], pinned=True)
+        assert loaded.status_code == 200, loaded.text
+        await client.generate("pinned", prompts[0])
+        for name in NAMES:  # more than the pool holds; the largest one does not fit any more
+            if SLOTS[name] + SLOTS["attention-r8"] < POOL_SLOTS - 200:
+                await client.generate(name, prompts[1])
+        before = await statistics(client)
+        answer = await client.generate("pinned", prompts[2])
+        assert list(answer.token_ids) == reference.generate("attention-r8", prompts[2])
+        after = await statistics(client)
+        assert after["adapter_loads"] == before["adapter_loads"]
+        refused = await load(client, "pinned-too", adapters[LARGEST], pinned=True)
+        assert refused.status_code == 400 and "cannot be pinned" in refused.text
+        await unload(client, "pinned")
+
+    run(server.url, work)
+
+
+def test_a_name_loaded_again_serves_the_new_weights(
+    server: ServerProcess, checkpoint: Path, models: Path, prompts: Sequence[list[int]]
+) -> None:
+    """Three versions under one name; old KV is never used, requests in flight end consistently."""
+    specs = [AdapterSpec(f"v{i}", 8, 16, ALL_LINEAR, seed=30 + i) for i in range(3)]
+    versions = make_adapters(checkpoint, models / "versions", specs)
+    truth = Reference(checkpoint, versions)
+
+    async def work(client: Client) -> None:
+        for version in ("v0", "v1", "v2", "v0"):
+            assert (await load(client, "name", versions[version])).status_code == 200
+            for expect_cached in (False, True):
+                answer = await client.generate("name", prompts[1])
+                assert list(answer.token_ids) == truth.generate(version, prompts[1])
+                assert (answer.cached_tokens > 0) == expect_cached
+            in_flight = asyncio.create_task(client.generate("name", prompts[0], num_tokens=64))
+            await asyncio.sleep(0.05)
+            await unload(client, "name")  # waits for the request
+            assert list((await in_flight).token_ids) == truth.generate(version, prompts[0], 64)
+
+    run(server.url, work)
+
+
+def test_two_hundred_random_operations(
+    server: ServerProcess,
+    adapters: dict[str, Path],
+    reference: Reference,
+    prompts: Sequence[list[int]],
+) -> None:
+    """Load, unload, generate and flush in any order, four at a time, with all checks on."""
+    rng = random.Random(1)
+    loaded: dict[str, str] = {}  # name on the server -> name of its weights
+
+    async def generate(client: Client) -> None:
+        name = rng.choice([*loaded, None]) if loaded else None
+        weights = None if name is None else loaded[name]
+        prompt = rng.choice(prompts)
+        answer = await client.generate(name, prompt, num_tokens=8)
+        assert list(answer.token_ids) == reference.generate(weights, prompt, 8), (name, weights)
+
+    async def work(client: Client) -> None:
+        for step in range(200):
+            kind = rng.choices(["generate", "load", "unload", "flush"], [60, 20, 15, 5])[0]
+            if kind == "generate":
+                await asyncio.gather(*(generate(client) for _ in range(4)))
+            elif kind == "load" and len(loaded) < 6:
+                weights = rng.choice(NAMES)
+                answer = await load(client, f"random-{step}", adapters[weights])
+                assert answer.status_code == 200, answer.text
+                loaded[f"random-{step}"] = weights
+            elif kind == "unload" and loaded:
+                name = rng.choice(list(loaded))
+                loaded.pop(name)
+                await unload(client, name)
+            elif kind == "flush":
+                assert (await client.post("/flush_cache", {})).status_code == 200
+        for name in loaded:
+            await unload(client, name)
+        assert (await statistics(client))["kv_tokens_invalid"] == 0
+
+    run(server.url, work)
