@@ -192,7 +192,7 @@ print(json.dumps([problems(resolve(*lora, *flags)), problems(resolve(*flags)),
                   problems(resolve("--lora-paths", "a=/none", "--enable-streaming-session"))]))
 """
     with_lora, without, implied = _in_process(run_python, checkpoint, code, json.dumps(LORA))
-    named = [line.strip().split()[0] for line in with_lora]
+    named = [line.split()[0].rstrip(":") for line in with_lora]
     assert named == [
         "--disable-radix-cache",
         "--enable-streaming-session",

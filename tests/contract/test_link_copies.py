@@ -7,7 +7,7 @@ import pytest
 from run_python import RunPython
 
 COPIES = """
-import time
+import os
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
 ensure_torchvision_importable()
 import torch
@@ -15,7 +15,7 @@ from sglang.srt.plugins import load_plugins
 load_plugins()
 from types import SimpleNamespace
 from sglang.srt.lora.lora_overlap_loader import LoRAOverlapLoader
-from sglang.srt.lora.mem_pool import copy_weight_into_buffer
+from sglang.srt.lora import mem_pool
 from sglang.srt.mem_cache.l2_transfer import L2Transfer, L2TransferEngine
 from sglang.srt.mem_cache.pool_host.base import HostKVCache
 
@@ -25,7 +25,18 @@ link._sleep = waits.append
 
 weight = torch.randn(64, 256)
 buffer = torch.empty_like(weight)
-copy_weight_into_buffer(buffer, weight)
+if os.environ["SGLANG_ELORA"] == "1":  # adapters go into pages; SGLang's copy fills a host buffer
+    from sglang_elora.host.link import delay_page_copies
+    mem_pool.copy_weight_into_buffer(buffer, weight)
+    assert link.num_copies == 0
+
+    def copy_adapter(buffer, weight):
+        delay_page_copies(1, weight.nbytes)
+        buffer.copy_(weight)
+else:
+    copy_adapter = mem_pool.copy_weight_into_buffer
+
+copy_adapter(buffer, weight)
 assert torch.equal(buffer, weight)
 assert (link.num_copies, link.num_bytes) == (1, weight.nbytes)
 assert len(waits) == 1 and 0 < waits[0] <= 1e-3 + weight.nbytes / 1e6, waits
@@ -34,7 +45,7 @@ loader = LoRAOverlapLoader(
     SimpleNamespace(device=torch.device("cpu"), pending_lora_load_events={})
 )
 with loader.load_stream_context:
-    copy_weight_into_buffer(buffer, weight)
+    copy_adapter(buffer, weight)
     event = torch.cpu.Event()
     event.record(loader.load_stream)
 assert len(waits) == 1, "a copy on the loader's stream blocked"

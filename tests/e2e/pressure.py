@@ -171,6 +171,7 @@ class Record:
     adapter: str | None
     num_prompt: int
     num_cached: int
+    num_from_host: int  # of those, how many came back from the host tier
     output: tuple[int, ...]
     num_aborted: int  # requests of this turn that were aborted before this one
     error: str | None = None
@@ -255,12 +256,14 @@ def _record(
 ) -> Record:
     facts = (session.number, turn, session.adapter, num_prompt)
     if answer.status_code != httpx.codes.OK:
-        return Record(*facts, 0, (), num_aborted, f"{answer.status_code}: {answer.text[:300]}")
+        return Record(*facts, 0, 0, (), num_aborted, f"{answer.status_code}: {answer.text[:300]}")
     body = answer.json()
-    cached, output = body["meta_info"]["cached_tokens"], tuple(body["output_ids"])
-    finished = body["meta_info"]["finish_reason"]["type"]
+    meta = body["meta_info"]
+    from_host = (meta.get("cached_tokens_details") or {}).get("host", 0)
+    finished = meta["finish_reason"]["type"]
     error = None if finished == "length" else f"finished by {finished}"
-    return Record(*facts, cached, output, num_aborted, error)
+    output = tuple(body["output_ids"])
+    return Record(*facts, meta["cached_tokens"], from_host, output, num_aborted, error)
 
 
 async def _abort(http: httpx.AsyncClient, body: dict[str, Any], by_request: bool) -> None:

@@ -19,6 +19,7 @@ from sglang_elora.host import (
     adapter_loading,
     adapter_weights,
     admission,
+    compatibility,
     invariants,
     link,
     lora_manager,
@@ -64,6 +65,23 @@ HOOKS: tuple[Hook, ...] = (
         When.ELORA,
         "Only a platform can give server arguments a default, and on CUDA the platform is "
         "SGLang's own.",
+    ),
+    Hook(
+        "sglang.srt.arg_groups.platform_hook.handle_platform_defaults",
+        ("server_args",),
+        HookType.AFTER,
+        compatibility.run_eagerly,
+        When.ELORA,
+        "As above.",
+    ),
+    Hook(
+        "sglang.srt.arg_groups.validation_hook.check_server_args",
+        ("server_args",),
+        HookType.BEFORE,
+        compatibility.check_compatible,
+        When.ELORA,
+        "Server-argument checks have no registry, and SGLang's own demand LoRA slots that do not "
+        "exist.",
     ),
     Hook(
         "sglang.srt.arg_groups.lora_hook.check_lora_server_args",

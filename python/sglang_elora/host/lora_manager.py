@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.lora.lora_manager import LoRAManager
-from sglang.srt.lora.utils import generate_sequence_lengths
+from sglang.srt.lora.utils import EMBEDDING_NAMES, generate_sequence_lengths
 
 from sglang_elora.host.lora_pool import PagedLoRAPool
 from sglang_elora.host.residency import Residency
@@ -32,6 +32,11 @@ class EloraLoRAManager(LoRAManager):
         self.num_checks = 0  # counted by --elora-check
         # A batch holds what fits into memory, and pinning is bounded by memory: no limit on slots.
         super().__init__(*args, max_loras_per_batch=sys.maxsize, **kwargs)
+
+    def init_lora_shapes(self, *args: Any, **kwargs: Any) -> None:
+        super().init_lora_shapes(*args, **kwargs)
+        # "all" names them too; adapters that have them were refused.
+        self.target_modules: set[str] = self.target_modules - set(EMBEDDING_NAMES)
 
     def init_memory_pool(self) -> None:
         self.memory_pool = PagedLoRAPool(

@@ -21,6 +21,7 @@ from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.mem_cache.unified_cache.tree_core_registry import register_tree_core_backend
 from sglang.srt.runtime_context import get_memory
 
+from sglang_elora.host import compatibility
 from sglang_elora.host.admission import Admission
 from sglang_elora.host.full_component import EloraFullComponent
 from sglang_elora.host.lora_manager import EloraLoRAManager
@@ -47,6 +48,8 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     if manager is None and (reason := _why_not_ours(ctx)) is not None:
         logger.warning("The radix cache is SGLang's, not ELORA's: %s", reason)
         return default_radix_cache_factory(ctx)
+    if manager is not None:
+        compatibility.check_pool(ctx)
     use_elora_tree(ctx.params)
     cache: Any = create_unified_radix_cache(ctx)
     if manager is not None:

@@ -1,0 +1,215 @@
+"""Greedy outputs stay those of an idle device while adapters and KV are evicted and come back.
+
+Every server gets the same chats. The first is SGLang as it is, with room for everything; the others
+have room for at most a quarter of the adapters and KV.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from pressure import PRESSURE_SPECS, Record, Trace, make_trace, pool_tokens, run_trace
+from server_flags import server_flags
+from sglang_elora.demo.adapters import make_adapters
+from sglang_elora.demo.server import ServerProcess, python_module
+
+FULL = make_trace()
+SMALL = make_trace(small=True)
+LONG_ANSWERS = make_trace(num_requests=60, output_tokens=(48, 96))
+
+_ENV = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
+_CHUNK = 32
+_PAGE = 16
+_Outputs = Mapping[tuple[int, int], tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run left behind for a variant to look at."""
+
+    records: Sequence[Record]
+    state: Mapping[str, int]  # "elora" of /server_info
+    info: Mapping[str, Any]  # /server_info
+    log: str
+
+
+def _anything(outcome: Outcome) -> None:
+    """Nothing is asked of this variant beyond what is asked of all."""
+
+
+def _decode_ran_out_of_memory(outcome: Outcome) -> None:
+    full = r"KV cache pool is full\. Retract requests\. #retracted_reqs: [1-9]"
+    assert re.search(full, outcome.log)
+
+
+def _aborted_and_retracted(outcome: Outcome) -> None:
+    assert sum(record.num_aborted for record in outcome.records) > 20
+    assert re.search(r"Testing retraction\. #retracted_reqs: [1-9]", outcome.log)
+
+
+def _prefills_came_in_chunks_of_pages(outcome: Outcome) -> None:
+    assert outcome.info["page_size"] == _PAGE
+    assert all(record.num_cached % _PAGE == 0 for record in outcome.records)
+    sizes = [int(n) for n in re.findall(r"Prefill batch.*?#new-token: (\d+)", outcome.log)]
+    assert max(sizes) == _CHUNK
+    assert max(record.num_prompt - record.num_cached for record in outcome.records) > _CHUNK
+
+
+def _kv_came_back_from_the_host(outcome: Outcome) -> None:
+    from_host = sum(record.num_from_host for record in outcome.records)
+    print(f"{from_host} prompt tokens from the host tier")
+    assert from_host > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to run under pressure, and how to see that it was run that way."""
+
+    trace: Trace = SMALL
+    share: float = 0.25  # of the trace's adapters and KV that the pool holds
+    page_size: int = 1
+    flags: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    abort_every: int = 0
+    check: Callable[[Outcome], None] = _anything
+
+    @property
+    def pool_tokens(self) -> int:
+        used = [spec for spec in PRESSURE_SPECS if spec.name in self.trace.adapters]
+        return pool_tokens(used, self.trace, self.share, self.page_size)
+
+
+VARIANTS = {
+    "plain": Variant(FULL, share=0.15),
+    "host-tier": Variant(
+        flags=(
+            *("--enable-hierarchical-cache", "--hicache-size", "1"),
+            *("--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first"),
+            *("--hicache-write-policy", "write_back"),
+        ),
+        check=_kv_came_back_from_the_host,
+    ),
+    "pages-and-chunks": Variant(
+        page_size=_PAGE,
+        flags=("--page-size", str(_PAGE), "--chunked-prefill-size", str(_CHUNK)),
+        check=_prefills_came_in_chunks_of_pages,
+    ),
+    "decode-runs-out": Variant(
+        LONG_ANSWERS,
+        flags=("--schedule-conservativeness", "0.1"),
+        env={"SGLANG_RETRACT_DECODE_STEPS": "1", "SGLANG_NEW_TOKEN_RATIO_DECAY_STEPS": "1"},
+        check=_decode_ran_out_of_memory,
+    ),
+    "aborts": Variant(
+        env={"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"},
+        abort_every=5,
+        check=_aborted_and_retracted,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def many_adapters(checkpoint: Path, models: Path) -> dict[str, Path]:
+    return make_adapters(checkpoint, models / "pressure-adapters", PRESSURE_SPECS)
+
+
+@pytest.fixture(scope="module")
+def expected(
+    checkpoint: Path, many_adapters: dict[str, Path], logs: Path
+) -> Iterator[dict[Trace, _Outputs]]:
+    """Outputs of SGLang with all adapters and all KV on the device. SMALL is the start of FULL."""
+    slots = len(many_adapters) + 1  # one for the base model
+    flags = [
+        *server_flags(checkpoint, many_adapters),
+        *("--max-loras-per-batch", str(slots)),
+        *("--max-total-tokens", str(FULL.num_kv_tokens + LONG_ANSWERS.num_kv_tokens)),
+    ]
+    with ServerProcess(
+        flags,
+        log_path=logs / "pressure-stock.log",
+        program=python_module("sglang.launch_server"),
+        env=_ENV,
+    ) as server:
+        full = _outputs(run_trace(server.url, FULL))
+        long_answers = _outputs(run_trace(server.url, LONG_ANSWERS))
+    yield {FULL: full, SMALL: full, LONG_ANSWERS: long_answers}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_outputs_are_right_under_pressure(
+    name: str,
+    checkpoint: Path,
+    many_adapters: dict[str, Path],
+    expected: dict[Trace, _Outputs],
+    logs: Path,
+) -> None:
+    variant = VARIANTS[name]
+    flags = [
+        *("--elora", "--elora-check", *server_flags(checkpoint)),
+        *("--max-total-tokens", str(variant.pool_tokens), *variant.flags),
+        *("--lora-paths", *(f"{name}={path}" for name, path in many_adapters.items())),
+    ]
+    log_path = logs / f"pressure-{name}.log"
+    with ServerProcess(flags, log_path=log_path, env={**_ENV, **variant.env}) as server:
+        records = run_trace(server.url, variant.trace, abort_every=variant.abort_every)
+        info = _idle_server_info(server)
+        log = log_path.read_text()  # before the end: libraries report leaks of their own at exit
+        assert server.returncode is None, server.log_tail()
+    outcome = Outcome(records, info["internal_states"][0]["elora"], info, log)
+    _print_counts(name, variant, outcome)
+    _check_answers(records, variant.trace, expected[variant.trace])
+    _check_pressure(outcome, variant)
+    variant.check(outcome)
+    assert not re.search("leak", log, re.IGNORECASE)
+
+
+def _outputs(records: Sequence[Record]) -> _Outputs:
+    assert not [record for record in records if record.error is not None]
+    return {record.key: record.output for record in records}
+
+
+def _idle_server_info(server: ServerProcess) -> dict[str, Any]:
+    """Asked twice: between the two answers the scheduler was idle, and checked its pools."""
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+        for _ in range(2):
+            answer = http.get("/server_info")
+            assert answer.status_code == httpx.codes.OK, answer.text
+    info: dict[str, Any] = answer.json()
+    return info
+
+
+def _check_answers(records: Sequence[Record], trace: Trace, expected: _Outputs) -> None:
+    assert not [(*record.key, record.error) for record in records if record.error is not None]
+    assert len(records) == trace.num_requests
+    wrong = [record for record in records if record.output != expected[record.key]]
+    first = [(*record.key, record.adapter, record.num_cached) for record in wrong[:5]]
+    assert not wrong, f"{len(wrong)} of {len(records)} differ, the first ones: {first}"
+
+
+def _check_pressure(outcome: Outcome, variant: Variant) -> None:
+    """The pool was full, adapters left and came back, KV was found again, none of it invalid."""
+    state = outcome.state
+    assert state["checks"] > 0
+    assert state["pool_slots"] == variant.pool_tokens
+    assert state["adapter_evictions"] > 0
+    assert state["adapter_loads"] > len(variant.trace.adapters), "no adapter came back"
+    assert state["adapters_resident"] == state["adapter_loads"] - state["adapter_evictions"]
+    assert state["adapter_slots"] + state["kv_tokens_device"] <= state["pool_slots"]
+    assert state["kv_tokens_invalid"] == 0
+    assert sum(record.num_cached for record in outcome.records) > 0
+
+
+def _print_counts(name: str, variant: Variant, outcome: Outcome) -> None:
+    cached = sum(record.num_cached for record in outcome.records)
+    asked = sum(record.num_prompt for record in outcome.records)
+    print(
+        f"\n{name}: {len(outcome.records)} requests, {len(variant.trace.adapters)} adapters, "
+        f"{cached} of {asked} prompt tokens from the cache, {dict(outcome.state)}"
+    )
