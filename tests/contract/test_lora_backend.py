@@ -1,0 +1,170 @@
+"""``elora_torch`` computes LoRA for mixed batches from scattered pages, against plain torch."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_elora.pages import (
+    AdapterImage,
+    AdapterLayout,
+    KVPlanes,
+    ModuleShape,
+    PagedAdapter,
+    PageTable,
+    WeightRef,
+)
+
+QKV = ModuleShape("qkv_proj", 96, (128, 64, 64))
+GATE_UP = ModuleShape("gate_up_proj", 96, (80, 80))
+OUT = ModuleShape("o_proj", 128, (96,))
+SHAPES = {shape.name: shape for shape in (QKV, GATE_UP, OUT)}
+NUM_LAYERS, LAYER = 2, 1
+TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (3e-2, 2e-2)}
+
+
+@dataclass
+class Truth:
+    """An adapter on the device and its plain matrices."""
+
+    paged: PagedAdapter
+    scaling: float
+    rank: int
+    matrices: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+    def delta(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        if name not in self.matrices:
+            return torch.zeros(len(x), sum(SHAPES[name].out_features))
+        a, b = (matrix.float() for matrix in self.matrices[name])
+        parts, start = [], 0
+        for part, out in enumerate(SHAPES[name].out_features):
+            inner = x.float() @ a[part * self.rank : (part + 1) * self.rank].T * self.scaling
+            parts.append(inner @ b[start : start + out].T)
+            start += out
+        return torch.cat(parts, dim=1)
+
+
+@pytest.fixture(scope="module")
+def sglang() -> Any:
+    """SGLang's layers and our backend, imported at first use: it warns, and takes seconds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sglang.srt.lora.layers import BaseLayerWithLoRA
+
+        from sglang_elora.host.lora_backend import EloraTorchBackend
+    return SimpleNamespace(layer=BaseLayerWithLoRA, backend=EloraTorchBackend)
+
+
+@pytest.fixture(scope="module")
+def backend_class(sglang: Any) -> Any:
+    return sglang.backend
+
+
+def make_adapters(dtype: torch.dtype, ranks: list[int], seed: int) -> list[Truth]:
+    """Adapters in scattered slots of one pool; every third lacks a module."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    pool = [[torch.zeros(9000, 2, 32, dtype=dtype) for _ in range(NUM_LAYERS)] for _ in range(2)]
+    planes = KVPlanes(pool, dtype)
+    numbers = rng.sample(range(1, 9000), 8999)
+    adapters = []
+    for i, rank in enumerate(ranks):
+        names = [name for name in SHAPES if i % 3 != 2 or name != "gate_up_proj"]
+        matrices = {
+            name: (
+                torch.randn(len(s.out_features) * rank, s.in_features, generator=generator),
+                torch.randn(sum(s.out_features), rank, generator=generator) / rank,
+            )
+            for name, s in SHAPES.items()
+            if name in names
+        }
+        matrices = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in matrices.items()}
+        layout = AdapterLayout.build(rank, [SHAPES[name] for name in names])
+        scaling = rng.choice([0.5, 1.0, 2.0])
+        image = AdapterImage.build(
+            layout, NUM_LAYERS, lambda _, name, m=matrices: m[name], dtype, scaling
+        )
+        slots = torch.tensor([numbers.pop() for _ in range(layout.num_slots(64, 1))])
+        planes.write(slots, image)
+        paged = PagedAdapter(layout, PageTable(slots), planes, scaling)
+        adapters.append(Truth(paged, scaling, rank, matrices))
+    return adapters
+
+
+def run(backend: Any, name: str, x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """What SGLang's layer of this module does with a backend."""
+    shape = SHAPES[name]
+    a = WeightRef(LAYER, name, (1, len(shape.out_features) * 64, shape.in_features), x.device)
+    b = WeightRef(LAYER, name, (1, sum(shape.out_features), 64), x.device)
+    ends = torch.tensor([0, *shape.out_features]).cumsum(0)
+    options = {"output_offset": ends, "output_offset_cpu": ends, "base_output": base}
+    if name == "qkv_proj":
+        return backend.run_qkv_lora(x=x, qkv_lora_a=a, qkv_lora_b=b, max_qkv_out_dim=128, **options)
+    if name == "gate_up_proj":
+        return backend.run_gate_up_lora(x=x, gate_up_lora_a=a, gate_up_lora_b=b, **options)
+    inner = backend.run_lora_a_sgemm(x, a)
+    return backend.run_lora_b_sgemm(x=inner, weights=b, **options)
+
+
+MIXES = {
+    "one": ([8], [(0, 5)]),
+    "one row each": ([1, 8, 24, 64], [(i, 1) for i in range(4)]),
+    "with base rows": ([8, 24], [(None, 3), (0, 4), (None, 1), (1, 2)]),
+    "interleaved": ([8, 24, 3], [(0, 2), (1, 1), (0, 3), (2, 1), (1, 1), (0, 1)]),
+    "base only rows between": ([4], [(0, 1), (None, 2), (0, 1)]),
+    "empty segments": ([8, 8], [(0, 0), (1, 3), (0, 0)]),
+    "no rows": ([8], [(0, 0)]),
+    "sixteen": ([1 + 4 * (i % 16) for i in range(16)], [(i * 7 % 16, 2) for i in range(16)]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("mix", MIXES)
+def test_mixes(mix: str, name: str, dtype: torch.dtype, backend_class: Any) -> None:
+    ranks, segments = MIXES[mix]
+    adapters = make_adapters(dtype, ranks, seed=len(mix))
+    rows = [i for i, length in segments for _ in range(length)]
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(len(rows), SHAPES[name].in_features, generator=generator).to(dtype)
+    base = torch.randn(len(rows), sum(SHAPES[name].out_features), generator=generator).to(dtype)
+    expected = base.float().clone()
+    for row, i in enumerate(rows):
+        if i is not None:
+            expected[row] += adapters[i].delta(x[row : row + 1], name)[0]
+
+    backend = backend_class(1, torch.device("cpu"))
+    backend.set_batch([(None if i is None else adapters[i].paged, n) for i, n in segments])
+    assert backend.get_batch_info().has_active_lora
+    output = run(backend, name, x, base)
+    assert output.data_ptr() == base.data_ptr(), "added in place"
+    rtol, atol = TOLERANCE[dtype]
+    scale = expected.abs().max() if len(rows) else 1
+    torch.testing.assert_close(output.float(), expected, rtol=rtol, atol=float(atol * scale))
+
+
+def test_rows_without_an_adapter_keep_every_bit(backend_class: Any) -> None:
+    adapters = make_adapters(torch.float32, [8], seed=0)
+    base = torch.randn(5, 256)
+    before = base.clone()
+    backend = backend_class(1, torch.device("cpu"))
+    backend.set_batch([(None, 2), (adapters[0].paged, 1), (None, 2)])
+    output = run(backend, "qkv_proj", torch.randn(5, 96), base)
+    assert torch.equal(output[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
+    assert not torch.equal(output[2], before[2])
+
+
+def test_a_batch_without_adapters_takes_the_plain_path(sglang: Any, backend_class: Any) -> None:
+    backend = backend_class(1, torch.device("cpu"))
+    layer = SimpleNamespace(lora_backend=backend, set_lora=True)
+    active = sglang.layer.lora_active.fget
+    assert not active(layer)
+    backend.set_batch([(make_adapters(torch.float32, [8], seed=0)[0].paged, 1)])
+    assert active(layer)
+    backend.reset_batch_state()
+    assert not active(layer)

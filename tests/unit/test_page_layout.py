@@ -1,0 +1,82 @@
+"""Offsets of an adapter's matrices, against ones computed by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_elora.pages import TILE, AdapterLayout, ModuleShape
+
+QKV = ModuleShape("qkv_proj", 256, (256, 64, 64))
+DOWN = ModuleShape("down_proj", 100, (70,))
+
+
+def test_offsets_by_hand() -> None:
+    layout = AdapterLayout.build(8, [QKV, DOWN])
+    qkv, down = layout.places["qkv_proj"], layout.places["down_proj"]
+    assert (qkv.a_rows, qkv.a_stride, qkv.a_offset) == (24, 256, 0)
+    assert (down.a_rows, down.a_stride, down.a_offset) == (8, 128, 24 * 256)
+    assert qkv.b_offsets == (0, 8 * 256, 8 * 320)
+    assert [qkv.b_stride(part) for part in range(3)] == [256, 64, 64]
+    assert (down.b_offsets, down.b_stride(0)) == ((8 * 384,), 128)
+    assert layout.plane_elems == (24 * 256 + 8 * 128, 8 * 384 + 8 * 128)
+
+
+def test_one_plane_holds_b_behind_a() -> None:
+    two = AdapterLayout.build(8, [QKV, DOWN])
+    one = AdapterLayout.build(8, [QKV, DOWN], num_planes=1)
+    a_elems = two.plane_elems[0]
+    assert one.plane_elems == (sum(two.plane_elems),)
+    for name, place in one.places.items():
+        assert place.a_offset == two.places[name].a_offset
+        assert place.b_offsets == tuple(a_elems + b for b in two.places[name].b_offsets)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8, 24, 64])
+def test_matrices_begin_on_tiles_and_do_not_overlap(rank: int) -> None:
+    layout = AdapterLayout.build(rank, [QKV, DOWN], num_planes=1)
+    taken: set[int] = set()
+    for place in layout.places.values():
+        pieces = [(place.a_offset, place.a_rows * place.a_stride)]
+        for part, offset in enumerate(place.b_offsets):
+            pieces.append((offset, rank * place.b_stride(part)))
+        for offset, size in pieces:
+            assert offset % TILE == 0
+            elems = set(range(offset, offset + size))
+            assert not elems & taken
+            taken |= elems
+    assert taken == set(range(layout.plane_elems[0]))
+
+
+def test_slots_are_whole_pages_of_the_longer_plane() -> None:
+    layout = AdapterLayout.build(8, [QKV])  # A 6144 elements, B 3072
+    assert layout.num_slots(slot_elems=64, page_size=1) == 96
+    assert layout.num_slots(slot_elems=100, page_size=1) == 62
+    assert layout.num_slots(slot_elems=100, page_size=16) == 64
+
+
+def test_a_llama_8b_adapter_of_rank_16() -> None:
+    """The figure of the design: about 670 slots of 1,024 elements."""
+    shapes = [
+        ModuleShape("qkv_proj", 4096, (4096, 1024, 1024)),
+        ModuleShape("o_proj", 4096, (4096,)),
+        ModuleShape("gate_up_proj", 4096, (14336, 14336)),
+        ModuleShape("down_proj", 14336, (4096,)),
+    ]
+    layout = AdapterLayout.build(16, shapes)
+    assert layout.num_slots(slot_elems=1024, page_size=1) == 672
+
+
+def test_an_adapter_without_modules_takes_nothing() -> None:
+    assert AdapterLayout.build(8, []).num_slots(64, 16) == 0
+
+
+@pytest.mark.parametrize(("rank", "num_planes"), [(0, 2), (8, 0), (8, 3)])
+def test_nonsense_is_refused(rank: int, num_planes: int) -> None:
+    with pytest.raises(ValueError, match=f"rank {rank}.*planes {num_planes}"):
+        AdapterLayout.build(rank, [QKV], num_planes)
+
+
+@pytest.mark.parametrize("sizes", [(0, (1,)), (1, (1, 0)), (1, ())])
+def test_sizes_are_positive(sizes: tuple[int, tuple[int, ...]]) -> None:
+    with pytest.raises(ValueError, match="positive"):
+        ModuleShape("x", *sizes)

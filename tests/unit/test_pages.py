@@ -1,0 +1,223 @@
+"""Adapters written into slots and read back: every element in its place, nothing else touched."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from sglang_elora.pages import (
+    AdapterImage,
+    AdapterLayout,
+    KVPlanes,
+    ModuleShape,
+    PagedAdapter,
+    PageTable,
+)
+
+LAYERS, SLOTS, POISON = 3, 700, 0xA5
+SHAPES = (
+    ModuleShape("qkv_proj", 256, (256, 64, 64)),
+    ModuleShape("o_proj", 256, (256,)),
+    ModuleShape("odd", 100, (70, 33)),
+)
+Order = Callable[[int], list[int]]
+
+
+def contiguous(count: int) -> list[int]:
+    return list(range(5, 5 + count))
+
+
+def reverse(count: int) -> list[int]:
+    return list(range(5 + count, 5, -1))
+
+
+def scattered(count: int) -> list[int]:
+    return random.Random(count).sample(range(1, SLOTS), count)
+
+
+def in_pages(count: int) -> list[int]:
+    pages = random.Random(count).sample(range(1, SLOTS // 16), -(-count // 16))
+    return [16 * page + i for page in pages for i in range(16)][:count]
+
+
+def make_pool(dtype: torch.dtype, heads: int = 2, num_planes: int = 2) -> list[list[torch.Tensor]]:
+    planes = []
+    for _ in range(num_planes):
+        tensors = [torch.empty(SLOTS, heads, 32, dtype=dtype) for _ in range(LAYERS)]
+        for tensor in tensors:
+            tensor.view(torch.uint8).fill_(POISON)
+        planes.append(tensors)
+    return planes
+
+
+def make_image(
+    rank: int, dtype: torch.dtype, shapes: Sequence[ModuleShape] = SHAPES, num_planes: int = 2
+) -> tuple[AdapterImage, dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]]:
+    generator = torch.Generator().manual_seed(rank)
+    truth = {
+        (layer, shape.name): (
+            torch.randn(len(shape.out_features) * rank, shape.in_features, generator=generator).to(
+                dtype
+            ),
+            torch.randn(sum(shape.out_features), rank, generator=generator).to(dtype),
+        )
+        for layer in range(LAYERS)
+        for shape in shapes
+    }
+    layout = AdapterLayout.build(rank, shapes, num_planes)
+    image = AdapterImage.build(
+        layout, LAYERS, lambda layer, name: truth[layer, name], dtype, scaling=0.5
+    )
+    return image, truth
+
+
+def check_equal(
+    adapter: PagedAdapter, truth: dict[tuple[int, str], tuple[torch.Tensor, ...]]
+) -> None:
+    shapes = {shape.name: shape for shape in SHAPES}
+    for (layer, name), (a, b) in truth.items():
+        assert torch.equal(adapter.a(layer, name), a)
+        parts = [adapter.b(layer, name, i) for i in range(len(shapes[name].out_features))]
+        assert torch.equal(torch.cat(parts, dim=1).T, b)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 24])
+@pytest.mark.parametrize("order", [contiguous, reverse, scattered, in_pages])
+@pytest.mark.parametrize(
+    ("weights", "kv"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.uint8),  # how fp8 KV is stored
+        (torch.float16, torch.float32),
+    ],
+)
+def test_round_trip(rank: int, order: Order, weights: torch.dtype, kv: torch.dtype) -> None:
+    pool = make_pool(kv, heads=4)
+    planes = KVPlanes(pool, weights)
+    image, truth = make_image(rank, weights)
+    count = image.layout.num_slots(planes.slot_elems, 1)
+    slots = torch.tensor(order(count))
+    planes.write(slots, image)
+    check_equal(PagedAdapter(image.layout, PageTable(slots), planes, image.scaling), truth)
+
+    mine = torch.zeros(SLOTS, dtype=torch.bool)
+    mine[slots] = True
+    for plane in pool:
+        for tensor in plane:
+            rest = tensor.view(torch.uint8).reshape(SLOTS, -1)[~mine]
+            assert (rest == POISON).all()
+
+
+def test_two_adapters_side_by_side() -> None:
+    planes = KVPlanes(make_pool(torch.float32), torch.float32)
+    numbers = random.Random(0).sample(range(1, SLOTS), SLOTS - 1)
+    adapters = []
+    for rank in (3, 5):
+        image, truth = make_image(rank, torch.float32)
+        slots = torch.tensor([numbers.pop() for _ in range(image.layout.num_slots(64, 1))])
+        planes.write(slots, image)
+        adapters.append((PagedAdapter(image.layout, PageTable(slots), planes, 1.0), truth))
+    for adapter, truth in adapters:
+        check_equal(adapter, truth)
+
+
+def test_one_plane() -> None:
+    planes = KVPlanes(make_pool(torch.float32, num_planes=1), torch.float32)
+    image, truth = make_image(8, torch.float32, num_planes=1)
+    slots = torch.tensor(scattered(image.layout.num_slots(64, 1)))
+    planes.write(slots, image)
+    check_equal(PagedAdapter(image.layout, PageTable(slots), planes, 1.0), truth)
+
+
+@pytest.mark.parametrize(("order", "is_view"), [(contiguous, True), (scattered, False)])
+def test_views_where_slots_are_adjacent(order: Order, is_view: bool) -> None:
+    pool = make_pool(torch.float32)
+    planes = KVPlanes(pool, torch.float32)
+    image, _ = make_image(8, torch.float32)
+    slots = torch.tensor(order(image.layout.num_slots(64, 1)))
+    planes.write(slots, image)
+    adapter = PagedAdapter(image.layout, PageTable(slots), planes, 1.0)
+    a = adapter.a(0, "qkv_proj")
+    assert (a.untyped_storage().data_ptr() == pool[0][0].untyped_storage().data_ptr()) == is_view
+    assert (adapter.a(0, "qkv_proj").data_ptr() == a.data_ptr()) == is_view  # kept or made anew
+
+
+def test_only_the_slots_of_a_matrix_are_gathered() -> None:
+    """Two runs of slots: a matrix inside one of them needs no copy."""
+    pool = make_pool(torch.float32)
+    planes = KVPlanes(pool, torch.float32)
+    image, truth = make_image(8, torch.float32)
+    count = image.layout.num_slots(64, 1)
+    slots = torch.tensor([*range(300, 300 + 96), *range(10, 10 + count - 96)])
+    planes.write(slots, image)
+    adapter = PagedAdapter(image.layout, PageTable(slots), planes, 1.0)
+    check_equal(adapter, truth)
+    for name in ("qkv_proj", "o_proj"):  # A of qkv_proj fills the first 96 slots
+        storage = adapter.a(1, name).untyped_storage().data_ptr()
+        assert storage == pool[0][1].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_runs(seed: int) -> None:
+    rng = random.Random(seed)
+    numbers: list[int] = []
+    while len(numbers) < 40:
+        start = rng.randrange(0, 10_000, 100)
+        numbers += range(start, start + rng.randint(1, 9))
+    table = PageTable(torch.tensor(numbers))
+    assert len(table) == len(numbers)
+    for start in range(len(numbers)):
+        for end in range(start + 1, len(numbers) + 1):
+            piece = numbers[start:end]
+            adjacent = piece == list(range(piece[0], piece[0] + len(piece)))
+            assert table.run(start, end) == (piece[0] if adjacent else None)
+
+
+def test_missing_modules() -> None:
+    image, _ = make_image(8, torch.float32, SHAPES[:1])
+    planes = KVPlanes(make_pool(torch.float32), torch.float32)
+    slots = torch.tensor(contiguous(image.layout.num_slots(64, 1)))
+    adapter = PagedAdapter(image.layout, PageTable(slots), planes, 1.0)
+    assert adapter.has("qkv_proj") and not adapter.has("o_proj")
+
+
+def test_digest_names_the_content() -> None:
+    image, truth = make_image(8, torch.bfloat16)
+    again, _ = make_image(8, torch.bfloat16)
+    assert image.digest() == again.digest()
+    truth[1, "o_proj"][0][3, 5] += 1
+    other = AdapterImage.build(
+        image.layout, LAYERS, lambda layer, name: truth[layer, name], torch.bfloat16, scaling=0.5
+    )
+    rescaled = AdapterImage(image.layout, image.planes, scaling=0.25)
+    assert len({image.digest(), other.digest(), rescaled.digest()}) == 3
+    assert image.nbytes == sum(plane.nbytes for plane in image.planes) > 0
+
+
+def test_wrong_shapes_are_found() -> None:
+    layout = AdapterLayout.build(8, SHAPES[:1])
+    matrices = torch.zeros(24, 256), torch.zeros(400, 8)
+    with pytest.raises(AssertionError, match="qkv_proj"):
+        AdapterImage.build(layout, 1, lambda *_: matrices, torch.float32, 1.0)
+
+
+def test_slots_that_hold_no_whole_weights_are_refused() -> None:
+    pool = [[torch.zeros(10, 1, 3, dtype=torch.uint8)]]
+    with pytest.raises(ValueError, match="3 bytes"):
+        KVPlanes(pool, torch.float32)
+
+
+def test_pools_of_unequal_slots_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[128, 256\] bytes"):
+        KVPlanes([[torch.zeros(10, 1, 32)], [torch.zeros(10, 2, 32)]], torch.float32)
+
+
+def test_pools_that_are_not_contiguous_are_refused() -> None:
+    with pytest.raises(ValueError, match="not contiguous"):
+        KVPlanes([[torch.zeros(32, 10, 64).transpose(0, 1)]], torch.float32)
