@@ -125,7 +125,7 @@ _MODULES: tuple[tuple[tuple[Module, ...], str, tuple[str, ...]], ...] = (
 """(parts, input dimension, output dimensions) of each linear layer as SGLang fuses them."""
 
 
-def plane_elements(spec: AdapterSpec) -> tuple[int, int]:
+def plane_elements(spec: AdapterSpec, tp_size: int = 1) -> tuple[int, int]:
     """Elements of one layer's A and B matrices, rows padded to 64.
 
     An adapter that targets one part of a fused layer has all its parts, as SGLang loads it.
@@ -133,9 +133,9 @@ def plane_elements(spec: AdapterSpec) -> tuple[int, int]:
     shape = ModelShape()
     dims = {
         "hidden": shape.hidden_size,
-        "heads": shape.num_heads * shape.head_dim,
-        "kv": shape.num_kv_heads * shape.head_dim,
-        "mlp": shape.intermediate_size,
+        "heads": shape.num_heads * shape.head_dim // tp_size,
+        "kv": shape.num_kv_heads * shape.head_dim // tp_size,
+        "mlp": shape.intermediate_size // tp_size,
     }
     padded = {name: 64 * ceil(dim / 64) for name, dim in dims.items()}
     targeted = [m for m in _MODULES if set(m[0]) & set(spec.target_modules)]
@@ -144,21 +144,24 @@ def plane_elements(spec: AdapterSpec) -> tuple[int, int]:
     return spec.rank * a_rows, spec.rank * b_rows
 
 
-def adapter_slots(spec: AdapterSpec, page_size: int = 1) -> int:
-    """Slots of the KV pool that the adapter's weights take, in whole pages.
+def adapter_slots(spec: AdapterSpec, page_size: int = 1, tp_size: int = 1) -> int:
+    """Slots of each rank's KV pool that the adapter's weights take, in whole pages.
 
     A matrices lie in the K plane and B matrices in the V plane, in the same slots.
     """
     shape = ModelShape()
-    slots = ceil(max(plane_elements(spec)) / (shape.num_kv_heads * shape.head_dim))
+    slots = ceil(
+        max(plane_elements(spec, tp_size)) * tp_size / (shape.num_kv_heads * shape.head_dim)
+    )
     return page_size * ceil(slots / page_size)
 
 
 def pool_tokens(
-    specs: Sequence[AdapterSpec], trace: Trace, share: float, page_size: int = 1
+    specs: Sequence[AdapterSpec], trace: Trace, share: float, page_size: int = 1, tp_size: int = 1
 ) -> int:
     """Size of a pool that holds ``share`` of the adapters and of the trace's KV together."""
-    needed = sum(adapter_slots(spec, page_size) for spec in specs) + trace.num_kv_tokens
+    adapters = sum(adapter_slots(spec, page_size, tp_size) for spec in specs)
+    needed = adapters + trace.num_kv_tokens
     return int(share * needed) // page_size * page_size
 
 

@@ -27,6 +27,7 @@ LONG_ANSWERS = make_trace(num_requests=60, output_tokens=(48, 96))
 _ENV = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
 _CHUNK = 32
 _PAGE = 16
+_TP_SIZE = 2
 _Outputs = Mapping[tuple[int, int], tuple[int, ...]]
 
 
@@ -62,6 +63,15 @@ def _prefills_came_in_chunks_of_pages(outcome: Outcome) -> None:
     assert max(record.num_prompt - record.num_cached for record in outcome.records) > _CHUNK
 
 
+def _ranks_did_the_same(outcome: Outcome) -> None:
+    """Loads and evictions of adapters, each in the same order with the same numbers."""
+    journals = [
+        re.findall(rf"TP{rank}\] ((?:load|evict) \w+.*)", outcome.log) for rank in range(_TP_SIZE)
+    ]
+    assert journals[0] == journals[1]
+    assert len(journals[0]) == outcome.state["adapter_loads"] + outcome.state["adapter_evictions"]
+
+
 def _kv_came_back_from_the_host(outcome: Outcome) -> None:
     from_host = sum(record.num_from_host for record in outcome.records)
     print(f"{from_host} prompt tokens from the host tier")
@@ -75,6 +85,7 @@ class Variant:
     trace: Trace = SMALL
     share: float = 0.25  # of the trace's adapters and KV that the pool holds
     page_size: int = 1
+    tp_size: int = 1
     flags: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     abort_every: int = 0
@@ -83,7 +94,7 @@ class Variant:
     @property
     def pool_tokens(self) -> int:
         used = [spec for spec in PRESSURE_SPECS if spec.name in self.trace.adapters]
-        return pool_tokens(used, self.trace, self.share, self.page_size)
+        return pool_tokens(used, self.trace, self.share, self.page_size, self.tp_size)
 
 
 VARIANTS = {
@@ -111,6 +122,12 @@ VARIANTS = {
         env={"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"},
         abort_every=5,
         check=_aborted_and_retracted,
+    ),
+    "tensor-parallel": Variant(
+        tp_size=_TP_SIZE,
+        flags=("--tp-size", str(_TP_SIZE)),
+        env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
+        check=_ranks_did_the_same,
     ),
 }
 

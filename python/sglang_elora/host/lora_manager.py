@@ -123,6 +123,8 @@ class EloraLoRAManager(LoRAManager):
         )
         for layer in adapter.layers:  # the image is the host copy from here on
             layer.weights.clear()
+        # What SGLang's metrics show as slots: adapters that could run at once.
+        self.memory_pool.max_loras_per_batch = len(self.residency.forest)
 
     def _retire(self, uid: str) -> None:
         if self.residency is not None:

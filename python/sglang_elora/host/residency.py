@@ -30,9 +30,11 @@ class Residency:
     Args:
         cache: The ``UnifiedRadixCache`` over an ``EloraTreeCore``.
         weight_dtype: Of the LoRA weights.
+        journal: Log every load and eviction.
     """
 
-    def __init__(self, cache: Any, weight_dtype: torch.dtype) -> None:
+    def __init__(self, cache: Any, weight_dtype: torch.dtype, *, journal: bool = False) -> None:
+        self._journal_level = logging.INFO if journal else logging.DEBUG
         self.cache = cache
         self.core: EloraTreeCore = cache.tree_core
         self.core.on_evicted = self._evicted
@@ -107,7 +109,7 @@ class Residency:
         if slots is None:
             return False
         self.core.place(uid, slots)
-        logger.debug("load %s: %d slots", uid, adapter.num_slots)
+        logger.log(self._journal_level, "load %s into %d slots", uid, adapter.num_slots)
         return True
 
     def fill(self, uid: str) -> PagedAdapter:
@@ -128,7 +130,7 @@ class Residency:
 
     def _evicted(self, uid: str) -> None:
         self._filled.pop(uid, None)
-        logger.debug("evict %s", uid)
+        logger.log(self._journal_level, "evict %s", uid)
 
     def statistics(self) -> dict[str, int]:
         """Counts of now and since the start, all in slots or tokens (one slot holds one token)."""

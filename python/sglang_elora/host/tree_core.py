@@ -103,15 +103,41 @@ class EloraTreeCore(UnifiedTreeCore):
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         root = self._root_of(params.key.extra_key)
-        if root is self.root_node:
-            return super().match_prefix(params)
-        result = self._walk_from(root, super().match_prefix, params)
+        if not (self.enable_hicache or self.is_eagle):
+            return self._match_on_device(root, params.key.page_aligned(self.page_size))
+        result: MatchResult = self._walk_from(root, super().match_prefix, params)
         if result is self._empty_match_result:
-            root.last_access_time = get_and_increase_time_counter()
             return result._replace(
                 last_device_node=root.id, last_host_node=root.id, best_match_node=root.id
             )
         return result
+
+    def _match_on_device(self, root: UnifiedTreeNode, key: RadixKey) -> MatchResult:
+        """SGLang's match for one component and no host tier, where all of its cases are one."""
+        node, length, page_size = root, len(key), self.page_size
+        values, matched, actions = [], 0, []
+        while matched < length:
+            child = node.children.get(key.child_key_at(matched, page_size))
+            if child is None:
+                break
+            shared = child.key.match_at(key, matched, page_size)
+            is_whole = shared == len(child.key)
+            if not is_whole:
+                child, action = self._split_node(child.key, child, shared)
+                actions += [] if action is None else [action]
+            values.append(child.component_data[FULL].value)
+            node, matched = child, matched + shared
+            if not is_whole:
+                break
+        visited, time = node, get_and_increase_time_counter()
+        while visited is not None:  # as SGLang dates a path: its end is the youngest
+            visited.last_access_time = time
+            visited, time = visited.parent, time - 0.00001
+        indices = torch.cat(values) if values else self._no_slots
+        found = node.id
+        return MatchResult(
+            indices, found, found, found, full_kv_hit_length=matched, cache_actions=actions
+        )
 
     def begin_insert(self, params: InsertParams) -> InsertStepResult:
         root = self._root_of(params.key.extra_key)
