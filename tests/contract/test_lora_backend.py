@@ -56,9 +56,10 @@ def sglang() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from sglang.srt.lora.layers import BaseLayerWithLoRA
+        from sglang.srt.lora.torch_ops import lora_ops
 
         from sglang_elora.host.lora_backend import EloraTorchBackend
-    return SimpleNamespace(layer=BaseLayerWithLoRA, backend=EloraTorchBackend)
+    return SimpleNamespace(layer=BaseLayerWithLoRA, ops=lora_ops, backend=EloraTorchBackend)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,8 @@ def test_mixes(mix: str, name: str, dtype: torch.dtype, backend_class: Any) -> N
 
     backend = backend_class(1, torch.device("cpu"))
     backend.set_batch([(None if i is None else adapters[i].paged, n) for i, n in segments])
-    assert backend.get_batch_info().has_active_lora
+    has_rows = any(i is not None and n for i, n in segments)
+    assert backend.get_batch_info().has_active_lora == has_rows
     output = run(backend, name, x, base)
     assert output.data_ptr() == base.data_ptr(), "added in place"
     rtol, atol = TOLERANCE[dtype]
@@ -166,5 +168,59 @@ def test_a_batch_without_adapters_takes_the_plain_path(sglang: Any, backend_clas
     assert not active(layer)
     backend.set_batch([(make_adapters(torch.float32, [8], seed=0)[0].paged, 1)])
     assert active(layer)
+    backend.set_batch([(None, 3)])
+    assert not active(layer)
     backend.reset_batch_state()
     assert not active(layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounds_as_torch_native_whoever_the_neighbours_are(
+    dtype: torch.dtype, sglang: Any, backend_class: Any
+) -> None:
+    """Bit by bit: SGLang's eager backend, ours on adjacent rows, ours on rows between others.
+
+    Small whole numbers and a scaling of 0.75 keep sums exact in float32, in any order, so that
+    only rounding to the weights' dtype can differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def whole_numbers(*shape: int) -> torch.Tensor:
+        return torch.randint(-8, 9, shape, generator=generator).to(dtype)
+
+    rank, scaling = 8, 0.75
+    a, b = whole_numbers(3 * rank, 96), whole_numbers(256, rank)
+    planes = KVPlanes(torch.zeros(2, NUM_LAYERS, 99, 4096, dtype=dtype), dtype)
+    layout = AdapterLayout.build(rank, [QKV])
+    slots = torch.arange(layout.num_slots(4096, 1))
+    planes.write(slots, AdapterImage.build(layout, 2, lambda *_: (a, b), dtype, scaling))
+    paged = PagedAdapter(layout, PageTable(slots), planes, scaling)
+    x, base = whole_numbers(6, 96), whole_numbers(6, 256)
+
+    one = torch.tensor([0]), torch.tensor([6]), torch.tensor([rank])
+    ends = torch.tensor([0, *QKV.out_features]).cumsum(0)
+    ops = sglang.ops
+    inner = ops.sgemm_lora_a_fwd(x, a[None], *one, torch.tensor([scaling]), num_slices=3)
+    theirs = ops.sgemm_lora_b_fwd(inner, b[None], *one, ends, base_output=base.clone())
+
+    backend, mine = backend_class(1, torch.device("cpu")), [0, 1, 3, 4, 5, 7]
+    spread_x, spread_base = x.new_zeros(8, 96), base.new_zeros(8, 256)
+    spread_x[mine], spread_base[mine] = x, base
+    backend.set_batch([(paged, 6)])
+    assert torch.equal(run(backend, "qkv_proj", x, base), theirs)
+    backend.set_batch([(paged, 2), (None, 1), (paged, 3), (None, 1), (paged, 1)])
+    assert torch.equal(run(backend, "qkv_proj", spread_x, spread_base)[mine], theirs)
+
+
+def test_what_cannot_be_computed_is_refused(backend_class: Any) -> None:
+    backend = backend_class(1, torch.device("cpu"))
+    backend.set_batch([(make_adapters(torch.float32, [8], seed=0)[0].paged, 4)])
+    a = WeightRef(LAYER, "o_proj", (1, 64, 128), torch.device("cpu"))
+    with pytest.raises(AssertionError, match="o_proj: 3 rows in a batch of 4"):
+        backend.run_lora_a_sgemm(torch.zeros(3, 128), a)
+    with pytest.raises(NotImplementedError, match="embed_tokens or lm_head are refused"):
+        backend.run_lora_a_embedding(input_ids=torch.zeros(4), weights=a, vocab_size=9)
+    with pytest.raises(NotImplementedError, match="embed_tokens or lm_head are refused"):
+        backend.run_lora_a_sgemm(torch.zeros(4, 128), a, pruned_batch_info=None)
+    with pytest.raises(NotImplementedError, match="set_batch"):
+        backend.prepare_lora_batch(None, [0], [8], [1.0], use_cuda_graph=False)

@@ -177,6 +177,7 @@ def test_runs(seed: int) -> None:
             piece = numbers[start:end]
             adjacent = piece == list(range(piece[0], piece[0] + len(piece)))
             assert table.run(start, end) == (piece[0] if adjacent else None)
+        assert table.run(start, len(numbers) + 1) is None, "behind the table"
 
 
 def test_missing_modules() -> None:

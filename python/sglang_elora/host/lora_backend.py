@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from sglang_elora.pages import PagedAdapter, WeightRef
 
 Segment = tuple[PagedAdapter | None, int]
 """(adapter or None, number of token rows)"""
+
+_NO_EMBEDDINGS = "adapters on embed_tokens or lm_head are refused with --elora"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,15 @@ class PagedBatch:
 
     groups: tuple[Rows, ...]
     num_rows: int
-    has_active_lora: bool = True
+
+    @property
+    def has_active_lora(self) -> bool:
+        return bool(self.groups)
+
+    def groups_with(self, module: str, x: torch.Tensor) -> list[Rows]:
+        """The groups whose adapter has the module; ``x`` are its input rows, all of the batch."""
+        assert len(x) >= self.num_rows, f"{module}: {len(x)} rows in a batch of {self.num_rows}"
+        return [group for group in self.groups if group.adapter.has(module)]
 
     @classmethod
     def of(cls, segments: Sequence[Segment], device: torch.device) -> PagedBatch:
@@ -73,8 +84,16 @@ class EloraTorchBackend(BaseLoRABackend):
         """What the next forward pass computes. ``reset_batch_state`` undoes it."""
         self.batch_info = PagedBatch.of(segments, self.device)
 
+    def prepare_lora_batch(self, *_: Any, **__: Any) -> None:
+        """Refused: SGLang's does nothing, so the last batch's adapters would be computed again."""
+        raise NotImplementedError("elora_torch takes its batches from set_batch")
+
+    def run_lora_a_embedding(self, *_: Any, **__: Any) -> torch.Tensor:
+        """Refused: SGLang's returns nothing."""
+        raise NotImplementedError(_NO_EMBEDDINGS)
+
     def run_lora_a_sgemm(
-        self, x: torch.Tensor, weights: WeightRef, *_: Any, **__: Any
+        self, x: torch.Tensor, weights: WeightRef, *_: Any, **options: Any
     ) -> torch.Tensor:
         """``x @ A^T * scaling`` of each row's adapter.
 
@@ -84,17 +103,21 @@ class EloraTorchBackend(BaseLoRABackend):
         Returns:
             ``[rows, widest adapter's parts * rank]``; zero where an adapter has no such column,
             or a row has no adapter. Equal in width on all tensor-parallel ranks.
+
+        Raises:
+            NotImplementedError: The layer is ``lm_head``, whose rows are not the batch's.
         """
-        groups = [g for g in self._batch.groups if g.adapter.has(weights.module)]
+        if "pruned_batch_info" in options:
+            raise NotImplementedError(_NO_EMBEDDINGS)
+        groups = self._batch.groups_with(weights.module, x)
         matrices = [group.adapter.a(weights.layer, weights.module) for group in groups]
         width = max((len(a) for a in matrices), default=0)
         output = x.new_zeros(len(x), width)
         for group, a in zip(groups, matrices, strict=True):
-            if isinstance(group.index, slice):
-                rows = output[group.index, : len(a)]
-                rows.addmm_(x[group.index], a.T, beta=0, alpha=group.adapter.scaling)
-            else:
-                output[group.index, : len(a)] = (x[group.index] @ a.T) * group.adapter.scaling
+            rows = output[group.index, : len(a)]
+            rows.addmm_(x[group.index], a.T, beta=0, alpha=group.adapter.scaling)
+            if not isinstance(group.index, slice):  # rows is a copy
+                output[group.index, : len(a)] = rows
         return output
 
     def run_lora_b_sgemm(
@@ -114,19 +137,15 @@ class EloraTorchBackend(BaseLoRABackend):
             base_output: ``[rows, sum of out_features]``.
         """
         ends = output_offset_cpu.tolist()
-        for group in self._batch.groups:
-            adapter = group.adapter
-            if not adapter.has(weights.module):
-                continue
-            rows = x[group.index]
-            for part in range(len(ends) - 1):
-                b = adapter.b(weights.layer, weights.module, part)
-                inner = rows[:, part * adapter.rank : (part + 1) * adapter.rank]
-                columns = slice(ends[part], ends[part + 1])
-                if isinstance(group.index, slice):
-                    base_output[group.index, columns].addmm_(inner, b)
-                else:
-                    base_output[group.index, columns] += inner @ b
+        for group in self._batch.groups_with(weights.module, x):
+            inner = x[group.index]
+            output = base_output[group.index]
+            rank = group.adapter.rank
+            for part, (start, end) in enumerate(pairwise(ends)):
+                b = group.adapter.b(weights.layer, weights.module, part)
+                output[:, start:end].addmm_(inner[:, part * rank : (part + 1) * rank], b)
+            if not isinstance(group.index, slice):  # output is a copy
+                base_output.index_copy_(0, group.index, output)
         return base_output
 
     def run_qkv_lora(

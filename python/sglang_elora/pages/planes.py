@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 
 import torch
@@ -19,23 +18,22 @@ class PageTable:
 
     def __init__(self, slots: torch.Tensor) -> None:
         self.slots = slots
-        numbers = slots.tolist()
-        self._first = numbers[:1]  # first slot of each run of consecutive numbers
-        self._starts = [0]  # and its index in the table
-        for i in range(1, len(numbers)):
-            if numbers[i] != numbers[i - 1] + 1:
-                self._first.append(numbers[i])
-                self._starts.append(i)
+        self._numbers: list[int] = slots.tolist()
+        # Per index, the end of the run of consecutive numbers that it belongs to.
+        self._run_ends = list(range(1, len(self) + 1))
+        for i in reversed(range(len(self) - 1)):
+            if self._numbers[i + 1] == self._numbers[i] + 1:
+                self._run_ends[i] = self._run_ends[i + 1]
 
     def __len__(self) -> int:
-        return len(self.slots)
+        return len(self._numbers)
 
     def run(self, start: int, end: int) -> int | None:
-        """The first slot if slots ``start`` to ``end`` (exclusive) are consecutive, else None."""
-        i = bisect_right(self._starts, start) - 1
-        if i + 1 < len(self._starts) and self._starts[i + 1] < end:
-            return None
-        return int(self._first[i]) + start - self._starts[i]
+        """The first slot if slots ``start`` to ``end`` (exclusive) are consecutive, else None.
+
+        O(1). None too where ``end`` is beyond the table: what follows is not the adapter's.
+        """
+        return self._numbers[start] if end <= self._run_ends[start] else None
 
 
 class KVPlanes:
@@ -49,26 +47,32 @@ class KVPlanes:
         weight_dtype: Of the adapters.
 
     Raises:
-        ValueError: A tensor is not contiguous, slots differ in size, or a slot does not hold a
-            whole number of weights.
+        ValueError: A tensor is not contiguous, slots differ in size, planes differ in layers, or
+            a slot does not hold a whole number of weights.
     """
 
     def __init__(self, planes: Sequence[Sequence[torch.Tensor]], weight_dtype: torch.dtype) -> None:
         sizes = {tensor[0].nbytes for plane in planes for tensor in plane}
-        if len(sizes) != 1:
+        layers = {len(plane) for plane in planes}
+        if len(sizes) != 1 or len(layers) != 1:
             raise ValueError(
-                f"slots differ in size between layers or planes: {sorted(sizes)} bytes"
+                f"slots differ between planes or layers: {sorted(sizes)} bytes, "
+                f"{sorted(layers)} layers"
             )
-        (self.slot_bytes,) = sizes
+        (self.slot_bytes,), (self.num_layers,) = sizes, layers
         if self.slot_bytes % weight_dtype.itemsize:
             raise ValueError(
                 f"{weight_dtype} weights do not fill a slot of {self.slot_bytes} bytes"
             )
-        if not all(tensor.is_contiguous() for plane in planes for tensor in plane):
-            raise ValueError("the KV pool is not contiguous")
+        for tensor in (tensor for plane in planes for tensor in plane):
+            if not tensor.is_contiguous():
+                raise ValueError(
+                    f"the KV pool is not contiguous: shape {tuple(tensor.shape)} has strides "
+                    f"{tensor.stride()}"
+                )
         self.weight_dtype = weight_dtype
         self.slot_elems = self.slot_bytes // weight_dtype.itemsize
-        self.num_planes, self.num_layers = len(planes), len(planes[0])
+        self.num_planes = len(planes)
         self._planes = [[self._as_weights(tensor) for tensor in plane] for plane in planes]
 
     def _as_weights(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -87,7 +91,9 @@ class KVPlanes:
                 whole = source[: full * self.slot_elems].view(full, self.slot_elems)
                 rows.index_copy_(0, slots[:full], whole)
                 if rest:
-                    rows[slots[full], :rest] = source[full * self.slot_elems :]
+                    # NOTE: indexing by slots[full] would wait for the device to learn the number.
+                    tail = source[full * self.slot_elems :].view(1, rest)
+                    rows[:, :rest].index_copy_(0, slots[full : full + 1], tail)
 
     def read(
         self, plane: int, layer: int, table: PageTable, offset: int, num_rows: int, stride: int
