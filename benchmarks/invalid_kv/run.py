@@ -10,6 +10,7 @@ Runs of the sides take turns. probe.py samples inside the scheduler.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import statistics
@@ -32,6 +33,7 @@ from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importabl
 
 ensure_torchvision_importable()
 
+import httpx  # noqa: E402
 import probe  # noqa: E402
 
 from bench_radix_cache import machine  # noqa: E402
@@ -125,6 +127,8 @@ class Bench:
             started = time.perf_counter()
             records = run_trace(server.url, self._trace)
             wall_s = time.perf_counter() - started
+            num_rows = len(samples.read_text().splitlines())
+            asyncio.run(burst(server.url))
         errors = [record.error for record in records if record.error is not None]
         assert not errors, errors[:3]
         first, *rows = [json.loads(line) for line in samples.read_text().splitlines()]
@@ -139,7 +143,8 @@ class Bench:
             "cached_tokens": sum(record.num_cached for record in records),
             "outputs": outputs_digest(records),
             **first,
-            "rows": rows,
+            "rows": rows[: num_rows - 1],
+            "burst_rows": rows[num_rows - 1 :],
         }
 
     def _server(self, side: str) -> tuple[list[str], Sequence[str]]:
@@ -153,6 +158,18 @@ class Bench:
             *("--max-loras-per-batch", str(self._sizes.stock_adapters)),
         )
         return [*flags, *split, "--lora-paths", *paths], python_module("sglang.launch_server")
+
+
+async def burst(url: str) -> None:
+    """All adapters at once, for answers long enough to meet in one batch."""
+    sampling = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
+    async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False) as http:
+        bodies = [
+            {"input_ids": list(range(3, 19)), "sampling_params": sampling, "lora_path": spec.name}
+            for spec in PRESSURE_SPECS
+        ]
+        answers = await asyncio.gather(*(http.post("/generate", json=body) for body in bodies))
+    assert all(answer.status_code == httpx.codes.OK for answer in answers)
 
 
 def outputs_digest(records: Sequence[Record]) -> int:
@@ -174,6 +191,9 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "invalid_of_cached_max": max(of_cached),
         "invalid_of_all_kv_mean": statistics.mean(of_all),
         "adapters_in_batch_max": max(row["adapters_in_batch"] for row in rows),
+        "adapters_in_batch_of_burst": max(
+            row["adapters_in_batch"] for run in runs for row in run["burst_rows"]
+        ),
         "adapters_resident_mean": statistics.mean(row["adapters_resident"] for row in rows),
         "hit_rate": sum(r["cached_tokens"] for r in runs) / sum(r["prompt_tokens"] for r in runs),
         "wall_s_median": statistics.median(run["wall_s"] for run in runs),
