@@ -55,7 +55,7 @@ class AdapterCache(Cache):
 
     def unload(self, uid: str) -> None:
         if uid in self.forest:
-            self.forest.get(uid).retired = True
+            self.forest.retire(uid)
             self.purge(uid)
 
     def purge(self, uid: str) -> bool:
@@ -282,7 +282,7 @@ def test_random_histories(seed: int, policy: str) -> None:
         elif kind == "reset" and not locks:
             cache.tree.reset()
             cache.allocator.clear()
-        for adapter in [adapter for adapter in cache.forest if adapter.retired]:
+        for adapter in cache.forest.retired:
             cache.purge(str(adapter.uid))
         cache.check()
     for lock in locks:

@@ -47,6 +47,8 @@ def test_only_an_empty_adapter_is_removed() -> None:
     forest = AdapterForest()
     adapter = forest.register("a", num_slots=5, pinned=False, version="v")
     adapter.device_tokens = 1
+    forest.retire("a")
+    assert forest.retired == (adapter,)
     with pytest.raises(AssertionError):
         forest.remove("a")
 
@@ -56,6 +58,9 @@ def test_slots() -> None:
     forest.register("a", num_slots=5, pinned=True, version="v")
     forest.register("b", num_slots=7, pinned=False, version="v").resident = True
     assert (forest.pinned_slots, forest.resident_slots) == (5, 7)
+    forest.retire("a")
+    forest.remove("a")
+    assert forest.pinned_slots == 0 and "a" not in forest and forest.retired == ()
 
 
 def test_reset_keeps_adapters_and_drops_what_they_hold() -> None:

@@ -1,4 +1,4 @@
-"""Weight files that are missing, broken or stored twice, and the digest of the content."""
+"""Weight files that are missing, broken or stored twice."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ import pytest
 import torch
 
 import test_adapter_support as support
-from sglang_elora.adapters import AdapterError, BaseShapes, check_adapter, content_version
+from sglang_elora.adapters import AdapterError, BaseShapes, check_adapter
 from test_adapter_support import (
     CONFIG,
-    Q0,
     WEIGHTS,
-    Tensors,
     assert_in,
-    edit_config,
     edit_tensors,
     refusal,
 )
@@ -110,22 +107,6 @@ def test_pickle_refused(adapter: Path, base: BaseShapes, content: str) -> None:
 def test_tensor_in_two_files(adapter: Path, base: BaseShapes) -> None:
     shutil.copy(adapter / WEIGHTS, adapter / "copy.safetensors")
     assert_in(refusal(adapter, base), "copy.safetensors", "is also in", "and 25 more")
-
-
-# Content version
-def test_content_version_follows_the_content(adapter: Path, saved: Path) -> None:
-    first = content_version(adapter)
-    assert first == content_version(saved)
-    (adapter / "README.md").write_text("no effect")
-    assert content_version(adapter) == first
-
-    def nudge(tensors: Tensors) -> None:
-        tensors[f"{Q0}.lora_B.weight"][0, 0] += 1
-
-    edit_tensors(adapter, nudge)
-    second = content_version(adapter)
-    edit_config(adapter, lora_alpha=9)
-    assert len({first, second, content_version(adapter)}) == 3
 
 
 def test_errors_survive_pickling(adapter: Path, base: BaseShapes) -> None:

@@ -12,7 +12,6 @@ __all__ = [
     "BaseShapes",
     "check_adapter",
     "check_tensors",
-    "content_version",
     "served_names",
 ]
 
@@ -20,4 +19,3 @@ from sglang_elora.adapters.base_shapes import BaseShapes
 from sglang_elora.adapters.check import AdapterFacts, check_adapter, check_tensors
 from sglang_elora.adapters.errors import AdapterError
 from sglang_elora.adapters.module_names import EMBEDDING_MODULES, served_names
-from sglang_elora.adapters.weight_files import content_version

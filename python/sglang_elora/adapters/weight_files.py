@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import math
@@ -32,7 +31,6 @@ _FLOATS = {
     "F64": ("float64", 8),
 }
 _SIZES = dict(_FLOATS.values())
-_CHUNK_BYTES = 1 << 20
 _SERIAL_ELEMENTS = 1 << 14
 
 
@@ -105,28 +103,6 @@ def non_finite(file: str, tensors: Iterable[tuple[str, Any]]) -> list[Problem]:
         if sums and not torch.isfinite(torch.stack(sums)).all():
             problems.append(Problem(file, f"{name!r} has values that are NaN or infinite"))
     return problems
-
-
-def content_version(path: str | Path) -> str:
-    """A digest (32 hex digits) that changes whenever the adapter's content does.
-
-    Covers adapter_config.json, added_tokens.json and the weight files, names included. Reads
-    every byte: 2 to 3 s per GB on one core from the page cache, and the disk's time when cold.
-    So call it once per load, not per request.
-
-    Raises:
-        OSError: A file went away or cannot be read.
-        AdapterError: The folder has no weights.
-    """
-    folder = AdapterFolder(name=Path(path).name, path=Path(path))
-    files = [folder.path / CONFIG_FILE, folder.path / ADDED_TOKENS_FILE]
-    digest = hashlib.blake2b(digest_size=16)
-    for file in [*(f for f in files if f.is_file()), *find_weight_files(folder)]:
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _read_file(folder: AdapterFolder, file: Path) -> list[TensorInfo]:

@@ -38,12 +38,14 @@ class Admission:
     def __init__(self, residency: Residency) -> None:
         self.residency = residency
         self._adder: PrefillAdder | None = None
+        self._allowed: list[Req] = []  # in this pass
         self._num_admitted = 0
         self._first_refused_at: dict[str, int] = {}  # request id -> _num_admitted then
         self._holder: Req | None = None  # the request all others wait for
 
     def begin_pass(self, adder: PrefillAdder) -> None:
         """SGLang starts to fill a prefill batch."""
+        self._count_admitted()
         self._adder = adder
         self.residency.purge_retired()
 
@@ -57,9 +59,37 @@ class Admission:
         if not self._secure(req):
             self._refused(req, waiting)
             return False
-        self._forget(req)
-        self._num_admitted += 1
+        self._allowed.append(req)
         return True
+
+    def fit(self, req: Req) -> None:
+        """Clip the answer to what the pool can hold beside the adapter, as SGLang clips it to the
+        whole pool; a prompt that can never be held with its adapter ends with HTTP 400.
+        """
+        residency = self.residency
+        adapter, page_size = residency.forest.get(req.lora_id), residency.allocator.page_size
+        others = residency.forest.pinned_slots - adapter.num_slots * adapter.pinned
+        num_tokens = -(-len(req.origin_input_ids) // page_size) * page_size
+        room = residency.pool_slots - adapter.num_slots - others - num_tokens - page_size - 1
+        if room < 1:
+            req.set_finish_with_abort(
+                f"The input ({len(req.origin_input_ids)} tokens) does not fit into the KV pool of "
+                f"{residency.pool_slots} slots beside its adapter ({adapter.num_slots} slots) and "
+                f"pinned adapters ({others} slots)."
+            )
+        params = req.sampling_params
+        params.max_new_tokens = max(0, min(params.max_new_tokens, room))
+        params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
+
+    def _count_admitted(self) -> None:
+        """Of the requests allowed in the last pass, those that SGLang took."""
+        taken = set(map(id, self._adder.can_run_list)) if self._adder is not None else set()
+        for req in self._allowed:
+            if id(req) in taken:
+                self._forget(req)
+                self._num_admitted += 1
+                self.residency.forest.get(req.lora_id).visits += 1
+        self._allowed.clear()
 
     def _secure(self, req: Req) -> bool:
         if req.lora_id is None:
@@ -71,6 +101,7 @@ class Admission:
         assert adder is not None
         if adder.budget_state() != AddReqResult.CONTINUE:
             return False
+        self.fit(req)  # again: adapters may have been pinned since
         # As PrefillAdder.add_one_req counts, with nothing of it in the cache of the device.
         num_tokens = len(req.origin_input_ids) + len(req.output_ids) + adder.per_req_token_overhead
         left = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
@@ -109,29 +140,10 @@ def admit(
 
 
 def refuse_too_long(result: None, self: Scheduler, req: Req) -> None:
-    """After ``Scheduler.init_req_max_new_tokens``: what the pool holds beside the adapter.
-
-    A prompt that can never be held with its adapter is answered with HTTP 400; the number of new
-    tokens is clipped as SGLang clips it for the pool without adapters.
-    """
+    """After ``Scheduler.init_req_max_new_tokens``: what the pool holds beside the adapter."""
     admission = getattr(self.tree_cache, "admission", None)
-    if admission is None:
-        return
-    forest, page_size = admission.residency.forest, self.page_size
-    adapter = forest.get(req.lora_id)
-    others = forest.pinned_slots - (adapter.num_slots if adapter.pinned else 0)
-    capacity = self.max_total_num_tokens - adapter.num_slots - others
-    num_tokens = -(-len(req.origin_input_ids) // page_size) * page_size
-    room = capacity - num_tokens - page_size - 1
-    if room < 1:
-        req.set_finish_with_abort(
-            f"The input ({len(req.origin_input_ids)} tokens) does not fit into the KV pool of "
-            f"{self.max_total_num_tokens} slots beside its adapter ({adapter.num_slots} slots) and "
-            f"pinned adapters ({others} slots)."
-        )
-    params = req.sampling_params
-    params.max_new_tokens = max(0, min(params.max_new_tokens, room))
-    params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
+    if admission is not None:
+        admission.fit(req)
 
 
 def add_statistics(result: Any, self: Scheduler, recv_req: Any) -> Any:

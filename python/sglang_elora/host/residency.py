@@ -84,13 +84,13 @@ class Residency:
         What a request or a copy still holds goes with a later ``purge_retired``.
         """
         if uid in self.forest:
-            self.forest.get(uid).retired = True
+            self.forest.retire(uid)
             self._images.pop(uid, None)
             self.purge_retired()
 
     def purge_retired(self) -> None:
         """Remove what is left of unloaded adapters, as far as nothing holds it."""
-        for adapter in [adapter for adapter in self.forest if adapter.retired]:
+        for adapter in self.forest.retired:
             result = self.core.purge(str(adapter.uid))
             self.cache._free_values(result.device_frees, result.host_frees)
 

@@ -257,7 +257,7 @@ class EloraTreeCore(UnifiedTreeCore):
                 )
                 self._remove_leaf_from_parent(child)
         if node.adapter.pinned and node.adapter.resident:
-            node.adapter.pinned = False
+            self.forest.unpin(node.adapter)
             node.component_data[FULL].lock_ref -= 1
             if node.component_data[FULL].lock_ref == 0:
                 self.component_protected_size_[FULL] -= len(node.slots)

@@ -41,6 +41,7 @@ class Adapter:
     resident: bool = False
     device_tokens: int = 0
     host_tokens: int = 0
+    visits: int = 0  # requests admitted
     loads: int = 0
     evictions: int = 0
 
@@ -52,10 +53,15 @@ class Adapter:
 
 @dataclass(slots=True)
 class AdapterForest:
-    """All adapters by id. Adapters stay known over a reset of the tree; their KV does not."""
+    """All adapters by id. Adapters stay known over a reset of the tree; their KV does not.
+
+    ``pinned_slots`` are those that pinned adapters take, or will take once they are loaded.
+    """
 
     base: Adapter = field(default_factory=lambda: Adapter(uid=None, resident=True))
+    pinned_slots: int = 0
     _adapters: dict[str, Adapter] = field(default_factory=dict)
+    _retired: dict[str, Adapter] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Adapter]:
         """All adapters, without the base model, in the order they were registered."""
@@ -72,6 +78,7 @@ class AdapterForest:
         assert uid not in self._adapters, f"adapter {uid} is registered"
         adapter = Adapter(uid, num_slots=num_slots, pinned=pinned, version=version)
         self._adapters[uid] = adapter
+        self.pinned_slots += num_slots * pinned
         return adapter
 
     def get(self, uid: str | None) -> Adapter:
@@ -84,27 +91,40 @@ class AdapterForest:
             return self.base
         adapter = self._adapters.get(uid)
         if adapter is None:
-            adapter = self._adapters[uid] = Adapter(uid, retired=True)
+            adapter = self._adapters[uid] = Adapter(uid)
+            self.retire(uid)
         return adapter
 
+    def retire(self, uid: str) -> None:
+        """No request will name this adapter any more."""
+        adapter = self._adapters[uid]
+        adapter.retired = True
+        self._retired[uid] = adapter
+
+    @property
+    def retired(self) -> tuple[Adapter, ...]:
+        """Retired adapters that still hold something, or have not been looked at."""
+        return tuple(self._retired.values())
+
+    def unpin(self, adapter: Adapter) -> None:
+        self.pinned_slots -= adapter.num_slots * adapter.pinned
+        adapter.pinned = False
+
     def remove(self, uid: str) -> None:
-        """Forget an adapter that holds nothing any more."""
-        adapter = self._adapters.pop(uid)
+        """Forget a retired adapter that holds nothing any more."""
+        adapter = self._retired.pop(uid)
+        del self._adapters[uid]
+        self.unpin(adapter)
         assert not (adapter.resident or adapter.device_tokens or adapter.host_tokens), adapter
 
     def clear_tree(self) -> None:
         """All KV and all pages are gone (the tree was reset)."""
         self.base.device_tokens = self.base.host_tokens = 0
-        for adapter in list(self):
+        for adapter in self:
             adapter.resident = False
             adapter.device_tokens = adapter.host_tokens = 0
-            if adapter.retired:
-                del self._adapters[str(adapter.uid)]
-
-    @property
-    def pinned_slots(self) -> int:
-        """Slots that pinned adapters take, or will take once they are loaded."""
-        return sum(adapter.num_slots for adapter in self if adapter.pinned)
+        for adapter in self.retired:
+            self.remove(str(adapter.uid))
 
     @property
     def resident_slots(self) -> int:
