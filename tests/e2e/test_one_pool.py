@@ -20,14 +20,21 @@ from sglang_elora.demo.server import ServerProcess
 
 POOL_SLOTS = 2600
 LARGEST = "all-r64"
+HOST_TIER = (
+    *("--enable-hierarchical-cache", "--hicache-size", "1", "--hicache-io-backend", "direct"),
+    *("--hicache-mem-layout", "layer_first", "--hicache-write-policy", "write_through"),
+)
 SLOTS = {spec.name: adapter_slots(spec) for spec in SPECS}
 
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path, adapters: dict[str, Path], logs: Path) -> Iterator[ServerProcess]:
-    """A pool that holds the largest adapter and not much more, or half of all others."""
+    """A pool that holds the largest adapter and not much more, or half of all others.
+
+    The host tier is on, and KV is copied there as it is computed: unloading has both to clear.
+    """
     assert SLOTS[LARGEST] < POOL_SLOTS < sum(SLOTS.values()) / 2
-    flags = [*server_flags(checkpoint, adapters), "--max-total-tokens", str(POOL_SLOTS)]
+    flags = [*server_flags(checkpoint, adapters), "--max-total-tokens", str(POOL_SLOTS), *HOST_TIER]
     log_path = logs / "one-pool.log"
     with ServerProcess(["--elora", "--elora-check", *flags], log_path=log_path) as server:
         yield server
@@ -244,6 +251,24 @@ def test_a_name_loaded_again_serves_the_new_weights(
             await asyncio.sleep(0.05)
             await unload(client, "name")  # waits for the request
             assert list((await in_flight).token_ids) == truth.generate(version, prompts[0], 64)
+
+    run(server.url, work)
+
+
+def test_unload_clears_device_and_host(
+    server: ServerProcess, adapters: dict[str, Path], prompts: Sequence[list[int]]
+) -> None:
+    async def work(client: Client) -> None:
+        await client.post("/flush_cache", {})
+        assert (await load(client, "leaving", adapters["qv-r4"])).status_code == 200
+        for _ in range(2):
+            await client.generate("leaving", prompts[1])
+        held = await statistics(client)
+        assert held["adapter_slots"] == SLOTS["qv-r4"]
+        assert min(held["kv_tokens_device"], held["kv_tokens_host"]) > len(prompts[1])
+        await unload(client, "leaving")
+        left = await statistics(client)
+        assert left["adapter_slots"] == left["kv_tokens_device"] == left["kv_tokens_host"] == 0
 
     run(server.url, work)
 
