@@ -65,6 +65,7 @@ class AdapterCache(Cache):
 
     def check(self, used: Sequence[int] = ()) -> None:
         """Own invariants, SGLang's, and that slots are free or in the tree, never both."""
+        self.tree.sanity_check()
         self.core.check_invariants()
         owners = Counter(self.free_slots() + self.core.all_values_flatten().tolist() + list(used))
         assert owners == Counter(range(1, self.allocator.size + 1))

@@ -25,6 +25,9 @@ def check_step(result: None, self: Scheduler, *arguments: Any) -> None:
     core = getattr(self.tree_cache, "tree_core", None)
     if not isinstance(core, EloraTreeCore):
         return
+    # SGLang's check knows copies to the device in flight only where writes go back late.
+    if core.is_write_back or not self.tree_cache.ongoing_load_back:
+        self.tree_cache.sanity_check()
     core.check_invariants()
     _check_page_owners(self, core, _live_requests(self, arguments))
     manager = self.tp_worker.model_runner.lora_manager

@@ -295,14 +295,15 @@ class EloraTreeCore(UnifiedTreeCore):
     # ==== Check ====
 
     def check_invariants(self) -> None:
-        """Recompute orders, sizes, locks and the KV counts of each adapter from the tree.
+        """Recompute the order of leaves and the counts of each adapter from the tree.
+
+        Structure, leaves, sizes and locks, those of adapter nodes among them, are what SGLang's
+        ``sanity_check`` recomputes.
 
         Raises:
-            AssertionError: SGLang's own check of the tree fails, or KV is on the device without
-                its adapter, or a count is wrong.
+            AssertionError: KV is on the device without its adapter, or a count is wrong.
             RuntimeError: The eviction order is not that of the leaves.
         """
-        self.sanity_check([], self._pending_load_backs())
         for leaves in (self.evictable_device_leaves, self.evictable_host_leaves):
             if isinstance(leaves, LeafOrder):
                 leaves.check_invariants()
@@ -328,10 +329,6 @@ class EloraTreeCore(UnifiedTreeCore):
                 node = self.node_of(adapter.uid)
                 assert len(node.slots) == adapter.num_slots, f"{adapter} in {len(node.slots)} slots"
                 assert not adapter.pinned or node.component_data[FULL].lock_ref > 0, adapter
-
-    def _pending_load_backs(self) -> list[tuple[int, NodeId]]:
-        pending = {node.load_back_pending_id for node in self._collect_all_nodes()} - {None}
-        return [(0, node_id) for node_id in pending]
 
     @staticmethod
     def _is_under(node: UnifiedTreeNode, ancestor: UnifiedTreeNode) -> bool:
