@@ -58,7 +58,7 @@ def elora_server(
     """ELORA on, all adapters given at start, and bad ones of every kind among them."""
     bad = make_bad_adapters(adapters["attention-r8"], models / "bad")
     given = {**adapters, **bad, "missing": models / "no-such-adapter"}
-    flags = ["--elora", *server_flags(checkpoint, given)]
+    flags = ["--elora", "--elora-check", *server_flags(checkpoint, given)]
     with ServerProcess(flags, log_path=logs / "elora.log") as server:
         yield server
 
