@@ -106,9 +106,8 @@ def test_loads_are_counted_by_name(tmp_path: Path) -> None:
     """The id is what SGLang computes for ``--lora-paths b=/x/b``."""
     log = tmp_path / "log"
     log.write_text(
-        "[1] LoRA adapter '43448c2555cf5392a4aa816caa7a240d': loaded weights for target modules x\n"
-        "[2] LoRA adapter 'ffffffffffffffffffffffffffffffff': loaded weights for target modules x\n"
-        * 2
+        "[1] load 43448c2555cf5392a4aa816caa7a240d into 48 slots\n"
+        "[2] load ffffffffffffffffffffffffffffffff into 48 slots\n" * 2
     )
     adapters = {"a": Path("/x/a"), "b": Path("/x/b")}
     assert adapter_loads_in_log(log, adapters) == {"a": 0, "b": 2}

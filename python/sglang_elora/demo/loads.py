@@ -10,8 +10,8 @@ from uuid import NAMESPACE_URL, uuid5
 
 import httpx
 
-_LOAD_LINE = re.compile(r"LoRA adapter '([^']+)': loaded weights for target modules")
-"""Logged at level info by sglang/srt/lora/mem_pool.py for each load into a device slot."""
+_LOAD_LINE = re.compile(r"\] load (\w+) into \d+ slots")
+"""Logged at level info by host/residency.py for each load into pages."""
 
 
 def adapter_loads(url: str) -> dict[str, int] | None:

@@ -8,7 +8,6 @@ not mention is SGLang's.
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
@@ -22,7 +21,6 @@ from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.mem_cache.unified_cache.tree_core_registry import register_tree_core_backend
 from sglang.srt.runtime_context import get_memory
 
-from sglang_elora.config import EloraConfig
 from sglang_elora.host import compatibility
 from sglang_elora.host.admission import Admission
 from sglang_elora.host.full_component import EloraFullComponent
@@ -56,8 +54,7 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     cache: Any = create_unified_radix_cache(ctx)
     if manager is not None:
         assert isinstance(manager, EloraLoRAManager), type(manager)
-        config = EloraConfig.from_env(os.environ)
-        residency = Residency(cache, weight_dtype=manager.dtype, journal=config.check)
+        residency = Residency(cache, weight_dtype=manager.dtype)
         manager.bind(residency)
         cache.admission = Admission(residency)
     return cache

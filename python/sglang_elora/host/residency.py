@@ -30,11 +30,9 @@ class Residency:
     Args:
         cache: The ``UnifiedRadixCache`` over an ``EloraTreeCore``.
         weight_dtype: Of the LoRA weights.
-        journal: Log every load and eviction.
     """
 
-    def __init__(self, cache: Any, weight_dtype: torch.dtype, *, journal: bool = False) -> None:
-        self._journal_level = logging.INFO if journal else logging.DEBUG
+    def __init__(self, cache: Any, weight_dtype: torch.dtype) -> None:
         self.cache = cache
         self.core: EloraTreeCore = cache.tree_core
         self.core.on_evicted = self._evicted
@@ -109,7 +107,7 @@ class Residency:
         if slots is None:
             return False
         self.core.place(uid, slots)
-        logger.log(self._journal_level, "load %s into %d slots", uid, adapter.num_slots)
+        logger.info("load %s into %d slots", uid, adapter.num_slots)
         return True
 
     def fill(self, uid: str) -> PagedAdapter:
@@ -130,7 +128,7 @@ class Residency:
 
     def _evicted(self, uid: str) -> None:
         self._filled.pop(uid, None)
-        logger.log(self._journal_level, "evict %s", uid)
+        logger.info("evict %s", uid)
 
     def statistics(self) -> dict[str, int]:
         """Counts of now and since the start, all in slots or tokens (one slot holds one token)."""
