@@ -50,12 +50,9 @@ def _decode_ran_out_of_memory(outcome: Outcome) -> None:
     assert re.search(full, outcome.log)
 
 
-def _aborted_and_retracted(outcome: Outcome) -> None:
+def _pages_chunks_aborts(outcome: Outcome) -> None:
     assert sum(record.num_aborted for record in outcome.records) > 20
     assert re.search(r"Testing retraction\. #retracted_reqs: [1-9]", outcome.log)
-
-
-def _prefills_came_in_chunks_of_pages(outcome: Outcome) -> None:
     assert outcome.info["page_size"] == _PAGE
     assert all(record.num_cached % _PAGE == 0 for record in outcome.records)
     sizes = [int(n) for n in re.findall(r"Prefill batch.*?#new-token: (\d+)", outcome.log)]
@@ -107,21 +104,18 @@ VARIANTS = {
         ),
         check=_kv_came_back_from_the_host,
     ),
-    "pages-and-chunks": Variant(
+    "pages-chunks-aborts": Variant(
         page_size=_PAGE,
         flags=("--page-size", str(_PAGE), "--chunked-prefill-size", str(_CHUNK)),
-        check=_prefills_came_in_chunks_of_pages,
+        env={"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"},
+        abort_every=5,
+        check=_pages_chunks_aborts,
     ),
     "decode-runs-out": Variant(
         LONG_ANSWERS,
         flags=("--schedule-conservativeness", "0.1"),
         env={"SGLANG_RETRACT_DECODE_STEPS": "1", "SGLANG_NEW_TOKEN_RATIO_DECAY_STEPS": "1"},
         check=_decode_ran_out_of_memory,
-    ),
-    "aborts": Variant(
-        env={"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"},
-        abort_every=5,
-        check=_aborted_and_retracted,
     ),
     "tensor-parallel": Variant(
         tp_size=_TP_SIZE,
