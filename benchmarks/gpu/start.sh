@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a CUDA machine: report what a start selects, then run the demo against the real server.
 #   usage: benchmarks/gpu/start.sh BUNDLE_DIR OUT_DIR     (BUNDLE_DIR from bundle.sh)
-# Not yet run on a GPU. --disable-cuda-graph is for the first try only.
+# Not yet run on a GPU.
 set -euo pipefail
 bundle=${1:?usage: start.sh BUNDLE_DIR OUT_DIR}
 out=${2:?usage: start.sh BUNDLE_DIR OUT_DIR}
@@ -13,6 +13,5 @@ mkdir -p "$out"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/gpu.csv"
 python3 -m sglang_elora.cli doctor | tee "$out/doctor.txt"
 python3 -m sglang_elora.demo --dir "$out/demo" -- \
-  --attention-backend triton --sampling-backend pytorch --grammar-backend none \
-  --lora-backend triton --disable-cuda-graph | tee "$out/demo.txt"
+  --attention-backend triton --sampling-backend pytorch --grammar-backend none | tee "$out/demo.txt"
 rm -rf "$out/demo/checkpoint" "$out/demo/adapters"

@@ -7,6 +7,10 @@ from typing import Any, cast
 
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolTransfer
+from sglang.srt.mem_cache.unified_cache.cache_action import (
+    ComponentAction,
+    FreeComponentDeviceSlot,
+)
 from sglang.srt.mem_cache.unified_cache.components.base import (
     CacheTransferPhase,
     ComponentType,
@@ -77,10 +81,15 @@ class EloraFullComponent(FullComponent):
     ) -> NodeId | None:
         if not self.keeps_order:
             return super()._evict_device_next_node(tracker, device_frees, host_frees)
-        if tracker[self.component_type] >= self._tokens_wanted:
-            return None
-        leaf = self._order(self.tree_core.evictable_device_leaves).take_lowest()
-        return None if leaf is None else leaf.id
+        leaves = self._order(self.tree_core.evictable_device_leaves)
+        while tracker[self.component_type] < self._tokens_wanted:
+            leaf = leaves.take_lowest()
+            if leaf is None:
+                break
+            # SGLang's caller takes one leaf at a time, and reads progress off the tracker as well.
+            if not self.tree_core.evict_at_once(leaf, tracker, device_frees, host_frees):
+                return leaf.id
+        return None
 
     def _evict_device_end(self) -> None:
         if not self.keeps_order:
@@ -102,6 +111,14 @@ class EloraFullComponent(FullComponent):
                 break
             self.tree_core._evict_host_leaf(leaf, tracker, device_frees, host_frees)
         leaves.give_back()
+
+    def apply_component_action(self, action: ComponentAction) -> None:
+        if isinstance(action, FreeComponentDeviceSlot) and len(action.indices) > 1:
+            # Whole pages each, so they are one segment; the allocator copies its list per segment.
+            action = FreeComponentDeviceSlot(
+                [torch.cat(action.indices)], component_type=action.component_type
+            )
+        super().apply_component_action(action)
 
     @staticmethod
     def _order(leaves: set[UnifiedTreeNode]) -> LeafOrder[UnifiedTreeNode]:

@@ -215,12 +215,30 @@ class EloraTreeCore(UnifiedTreeCore):
         node = self.node_by_id(node_id)
         if not isinstance(node, AdapterNode):
             return super().evict_device_leaf(node_id, is_write_back)
-        assert self._is_device_leaf(node), f"adapter {node.adapter.uid} is not a leaf"
         result = EvictDeviceLeafResult()
-        result.tracker[FULL] += len(node.slots)
-        self._release_slots(node, result.device_frees)
-        node.adapter.evictions += 1
+        self.evict_at_once(node, result.tracker, result.device_frees, result.host_frees)
         return result
+
+    def evict_at_once(
+        self,
+        leaf: UnifiedTreeNode,
+        tracker: dict[ComponentType, int],
+        device_frees: dict[ComponentType, list[torch.Tensor]],
+        host_frees: dict[ComponentType, list[torch.Tensor]],
+    ) -> bool:
+        """Evict a leaf of the device; False if its KV has to be copied to the host first."""
+        assert self._is_device_leaf(leaf), f"node {leaf.id} is not a leaf"
+        if isinstance(leaf, AdapterNode):
+            tracker[FULL] += len(leaf.slots)
+            self._release_slots(leaf, device_frees)
+            leaf.adapter.evictions += 1
+        elif leaf.backuped:
+            self._demote(leaf, tracker, device_frees, host_frees)
+        elif self.is_write_back:
+            return False
+        else:
+            self._delete_unbacked_device_leaf(leaf, tracker, device_frees, host_frees)
+        return True
 
     def place(self, uid: str, slots: torch.Tensor) -> None:
         """Give the adapter its slots (int64 ``[num_slots]``); a pinned one is locked with them."""
