@@ -77,6 +77,7 @@ class EloraTreeCore(UnifiedTreeCore):
             self.on_evicted(uid)
         self.forest.clear_tree()
         self._adapter_nodes: dict[str, AdapterNode] = {}
+        self._tree_root = self.root_node  # which stands for an adapter's node during a walk
         self._no_slots = torch.empty(0, dtype=torch.int64, device=self.device)
         full = cast(Any, self.components_by_type[FULL])
         if full.keeps_order:
@@ -90,8 +91,8 @@ class EloraTreeCore(UnifiedTreeCore):
         node = self._adapter_nodes.get(uid)
         if node is None:
             node = self._adapter_nodes[uid] = AdapterNode(self.forest.get(uid), self._no_slots)
-            node.parent = self.root_node
-            self.root_node.children[self._child_key(uid)] = node
+            node.parent = self._tree_root
+            self._tree_root.children[self._child_key(uid)] = node
             self._register_node(node)
         return node
 
@@ -155,11 +156,11 @@ class EloraTreeCore(UnifiedTreeCore):
         return self.root_node if uid is None else self.node_of(uid)
 
     def _walk_from(self, root: UnifiedTreeNode, walk: Callable[[Any], Any], argument: Any) -> Any:
-        tree_root, self.root_node = self.root_node, root
+        self.root_node = root
         try:
             return walk(argument)
         finally:
-            self.root_node = tree_root
+            self.root_node = self._tree_root
 
     @staticmethod
     def _child_key(uid: str) -> tuple[str, str]:
@@ -282,7 +283,7 @@ class EloraTreeCore(UnifiedTreeCore):
                 self.component_evictable_size_[FULL] += len(node.slots)
         if not node.children and not _is_held(node):
             self._release_slots(node, result.device_frees)
-            del self.root_node.children[self._child_key(uid)]
+            del self._tree_root.children[self._child_key(uid)]
             del self._adapter_nodes[uid]
             self._unregister_node(node)
             self.forest.remove(uid)
