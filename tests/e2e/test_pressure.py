@@ -1,11 +1,13 @@
 """Greedy outputs stay those of an idle device while adapters and KV are evicted and come back.
 
 Every server gets the same chats. The first is SGLang as it is, with room for everything; the others
-have room for at most a quarter of the adapters and KV.
+have room for at most a quarter of the adapters and KV. PRESSURE_FULL=1 in the environment runs all 600
+requests in every variant.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ from sglang_elora.demo.adapters import make_adapters
 from sglang_elora.demo.server import ServerProcess, python_module
 
 FULL = make_trace()
-SMALL = make_trace(small=True)
+SMALL = make_trace(small="PRESSURE_FULL" not in os.environ)
 LONG_ANSWERS = make_trace(num_requests=60, output_tokens=(48, 96))
 
 _ENV = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
