@@ -1,8 +1,8 @@
 """Greedy outputs stay those of an idle device while adapters and KV are evicted and come back.
 
 Every server gets the same chats. The first is SGLang as it is, with room for everything; the others
-have room for at most a quarter of the adapters and KV. PRESSURE_FULL=1 in the environment runs all 600
-requests in every variant.
+have room for at most a quarter of the adapters and KV. PRESSURE_FULL=1 in the environment runs all
+600 requests in every variant.
 """
 
 from __future__ import annotations
