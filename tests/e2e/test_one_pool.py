@@ -247,10 +247,15 @@ def test_a_name_loaded_again_serves_the_new_weights(
                 answer = await client.generate("name", prompts[1])
                 assert list(answer.token_ids) == truth.generate(version, prompts[1])
                 assert (answer.cached_tokens > 0) == expect_cached
-            in_flight = asyncio.create_task(client.generate("name", prompts[0], num_tokens=64))
+            asked = [(name, prompt) for prompt in prompts for name in ("name", None)]
+            in_flight = [
+                asyncio.create_task(client.generate(*request, num_tokens=64)) for request in asked
+            ]
             await asyncio.sleep(0.05)
-            await unload(client, "name")  # waits for the request
-            assert list((await in_flight).token_ids) == truth.generate(version, prompts[0], 64)
+            await unload(client, "name")  # waits for its requests
+            for (name, prompt), answer in zip(asked, in_flight, strict=True):
+                weights = None if name is None else version
+                assert list((await answer).token_ids) == truth.generate(weights, prompt, 64)
 
     run(server.url, work)
 

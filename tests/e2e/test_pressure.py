@@ -22,9 +22,10 @@ from server_flags import server_flags
 from sglang_elora.demo.adapters import make_adapters
 from sglang_elora.demo.server import ServerProcess, python_module
 
+ALL = "PRESSURE_FULL" in os.environ
 FULL = make_trace()
-SMALL = make_trace(small="PRESSURE_FULL" not in os.environ)
-LONG_ANSWERS = make_trace(num_requests=60, output_tokens=(48, 96))
+SMALL = make_trace(small=not ALL)
+LONG_ANSWERS = make_trace(num_requests=600 if ALL else 60, output_tokens=(48, 96))
 
 _ENV = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
 _CHUNK = 32
@@ -115,6 +116,7 @@ VARIANTS = {
     ),
     "decode-runs-out": Variant(
         LONG_ANSWERS,
+        share=0.04 if ALL else 0.25,  # so little that what runs does not fit to its end
         flags=("--schedule-conservativeness", "0.1"),
         env={"SGLANG_RETRACT_DECODE_STEPS": "1", "SGLANG_NEW_TOKEN_RATIO_DECAY_STEPS": "1"},
         check=_decode_ran_out_of_memory,

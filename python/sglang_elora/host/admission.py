@@ -13,7 +13,6 @@ a circle. A request whose adapter has no room is passed by; those behind it go o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult
@@ -132,10 +131,8 @@ def begin_pass(result: None, self: PrefillAdder, *_: Any, **__: Any) -> None:
         admission.begin_pass(self)
 
 
-def admit(
-    original: Callable[..., bool], self: Scheduler, req: Req, running_loras: set[str | None]
-) -> bool:
-    """Around ``Scheduler.can_schedule_lora_req``."""
+def admit(self: Scheduler, req: Req, running_loras: set[str | None]) -> bool:
+    """Instead of ``Scheduler.can_schedule_lora_req``, which counts slots and drains them."""
     return bool(self.tree_cache.admission.admit(req, self.waiting_queue))
 
 

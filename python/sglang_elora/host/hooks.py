@@ -152,7 +152,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         "sglang.srt.managers.scheduler.Scheduler.can_schedule_lora_req",
         ("self", "req", "running_loras"),
-        HookType.AROUND,
+        HookType.REPLACE,
         admission.admit,
         When.ELORA,
         "Admission has no registry; SGLang's counts slots that do not exist.",

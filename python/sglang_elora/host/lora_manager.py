@@ -110,7 +110,7 @@ class EloraLoRAManager(LoRAManager):
             return  # given at start: bind() takes it in
         try:
             self._take_in(lora_ref)
-        except ValueError:
+        except Exception:
             del self.loras[lora_ref.lora_id], self.configs[lora_ref.lora_id]
             raise
 

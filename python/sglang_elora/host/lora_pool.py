@@ -24,33 +24,41 @@ Layers = Sequence[dict[str, torch.nn.Module]]
 """Per layer: SGLang's LoRA modules by their full name."""
 
 
-class PagedLoRAPool(LoRAMemoryPool):
-    """What the LoRA manager expects of a pool, as far as it is not a slab."""
+class _Shaped(LoRAMemoryPool):
+    """A pool of what ``_entry`` makes of each matrix's shape: ``[adapters, rows, columns]``."""
 
     max_lora_rank: int
-    on_removed: Callable[[str], None]  # set by the manager
 
-    def remove_lora(self, uid: str) -> None:
-        """An adapter was unloaded. No slot of a slab became free."""
-        self.on_removed(uid)
+    _entry: Callable[[int, str, tuple[int, ...]], Any]  # (layer, module, shape)
 
     def init_buffers(self, base_model: torch.nn.Module) -> None:
         self.base_model = base_model
-        device = next(base_model.parameters()).device
         for buffers, shape_of in (
             (self.A_buffer, self.get_lora_A_shape),
             (self.B_buffer, self.get_lora_B_shape),
         ):
-            for module in sorted(self.target_modules):
-                buffers[module] = [
-                    WeightRef(
-                        layer,
-                        module,
-                        shape_of(module, base_model, self.max_lora_rank, layer),
-                        device,
-                    )
+            for module in self.target_modules:
+                shapes = [
+                    shape_of(module, base_model, self.max_lora_rank, layer)
                     for layer in range(self.num_layer)
                 ]
+                buffers[module] = [
+                    self._entry(layer, module, shape) for layer, shape in enumerate(shapes)
+                ]
+
+
+class PagedLoRAPool(_Shaped):
+    """What the LoRA manager expects of a pool, as far as it is not a slab."""
+
+    on_removed: Callable[[str], None]  # set by the manager
+
+    def _entry(self, layer: int, module: str, shape: tuple[int, ...]) -> WeightRef:
+        device = next(self.base_model.parameters()).device
+        return WeightRef(layer, module, shape, device)
+
+    def remove_lora(self, uid: str) -> None:
+        """An adapter was unloaded. No slot of a slab became free."""
+        self.on_removed(uid)
 
     def can_support(self, config: LoRAConfig | Iterable[LoRAConfig]) -> bool:
         """Any rank fits pages; a limit the user gave was checked before."""
@@ -112,10 +120,8 @@ class PagedLoRAPool(LoRAMemoryPool):
         )
 
 
-class _Staging(LoRAMemoryPool):
+class _Staging(_Shaped):
     """A slab of one slot of one rank in host memory: SGLang's own loader fills it."""
-
-    max_lora_rank: int
 
     def __init__(self, pool: PagedLoRAPool, rank: int) -> None:
         super().__init__(
@@ -134,16 +140,5 @@ class _Staging(LoRAMemoryPool):
         )
         self.pin_memory_available = False
 
-    def init_buffers(self, base_model: Any) -> None:
-        self.base_model = base_model
-        for buffers, shape_of in (
-            (self.A_buffer, self.get_lora_A_shape),
-            (self.B_buffer, self.get_lora_B_shape),
-        ):
-            for module in self.target_modules:
-                buffers[module] = [
-                    torch.zeros(
-                        shape_of(module, base_model, self.max_lora_rank, layer), dtype=self.dtype
-                    )
-                    for layer in range(self.num_layer)
-                ]
+    def _entry(self, layer: int, module: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.zeros(shape, dtype=self.dtype)

@@ -101,9 +101,7 @@ class Residency:
         shortfall = adapter.num_slots - self.allocator.available_size()
         if shortfall > 0:
             self.cache.evict_for_alloc(EvictParams(num_tokens=shortfall))
-        slots = (
-            self.allocator.alloc(adapter.num_slots) if adapter.num_slots else self.core._no_slots
-        )
+        slots = self.allocator.alloc(adapter.num_slots)
         if slots is None:
             return False
         self.core.place(uid, slots)

@@ -256,7 +256,7 @@ class EloraTreeCore(UnifiedTreeCore):
         adapter.loads += 1
         node.last_access_time = get_and_increase_time_counter()
         if adapter.pinned:
-            self.inc_lock_ref(node.id)
+            self.inc_full_pin(node.id)
         self._update_evictable_leaf_sets(node)
 
     def purge(self, uid: str) -> DropSubtreeNoHostResult:
@@ -277,10 +277,7 @@ class EloraTreeCore(UnifiedTreeCore):
                 self._remove_leaf_from_parent(child)
         if node.adapter.pinned and node.adapter.resident:
             self.forest.unpin(node.adapter)
-            node.component_data[FULL].lock_ref -= 1
-            if node.component_data[FULL].lock_ref == 0:
-                self.component_protected_size_[FULL] -= len(node.slots)
-                self.component_evictable_size_[FULL] += len(node.slots)
+            self.dec_full_pin(node.id)
         if not node.children and not _is_held(node):
             self._release_slots(node, result.device_frees)
             del self._tree_root.children[self._child_key(uid)]
