@@ -40,21 +40,26 @@ class Client:
         stream: bool = False,
         **extra: Any,
     ) -> Answer:
-        body: dict[str, Any] = {
-            "input_ids": list(prompt),
-            "sampling_params": {
-                "temperature": 0,
-                "max_new_tokens": num_tokens,
-                "ignore_eos": True,
-            },
-            "stream": stream,
-            **extra,
-        }
-        if adapter is not None:
-            body["lora_path"] = adapter
-        events = await self._events("/generate", body)
-        last = events[-1]
-        return Answer(last["text"], tuple(last["output_ids"]), last["meta_info"]["cached_tokens"])
+        body = _generate_body(adapter, prompt, num_tokens, stream=stream, **extra)
+        return _generated((await self._events("/generate", body))[-1])
+
+    async def begin(
+        self, adapter: str | None, prompt: Sequence[int], *, num_tokens: int = 32
+    ) -> asyncio.Task[Answer]:
+        """Returns when the first token is there; the task ends with the whole answer."""
+        body = _generate_body(adapter, prompt, num_tokens, stream=True)
+        request = self._http.build_request("POST", "/generate", json=body)
+        response = await self._http.send(request, stream=True)
+        assert response.status_code == 200, await response.aread()
+        lines = (line async for line in response.aiter_lines() if line.startswith("data: {"))
+        first = await anext(lines)
+
+        async def finish() -> Answer:
+            last = [first, *[line async for line in lines]][-1]
+            await response.aclose()
+            return _generated(json.loads(last[6:]))
+
+        return asyncio.create_task(finish())
 
     async def complete(
         self, model: str, prompt: str, *, num_tokens: int = 32, stream: bool = False, **extra: Any
@@ -113,6 +118,18 @@ def run(url: str, work: Callable[[Client], Awaitable[T]]) -> T:
             await client.close()
 
     return asyncio.run(main())
+
+
+def _generate_body(
+    adapter: str | None, prompt: Sequence[int], num_tokens: int, **extra: Any
+) -> dict[str, Any]:
+    sampling = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
+    body = {"input_ids": list(prompt), "sampling_params": sampling, **extra}
+    return body if adapter is None else {**body, "lora_path": adapter}
+
+
+def _generated(event: dict[str, Any]) -> Answer:
+    return Answer(event["text"], tuple(event["output_ids"]), event["meta_info"]["cached_tokens"])
 
 
 def _openai_options(num_tokens: int, stream: bool) -> dict[str, Any]:

@@ -248,10 +248,9 @@ def test_a_name_loaded_again_serves_the_new_weights(
                 assert list(answer.token_ids) == truth.generate(version, prompts[1])
                 assert (answer.cached_tokens > 0) == expect_cached
             asked = [(name, prompt) for prompt in prompts for name in ("name", None)]
-            in_flight = [
-                asyncio.create_task(client.generate(*request, num_tokens=64)) for request in asked
-            ]
-            await asyncio.sleep(0.05)
+            in_flight = await asyncio.gather(
+                *(client.begin(*request, num_tokens=64) for request in asked)
+            )
             await unload(client, "name")  # waits for its requests
             for (name, prompt), answer in zip(asked, in_flight, strict=True):
                 weights = None if name is None else version
