@@ -1,1 +1,43 @@
-"""Kernels for LoRA weights that live in KV pages. Installed as ``sglang_elora.kernels``."""
+"""Kernels for LoRA weights that live in KV pages. Installed as ``sglang_elora.kernels``.
+
+Triton and torch: no SGLang, and nothing of this package outside this folder. Each kernel has a
+reference, a test and a benchmark of its name.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "MISSING",
+    "Batch",
+    "BatchTables",
+    "Contiguous",
+    "ExpandConfig",
+    "PoolPlanes",
+    "ShrinkConfig",
+    "StackedModule",
+    "adapter_record",
+    "expand_config",
+    "lora_expand",
+    "lora_shrink",
+    "page_copy",
+    "record_ints",
+    "shrink_config",
+]
+
+from sglang_elora.kernels.batch_tables import (
+    MISSING,
+    Batch,
+    BatchTables,
+    adapter_record,
+    record_ints,
+)
+from sglang_elora.kernels.launch_configs import (
+    ExpandConfig,
+    ShrinkConfig,
+    expand_config,
+    shrink_config,
+)
+from sglang_elora.kernels.lora_expand import lora_expand
+from sglang_elora.kernels.lora_shrink import lora_shrink
+from sglang_elora.kernels.page_copy import Contiguous, PoolPlanes, page_copy
+from sglang_elora.kernels.stacked_module import StackedModule

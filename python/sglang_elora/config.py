@@ -53,6 +53,12 @@ class EloraConfig:
         "For debugging: after every scheduler step recompute all counts of the cache, the owner of "
         "each page and the dependency rule, and end the server on a difference. Slow.",
     )
+    max_adapters_per_batch: int = _option(
+        256,
+        "--elora-max-adapters-per-batch",
+        "Most LoRA adapters in one batch: the size of the tables that kernels read. No memory for "
+        "weights is reserved.",
+    )
     link_gbytes_per_s: float = _option(
         0.0,
         "--elora-link-gbytes-per-s",
@@ -72,6 +78,11 @@ class EloraConfig:
                 raise ValueError(f"{_names(item)} must be one of {choices}, got {value!r}")
             if isinstance(value, float) and not 0 <= value < float("inf"):
                 raise ValueError(f"{_names(item)} must be finite and not negative, got {value}")
+        if not 1 <= self.max_adapters_per_batch <= 32767:
+            raise ValueError(
+                "--elora-max-adapters-per-batch (SGLANG_ELORA_MAX_ADAPTERS_PER_BATCH) must be 1 to "
+                f"32767, got {self.max_adapters_per_batch}"
+            )
         if self.check and not self.enabled:
             raise ValueError("--elora-check (SGLANG_ELORA_CHECK) needs --elora")
         if self.link_latency_us and not self.link_gbytes_per_s:

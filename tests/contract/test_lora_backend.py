@@ -1,9 +1,15 @@
-"""``elora_torch`` computes LoRA for mixed batches from scattered pages, against plain torch."""
+"""The LoRA backends compute mixed batches from scattered pages, against plain torch.
+
+All cases run through ``elora_torch`` and ``elora_triton``; without a GPU the kernels run under
+Triton's interpreter.
+"""
 
 from __future__ import annotations
 
 import random
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +39,7 @@ TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (3e-2, 2e-2)}
 class Truth:
     """An adapter on the device and its plain matrices."""
 
+    pool: Any
     paged: PagedAdapter
     scaling: float
     rank: int
@@ -52,26 +59,66 @@ class Truth:
 
 @pytest.fixture(scope="module")
 def sglang() -> Any:
-    """SGLang's layers and our backend, imported at first use: it warns, and takes seconds."""
+    """SGLang's layers and our backends, imported at first use: it warns, and takes seconds."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from sglang.srt.lora.layers import BaseLayerWithLoRA
         from sglang.srt.lora.torch_ops import lora_ops
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+        from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-        from sglang_elora.host.lora_backend import EloraTorchBackend
-    return SimpleNamespace(layer=BaseLayerWithLoRA, ops=lora_ops, backend=EloraTorchBackend)
+        from sglang_elora.host import triton_backend
+        from sglang_elora.host.lora_backend import Graph
+        from sglang_elora.host.lora_manager import EloraLoRAManager
+        from sglang_elora.host.torch_backend import EloraTorchBackend
+    return SimpleNamespace(
+        layer=BaseLayerWithLoRA,
+        ops=lora_ops,
+        mode=ForwardMode,
+        context=lambda pool: forward_context(
+            ForwardContext(attn_backend=SimpleNamespace(token_to_kv_pool=pool))
+        ),
+        triton_backend=triton_backend,
+        Graph=Graph,
+        manager_class=EloraLoRAManager,
+        classes={
+            "elora_torch": EloraTorchBackend,
+            "elora_triton": triton_backend.EloraTritonBackend,
+        },
+    )
 
 
-@pytest.fixture(scope="module")
-def backend_class(sglang: Any) -> Any:
-    return sglang.backend
+class Backends:
+    """Makes backends that compute from a pool, as in a forward pass over it."""
+
+    def __init__(self, sglang: Any, name: str, stack: ExitStack) -> None:
+        self.sglang, self.name, self.stack = sglang, name, stack
+
+    def over(self, pool: Any, dtype: torch.dtype = torch.float32) -> Any:
+        backend = self.sglang.classes[self.name](1, torch.device("cpu"), max_adapters=64)
+        backend.set_modules(tuple(SHAPES.values()), dtype, max_rank=64)
+        self.stack.enter_context(self.sglang.context(pool))
+        return backend
+
+
+@pytest.fixture(params=["elora_torch", "elora_triton"])
+def backends(request: pytest.FixtureRequest, sglang: Any) -> Iterator[Backends]:
+    with ExitStack() as stack:
+        yield Backends(sglang, request.param, stack)
+
+
+@pytest.fixture
+def triton_backends(sglang: Any) -> Iterator[Backends]:
+    with ExitStack() as stack:
+        yield Backends(sglang, "elora_triton", stack)
 
 
 def make_adapters(dtype: torch.dtype, ranks: list[int], seed: int) -> list[Truth]:
     """Adapters in scattered slots of one pool; every third lacks a module."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    pool = [[torch.zeros(9000, 2, 32, dtype=dtype) for _ in range(NUM_LAYERS)] for _ in range(2)]
-    planes = KVPlanes(pool, dtype)
+    k, v = ([torch.zeros(9000, 2, 32, dtype=dtype) for _ in range(NUM_LAYERS)] for _ in range(2))
+    pool = SimpleNamespace(k_buffer=k, v_buffer=v)
+    planes = KVPlanes((k, v), dtype)
     numbers = rng.sample(range(1, 9000), 8999)
     adapters = []
     for i, rank in enumerate(ranks):
@@ -90,10 +137,12 @@ def make_adapters(dtype: torch.dtype, ranks: list[int], seed: int) -> list[Truth
         image = AdapterImage.build(
             layout, NUM_LAYERS, lambda _, name, m=matrices: m[name], dtype, scaling
         )
-        slots = torch.tensor([numbers.pop() for _ in range(layout.num_slots(64, 1))])
-        planes.write(slots, image)
-        paged = PagedAdapter(layout, PageTable(slots), planes, scaling)
-        adapters.append(Truth(paged, scaling, rank, matrices))
+        table = PageTable(
+            torch.tensor([numbers.pop() for _ in range(layout.num_slots(planes.slot_elems, 1))])
+        )
+        planes.write(table, image)
+        paged = PagedAdapter(layout, table, planes, scaling)
+        adapters.append(Truth(pool, paged, scaling, rank, matrices))
     return adapters
 
 
@@ -127,7 +176,7 @@ MIXES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("mix", MIXES)
-def test_mixes(mix: str, name: str, dtype: torch.dtype, backend_class: Any) -> None:
+def test_mixes(mix: str, name: str, dtype: torch.dtype, backends: Backends) -> None:
     ranks, segments = MIXES[mix]
     adapters = make_adapters(dtype, ranks, seed=len(mix))
     rows = [i for i, length in segments for _ in range(length)]
@@ -139,10 +188,8 @@ def test_mixes(mix: str, name: str, dtype: torch.dtype, backend_class: Any) -> N
         if i is not None:
             expected[row] += adapters[i].delta(x[row : row + 1], name)[0]
 
-    backend = backend_class(1, torch.device("cpu"))
+    backend = backends.over(adapters[0].pool, dtype)
     backend.set_batch([(None if i is None else adapters[i].paged, n) for i, n in segments])
-    has_rows = any(i is not None and n for i, n in segments)
-    assert backend.get_batch_info().has_active_lora == has_rows
     output = run(backend, name, x, base)
     assert output.data_ptr() == base.data_ptr(), "added in place"
     rtol, atol = TOLERANCE[dtype]
@@ -150,23 +197,24 @@ def test_mixes(mix: str, name: str, dtype: torch.dtype, backend_class: Any) -> N
     torch.testing.assert_close(output.float(), expected, rtol=rtol, atol=float(atol * scale))
 
 
-def test_rows_without_an_adapter_keep_every_bit(backend_class: Any) -> None:
+def test_rows_without_an_adapter_keep_every_bit(backends: Backends) -> None:
     adapters = make_adapters(torch.float32, [8], seed=0)
     base = torch.randn(5, 256)
     before = base.clone()
-    backend = backend_class(1, torch.device("cpu"))
+    backend = backends.over(adapters[0].pool)
     backend.set_batch([(None, 2), (adapters[0].paged, 1), (None, 2)])
     output = run(backend, "qkv_proj", torch.randn(5, 96), base)
     assert torch.equal(output[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
     assert not torch.equal(output[2], before[2])
 
 
-def test_a_batch_without_adapters_takes_the_plain_path(sglang: Any, backend_class: Any) -> None:
-    backend = backend_class(1, torch.device("cpu"))
+def test_a_batch_without_adapters_takes_the_plain_path(sglang: Any, backends: Backends) -> None:
+    adapters = make_adapters(torch.float32, [8], seed=0)
+    backend = backends.over(adapters[0].pool)
     layer = SimpleNamespace(lora_backend=backend, set_lora=True)
     active = sglang.layer.lora_active.fget
     assert not active(layer)
-    backend.set_batch([(make_adapters(torch.float32, [8], seed=0)[0].paged, 1)])
+    backend.set_batch([(adapters[0].paged, 1)])
     assert active(layer)
     backend.set_batch([(None, 3)])
     assert not active(layer)
@@ -176,7 +224,7 @@ def test_a_batch_without_adapters_takes_the_plain_path(sglang: Any, backend_clas
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounds_as_torch_native_whoever_the_neighbours_are(
-    dtype: torch.dtype, sglang: Any, backend_class: Any
+    dtype: torch.dtype, sglang: Any, backends: Backends
 ) -> None:
     """Bit by bit: SGLang's eager backend, ours on adjacent rows, ours on rows between others.
 
@@ -190,11 +238,12 @@ def test_rounds_as_torch_native_whoever_the_neighbours_are(
 
     rank, scaling = 8, 0.75
     a, b = whole_numbers(3 * rank, 96), whole_numbers(256, rank)
-    planes = KVPlanes(torch.zeros(2, NUM_LAYERS, 99, 4096, dtype=dtype), dtype)
+    k, v = torch.zeros(2, NUM_LAYERS, 99, 4096, dtype=dtype)
+    planes = KVPlanes((k, v), dtype)
     layout = AdapterLayout.build(rank, [QKV])
-    slots = torch.arange(layout.num_slots(4096, 1))
-    planes.write(slots, AdapterImage.build(layout, 2, lambda *_: (a, b), dtype, scaling))
-    paged = PagedAdapter(layout, PageTable(slots), planes, scaling)
+    table = PageTable(torch.arange(layout.num_slots(4096, 1)))
+    planes.write(table, AdapterImage.build(layout, 2, lambda *_: (a, b), dtype, scaling))
+    paged = PagedAdapter(layout, table, planes, scaling)
     x, base = whole_numbers(6, 96), whole_numbers(6, 256)
 
     one = torch.tensor([0]), torch.tensor([6]), torch.tensor([rank])
@@ -203,7 +252,8 @@ def test_rounds_as_torch_native_whoever_the_neighbours_are(
     inner = ops.sgemm_lora_a_fwd(x, a[None], *one, torch.tensor([scaling]), num_slices=3)
     theirs = ops.sgemm_lora_b_fwd(inner, b[None], *one, ends, base_output=base.clone())
 
-    backend, mine = backend_class(1, torch.device("cpu")), [0, 1, 3, 4, 5, 7]
+    backend = backends.over(SimpleNamespace(k_buffer=list(k), v_buffer=list(v)), dtype)
+    mine = [0, 1, 3, 4, 5, 7]
     spread_x, spread_base = x.new_zeros(8, 96), base.new_zeros(8, 256)
     spread_x[mine], spread_base[mine] = x, base
     backend.set_batch([(paged, 6)])
@@ -212,9 +262,10 @@ def test_rounds_as_torch_native_whoever_the_neighbours_are(
     assert torch.equal(run(backend, "qkv_proj", spread_x, spread_base)[mine], theirs)
 
 
-def test_what_cannot_be_computed_is_refused(backend_class: Any) -> None:
-    backend = backend_class(1, torch.device("cpu"))
-    backend.set_batch([(make_adapters(torch.float32, [8], seed=0)[0].paged, 4)])
+def test_what_cannot_be_computed_is_refused(backends: Backends) -> None:
+    adapters = make_adapters(torch.float32, [8], seed=0)
+    backend = backends.over(adapters[0].pool)
+    backend.set_batch([(adapters[0].paged, 4)])
     a = WeightRef(LAYER, "o_proj", (1, 64, 128), torch.device("cpu"))
     with pytest.raises(AssertionError, match="o_proj: 3 rows in a batch of 4"):
         backend.run_lora_a_sgemm(torch.zeros(3, 128), a)
@@ -224,3 +275,114 @@ def test_what_cannot_be_computed_is_refused(backend_class: Any) -> None:
         backend.run_lora_a_sgemm(torch.zeros(4, 128), a, pruned_batch_info=None)
     with pytest.raises(NotImplementedError, match="set_batch"):
         backend.prepare_lora_batch(None, [0], [8], [1.0], use_cuda_graph=False)
+
+
+class Replays:
+    """Launches kernels again with the arguments and memory of the first time, as a CUDA graph."""
+
+    def __init__(self, triton_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.launches: list[Any] = []
+        shrink, expand = triton_backend.lora_shrink, triton_backend.lora_expand
+
+        def captured_shrink(*args: Any, **kwargs: Any) -> torch.Tensor:
+            inner = shrink(*args, **kwargs)
+            self.launches.append(lambda: shrink(*args, **kwargs, out=inner))
+            return inner
+
+        def captured_expand(*args: Any, **kwargs: Any) -> torch.Tensor:
+            self.launches.append(lambda: expand(*args, **kwargs))
+            return expand(*args, **kwargs)
+
+        monkeypatch.setattr(triton_backend, "lora_shrink", captured_shrink)
+        monkeypatch.setattr(triton_backend, "lora_expand", captured_expand)
+
+    def __call__(self) -> None:
+        for launch in self.launches:
+            launch()
+
+
+@pytest.mark.parametrize("phase", ["DECODE", "PREFILL"])
+def test_graphs_compute_what_the_tables_hold_at_replay(
+    phase: str, sglang: Any, triton_backends: Backends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured over no adapters, replayed over one batch after the other, the last without any."""
+    adapters = make_adapters(torch.float32, [8, 1, 24, 64, 3], seed=4)
+    backend = triton_backends.over(adapters[0].pool)
+    graph = sglang.Graph[phase]
+    if graph is sglang.Graph.DECODE:
+        backend.init_cuda_graph_batch_info(max_bs_in_cuda_graph=8, num_tokens_per_req=1)
+    else:
+        backend.init_prefill_cuda_graph_batch_info(max_num_tokens=8, max_num_requests=5)
+    replay = Replays(sglang.triton_backend, monkeypatch)
+    x, output = torch.zeros(8, 96), torch.zeros(8, 256)
+    backend.set_batch([(None, 1)] * 5, graph)
+    layer = SimpleNamespace(lora_backend=backend, set_lora=True)
+    assert sglang.layer.lora_active.fget(layer), "capture would leave the kernels out"
+    run(backend, "qkv_proj", x, output)
+    assert not output.any()
+
+    generator = torch.Generator().manual_seed(0)
+    for batch in ([0, 1, 2, 3, 4], [4, 4, None, 0], [3], [], [2, 2, 1, None, 3], [None, None]):
+        x.copy_(torch.randn(8, 96, generator=generator))
+        base = torch.randn(8, 256, generator=generator)
+        output.copy_(base)
+        backend.set_batch([(None if i is None else adapters[i].paged, 1) for i in batch], graph)
+        replay()
+        for row, i in enumerate([*batch, *[None] * (8 - len(batch))]):
+            expected = base[row]
+            if i is not None:
+                expected = expected + adapters[i].delta(x[row : row + 1], "qkv_proj")[0]
+            torch.testing.assert_close(output[row], expected, rtol=1e-5, atol=1e-3)
+            assert i is not None or torch.equal(output[row], base[row])
+
+
+def test_batches_that_graphs_may_replay_reach_their_tables(
+    sglang: Any, triton_backends: Backends
+) -> None:
+    """Also one without adapters: the graph would compute those of the batch before."""
+    adapters = make_adapters(torch.float32, [8], seed=0)
+    backend = triton_backends.over(adapters[0].pool)
+    manager = object.__new__(sglang.manager_class)
+    manager.lora_backend, manager.enable_dp_attention = backend, False
+    manager.max_adapters_in_batch = 0
+    manager.residency = SimpleNamespace(fill=lambda uid: adapters[0].paged)
+    manager.init_cuda_graph_batch_info(max_bs_in_cuda_graph=4, num_tokens_per_req=1)
+    backend.init_prefill_cuda_graph_batch_info(max_num_tokens=16, max_num_requests=2)
+
+    def prepare(mode: str, ids: list[str | None], lengths: list[int]) -> Any:
+        batch = SimpleNamespace(
+            lora_ids=ids,
+            batch_size=len(ids),
+            forward_mode=sglang.mode[mode],
+            extend_seq_lens=torch.tensor(lengths),
+            extend_seq_lens_cpu=lengths,
+            extend_num_tokens=sum(lengths),
+        )
+        manager.prepare_lora_batch(batch)
+        return backend.get_batch_info()
+
+    decode = prepare("DECODE", ["a", None], [1, 1])
+    assert decode.graph and decode.tables.num_tiles == 1 and decode.tables.rows.tolist()[0] == 0
+    again = prepare("DECODE", [None, None], [1, 1])
+    assert again.tables is decode.tables and int(decode.tables.header[0]) == 0
+
+    prefill = prepare("EXTEND", ["a", None], [3, 9])
+    assert prefill.graph and prefill.tables is not decode.tables
+    assert prefill.tables.num_tiles == 1
+    assert prepare("EXTEND", [None], [5]).tables is prefill.tables
+    assert int(prefill.tables.header[0]) == 0
+
+    eager = prepare("EXTEND", ["a"], [17])  # more tokens than any graph
+    assert not eager.graph and eager.tables not in (decode.tables, prefill.tables)
+    assert prepare("EXTEND", [None], [17]) is None
+    assert prepare("DECODE", [None] * 5, [1] * 5) is None  # more requests than any graph
+    assert prepare("DECODE", ["a"] * 5, [1] * 5).tables.num_tiles == 1
+
+
+def test_no_host_sync_for_page_tables(triton_backends: Backends) -> None:
+    """The numbers of slots are not read back, as the torch backend does to find adjacent ones."""
+    adapters = make_adapters(torch.float32, [8], seed=0)
+    backend = triton_backends.over(adapters[0].pool)
+    backend.set_batch([(adapters[0].paged, 2)])
+    run(backend, "o_proj", torch.zeros(2, 128), torch.zeros(2, 96))
+    assert "_numbers" not in vars(adapters[0].paged._table)

@@ -19,9 +19,9 @@ ALLOWED = {
     ".": {".", "host", "demo", "platforms"},
     "adapters": {"adapters"},
     "demo": {"demo", "platforms"},
-    "host": {".", "adapters", "host", "pages", "patches", "platforms", "tree"},
+    "host": {".", "adapters", "host", "kernels", "pages", "patches", "platforms", "tree"},
     "kernels": {"kernels"},
-    "pages": {"pages"},
+    "pages": {"kernels", "pages"},
     "platforms": {"platforms"},
     "tree": {"tree"},
 }

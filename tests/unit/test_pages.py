@@ -103,7 +103,7 @@ def test_round_trip(rank: int, order: Order, weights: torch.dtype, kv: torch.dty
     image, truth = make_image(rank, weights)
     count = image.layout.num_slots(planes.slot_elems, 1)
     slots = torch.tensor(order(count))
-    planes.write(slots, image)
+    planes.write(PageTable(slots), image)
     check_equal(PagedAdapter(image.layout, PageTable(slots), planes, image.scaling), truth)
 
     mine = torch.zeros(SLOTS, dtype=torch.bool)
@@ -121,7 +121,7 @@ def test_two_adapters_side_by_side() -> None:
     for rank in (3, 5):
         image, truth = make_image(rank, torch.float32)
         slots = torch.tensor([numbers.pop() for _ in range(image.layout.num_slots(64, 1))])
-        planes.write(slots, image)
+        planes.write(PageTable(slots), image)
         adapters.append((PagedAdapter(image.layout, PageTable(slots), planes, 1.0), truth))
     for adapter, truth in adapters:
         check_equal(adapter, truth)
@@ -131,7 +131,7 @@ def test_one_plane() -> None:
     planes = KVPlanes(make_pool(torch.float32, num_planes=1), torch.float32)
     image, truth = make_image(8, torch.float32, num_planes=1)
     slots = torch.tensor(scattered(image.layout.num_slots(64, 1)))
-    planes.write(slots, image)
+    planes.write(PageTable(slots), image)
     check_equal(PagedAdapter(image.layout, PageTable(slots), planes, 1.0), truth)
 
 
@@ -141,7 +141,7 @@ def test_views_where_slots_are_adjacent(order: Order, is_view: bool) -> None:
     planes = KVPlanes(pool, torch.float32)
     image, _ = make_image(8, torch.float32)
     slots = torch.tensor(order(image.layout.num_slots(64, 1)))
-    planes.write(slots, image)
+    planes.write(PageTable(slots), image)
     adapter = PagedAdapter(image.layout, PageTable(slots), planes, 1.0)
     a = adapter.a(0, "qkv_proj")
     assert (a.untyped_storage().data_ptr() == pool[0][0].untyped_storage().data_ptr()) == is_view
@@ -155,7 +155,7 @@ def test_only_the_slots_of_a_matrix_are_gathered() -> None:
     image, truth = make_image(8, torch.float32)
     count = image.layout.num_slots(64, 1)
     slots = torch.tensor([*range(300, 300 + 96), *range(10, 10 + count - 96)])
-    planes.write(slots, image)
+    planes.write(PageTable(slots), image)
     adapter = PagedAdapter(image.layout, PageTable(slots), planes, 1.0)
     check_equal(adapter, truth)
     for name in ("qkv_proj", "o_proj"):  # A of qkv_proj fills the first 96 slots
@@ -196,9 +196,9 @@ def test_digest_names_the_content() -> None:
     other = AdapterImage.build(
         image.layout, LAYERS, lambda layer, name: truth[layer, name], torch.bfloat16, scaling=0.5
     )
-    rescaled = AdapterImage(image.layout, image.planes, scaling=0.25)
+    rescaled = AdapterImage(image.layout, image.memory, scaling=0.25)
     assert len({image.digest(), other.digest(), rescaled.digest()}) == 3
-    assert image.nbytes == sum(plane.nbytes for plane in image.planes) > 0
+    assert image.nbytes == LAYERS * sum(image.plane_bytes) > 0
 
 
 def test_wrong_shapes_are_found() -> None:

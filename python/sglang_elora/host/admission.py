@@ -34,8 +34,9 @@ MAX_BYPASS = 64
 class Admission:
     """One per scheduler. All it decides by is equal on all tensor-parallel ranks."""
 
-    def __init__(self, residency: Residency) -> None:
+    def __init__(self, residency: Residency, max_adapters: int) -> None:
         self.residency = residency
+        self.max_adapters = max_adapters  # in one batch
         self._adder: PrefillAdder | None = None
         self._allowed: list[Req] = []  # in this pass
         self._num_admitted = 0
@@ -48,14 +49,19 @@ class Admission:
         self._adder = adder
         self.residency.purge_retired()
 
-    def admit(self, req: Req, waiting: list[Req]) -> bool:
-        """Whether the request may be added now; its adapter has its slots if so."""
+    def admit(self, req: Req, waiting: list[Req], running: set[str | None]) -> bool:
+        """Whether the request may be added now; its adapter has its slots if so.
+
+        Args:
+            running: Adapters of the batch so far, and of the running one.
+        """
         if self._holder is not None:
             if self._holder not in waiting:  # aborted
                 self._forget(self._holder)
             elif req is not self._holder:
                 return False
-        if not self._secure(req):
+        full = req.lora_id not in running and len(running - {None}) >= self.max_adapters
+        if (full and req.lora_id is not None) or not self._secure(req):
             self._refused(req, waiting)
             return False
         self._allowed.append(req)
@@ -133,7 +139,7 @@ def begin_pass(result: None, self: PrefillAdder, *_: Any, **__: Any) -> None:
 
 def admit(self: Scheduler, req: Req, running_loras: set[str | None]) -> bool:
     """Instead of ``Scheduler.can_schedule_lora_req``, which counts slots and drains them."""
-    return bool(self.tree_cache.admission.admit(req, self.waiting_queue))
+    return bool(self.tree_cache.admission.admit(req, self.waiting_queue, running_loras))
 
 
 def refuse_too_long(result: None, self: Scheduler, req: Req) -> None:

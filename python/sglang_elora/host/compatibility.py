@@ -23,13 +23,14 @@ from sglang.srt.environ import envs
 from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
 from sglang_elora.adapters import EMBEDDING_MODULES, served_names
+from sglang_elora.host.lora_backend import TORCH, TRITON
 
 logger = logging.getLogger(__name__)
 
 WITHOUT_ELORA = "run without --elora"
 _DROP = "drop it, or run without --elora"
 _EXPERT_MODULES = frozenset({"gate_up_proj", "down_proj"})
-_DEFAULT_LORA_BACKENDS = frozenset({"csgmv", "elora_torch"})
+_LORA_BACKENDS = frozenset({"csgmv", TORCH, TRITON})  # csgmv: SGLang's default
 _SLOTLESS_DEFAULTS = {"max_loras_per_batch": 8, "lora_eviction_policy": "lru"}
 
 
@@ -241,7 +242,7 @@ SCHEDULING = (
 LORA = (
     Refusal(
         "--lora-backend {cfg._raw_input[lora_backend]}",
-        lambda cfg: cfg._raw_input["lora_backend"] not in _DEFAULT_LORA_BACKENDS,
+        lambda cfg: cfg._raw_input["lora_backend"] not in _LORA_BACKENDS,
         "ELORA brings its own, because weights lie in the KV pool",
     ),
     Refusal(
@@ -341,10 +342,10 @@ def check_compatible(server_args: Any) -> None:
 
 
 def run_eagerly(result: None, server_args: Any) -> None:
-    """After ``handle_platform_defaults``: no CUDA graphs, which cannot replay ``elora_torch``."""
+    """After ``select_parts``: no CUDA graphs with ``elora_torch``, which they cannot replay."""
     cfg = resolving_view(server_args)
     graphs = cfg.cuda_graph_config
-    if graphs is None or not wants_lora(cfg):
+    if graphs is None or cfg.lora_backend != TORCH or not wants_lora(cfg):
         return
     phases = (Phase.DECODE, Phase.PREFILL)
     for phase in phases:

@@ -46,7 +46,7 @@ def install(config: EloraConfig) -> None:
         use_emulated_link(config)
     if config.enabled:
         radix_cache.register_backend()
-        lora_backend.register_backend()
+        lora_backend.register_backends(config.max_adapters_per_batch)
     for patch in patches:
         apply_patch(patch)
     for hook in hooks:

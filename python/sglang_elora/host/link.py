@@ -25,12 +25,11 @@ def delay_adapter_copy(buffer_view: torch.Tensor, weight: torch.Tensor) -> None:
     _link().copy(buffer_view.nbytes)
 
 
-def delay_page_copies(num_copies: int, num_bytes: int) -> None:
-    """Before ``num_copies`` copies of ``num_bytes`` each into pages, where a link is emulated."""
+def delay_page_copy(num_bytes: int) -> None:
+    """Before a copy from the host on its way to pages, where a link is emulated."""
     link = getattr(torch.cpu.current_stream(), "link", None)
     if link is not None:
-        for _ in range(num_copies):
-            link.copy(num_bytes)
+        link.copy(num_bytes)
 
 
 def delay_kv_load(

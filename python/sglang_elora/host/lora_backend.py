@@ -1,92 +1,75 @@
-"""LoRA backend ``elora_torch``: eager torch that reads weights where they lie, in KV pages.
+"""What ELORA's two LoRA backends share: the batch comes as segments, weights lie in KV pages.
 
-SGLang's LoRA layers call a backend with the slabs they were given; ours were given
-``WeightRef``s. The batch says which rows belong to which adapter.
+SGLang's LoRA layers call a backend with the slabs they were given; ours were given ``WeightRef``s.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
 from sglang.srt.lora.backend.base_backend import BaseLoRABackend
 from sglang.srt.lora.backend.lora_registry import register_lora_backend
 
-from sglang_elora.pages import PagedAdapter, WeightRef
+from sglang_elora.pages import ModuleShape, PagedAdapter, WeightRef
 
 Segment = tuple[PagedAdapter | None, int]
 """(adapter or None, number of token rows)"""
 
+TORCH, TRITON = "elora_torch", "elora_triton"
+MAX_RANK = 256
+"""Largest rank where neither ``--max-lora-rank`` nor an adapter given at start says more."""
+
 _NO_EMBEDDINGS = "adapters on embed_tokens or lm_head are refused with --elora"
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The rows of one adapter in a batch: a slice where they are adjacent, else int64 indices."""
+class Graph(Enum):
+    """Which CUDA graphs may replay a batch, and so which static memory describes it."""
 
-    adapter: PagedAdapter
-    index: slice | torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class PagedBatch:
-    """What one forward pass computes for which rows. SGLang's layers read ``has_active_lora``."""
-
-    groups: tuple[Rows, ...]
-    num_rows: int
-
-    @property
-    def has_active_lora(self) -> bool:
-        return bool(self.groups)
-
-    def groups_with(self, module: str, x: torch.Tensor) -> list[Rows]:
-        """The groups whose adapter has the module; ``x`` are its input rows, all of the batch."""
-        assert len(x) >= self.num_rows, f"{module}: {len(x)} rows in a batch of {self.num_rows}"
-        return [group for group in self.groups if group.adapter.has(module)]
-
-    @classmethod
-    def of(cls, segments: Sequence[Segment], device: torch.device) -> PagedBatch:
-        """Segments in row order; those of one adapter become one group."""
-        pieces: dict[int, tuple[PagedAdapter, list[range]]] = {}
-        start = 0
-        for adapter, length in segments:
-            end = start + length
-            if adapter is not None and length:
-                ranges = pieces.setdefault(id(adapter), (adapter, []))[1]
-                if ranges and ranges[-1].stop == start:
-                    ranges[-1] = range(ranges[-1].start, end)
-                else:
-                    ranges.append(range(start, end))
-            start = end
-        groups = tuple(Rows(adapter, _index(ranges, device)) for adapter, ranges in pieces.values())
-        return cls(groups, start)
+    DECODE = "decode"
+    PREFILL = "prefill"
 
 
-def _index(ranges: Sequence[range], device: torch.device) -> slice | torch.Tensor:
-    if len(ranges) == 1:
-        return slice(ranges[0].start, ranges[0].stop)
-    return torch.tensor([row for rows in ranges for row in rows], device=device)
+class PagedLoRABackend(BaseLoRABackend):
+    """A backend that takes its batches from ``set_batch``."""
 
-
-class EloraTorchBackend(BaseLoRABackend):
-    """Two matrix products per adapter and module; the reference for kernels, and the CPU's path."""
-
-    name = "elora_torch"
+    name: str
     skip_inactive_lora_batches = True  # a batch without adapters takes the plain layers' path
+    max_rank: int | None = None  # largest it computes; None: any
 
-    def __init__(self, max_loras_per_batch: int, device: torch.device, **_: Any) -> None:
+    def __init__(
+        self, max_loras_per_batch: int, device: torch.device, *, max_adapters: int, **_: Any
+    ) -> None:
+        """``max_adapters`` bounds a batch, ``max_loras_per_batch`` a slab that does not exist."""
         super().__init__(max_loras_per_batch, device)
+        self.max_adapters = max_adapters
 
-    def set_batch(self, segments: Sequence[Segment]) -> None:
-        """What the next forward pass computes. ``reset_batch_state`` undoes it."""
-        self.batch_info = PagedBatch.of(segments, self.device)
+    @abstractmethod
+    def set_modules(self, shapes: Sequence[ModuleShape], dtype: torch.dtype, max_rank: int) -> None:
+        """Called once, before the first batch.
+
+        Args:
+            shapes: The target modules.
+            dtype: Of the weights.
+            max_rank: Largest rank of any adapter to come.
+        """
+
+    @abstractmethod
+    def set_batch(self, segments: Sequence[Segment], graph: Graph | None) -> None:
+        """What the next forward pass computes. ``reset_batch_state`` undoes it.
+
+        Args:
+            segments: In row order.
+            graph: The CUDA graphs that may replay it.
+        """
 
     def prepare_lora_batch(self, *_: Any, **__: Any) -> None:
         """Refused: SGLang's does nothing, so the last batch's adapters would be computed again."""
-        raise NotImplementedError("elora_torch takes its batches from set_batch")
+        raise NotImplementedError(f"{self.name} takes its batches from set_batch")
 
     def run_lora_a_embedding(self, *_: Any, **__: Any) -> torch.Tensor:
         """Refused: SGLang's returns nothing."""
@@ -95,81 +78,73 @@ class EloraTorchBackend(BaseLoRABackend):
     def run_lora_a_sgemm(
         self, x: torch.Tensor, weights: WeightRef, *_: Any, **options: Any
     ) -> torch.Tensor:
-        """``x @ A^T * scaling`` of each row's adapter.
+        """``x @ A^T * scaling`` of each row's adapter, in a form that ``run_lora_b_sgemm`` takes.
+
+        Its shape is equal on all tensor-parallel ranks, and it may be summed over them.
 
         Args:
             x: ``[rows, in_features]``.
-
-        Returns:
-            ``[rows, widest adapter's parts * rank]``; zero where an adapter has no such column,
-            or a row has no adapter. Equal in width on all tensor-parallel ranks.
 
         Raises:
             NotImplementedError: The layer is ``lm_head``, whose rows are not the batch's.
         """
         if "pruned_batch_info" in options:
             raise NotImplementedError(_NO_EMBEDDINGS)
-        groups = self._batch.groups_with(weights.module, x)
-        matrices = [group.adapter.a(weights.layer, weights.module) for group in groups]
-        width = max((len(a) for a in matrices), default=0)
-        output = x.new_zeros(len(x), width)
-        for group, a in zip(groups, matrices, strict=True):
-            rows = output[group.index, : len(a)]
-            rows.addmm_(x[group.index], a.T, beta=0, alpha=group.adapter.scaling)
-            if not isinstance(group.index, slice):  # rows is a copy
-                output[group.index, : len(a)] = rows
-        return output
+        return self.shrink(x, weights)
 
     def run_lora_b_sgemm(
         self,
         x: torch.Tensor,
         weights: WeightRef,
-        output_offset_cpu: torch.Tensor,
+        output_offset: torch.Tensor | None = None,
+        output_offset_cpu: torch.Tensor | None = None,
+        *,
         base_output: torch.Tensor,
-        *_: Any,
-        **__: Any,
+        **_: Any,
     ) -> torch.Tensor:
         """Add ``x @ B^T`` of each row's adapter into ``base_output``, part by part, in place.
 
         Args:
             x: What ``run_lora_a_sgemm`` returned for the same module.
-            output_offset_cpu: Where each part begins in the output's columns, and the end.
             base_output: ``[rows, sum of out_features]``.
         """
-        ends = output_offset_cpu.tolist()
-        for group in self._batch.groups_with(weights.module, x):
-            inner = x[group.index]
-            output = base_output[group.index]
-            rank = group.adapter.rank
-            for part, (start, end) in enumerate(pairwise(ends)):
-                b = group.adapter.b(weights.layer, weights.module, part)
-                output[:, start:end].addmm_(inner[:, part * rank : (part + 1) * rank], b)
-            if not isinstance(group.index, slice):  # output is a copy
-                base_output.index_copy_(0, group.index, output)
-        return base_output
+        return self.expand(x, weights, base_output)
 
     def run_qkv_lora(
         self, x: torch.Tensor, qkv_lora_a: WeightRef, qkv_lora_b: WeightRef, **options: Any
     ) -> torch.Tensor:
-        return self._both(x, qkv_lora_a, qkv_lora_b, options)
+        return self.expand(self.shrink(x, qkv_lora_a), qkv_lora_b, options["base_output"])
 
     def run_gate_up_lora(
         self, x: torch.Tensor, gate_up_lora_a: WeightRef, gate_up_lora_b: WeightRef, **options: Any
     ) -> torch.Tensor:
-        return self._both(x, gate_up_lora_a, gate_up_lora_b, options)
+        return self.expand(self.shrink(x, gate_up_lora_a), gate_up_lora_b, options["base_output"])
 
-    def _both(
-        self, x: torch.Tensor, a: WeightRef, b: WeightRef, options: dict[str, Any]
-    ) -> torch.Tensor:
-        inner = self.run_lora_a_sgemm(x, a)
-        return self.run_lora_b_sgemm(inner, b, options["output_offset_cpu"], options["base_output"])
+    @abstractmethod
+    def shrink(self, x: torch.Tensor, weights: WeightRef) -> torch.Tensor:
+        """As ``run_lora_a_sgemm``."""
 
-    @property
-    def _batch(self) -> PagedBatch:
-        assert isinstance(self.batch_info, PagedBatch), "a forward pass without its batch"
-        return self.batch_info
+    @abstractmethod
+    def expand(self, inner: torch.Tensor, weights: WeightRef, output: torch.Tensor) -> torch.Tensor:
+        """As ``run_lora_b_sgemm``."""
 
 
-def register_backend() -> None:
-    """Make ``--lora-backend elora_torch`` known. Once per process."""
-    register_lora_backend(EloraTorchBackend.name)(lambda: EloraTorchBackend)
+def register_backends(max_adapters: int) -> None:
+    """Make ``--lora-backend elora_torch`` and ``elora_triton`` known. Once per process.
+
+    Args:
+        max_adapters: ``--elora-max-adapters-per-batch``.
+    """
+
+    def torch_backend() -> Any:
+        from sglang_elora.host.torch_backend import EloraTorchBackend
+
+        return partial(EloraTorchBackend, max_adapters=max_adapters)
+
+    def triton_backend() -> Any:
+        from sglang_elora.host.triton_backend import EloraTritonBackend
+
+        return partial(EloraTritonBackend, max_adapters=max_adapters)
+
+    register_lora_backend(TORCH)(torch_backend)
+    register_lora_backend(TRITON)(triton_backend)

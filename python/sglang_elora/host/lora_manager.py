@@ -10,8 +10,10 @@ import torch
 from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.lora.utils import EMBEDDING_NAMES, generate_sequence_lengths
 
+from sglang_elora.host.lora_backend import MAX_RANK, Graph, PagedLoRABackend
 from sglang_elora.host.lora_pool import PagedLoRAPool
 from sglang_elora.host.residency import Residency
+from sglang_elora.pages import PagedAdapter
 
 if TYPE_CHECKING:
     from sglang.srt.lora.lora_registry import LoRARef
@@ -25,6 +27,7 @@ class EloraLoRAManager(LoRAManager):
     """
 
     memory_pool: PagedLoRAPool
+    lora_backend: PagedLoRABackend
 
     def __init__(self, *args: Any, max_loras_per_batch: int, **kwargs: Any) -> None:
         self.residency: Residency | None = None
@@ -32,6 +35,10 @@ class EloraLoRAManager(LoRAManager):
         self.num_checks = 0  # counted by --elora-check
         # A batch holds what fits into memory, and pinning is bounded by memory: no limit on slots.
         super().__init__(*args, max_loras_per_batch=sys.maxsize, **kwargs)
+        self._shapes = self.memory_pool.module_shapes(self.lora_modules)
+        max_rank = kwargs.get("max_lora_rank") or max(self.max_lora_rank, MAX_RANK)
+        self.lora_backend.set_modules(self._shapes, self.dtype, max_rank)
+        self.memory_pool.max_rank = self.lora_backend.max_rank
 
     def init_lora_shapes(self, *args: Any, **kwargs: Any) -> None:
         super().init_lora_shapes(*args, **kwargs)
@@ -62,7 +69,6 @@ class EloraLoRAManager(LoRAManager):
             PoolTooSmall: An adapter given at start does not fit.
             ValueError: The model's layers differ in shape.
         """
-        self._shapes = self.memory_pool.module_shapes(self.lora_modules)
         self.residency = residency
         for lora_ref in self.lora_refs.values():
             self._take_in(lora_ref)
@@ -90,19 +96,30 @@ class EloraLoRAManager(LoRAManager):
         """Weights of the batch's adapters into their slots, and who computes which rows."""
         ids = forward_batch.lora_ids
         distinct = sorted(set(ids) - {None})
-        if not distinct:
+        graph = self._graph_of(forward_batch)
+        if not distinct and graph is None:
             self.lora_backend.reset_batch_state()
             return
-        assert self.residency is not None, "a batch with adapters before the KV pool"
-        adapters = {uid: self.residency.fill(uid) for uid in distinct}
+        adapters = {uid: self._filled(uid) for uid in distinct}
         self.max_adapters_in_batch = max(self.max_adapters_in_batch, len(distinct))
         rows = generate_sequence_lengths(forward_batch, device=torch.device("cpu")).tolist()
         self.lora_backend.set_batch(
             [
                 (None if uid is None else adapters[uid], num_rows)
                 for uid, num_rows in zip(ids, rows, strict=False)
-            ]
+            ],
+            graph,
         )
+
+    def _graph_of(self, forward_batch: ForwardBatch) -> Graph | None:
+        """Which CUDA graphs may replay the batch, by SGLang's own rules."""
+        if self._use_cuda_graph_batch(forward_batch):
+            return Graph.DECODE
+        return Graph.PREFILL if self.can_use_prefill_cuda_graph(forward_batch) else None
+
+    def _filled(self, uid: str) -> PagedAdapter:
+        assert self.residency is not None, "a batch with adapters before the KV pool"
+        return self.residency.fill(uid)
 
     def _take_in_or_forget(self, lora_ref: LoRARef) -> None:
         """Register a loaded adapter; if that fails nothing of it stays."""

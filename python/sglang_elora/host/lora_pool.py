@@ -51,6 +51,7 @@ class PagedLoRAPool(_Shaped):
     """What the LoRA manager expects of a pool, as far as it is not a slab."""
 
     on_removed: Callable[[str], None]  # set by the manager
+    max_rank: int | None = None  # what the backend computes; set by the manager
 
     def _entry(self, layer: int, module: str, shape: tuple[int, ...]) -> WeightRef:
         device = next(self.base_model.parameters()).device
@@ -61,9 +62,12 @@ class PagedLoRAPool(_Shaped):
         self.on_removed(uid)
 
     def can_support(self, config: LoRAConfig | Iterable[LoRAConfig]) -> bool:
-        """Any rank fits pages; a limit the user gave was checked before."""
+        """Any rank fits pages, up to what the backend computes; the user's limit comes before."""
         configs = [config] if not isinstance(config, Iterable) else list(config)
-        own, self.max_lora_rank = self.max_lora_rank, max((c.r for c in configs), default=0)
+        rank = max((c.r for c in configs), default=0)
+        if self.max_rank is not None and rank > self.max_rank:
+            return False
+        own, self.max_lora_rank = self.max_lora_rank, rank
         try:
             return bool(super().can_support(configs))
         finally:

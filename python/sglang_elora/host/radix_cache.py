@@ -56,7 +56,7 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
         assert isinstance(manager, EloraLoRAManager), type(manager)
         residency = Residency(cache, weight_dtype=manager.dtype)
         manager.bind(residency)
-        cache.admission = Admission(residency)
+        cache.admission = Admission(residency, manager.lora_backend.max_adapters)
     return cache
 
 

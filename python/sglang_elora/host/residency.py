@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
-from sglang_elora.host.link import delay_page_copies
+from sglang_elora.host.link import delay_page_copy
 from sglang_elora.host.tree_core import EloraTreeCore
 from sglang_elora.pages import AdapterImage, KVPlanes, PagedAdapter, PageTable
 
@@ -116,11 +116,16 @@ class Residency:
             assert adapter.resident, f"adapter {uid} runs without its slots"
             image = self._images[uid]
             slots = self.core.node_of(uid).slots
-            for plane in image.planes:
-                delay_page_copies(self.planes.num_layers, plane[0].nbytes)
-            self.planes.write(slots, image)
+            if slots.is_cuda:
+                # They belong to the scheduler's stream, which may reuse their memory once the
+                # adapter is evicted.
+                slots.record_stream(torch.cuda.current_stream())
+            table = PageTable(slots)
+            for piece in image.pieces():
+                delay_page_copy(piece.nbytes)
+            self.planes.write(table, image)
             paged = self._filled[uid] = PagedAdapter(
-                image.layout, PageTable(slots), self.planes, image.scaling
+                image.layout, table, self.planes, image.scaling
             )
         return paged
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+from sglang.srt.utils import is_cuda
 
-from sglang_elora.host import lora_backend
+from sglang_elora.host.lora_backend import TORCH, TRITON
 from sglang_elora.host.radix_cache import BACKEND
 
 
 def select_parts(result: None, server_args: Any) -> None:
     """After ``handle_platform_defaults``: the radix cache and the LoRA backend are ours.
+
+    A LoRA backend that was asked for and is not ours is refused by ``check_compatible``.
 
     Raises:
         ValueError: Another one was asked for by ``--radix-cache-backend``.
@@ -21,9 +24,15 @@ def select_parts(result: None, server_args: Any) -> None:
         raise ValueError(
             f"--elora brings its own radix cache; drop --radix-cache-backend {asked_for} or --elora"
         )
+    asked_for = server_args._raw_input["lora_backend"]
     declare_resolution(
         server_args,
         "sglang_elora",
         radix_cache_backend=BACKEND,
-        lora_backend=lora_backend.EloraTorchBackend.name,
+        lora_backend=asked_for if asked_for in (TORCH, TRITON) else default_lora_backend(),
     )
+
+
+def default_lora_backend() -> str:
+    """Kernels where SGLang runs on CUDA, else torch."""
+    return TRITON if is_cuda() else TORCH

@@ -12,10 +12,17 @@ __all__ = [
     "PageTable",
     "PagedAdapter",
     "WeightRef",
+    "stacked_modules",
 ]
 
 from sglang_elora.pages.image import AdapterImage
-from sglang_elora.pages.layout import TILE, AdapterLayout, ModulePlace, ModuleShape
+from sglang_elora.pages.layout import (
+    TILE,
+    AdapterLayout,
+    ModulePlace,
+    ModuleShape,
+    stacked_modules,
+)
 from sglang_elora.pages.paged_adapter import PagedAdapter
 from sglang_elora.pages.planes import KVPlanes, PageTable
 from sglang_elora.pages.weight_ref import WeightRef

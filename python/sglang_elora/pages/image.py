@@ -10,6 +10,9 @@ import torch
 
 from sglang_elora.pages.layout import AdapterLayout
 
+STAGING_BYTES = 64 * 2**20
+"""Device memory that weights pass through on their way from the host to the pool."""
+
 Matrices = Callable[[int, str], tuple[torch.Tensor, torch.Tensor]]
 """(layer, module) -> A ``[parts * rank, in_features]`` and B ``[sum of out_features, rank]``."""
 
@@ -18,12 +21,13 @@ Matrices = Callable[[int, str], tuple[torch.Tensor, torch.Tensor]]
 class AdapterImage:
     """One adapter on one tensor-parallel rank.
 
-    ``planes[p]`` is ``[layers, layout.plane_elems[p]]`` of the weights' dtype. ``scaling`` is
-    applied between A and B.
+    ``memory`` is ``[layers, sum of layout.plane_elems]`` of the weights' dtype: each layer holds
+    its planes one after the other, so any run of layers is one piece. ``scaling`` is applied
+    between A and B.
     """
 
     layout: AdapterLayout
-    planes: tuple[torch.Tensor, ...]
+    memory: torch.Tensor
     scaling: float
 
     @classmethod
@@ -38,12 +42,12 @@ class AdapterImage:
         pin_memory: bool = False,
     ) -> AdapterImage:
         """Copy all matrices to their places; padding is zero."""
-        planes = tuple(
-            torch.zeros(num_layers, elems, dtype=dtype, pin_memory=pin_memory)
-            for elems in layout.plane_elems
+        memory = torch.zeros(
+            num_layers, sum(layout.plane_elems), dtype=dtype, pin_memory=pin_memory
         )
         for layer in range(num_layers):
-            a_plane, b_plane = planes[0][layer], planes[-1][layer]
+            planes = memory[layer].split(layout.plane_elems)
+            a_plane, b_plane = planes[0], planes[-1]
             for name, place in layout.places.items():
                 a, b = matrices(layer, name)
                 _put(a_plane, place.a_offset, place.a_stride, a)
@@ -54,18 +58,28 @@ class AdapterImage:
                     start += out
                 assert a.shape == (place.a_rows, place.shape.in_features), (name, a.shape)
                 assert b.shape == (start, place.rank), (name, b.shape)
-        return cls(layout, planes, scaling)
+        return cls(layout, memory, scaling)
 
     @property
     def nbytes(self) -> int:
-        return sum(plane.nbytes for plane in self.planes)
+        return int(self.memory.nbytes)
+
+    @property
+    def plane_bytes(self) -> tuple[int, ...]:
+        """Of one layer."""
+        return tuple(elems * self.memory.itemsize for elems in self.layout.plane_elems)
+
+    def pieces(self) -> tuple[torch.Tensor, ...]:
+        """Runs of layers ``[layers, ...]``, each as many as ``STAGING_BYTES`` hold, or one."""
+        layers = max(1, STAGING_BYTES // self.memory[0].nbytes)
+        pieces: tuple[torch.Tensor, ...] = self.memory.split(layers)
+        return pieces
 
     def digest(self) -> str:
         """Names the content: equal for equal weights, scaling and layout."""
         digest = hashlib.blake2b(repr((self.layout.rank, self.scaling)).encode(), digest_size=16)
         digest.update(repr(dict(self.layout.places)).encode())
-        for plane in self.planes:
-            digest.update(plane.view(torch.uint8).numpy())
+        digest.update(self.memory.view(torch.uint8).numpy())
         return digest.hexdigest()
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+
+from sglang_elora.kernels import StackedModule
 
 TILE = 64
 """Rows and offsets are multiples of this many elements: a kernel's tile of a row never straddles a
@@ -93,6 +96,26 @@ class AdapterLayout:
         """Slots the adapter takes: what its longest plane needs, in whole pages."""
         slots = -(-max(self.plane_elems) // slot_elems)
         return -(-slots // page_size) * page_size
+
+
+def stacked_modules(shapes: Sequence[ModuleShape]) -> dict[str, StackedModule]:
+    """The modules as kernels are compiled for them, numbered in the order given."""
+    strides = {
+        shape.name: (padded(shape.in_features), *map(padded, shape.out_features))
+        for shape in shapes
+    }
+    alignment = math.gcd(*(stride for of_module in strides.values() for stride in of_module))
+    return {
+        shape.name: StackedModule(
+            index,
+            shape.in_features,
+            shape.out_features,
+            in_stride=strides[shape.name][0],
+            out_strides=strides[shape.name][1:],
+            alignment=alignment,
+        )
+        for index, shape in enumerate(shapes)
+    }
 
 
 def padded(num_elems: int) -> int:

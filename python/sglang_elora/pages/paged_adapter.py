@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from sglang_elora.kernels import MISSING, adapter_record
 from sglang_elora.pages.layout import AdapterLayout
 from sglang_elora.pages.planes import KVPlanes, PageTable
 
@@ -23,7 +26,20 @@ class PagedAdapter:
         self._places = layout.places
         self._table = table
         self._planes = planes
+        self._records: dict[tuple[str, ...], NDArray[np.int32]] = {}
         self._views: dict[tuple[int, int, int], torch.Tensor] = {}
+
+    def record(self, modules: tuple[str, ...]) -> NDArray[np.int32]:
+        """The adapter as kernels read it, with these modules' offsets in this order."""
+        if modules not in self._records:
+            offsets = [
+                (place.a_offset, place.b_offsets[0]) if place else (MISSING, MISSING)
+                for place in map(self._places.get, modules)
+            ]
+            self._records[modules] = adapter_record(
+                self._table.slots, self.rank, self.scaling, offsets
+            )
+        return self._records[modules]
 
     def has(self, module: str) -> bool:
         return module in self._places

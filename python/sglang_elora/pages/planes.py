@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
-from sglang_elora.pages.image import AdapterImage
+from sglang_elora.kernels import Contiguous, PoolPlanes, page_copy, reference
+from sglang_elora.pages.image import STAGING_BYTES, AdapterImage
 
 
 class PageTable:
     """The slots of one adapter, in the order of its addresses.
 
     Args:
-        slots: int64 ``[num_slots]`` on the pool's device.
+        slots: Integers ``[num_slots]`` on the pool's device. They are copied, on the current
+            stream, so that kernels on it may read the table whoever owns the argument.
     """
 
     def __init__(self, slots: torch.Tensor) -> None:
-        self.slots = slots
-        self._numbers: list[int] = slots.tolist()
-        # Per index, the end of the run of consecutive numbers that it belongs to.
-        self._run_ends = list(range(1, len(self) + 1))
-        for i in reversed(range(len(self) - 1)):
-            if self._numbers[i + 1] == self._numbers[i] + 1:
-                self._run_ends[i] = self._run_ends[i + 1]
+        self.slots = slots.to(torch.int32, copy=True)
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.slots)
+
+    @cached_property
+    def _numbers(self) -> list[int]:
+        numbers: list[int] = self.slots.tolist()  # waits for the device
+        return numbers
+
+    @cached_property
+    def _run_ends(self) -> list[int]:
+        """Per index, the end of the run of consecutive numbers that it belongs to."""
+        ends = list(range(1, len(self) + 1))
+        for i in reversed(range(len(self) - 1)):
+            if self._numbers[i + 1] == self._numbers[i] + 1:
+                ends[i] = ends[i + 1]
+        return ends
 
     def run(self, start: int, end: int) -> int | None:
         """The first slot if slots ``start`` to ``end`` (exclusive) are consecutive, else None.
 
-        O(1). None too where ``end`` is beyond the table: what follows is not the adapter's.
+        O(1) but for the first call, which waits for the device. None too where ``end`` is beyond
+        the table: what follows is not the adapter's.
         """
         return self._numbers[start] if end <= self._run_ends[start] else None
 
@@ -74,26 +86,51 @@ class KVPlanes:
         self.slot_elems = self.slot_bytes // weight_dtype.itemsize
         self.num_planes = len(planes)
         self._planes = [[self._as_weights(tensor) for tensor in plane] for plane in planes]
+        self.device = self._planes[0][0].device
+        self._staging_buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
+
+    def plane(self, plane: int, layer: int) -> torch.Tensor:
+        """``[slots, slot_elems]`` of the weights' dtype; plane -1 is B's."""
+        return self._planes[plane][layer]
+
+    def write(self, table: PageTable, image: AdapterImage) -> None:
+        """Copy an adapter into its slots, all layers and planes, on the current stream.
+
+        What the image leaves of the last slots keeps its content. On a GPU it passes through a
+        staging buffer, so many layers at a time as that holds: the host is not waited for, and its
+        memory must not change before the copies have run.
+
+        Raises:
+            ValueError: The image does not fit the table or the pool.
+        """
+        if self.device == image.memory.device:
+            planes = [[rows.view(torch.uint8) for rows in layers] for layers in self._planes]
+            memory = image.memory.view(torch.uint8)
+            reference.page_copy(planes, memory, table.slots, image.plane_bytes, to_pool=True)
+            return
+        first_layer = 0
+        for piece in image.pieces():
+            staged = self._staging(piece.nbytes).view(len(piece), -1)
+            staged.copy_(piece.view(torch.uint8), non_blocking=True)
+            copy = Contiguous(staged, table.slots, image.plane_bytes)
+            page_copy(self._pool_planes, [copy], to_pool=True, first_layer=first_layer)
+            first_layer += len(piece)
+
+    @cached_property
+    def _pool_planes(self) -> PoolPlanes:
+        return PoolPlanes.of(self._planes)
+
+    def _staging(self, num_bytes: int) -> torch.Tensor:
+        """uint8 ``[num_bytes]`` on the device, the same memory at every call."""
+        if num_bytes > len(self._staging_buffer):
+            self._staging_buffer = torch.empty(
+                max(num_bytes, STAGING_BYTES), dtype=torch.uint8, device=self.device
+            )
+        return self._staging_buffer[:num_bytes]
 
     def _as_weights(self, tensor: torch.Tensor) -> torch.Tensor:
         rows = tensor.view(len(tensor), -1).view(torch.uint8)
         return rows.view(self.weight_dtype)  # [slots, slot_elems]
-
-    def write(self, slots: torch.Tensor, image: AdapterImage) -> None:
-        """Copy an adapter into its slots (int64 ``[num_slots]``), all layers and planes.
-
-        What the image leaves of the last slots keeps its content.
-        """
-        for plane, layers in zip(image.planes, self._planes, strict=True):
-            full, rest = divmod(plane.shape[1], self.slot_elems)
-            for source, rows in zip(plane, layers, strict=True):
-                source = source.to(rows.device, non_blocking=True)
-                whole = source[: full * self.slot_elems].view(full, self.slot_elems)
-                rows.index_copy_(0, slots[:full], whole)
-                if rest:
-                    # NOTE: indexing by slots[full] would wait for the device to learn the number.
-                    tail = source[full * self.slot_elems :].view(1, rest)
-                    rows[:, :rest].index_copy_(0, slots[full : full + 1], tail)
 
     def read(
         self, plane: int, layer: int, table: PageTable, offset: int, num_rows: int, stride: int

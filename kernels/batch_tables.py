@@ -1,0 +1,167 @@
+"""Who computes what in one forward pass, in one buffer on the device that kernels read.
+
+A forward pass's rows are grouped by adapter and cut into tiles. The buffer keeps its address, so a
+CUDA graph that was captured over it computes what it holds at replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+HEADER_INTS = 4  # the number of tiles, and padding to 16 bytes
+RECORD_INTS = 4  # before an adapter's modules: table address (two), rank, scaling (float bits)
+TILE_INTS = 4  # adapter, first and last + 1 index into rows, padding
+MISSING = -1  # offset of a module that an adapter does not have
+
+
+def adapter_record(
+    table: torch.Tensor, rank: int, scaling: float, offsets: Sequence[tuple[int, int]]
+) -> NDArray[np.int32]:
+    """One adapter as kernels read it.
+
+    Args:
+        table: int32 ``[num_slots]`` on the device, the adapter's slots in the order of its
+            addresses. Its memory has to outlive the forward passes that use the record.
+        rank: Rows of A per part, and of B's transpose.
+        scaling: Applied between A and B.
+        offsets: Per module, where A and B begin in their planes, in elements, or ``MISSING``.
+
+    Returns:
+        int32 ``[RECORD_INTS + 2 * modules]``.
+    """
+    assert table.dtype == torch.int32 and table.is_contiguous()
+    record = np.empty(record_ints(len(offsets)), dtype=np.int32)
+    record[:2].view(np.int64)[0] = table.data_ptr()
+    record[2] = rank
+    record[3:4].view(np.float32)[0] = scaling
+    record[RECORD_INTS:] = np.asarray(offsets, dtype=np.int32).reshape(-1)
+    return record
+
+
+def record_ints(num_modules: int) -> int:
+    return RECORD_INTS + 2 * num_modules
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One forward pass: its adapters' records and the rows of each.
+
+    Args:
+        records: int32 ``[adapters, record_ints]``.
+        segments: ``(index into records, or -1 for the base model, number of rows)`` in row order.
+    """
+
+    records: NDArray[np.int32]
+    segments: Sequence[tuple[int, int]]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(length for _, length in self.segments)
+
+    @property
+    def max_rank(self) -> int:
+        """0 without adapters."""
+        return int(self.records[:, 2].max(initial=0))
+
+    def grouped(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Rows by adapter, in row order within: int32 row numbers, and how many each has."""
+        if not self.segments:
+            return np.empty(0, np.int32), np.zeros(len(self.records), np.int64)
+        adapters, lengths = np.array(self.segments, dtype=np.int64).T
+        owners = np.repeat(adapters.astype(np.int16), lengths)
+        order = np.argsort(owners, kind="stable").astype(np.int32)
+        num_base = int(lengths[adapters < 0].sum())
+        counts = np.bincount(owners[owners >= 0], minlength=len(self.records))
+        return order[num_base:], counts
+
+
+class BatchTables:
+    """Static device memory for batches up to given sizes.
+
+    Args:
+        device: Of the kernels.
+        num_modules: Target modules of the model.
+        max_rows: Rows of a forward pass.
+        max_adapters: Distinct adapters in one.
+        tile_rows: Most rows of a tile.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        num_modules: int,
+        max_rows: int,
+        max_adapters: int,
+        tile_rows: int,
+    ) -> None:
+        self.max_rows = max_rows
+        self.max_adapters = max_adapters
+        self.tile_rows = tile_rows
+        self.num_tiles = 0  # of the batch loaded last
+        self.record_ints = record_ints(num_modules)
+        self.max_tiles = max_tiles(max_rows, max_adapters, tile_rows)
+        self._tiles_begin = HEADER_INTS + max_adapters * self.record_ints
+        self._rows_begin = self._tiles_begin + self.max_tiles * TILE_INTS
+        # An even number, to be seen as addresses too.
+        size = -(-(self._rows_begin + max_rows) // 2) * 2
+        self._buffer = torch.zeros(size, dtype=torch.int32, device=device)
+        self.header = self._buffer[:HEADER_INTS]
+        self.records = self._buffer[HEADER_INTS : self._tiles_begin]
+        self.addresses = self.records.view(torch.int64)
+        self.tiles = self._buffer[self._tiles_begin : self._rows_begin]
+        self.rows = self._buffer[self._rows_begin : self._rows_begin + max_rows]
+
+    def load(self, batch: Batch) -> None:
+        """Make a batch what kernels read from here on, on the current stream. Waits for nothing.
+
+        Raises:
+            ValueError: It is larger than the tables.
+        """
+        if batch.num_rows > self.max_rows or len(batch.records) > self.max_adapters:
+            raise ValueError(
+                f"{batch.num_rows} rows of {len(batch.records)} adapters exceed tables for "
+                f"{self.max_rows} rows of {self.max_adapters} adapters"
+            )
+        rows, counts = batch.grouped()
+        tiles = _tiles(counts, self.tile_rows)
+        self.num_tiles = len(tiles)
+        used = self._rows_begin + len(rows)
+        # Fresh memory for each batch: the copy of the last one may not have begun.
+        host = torch.empty(used, dtype=torch.int32, pin_memory=self._buffer.is_cuda)
+        ints = host.numpy()
+        ints[:HEADER_INTS] = (len(tiles), 0, 0, 0)
+        records = ints[HEADER_INTS : self._tiles_begin].reshape(-1, self.record_ints)
+        records[: len(batch.records)] = batch.records
+        ints[self._tiles_begin : self._rows_begin].reshape(-1, TILE_INTS)[: len(tiles)] = tiles
+        ints[self._rows_begin :] = rows
+        self._buffer[:used].copy_(host, non_blocking=True)
+
+    def tiles_for(self, num_rows: int) -> int:
+        """Tiles that a batch of so many rows has at most."""
+        return min(self.max_tiles, max_tiles(num_rows, self.max_adapters, self.tile_rows))
+
+
+def max_tiles(num_rows: int, num_adapters: int, tile_rows: int) -> int:
+    """Most tiles of a batch: each adapter may leave its last one incomplete."""
+    incomplete = min(num_rows, num_adapters)
+    return incomplete + (num_rows - incomplete) // tile_rows
+
+
+def _tiles(counts: NDArray[np.int64], tile_rows: int) -> NDArray[np.int32]:
+    """int32 ``[tiles, TILE_INTS]`` for adapters of ``counts`` rows, which follow each other."""
+    per_adapter = -(-counts // tile_rows)
+    adapters = np.repeat(np.arange(len(counts)), per_adapter)
+    first_tile = np.cumsum(per_adapter) - per_adapter
+    ends = np.cumsum(counts)
+    within = np.arange(len(adapters)) - first_tile[adapters]
+    tiles = np.zeros((len(adapters), TILE_INTS), dtype=np.int32)
+    tiles[:, 0] = adapters
+    tiles[:, 1] = (ends - counts)[adapters] + within * tile_rows
+    tiles[:, 2] = np.minimum(tiles[:, 1] + tile_rows, ends[adapters])
+    return tiles

@@ -1,0 +1,106 @@
+"""Launch configurations of the LoRA kernels: data, one file per GPU, written by the tuner.
+
+A file ``<name of the GPU>.json`` holds, per kernel, configurations with the shape each was tuned
+for. The one nearest to a launch's shape is taken. ``default.json`` serves GPUs without a file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ShrinkConfig:
+    """How ``lora_shrink`` is launched.
+
+    Args:
+        block_n: Rows of A that a program multiplies at once; a power of two, at least 16.
+        block_k: Columns at once; likewise.
+        lanes: Programs that share the rows of A of one tile and split.
+        num_splits: Programs that share the columns; each writes a partial sum.
+        max_tile_programs: Beyond so many tiles, a program computes several.
+    """
+
+    block_n: int
+    block_k: int
+    lanes: int
+    num_splits: int
+    max_tile_programs: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandConfig:
+    """How ``lora_expand`` is launched.
+
+    Args:
+        block_n: Columns of the output that a program computes; a power of two, at least 16.
+        block_r: Ranks that it multiplies at once; likewise.
+        max_tile_programs: Beyond so many tiles, a program computes several.
+    """
+
+    block_n: int
+    block_r: int
+    max_tile_programs: int
+    num_warps: int
+    num_stages: int
+
+
+@cache
+def shrink_config(
+    device: torch.device, tile_rows: int, num_tiles: int, in_features: int
+) -> ShrinkConfig:
+    """The configuration tuned for the nearest shape."""
+    shape = {"tile_rows": tile_rows, "num_tiles": num_tiles, "features": in_features}
+    config = ShrinkConfig(**_nearest(_entries(device)["shrink"], shape))
+    most = max(1, -(-in_features // config.block_k))
+    if config.num_splits <= most:
+        return config
+    values = {item.name: getattr(config, item.name) for item in fields(config)}
+    return ShrinkConfig(**{**values, "num_splits": most})
+
+
+@cache
+def expand_config(
+    device: torch.device, tile_rows: int, num_tiles: int, out_features: int
+) -> ExpandConfig:
+    """The configuration tuned for the nearest shape; ``out_features`` of all parts together."""
+    shape = {"tile_rows": tile_rows, "num_tiles": num_tiles, "features": out_features}
+    return ExpandConfig(**_nearest(_entries(device)["expand"], shape))
+
+
+def file_name(device: torch.device) -> str:
+    """Of the configurations for a device, if it has been tuned."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return name.replace(" ", "_").replace("/", "_") + ".json"
+
+
+@cache
+def _entries(device: torch.device) -> dict[str, list[dict[str, Any]]]:
+    folder = files(__name__)
+    tuned = folder / file_name(device)
+    source = tuned if tuned.is_file() else folder / "default.json"
+    entries: dict[str, list[dict[str, Any]]] = json.loads(source.read_text())
+    return entries
+
+
+def _nearest(entries: list[dict[str, Any]], shape: dict[str, int]) -> dict[str, int]:
+    """The launch of the entry whose shape differs by the smallest factors; tile rows weigh most."""
+
+    def distance(entry: dict[str, Any]) -> float:
+        weights = {"tile_rows": 100.0, "num_tiles": 1.0, "features": 1.0}
+        return sum(
+            weight * abs(math.log2(max(shape[name], 1) / entry["shape"][name]))
+            for name, weight in weights.items()
+        )
+
+    launch: dict[str, int] = min(entries, key=distance)["launch"]
+    return launch

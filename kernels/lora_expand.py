@@ -1,0 +1,185 @@
+"""The second half of LoRA: adds ``inner @ B^T`` into the base output, B read from KV pages."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang_elora.kernels.addressing import chunk_elems, is_emulated, load_rows, rounded
+from sglang_elora.kernels.batch_tables import RECORD_INTS, TILE_INTS, BatchTables
+from sglang_elora.kernels.launch_configs import ExpandConfig
+from sglang_elora.kernels.stacked_module import StackedModule
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def _lora_expand(
+    inner,
+    plane,
+    output,
+    header,
+    tiles,
+    rows,
+    records,
+    addresses,
+    inner_split_stride,
+    inner_stride,
+    output_stride,
+    num_splits,
+    MODULE: tl.constexpr,
+    OUT_FEATURES: tl.constexpr,
+    B_STRIDES: tl.constexpr,
+    SLOT_ELEMS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RECORD: tl.constexpr,
+    HEAD: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """Grid: tiles (a stride over them), blocks of columns of all parts."""
+    # Which part this block lies in, the part's first column, and the elements of B before it, per
+    # rank. Parts follow each other in the output and in the plane.
+    block = tl.program_id(1)
+    part = 0
+    column = 0
+    before = 0
+    stride = 0
+    out_features = 0
+    first_block = 0
+    next_block = 0
+    next_column = 0
+    next_before = 0
+    for p in tl.static_range(len(OUT_FEATURES)):
+        if block >= next_block:
+            part = p
+            first_block = next_block
+            column = next_column
+            before = next_before
+            stride = B_STRIDES[p]
+            out_features = OUT_FEATURES[p]
+        next_block += (OUT_FEATURES[p] + BLOCK_N - 1) // BLOCK_N
+        next_column += OUT_FEATURES[p]
+        next_before += B_STRIDES[p]
+    n0 = (block - first_block) * BLOCK_N
+    n = tl.arange(0, BLOCK_N)
+
+    num_tiles = tl.load(header)
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        adapter = tl.load(tiles + tile * TILE)
+        offset = tl.load(records + adapter * RECORD + HEAD + 2 * MODULE + 1)
+        if offset >= 0:
+            first = tl.load(tiles + tile * TILE + 1)
+            end = tl.load(tiles + tile * TILE + 2)
+            rank = tl.load(records + adapter * RECORD + 2)
+            table = tl.load(addresses + adapter * (RECORD // 2)).to(tl.pointer_type(tl.int32))
+
+            m = first + tl.arange(0, BLOCK_M)
+            mask_m = m < end
+            row = tl.load(rows + m, mask=mask_m, other=0).to(tl.int64)
+            product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for r0 in range(0, rank, BLOCK_R):
+                r = r0 + tl.arange(0, BLOCK_R)
+                mask_r = r < rank
+                inner_columns = inner + row[:, None] * inner_stride + (part * rank + r)[None, :]
+                mask_inner = mask_m[:, None] & mask_r[None, :]
+                inner_tile = tl.load(inner_columns, mask=mask_inner, other=0.0)
+                for split in range(1, num_splits):
+                    inner_tile += tl.load(
+                        inner_columns + split * inner_split_stride, mask=mask_inner, other=0.0
+                    )
+                starts = offset + before * rank + r * stride
+                b_tile = load_rows(
+                    plane,
+                    table,
+                    starts,
+                    mask_r,
+                    n0,
+                    out_features,
+                    SLOT_ELEMS,
+                    CHUNK,
+                    BLOCK_R,
+                    BLOCK_N,
+                    EVEN_N,
+                )
+                # Rounded as SGLang's kernels do, which pass it on in the weights' dtype.
+                inner_tile = rounded(inner_tile, b_tile.dtype, EMULATED)
+                if EMULATED:
+                    inner_tile = inner_tile.to(tl.float32)
+                    b_tile = b_tile.to(tl.float32)
+                product = tl.dot(inner_tile, b_tile, product, input_precision="ieee")
+
+            to = output + row[:, None] * output_stride + (column + n0 + n)[None, :]
+            mask = mask_m[:, None]
+            if not EVEN_N:
+                mask = mask & (n0 + n < out_features)[None, :]
+            base = tl.load(to, mask=mask, other=0.0)
+            tl.store(to, rounded(base.to(tl.float32) + product, base.dtype, EMULATED), mask=mask)
+
+
+def lora_expand(
+    inner: torch.Tensor,
+    plane: torch.Tensor,
+    tables: BatchTables,
+    module: StackedModule,
+    output: torch.Tensor,
+    *,
+    num_tiles: int,
+    config: ExpandConfig,
+) -> torch.Tensor:
+    """Add ``inner @ B^T`` of each row's adapter into the output, part by part, in place.
+
+    Args:
+        inner: float32 ``[splits, T, width]`` of ``lora_shrink`` for the same module.
+        plane: ``[slots, slot_elems]`` of the output's dtype: B's plane of this layer. B lies
+            transposed, per part ``rank`` rows of that part's outputs.
+        tables: The batch; rows that no adapter owns are not touched.
+        module: Whose B.
+        output: ``[T, sum of out_features]`` or wider, rows of one stride, columns adjacent.
+        num_tiles: Tiles to launch programs for: the batch's, or the most it can have.
+        config: Launch configuration.
+
+    Returns:
+        ``output``.
+    """
+    num_splits, T, _ = inner.shape
+    out_features = module.out_features
+    assert output.dtype == plane.dtype and output.stride(1) == 1 and plane.is_contiguous()
+    assert len(output) >= T and output.shape[1] >= sum(out_features)
+    if T == 0 or num_tiles == 0:
+        return output
+    slot_elems = plane.shape[1]
+    num_blocks = sum(-(-out // config.block_n) for out in out_features)
+    _lora_expand[(min(num_tiles, config.max_tile_programs), num_blocks)](
+        inner,
+        plane,
+        output,
+        tables.header,
+        tables.tiles,
+        tables.rows,
+        tables.records,
+        tables.addresses,
+        inner.stride(0),
+        inner.stride(1),
+        output.stride(0),
+        num_splits,
+        MODULE=module.index,
+        OUT_FEATURES=out_features,
+        B_STRIDES=module.out_strides,
+        SLOT_ELEMS=slot_elems,
+        CHUNK=chunk_elems(slot_elems, module.alignment, config.block_n),
+        RECORD=tables.record_ints,
+        HEAD=RECORD_INTS,
+        TILE=TILE_INTS,
+        BLOCK_M=tables.tile_rows,
+        BLOCK_N=config.block_n,
+        BLOCK_R=config.block_r,
+        EVEN_N=all(out % config.block_n == 0 for out in out_features),
+        EMULATED=is_emulated(output.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return output

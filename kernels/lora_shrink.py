@@ -1,0 +1,162 @@
+"""The first half of LoRA: ``x @ A^T * scaling`` for rows of many adapters, A read from KV pages."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang_elora.kernels.addressing import chunk_elems, is_emulated, load_rows
+from sglang_elora.kernels.batch_tables import RECORD_INTS, TILE_INTS, BatchTables
+from sglang_elora.kernels.launch_configs import ShrinkConfig
+from sglang_elora.kernels.stacked_module import StackedModule
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def _lora_shrink(
+    x,
+    plane,
+    inner,
+    header,
+    tiles,
+    rows,
+    records,
+    addresses,
+    x_stride,
+    inner_split_stride,
+    inner_stride,
+    num_splits,
+    MODULE: tl.constexpr,
+    PARTS: tl.constexpr,
+    IN_FEATURES: tl.constexpr,
+    A_STRIDE: tl.constexpr,
+    SLOT_ELEMS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RECORD: tl.constexpr,
+    HEAD: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """Grid: tiles (a stride over them), lanes over A's rows (likewise), splits of the columns."""
+    EVEN_K: tl.constexpr = IN_FEATURES % BLOCK_K == 0
+    lane = tl.program_id(1)
+    split = tl.program_id(2)
+    num_tiles = tl.load(header)
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        adapter = tl.load(tiles + tile * TILE)
+        offset = tl.load(records + adapter * RECORD + HEAD + 2 * MODULE)
+        if offset >= 0:
+            first = tl.load(tiles + tile * TILE + 1)
+            end = tl.load(tiles + tile * TILE + 2)
+            rank = tl.load(records + adapter * RECORD + 2)
+            scaling = tl.load(records + adapter * RECORD + 3).to(tl.float32, bitcast=True)
+            table = tl.load(addresses + adapter * (RECORD // 2)).to(tl.pointer_type(tl.int32))
+
+            m = first + tl.arange(0, BLOCK_M)
+            mask_m = m < end
+            row = tl.load(rows + m, mask=mask_m, other=0).to(tl.int64)
+            k = tl.arange(0, BLOCK_K)
+            for n0 in range(lane * BLOCK_N, PARTS * rank, tl.num_programs(1) * BLOCK_N):
+                n = n0 + tl.arange(0, BLOCK_N)
+                mask_n = n < PARTS * rank
+                product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+                for k0 in range(split * BLOCK_K, IN_FEATURES, num_splits * BLOCK_K):
+                    mask_x = mask_m[:, None]
+                    if not EVEN_K:
+                        mask_x = mask_x & (k0 + k[None, :] < IN_FEATURES)
+                    x_tile = tl.load(
+                        x + row[:, None] * x_stride + k0 + k[None, :], mask=mask_x, other=0.0
+                    )
+                    a_tile = load_rows(
+                        plane,
+                        table,
+                        offset + n * A_STRIDE,
+                        mask_n,
+                        k0,
+                        IN_FEATURES,
+                        SLOT_ELEMS,
+                        CHUNK,
+                        BLOCK_N,
+                        BLOCK_K,
+                        EVEN_K,
+                    )
+                    if EMULATED:
+                        x_tile = x_tile.to(tl.float32)
+                        a_tile = a_tile.to(tl.float32)
+                    product = tl.dot(x_tile, tl.trans(a_tile), product, input_precision="ieee")
+                tl.store(
+                    inner + split * inner_split_stride + row[:, None] * inner_stride + n[None, :],
+                    product * scaling,
+                    mask=mask_m[:, None] & mask_n[None, :],
+                )
+
+
+def lora_shrink(
+    x: torch.Tensor,
+    plane: torch.Tensor,
+    tables: BatchTables,
+    module: StackedModule,
+    *,
+    width: int,
+    num_tiles: int,
+    config: ShrinkConfig,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x @ A^T * scaling`` of each row's adapter, for all parts of a stacked module at once.
+
+    Args:
+        x: ``[T, in_features]``, rows of one stride, columns adjacent.
+        plane: ``[slots, slot_elems]`` of x's dtype: A's plane of this layer.
+        tables: The batch; rows that no adapter owns are not computed.
+        module: Whose A.
+        width: Columns of the result, at least ``parts * rank`` of any adapter in the batch.
+        num_tiles: Tiles to launch programs for: the batch's, or the most it can have.
+        config: Launch configuration.
+        out: Where to write, if not into new memory.
+
+    Returns:
+        float32 ``[splits, T, width]``, whose sum over the first dimension is the result. Only what
+        an adapter defines is written: the first ``parts * rank`` columns of its rows.
+    """
+    T, in_features = x.shape
+    assert in_features == module.in_features, (in_features, module)
+    assert x.dtype == plane.dtype and x.stride(1) == 1 and plane.is_contiguous()
+    shape = (config.num_splits, T, width)
+    inner = torch.empty(shape, dtype=torch.float32, device=x.device) if out is None else out
+    assert inner.shape == shape and inner.is_contiguous()
+    if T == 0 or num_tiles == 0:
+        return inner
+    slot_elems = plane.shape[1]
+    _lora_shrink[(min(num_tiles, config.max_tile_programs), config.lanes, config.num_splits)](
+        x,
+        plane,
+        inner,
+        tables.header,
+        tables.tiles,
+        tables.rows,
+        tables.records,
+        tables.addresses,
+        x.stride(0),
+        inner.stride(0),
+        inner.stride(1),
+        config.num_splits,
+        MODULE=module.index,
+        PARTS=len(module.out_features),
+        IN_FEATURES=in_features,
+        A_STRIDE=module.in_stride,
+        SLOT_ELEMS=slot_elems,
+        CHUNK=chunk_elems(slot_elems, module.alignment, config.block_k),
+        RECORD=tables.record_ints,
+        HEAD=RECORD_INTS,
+        TILE=TILE_INTS,
+        BLOCK_M=tables.tile_rows,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        EMULATED=is_emulated(x.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return inner

@@ -1,0 +1,9 @@
+"""The kernels in plain torch: what the tests compare them with."""
+
+from __future__ import annotations
+
+__all__ = ["lora_expand", "lora_shrink", "page_copy"]
+
+from sglang_elora.kernels.reference.lora_expand import lora_expand
+from sglang_elora.kernels.reference.lora_shrink import lora_shrink
+from sglang_elora.kernels.reference.page_copy import page_copy

@@ -1,0 +1,181 @@
+"""LoRA backend ``elora_triton``: kernels that read adapters' weights from scattered KV pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
+
+from sglang_elora.host.lora_backend import TRITON, Graph, PagedLoRABackend, Segment
+from sglang_elora.kernels import (
+    Batch,
+    BatchTables,
+    StackedModule,
+    expand_config,
+    lora_expand,
+    lora_shrink,
+    record_ints,
+    shrink_config,
+)
+from sglang_elora.pages import KVPlanes, ModuleShape, PagedAdapter, WeightRef, stacked_modules
+
+DECODE_TILE_ROWS, PREFILL_TILE_ROWS = 16, 64
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedBatch:
+    """The batch that kernels are launched for. SGLang's layers read ``has_active_lora``.
+
+    Args:
+        tables: On the device.
+        num_rows: Of the batch; a graph is captured with more.
+        max_rank: The largest that the tables may hold until the kernels run.
+        graph: Whether what is launched may be captured: then the tables change before a replay,
+            and kernels are launched for the most that they can hold, even while they hold nothing.
+    """
+
+    tables: BatchTables
+    num_rows: int
+    max_rank: int
+    graph: bool
+
+    @property
+    def has_active_lora(self) -> bool:
+        return self.graph or self.max_rank > 0
+
+    def num_tiles(self, num_rows: int) -> int:
+        tables = self.tables
+        num_tiles: int = tables.tiles_for(num_rows) if self.graph else tables.num_tiles
+        return num_tiles
+
+
+class EloraTritonBackend(PagedLoRABackend):
+    """Two kernels per module, whatever adapters the batch has. Nothing waits for the device.
+
+    Batches that CUDA graphs may replay are described in static memory, which every such batch
+    overwrites on the stream of the forward passes: also one without adapters, because the graph
+    computes what it finds there.
+    """
+
+    name = TRITON
+    supports_prefill_cuda_graph = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._static: dict[Graph, BatchTables] = {}
+        self._planes: KVPlanes | None = None
+        self._pool: Any = None
+
+    def set_modules(self, shapes: Sequence[ModuleShape], dtype: torch.dtype, max_rank: int) -> None:
+        self._modules: dict[str, StackedModule] = stacked_modules(shapes)
+        self._dtype = dtype
+        self.max_rank: int = max_rank  # CUDA graphs are captured with room for it
+
+    def init_cuda_graph_batch_info(
+        self, max_bs_in_cuda_graph: int, num_tokens_per_req: int
+    ) -> None:
+        max_rows = max_bs_in_cuda_graph * num_tokens_per_req
+        self._static[Graph.DECODE] = self._tables(
+            max_rows, min(max_bs_in_cuda_graph, self.max_adapters), DECODE_TILE_ROWS
+        )
+
+    def init_prefill_cuda_graph_batch_info(
+        self, max_num_tokens: int, max_num_requests: int | None = None
+    ) -> None:
+        self.prefill_cuda_graph_max_tokens = max_num_tokens
+        self.prefill_cuda_graph_max_bs = max_num_requests or max_num_tokens
+        self._static[Graph.PREFILL] = self._tables(
+            max_num_tokens,
+            min(self.prefill_cuda_graph_max_bs, self.max_adapters),
+            PREFILL_TILE_ROWS,
+        )
+
+    def set_batch(self, segments: Sequence[Segment], graph: Graph | None = None) -> None:
+        adapters = {id(adapter): adapter for adapter, _ in segments if adapter is not None}
+        numbers = {key: number for number, key in enumerate(adapters)}
+        batch = Batch(
+            self._records(list(adapters.values())),
+            [(-1 if adapter is None else numbers[id(adapter)], n) for adapter, n in segments],
+        )
+        if graph is not None:
+            tables, max_rank = self._static[graph], self.max_rank
+            assert batch.max_rank <= max_rank, (batch.max_rank, max_rank)
+        else:
+            num_rows, num_adapters = batch.num_rows, len(batch.records)
+            few = num_rows <= 2 * DECODE_TILE_ROWS * num_adapters
+            tile_rows = DECODE_TILE_ROWS if few else PREFILL_TILE_ROWS
+            tables, max_rank = self._tables(num_rows, num_adapters, tile_rows), batch.max_rank
+        tables.load(batch)
+        self.batch_info = LaunchedBatch(tables, batch.num_rows, max_rank, graph is not None)
+
+    def shrink(self, x: torch.Tensor, weights: WeightRef) -> torch.Tensor:
+        """
+        Returns:
+            float32 ``[splits, rows, parts * largest rank]``, to be summed over the splits;
+            undefined where an adapter has no such column, or a row has no adapter.
+        """
+        batch, module = self._batch, self._modules[weights.module]
+        assert len(x) >= batch.num_rows, (
+            f"{weights.module}: {len(x)} rows in a batch of {batch.num_rows}"
+        )
+        num_tiles = batch.num_tiles(len(x))
+        return lora_shrink(
+            x,
+            self._planes_of_forward().plane(0, weights.layer),
+            batch.tables,
+            module,
+            width=len(module.out_features) * batch.max_rank,
+            num_tiles=num_tiles,
+            config=shrink_config(
+                self.device, batch.tables.tile_rows, num_tiles, module.in_features
+            ),
+        )
+
+    def expand(self, inner: torch.Tensor, weights: WeightRef, output: torch.Tensor) -> torch.Tensor:
+        batch, module = self._batch, self._modules[weights.module]
+        num_tiles = batch.num_tiles(len(output))
+        return lora_expand(
+            inner,
+            self._planes_of_forward().plane(-1, weights.layer),
+            batch.tables,
+            module,
+            output,
+            num_tiles=num_tiles,
+            config=expand_config(
+                self.device, batch.tables.tile_rows, num_tiles, sum(module.out_features)
+            ),
+        )
+
+    @property
+    def _batch(self) -> LaunchedBatch:
+        assert isinstance(self.batch_info, LaunchedBatch), "a forward pass without its batch"
+        return self.batch_info
+
+    def _records(self, adapters: Sequence[PagedAdapter]) -> NDArray[np.int32]:
+        """int32 ``[adapters, ...]``."""
+        names = tuple(self._modules)
+        if not adapters:
+            return np.empty((0, record_ints(len(names))), dtype=np.int32)
+        return np.stack([adapter.record(names) for adapter in adapters])
+
+    def _tables(self, max_rows: int, max_adapters: int, tile_rows: int) -> BatchTables:
+        return BatchTables(
+            self.device,
+            num_modules=len(self._modules),
+            max_rows=max_rows,
+            max_adapters=max_adapters,
+            tile_rows=tile_rows,
+        )
+
+    def _planes_of_forward(self) -> KVPlanes:
+        """The pool of the forward pass under way: graphs are captured before the cache is built."""
+        pool = get_token_to_kv_pool()
+        if self._planes is None or self._pool is not pool:
+            self._pool = pool
+            self._planes = KVPlanes((pool.k_buffer, pool.v_buffer), self._dtype)
+        return self._planes

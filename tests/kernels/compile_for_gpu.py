@@ -1,0 +1,133 @@
+"""Compile the kernels for a GPU that need not be here: ``compile_for_gpu.py SM`` prints JSON lines.
+
+Each line is one launch configuration of ``default.json`` with what the assembler says of it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sglang_elora.kernels import launch_configs
+from sglang_elora.kernels.batch_tables import RECORD_INTS, TILE_INTS, record_ints
+from sglang_elora.kernels.lora_expand import _lora_expand
+from sglang_elora.kernels.lora_shrink import _lora_shrink
+from sglang_elora.kernels.page_copy import _BLOCK_WORDS, JOB_INTS, _page_copy
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {
+    **dict.fromkeys(("x", "plane", "output"), "weights"),
+    "inner": "*fp32",
+    **dict.fromkeys(("header", "tiles", "rows", "records"), "*i32"),
+    "addresses": "*i64",
+    "jobs": "*i64",
+}
+LORA = {
+    "MODULE": 0,
+    "SLOT_ELEMS": 1024,
+    "RECORD": record_ints(4),
+    "HEAD": RECORD_INTS,
+    "TILE": TILE_INTS,
+    "EMULATED": False,
+}
+ALIGNED = {*POINTERS, "x_stride", "output_stride"} - {"jobs"}
+
+
+def compiled(
+    kernel: Any, constants: dict[str, Any], weights: str, sm: int, warps: int, stages: int
+) -> dict[str, Any]:
+    names = kernel.arg_names
+    types = {name: kind if kind != "weights" else f"*{weights}" for name, kind in POINTERS.items()}
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32") for name in names
+    }
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in ALIGNED},
+    )
+    binary = triton.compile(
+        source,
+        target=GPUTarget("cuda", sm, 32),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        report = subprocess.run(
+            [BIN / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    (usage,) = re.findall(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", report)
+    ptx = binary.asm["ptx"]
+    return {
+        "registers": int(usage[0]),
+        "stack_bytes": int(usage[1]),
+        "local_bytes": int(usage[2]),
+        "shared_bytes": binary.metadata.shared,
+        "wide_loads": len(re.findall(r"ld\.global\.v4\.b32|cp\.async\.cg[^;]*0x10", ptx)),
+        "wide_stores": len(re.findall(r"st\.global\.v4\.b32", ptx)),
+        "tensor_core": len(re.findall(r"mma\.sync|wgmma\.mma", ptx)),
+    }
+
+
+def launches(sm: int) -> Iterator[dict[str, Any]]:
+    entries = json.loads((Path(launch_configs.__file__).parent / "default.json").read_text())
+    for weights in ("bf16", "fp16"):
+        for entry in entries["shrink"]:
+            launch, rows = entry["launch"], entry["shape"]["tile_rows"]
+            constants = LORA | {
+                "PARTS": 3,
+                "IN_FEATURES": 4096,
+                "A_STRIDE": 4096,
+                "CHUNK": launch["block_k"],
+                "BLOCK_M": rows,
+                "BLOCK_N": launch["block_n"],
+                "BLOCK_K": launch["block_k"],
+            }
+            warps, stages = launch["num_warps"], launch["num_stages"]
+            usage = compiled(_lora_shrink, constants, weights, sm, warps, stages)
+            yield {"kernel": "shrink", "weights": weights, **entry, **usage}
+        for entry in entries["expand"]:
+            launch, rows = entry["launch"], entry["shape"]["tile_rows"]
+            constants = LORA | {
+                "OUT_FEATURES": (4096, 1024, 1024),
+                "B_STRIDES": (4096, 1024, 1024),
+                "CHUNK": launch["block_n"],
+                "BLOCK_M": rows,
+                "BLOCK_N": launch["block_n"],
+                "BLOCK_R": launch["block_r"],
+                "EVEN_N": True,
+            }
+            warps, stages = launch["num_warps"], launch["num_stages"]
+            usage = compiled(_lora_expand, constants, weights, sm, warps, stages)
+            yield {"kernel": "expand", "weights": weights, **entry, **usage}
+    for to_pool in (True, False):
+        constants = {
+            "WORD": triton.language.int32,
+            "WORD_BYTES": 4,
+            "ALIGNMENT": 16,
+            "JOB": JOB_INTS + 4,
+            "HEAD": JOB_INTS,
+            "PLANES": 2,
+            "SLOT_WORDS": 512,
+            "CHUNK": 512,
+            "BLOCK": _BLOCK_WORDS,
+            "TO_POOL": to_pool,
+        }
+        yield {"kernel": "page_copy", **compiled(_page_copy, constants, "", sm, 4, 1)}
+
+
+if __name__ == "__main__":
+    for line in launches(int(sys.argv[1])):
+        print(json.dumps(line))

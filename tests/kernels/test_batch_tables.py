@@ -1,0 +1,117 @@
+"""Rows grouped by adapter and cut into tiles, against the definition."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_elora.kernels import MISSING, Batch, BatchTables, adapter_record
+from sglang_elora.kernels.batch_tables import RECORD_INTS, TILE_INTS, max_tiles, record_ints
+
+Segments = list[tuple[int, int]]
+CPU = torch.device("cpu")
+
+
+def empty_records(count: int, num_modules: int = 1) -> np.ndarray:
+    return np.zeros((count, record_ints(num_modules)), dtype=np.int32)
+
+
+def tables_for(segments: Segments, num_adapters: int, tile_rows: int) -> BatchTables:
+    num_rows = sum(length for _, length in segments)
+    tables = BatchTables(
+        CPU,
+        num_modules=1,
+        max_rows=num_rows,
+        max_adapters=num_adapters,
+        tile_rows=tile_rows,
+    )
+    tables.load(Batch(empty_records(num_adapters), segments))
+    return tables
+
+
+def read(tables: BatchTables) -> list[tuple[int, list[int]]]:
+    """The tiles: whose, and which rows."""
+    count = int(tables.header[0])
+    assert count == tables.num_tiles
+    tiles = tables.tiles.view(-1, TILE_INTS)[:count].tolist()
+    return [(adapter, tables.rows[first:end].tolist()) for adapter, first, end, _ in tiles]
+
+
+def test_tiles_by_hand() -> None:
+    segments = [(1, 2), (-1, 1), (0, 1), (1, 3), (2, 0)]
+    assert read(tables_for(segments, 3, tile_rows=4)) == [(0, [3]), (1, [0, 1, 4, 5]), (1, [6])]
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_tiles_cover_each_row_once(seed: int) -> None:
+    rng = random.Random(seed)
+    num_adapters, tile_rows = rng.randint(1, 20), rng.choice([1, 4, 16])
+    segments = [
+        (rng.randint(-1, num_adapters - 1), rng.choice([0, 1, 1, 5, 40]))
+        for _ in range(rng.randint(0, 30))
+    ]
+    tables = tables_for(segments, num_adapters, tile_rows)
+    owners = [adapter for adapter, length in segments for _ in range(length)]
+    seen = []
+    for adapter, rows in read(tables):
+        assert 0 < len(rows) <= tile_rows
+        assert rows == sorted(rows) and {owners[row] for row in rows} == {adapter}
+        seen += rows
+    assert sorted(seen) == [row for row, owner in enumerate(owners) if owner >= 0]
+    assert tables.num_tiles <= tables.max_tiles
+
+
+@pytest.mark.parametrize("num_rows", range(20))
+def test_max_tiles_is_reached_and_not_exceeded(num_rows: int) -> None:
+    """By all ways to deal so few rows to three adapters."""
+    most = 0
+    for first in range(num_rows + 1):
+        for second in range(num_rows + 1 - first):
+            counts = (first, second, num_rows - first - second)
+            most = max(most, sum(-(-count // 4) for count in counts))
+    assert max_tiles(num_rows, num_adapters=3, tile_rows=4) == most
+
+
+def test_memory_stays_and_old_tiles_do_not_count() -> None:
+    """What a captured graph relies on."""
+    tables = BatchTables(CPU, num_modules=1, max_rows=8, max_adapters=4, tile_rows=2)
+    addresses = [view.data_ptr() for view in (tables.header, tables.tiles, tables.rows)]
+    tables.load(Batch(empty_records(4), [(3, 5), (0, 3)]))
+    assert len(read(tables)) == 5
+    tables.load(Batch(empty_records(1), [(-1, 4), (0, 2)]))
+    assert read(tables) == [(0, [4, 5])]
+    tables.load(Batch(empty_records(0), [(-1, 8)]))
+    assert read(tables) == []
+    tables.load(Batch(empty_records(0), []))
+    assert read(tables) == []
+    assert addresses == [view.data_ptr() for view in (tables.header, tables.tiles, tables.rows)]
+
+
+@pytest.mark.parametrize(("num_rows", "num_adapters"), [(9, 1), (5, 5)])
+def test_batches_that_do_not_fit_are_refused(num_rows: int, num_adapters: int) -> None:
+    tables = BatchTables(CPU, num_modules=1, max_rows=8, max_adapters=4, tile_rows=2)
+    with pytest.raises(ValueError, match="exceed tables for 8 rows of 4 adapters"):
+        tables.load(Batch(empty_records(num_adapters), [(0, num_rows)]))
+
+
+def test_record() -> None:
+    table = torch.tensor([5, 3, 9], dtype=torch.int32)
+    record = adapter_record(table, 24, 0.75, [(0, 64), (MISSING, MISSING)])
+    tables = BatchTables(CPU, num_modules=2, max_rows=1, max_adapters=3, tile_rows=16)
+    tables.load(Batch(np.stack([record * 0, record]), [(1, 1)]))
+    assert int(tables.addresses[record_ints(2) // 2]) == table.data_ptr()
+    ints = tables.records[record_ints(2) : 2 * record_ints(2)]
+    assert int(ints[2]) == 24
+    assert float(ints[3:4].view(torch.float32)) == 0.75
+    assert ints[RECORD_INTS:].tolist() == [0, 64, -1, -1]
+    assert Batch(np.stack([record]), [(0, 1)]).max_rank == 24
+    assert Batch(np.stack([record])[:0], [(-1, 1)]).max_rank == 0
+
+
+def test_many_adapters_are_told_apart() -> None:
+    """More than a byte counts."""
+    segments = [(adapter, 1) for adapter in reversed(range(1000))]
+    assert read(tables_for(segments, 1000, 16)) == [(i, [999 - i]) for i in range(1000)]

@@ -1,0 +1,32 @@
+"""The launch configurations compile for GPUs, whole: wide loads, tensor cores, no spills."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED_BYTES_MAX = {80: 163 * 1024, 90: 227 * 1024}  # per block, CUDA C programming guide
+
+
+@pytest.mark.parametrize("sm", SHARED_BYTES_MAX)
+def test_compiles(sm: int, tmp_path: Path) -> None:
+    """For A100 and H100 / H200, as Triton's compiler and NVIDIA's assembler see it."""
+    script = Path(__file__).with_name("compile_for_gpu.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(sm)], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {line["kernel"] for line in lines} == {"shrink", "expand", "page_copy"}
+    for line in lines:
+        assert line["stack_bytes"] <= 64 and line["local_bytes"] == 0, line
+        assert line["shared_bytes"] <= SHARED_BYTES_MAX[sm], line
+        assert line["wide_loads"] > 0, line
+        if line["kernel"] == "page_copy":
+            assert line["wide_stores"] > 0, line
+        else:
+            assert line["tensor_core"] > 0, line
