@@ -102,6 +102,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"lora_target_modules": ["all"]},
     {"model": {"num_experts": 8}, "lora_target_modules": ATTENTION},
     {"raw": {"lora_backend": "elora_torch"}},
+    {"raw": {"lora_backend": "elora_triton"}},
 ]
 
 RESOLVE = """
@@ -231,19 +232,29 @@ print(json.dumps([quiet, heard, resolving_view(few).max_loaded_loras]))
     assert limit == 4
 
 
-def test_cuda_graphs_are_off_with_lora(run_python: RunPython, checkpoint: Path) -> None:
+def test_lora_backend_and_cuda_graphs(run_python: RunPython, checkpoint: Path) -> None:
+    """The torch backend runs eagerly; kernels are captured, and chosen where there is CUDA."""
     code = """
+from sglang_elora.host import lora_backend, selection
+lora_backend.register_backends(max_adapters=256)
+lora = json.loads(sys.argv[2])
 found = []
-for flags in (json.loads(sys.argv[2]), []):
-    server_args = resolve(*flags, "--cuda-graph-backend-decode", "full")
-    compatibility.run_eagerly(None, server_args)
-    graphs = resolving_view(server_args).cuda_graph_config
-    found.append([graphs.decode.backend, graphs.prefill.backend])
+for cuda in (False, True):
+    selection.is_cuda = lambda: cuda
+    for flags in (lora, [*lora, "--lora-backend", "elora_torch"],
+                  [*lora, "--lora-backend", "elora_triton"], []):
+        server_args = resolve(*flags, "--cuda-graph-backend-decode", "full")
+        selection.select_parts(None, server_args)
+        cfg = resolving_view(server_args)
+        graphs = cfg.cuda_graph_config
+        found.append([cfg.lora_backend, graphs.decode.backend])
 print(json.dumps(found))
 """
-    with_lora, without = _in_process(run_python, checkpoint, code, json.dumps(LORA))
-    assert with_lora == ["disabled", "disabled"]
-    assert without[0] == "full"
+    found = _in_process(run_python, checkpoint, code, json.dumps(LORA))
+    on_cpu, on_cuda = found[:4], found[4:]
+    torch, triton = ["elora_torch", "disabled"], ["elora_triton", "full"]
+    assert on_cpu == [torch, torch, triton, ["elora_torch", "full"]]
+    assert on_cuda == [triton, torch, triton, triton]
 
 
 def test_pools_adapters_cannot_live_in(run_python: RunPython, checkpoint: Path) -> None:

@@ -341,11 +341,10 @@ def check_compatible(server_args: Any) -> None:
         _ignore_slots(server_args)
 
 
-def run_eagerly(result: None, server_args: Any) -> None:
-    """After ``select_parts``: no CUDA graphs with ``elora_torch``, which they cannot replay."""
-    cfg = resolving_view(server_args)
-    graphs = cfg.cuda_graph_config
-    if graphs is None or cfg.lora_backend != TORCH or not wants_lora(cfg):
+def run_eagerly(server_args: Any) -> None:
+    """No CUDA graphs: they cannot replay ``elora_torch``."""
+    graphs = resolving_view(server_args).cuda_graph_config
+    if graphs is None:
         return
     phases = (Phase.DECODE, Phase.PREFILL)
     for phase in phases:

@@ -67,14 +67,6 @@ HOOKS: tuple[Hook, ...] = (
         "SGLang's own.",
     ),
     Hook(
-        "sglang.srt.arg_groups.platform_hook.handle_platform_defaults",
-        ("server_args",),
-        HookType.AFTER,
-        compatibility.run_eagerly,
-        When.ELORA,
-        "As above.",
-    ),
-    Hook(
         "sglang.srt.arg_groups.validation_hook.check_server_args",
         ("server_args",),
         HookType.BEFORE,

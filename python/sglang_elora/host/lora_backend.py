@@ -9,11 +9,12 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from sglang.srt.lora.backend.base_backend import BaseLoRABackend
 from sglang.srt.lora.backend.lora_registry import register_lora_backend
+from sglang.srt.server_args import ServerArgs
 
 from sglang_elora.pages import ModuleShape, PagedAdapter, WeightRef
 
@@ -148,3 +149,11 @@ def register_backends(max_adapters: int) -> None:
 
     register_lora_backend(TORCH)(torch_backend)
     register_lora_backend(TRITON)(triton_backend)
+    _flag_choices().extend((TORCH, TRITON))
+
+
+def _flag_choices() -> list[str]:
+    """What ``--lora-backend`` may be. SGLang has ``add_*_choices`` for other flags of its kind."""
+    (argument,) = get_type_hints(ServerArgs, include_extras=True)["lora_backend"].__metadata__
+    choices: list[str] = argument.choices
+    return choices

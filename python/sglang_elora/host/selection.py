@@ -7,6 +7,7 @@ from typing import Any
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 from sglang.srt.utils import is_cuda
 
+from sglang_elora.host.compatibility import run_eagerly, wants_lora
 from sglang_elora.host.lora_backend import TORCH, TRITON
 from sglang_elora.host.radix_cache import BACKEND
 
@@ -14,7 +15,8 @@ from sglang_elora.host.radix_cache import BACKEND
 def select_parts(result: None, server_args: Any) -> None:
     """After ``handle_platform_defaults``: the radix cache and the LoRA backend are ours.
 
-    A LoRA backend that was asked for and is not ours is refused by ``check_compatible``.
+    Without one that was asked for, the LoRA backend is ``elora_triton`` on CUDA and ``elora_torch``
+    elsewhere; one that was asked for and is not ours is refused by ``check_compatible``.
 
     Raises:
         ValueError: Another one was asked for by ``--radix-cache-backend``.
@@ -24,15 +26,11 @@ def select_parts(result: None, server_args: Any) -> None:
         raise ValueError(
             f"--elora brings its own radix cache; drop --radix-cache-backend {asked_for} or --elora"
         )
-    asked_for = server_args._raw_input["lora_backend"]
+    lora_backend = server_args._raw_input["lora_backend"]
+    if lora_backend not in (TORCH, TRITON):
+        lora_backend = TRITON if is_cuda() else TORCH
     declare_resolution(
-        server_args,
-        "sglang_elora",
-        radix_cache_backend=BACKEND,
-        lora_backend=asked_for if asked_for in (TORCH, TRITON) else default_lora_backend(),
+        server_args, "sglang_elora", radix_cache_backend=BACKEND, lora_backend=lora_backend
     )
-
-
-def default_lora_backend() -> str:
-    """Kernels where SGLang runs on CUDA, else torch."""
-    return TRITON if is_cuda() else TORCH
+    if lora_backend == TORCH and wants_lora(resolving_view(server_args)):
+        run_eagerly(server_args)

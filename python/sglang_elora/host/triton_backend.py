@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_elora.host.lora_backend import TRITON, Graph, PagedLoRABackend, Segment
 from sglang_elora.kernels import (
@@ -112,6 +113,13 @@ class EloraTritonBackend(PagedLoRABackend):
             tables, max_rank = self._tables(num_rows, num_adapters, tile_rows), batch.max_rank
         tables.load(batch)
         self.batch_info = LaunchedBatch(tables, batch.num_rows, max_rank, graph is not None)
+
+    def run_lora_a_sgemm(
+        self, x: torch.Tensor, weights: WeightRef, *args: Any, **options: Any
+    ) -> torch.Tensor:
+        """As ``shrink``, with the splits summed where ranks will sum the result over each other."""
+        inner = super().run_lora_a_sgemm(x, weights, *args, **options)
+        return inner.sum(dim=0, keepdim=True) if get_parallel().tp_size > 1 else inner
 
     def shrink(self, x: torch.Tensor, weights: WeightRef) -> torch.Tensor:
         """
