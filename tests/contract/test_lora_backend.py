@@ -93,10 +93,11 @@ class Backends:
 
     def __init__(self, sglang: Any, name: str, stack: ExitStack) -> None:
         self.sglang, self.name, self.stack = sglang, name, stack
+        self.tp_size = 1
 
     def over(self, pool: Any, dtype: torch.dtype = torch.float32) -> Any:
         backend = self.sglang.classes[self.name](1, torch.device("cpu"), max_adapters=64)
-        backend.set_modules(tuple(SHAPES.values()), dtype, max_rank=64)
+        backend.set_model(tuple(SHAPES.values()), dtype, max_rank=64, tp_size=self.tp_size)
         self.stack.enter_context(self.sglang.context(pool))
         return backend
 
@@ -377,6 +378,21 @@ def test_batches_that_graphs_may_replay_reach_their_tables(
     assert prepare("EXTEND", [None], [17]) is None
     assert prepare("DECODE", [None] * 5, [1] * 5) is None  # more requests than any graph
     assert prepare("DECODE", ["a"] * 5, [1] * 5).tables.num_tiles == 1
+
+
+def test_splits_are_summed_before_ranks_are(triton_backends: Backends) -> None:
+    """What ranks sum over each other has one value per element."""
+    adapters = make_adapters(torch.float32, [8], seed=0)
+    x = torch.randn(2, 128)
+    a = WeightRef(LAYER, "o_proj", (1, 64, 128), x.device)
+    inners = []
+    for triton_backends.tp_size in (1, 2):
+        backend = triton_backends.over(adapters[0].pool)
+        backend.set_batch([(adapters[0].paged, 2)])
+        inners.append(backend.run_lora_a_sgemm(x, a))
+    one, two = inners
+    assert len(two) == 1
+    torch.testing.assert_close(one.sum(dim=0), two[0])
 
 
 def test_no_host_sync_for_page_tables(triton_backends: Backends) -> None:

@@ -50,13 +50,16 @@ class PagedLoRABackend(BaseLoRABackend):
         self.max_adapters = max_adapters
 
     @abstractmethod
-    def set_modules(self, shapes: Sequence[ModuleShape], dtype: torch.dtype, max_rank: int) -> None:
+    def set_model(
+        self, shapes: Sequence[ModuleShape], dtype: torch.dtype, *, max_rank: int, tp_size: int
+    ) -> None:
         """Called once, before the first batch.
 
         Args:
             shapes: The target modules.
             dtype: Of the weights.
             max_rank: Largest rank of any adapter to come.
+            tp_size: Tensor-parallel ranks.
         """
 
     @abstractmethod

@@ -37,7 +37,9 @@ class EloraLoRAManager(LoRAManager):
         super().__init__(*args, max_loras_per_batch=sys.maxsize, **kwargs)
         self._shapes = self.memory_pool.module_shapes(self.lora_modules)
         max_rank = kwargs.get("max_lora_rank") or max(self.max_lora_rank, MAX_RANK)
-        self.lora_backend.set_modules(self._shapes, self.dtype, max_rank)
+        self.lora_backend.set_model(
+            self._shapes, self.dtype, max_rank=max_rank, tp_size=self.tp_size
+        )
         self.memory_pool.max_rank = self.lora_backend.max_rank
 
     def init_lora_shapes(self, *args: Any, **kwargs: Any) -> None:

@@ -65,7 +65,9 @@ class EloraTorchBackend(PagedLoRABackend):
 
     name = TORCH
 
-    def set_modules(self, shapes: Sequence[ModuleShape], dtype: torch.dtype, max_rank: int) -> None:
+    def set_model(
+        self, shapes: Sequence[ModuleShape], dtype: torch.dtype, *, max_rank: int, tp_size: int
+    ) -> None:
         self._out_features = {shape.name: shape.out_features for shape in shapes}
 
     def set_batch(self, segments: Sequence[Segment], graph: Graph | None = None) -> None:

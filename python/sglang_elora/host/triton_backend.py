@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
-from sglang.srt.runtime_context import get_parallel
 
 from sglang_elora.host.lora_backend import TRITON, Graph, PagedLoRABackend, Segment
 from sglang_elora.kernels import (
@@ -72,9 +71,12 @@ class EloraTritonBackend(PagedLoRABackend):
         self._planes: KVPlanes | None = None
         self._pool: Any = None
 
-    def set_modules(self, shapes: Sequence[ModuleShape], dtype: torch.dtype, max_rank: int) -> None:
+    def set_model(
+        self, shapes: Sequence[ModuleShape], dtype: torch.dtype, *, max_rank: int, tp_size: int
+    ) -> None:
         self._modules: dict[str, StackedModule] = stacked_modules(shapes)
         self._dtype = dtype
+        self._tp_size = tp_size
         self.max_rank: int = max_rank  # CUDA graphs are captured with room for it
 
     def init_cuda_graph_batch_info(
@@ -119,7 +121,7 @@ class EloraTritonBackend(PagedLoRABackend):
     ) -> torch.Tensor:
         """As ``shrink``, with the splits summed where ranks will sum the result over each other."""
         inner = super().run_lora_a_sgemm(x, weights, *args, **options)
-        return inner.sum(dim=0, keepdim=True) if get_parallel().tp_size > 1 else inner
+        return inner.sum(dim=0, keepdim=True) if self._tp_size > 1 else inner
 
     def shrink(self, x: torch.Tensor, weights: WeightRef) -> torch.Tensor:
         """
