@@ -72,7 +72,7 @@ class Contiguous:
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_layer"])
 def _page_copy(
     addresses,
     jobs,
@@ -137,7 +137,7 @@ def page_copy(
     Raises:
         ValueError: Sizes do not agree.
     """
-    if not copies:
+    if not copies or len(copies[0].memory) == 0:
         return
     num_layers, num_planes = len(copies[0].memory), pool.addresses.shape[1]
     if not 0 <= first_layer <= first_layer + num_layers <= len(pool.addresses):
@@ -152,10 +152,9 @@ def page_copy(
         [_job(copy, word) for copy in copies], pin_memory=pool.addresses.is_cuda
     ).to(pool.addresses.device, non_blocking=True)
     longest = max(max(copy.plane_bytes) for copy in copies) // word
-    if longest == 0 or num_layers == 0:
-        return
     slot_words = pool.slot_bytes // word
-    _page_copy[(triton.cdiv(longest, _BLOCK_WORDS), num_layers * num_planes, len(copies))](
+    num_blocks = max(1, triton.cdiv(longest, _BLOCK_WORDS))
+    _page_copy[(num_blocks, num_layers * num_planes, len(copies))](
         pool.addresses,
         jobs,
         first_layer,

@@ -6,6 +6,7 @@ Triton's interpreter.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import warnings
 from collections.abc import Iterator
@@ -392,7 +393,48 @@ def test_splits_are_summed_before_ranks_are(triton_backends: Backends) -> None:
         inners.append(backend.run_lora_a_sgemm(x, a))
     one, two = inners
     assert len(two) == 1
-    torch.testing.assert_close(one.sum(dim=0), two[0])
+    rank = adapters[0].rank
+    torch.testing.assert_close(one.sum(dim=0)[:, :rank], two[0, :, :rank])
+
+
+def test_warm_up_launches_what_batches_use(
+    sglang: Any, triton_backends: Backends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later launches differ in nothing that a kernel is compiled for."""
+    adapters = make_adapters(torch.float32, [8, 1, 24, 64, 3], seed=4)
+    backend = triton_backends.over(adapters[0].pool)
+    compiled = set()
+
+    def compiled_for(module: Any, tables: Any, config: Any, width: int) -> Any:
+        launch = {**dataclasses.asdict(config), "num_splits": 0, "lanes": 0, "max_tile_programs": 0}
+        strides = (width % 16, width == 1)
+        return (module.index, tables.tile_rows, tuple(launch.items()), strides)
+
+    def shrink(x: Any, plane: Any, tables: Any, module: Any, **kwargs: Any) -> torch.Tensor:
+        config, width = kwargs["config"], kwargs["width"]
+        compiled.add(("shrink", compiled_for(module, tables, config, width)))
+        return torch.zeros(config.num_splits, len(x), width)
+
+    def expand(
+        inner: Any, plane: Any, tables: Any, module: Any, output: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        key = compiled_for(module, tables, kwargs["config"], inner.shape[2])
+        compiled.add(("expand", key))
+        return output
+
+    monkeypatch.setattr(sglang.triton_backend, "lora_shrink", shrink)
+    monkeypatch.setattr(sglang.triton_backend, "lora_expand", expand)
+    backend.warm_up(KVPlanes((adapters[0].pool.k_buffer, adapters[0].pool.v_buffer), torch.float32))
+    warm = set(compiled)
+    assert warm
+    for num_rows in (1, 3, 40, 300, 2000):
+        for some in (adapters, adapters[:1], adapters[1:2]):
+            backend.set_batch([(adapter.paged, num_rows) for adapter in some])
+            for name in SHAPES:
+                rows = num_rows * len(some)
+                x = torch.zeros(rows, SHAPES[name].in_features)
+                run(backend, name, x, torch.zeros(rows, sum(SHAPES[name].out_features)))
+    assert compiled == warm
 
 
 def test_no_host_sync_for_page_tables(triton_backends: Backends) -> None:

@@ -16,7 +16,7 @@ from sglang.srt.lora.backend.base_backend import BaseLoRABackend
 from sglang.srt.lora.backend.lora_registry import register_lora_backend
 from sglang.srt.server_args import ServerArgs
 
-from sglang_elora.pages import ModuleShape, PagedAdapter, WeightRef
+from sglang_elora.pages import KVPlanes, ModuleShape, PagedAdapter, WeightRef
 
 Segment = tuple[PagedAdapter | None, int]
 """(adapter or None, number of token rows)"""
@@ -61,6 +61,9 @@ class PagedLoRABackend(BaseLoRABackend):
             max_rank: Largest rank of any adapter to come.
             tp_size: Tensor-parallel ranks.
         """
+
+    def warm_up(self, planes: KVPlanes) -> None:
+        """Called once, when the KV pool is there: what would delay the first requests otherwise."""
 
     @abstractmethod
     def set_batch(self, segments: Sequence[Segment], graph: Graph | None) -> None:

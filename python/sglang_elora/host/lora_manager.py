@@ -72,6 +72,7 @@ class EloraLoRAManager(LoRAManager):
             ValueError: The model's layers differ in shape.
         """
         self.residency = residency
+        self.lora_backend.warm_up(residency.planes)
         for lora_ref in self.lora_refs.values():
             self._take_in(lora_ref)
 

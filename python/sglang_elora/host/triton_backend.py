@@ -139,7 +139,7 @@ class EloraTritonBackend(PagedLoRABackend):
             self._planes_of_forward().plane(0, weights.layer),
             batch.tables,
             module,
-            width=len(module.out_features) * batch.max_rank,
+            width=_width(module, batch.max_rank),
             num_tiles=num_tiles,
             config=shrink_config(
                 self.device, batch.tables.tile_rows, num_tiles, module.in_features
@@ -160,6 +160,36 @@ class EloraTritonBackend(PagedLoRABackend):
                 self.device, batch.tables.tile_rows, num_tiles, sum(module.out_features)
             ),
         )
+
+    def warm_up(self, planes: KVPlanes) -> None:
+        """Launch every kernel that batches may need, over a batch of nothing."""
+        planes.warm_up()
+        for tile_rows in (DECODE_TILE_ROWS, PREFILL_TILE_ROWS):
+            tables = self._tables(1, 1, tile_rows)
+            for module in self._modules.values():
+                x = torch.zeros(1, module.in_features, dtype=self._dtype, device=self.device)
+                output = x.new_zeros(1, sum(module.out_features))
+                for num_tiles in (2**i for i in range(12)):
+                    inner = lora_shrink(
+                        x,
+                        planes.plane(0, 0),
+                        tables,
+                        module,
+                        width=_width(module, 1),
+                        num_tiles=1,
+                        config=shrink_config(self.device, tile_rows, num_tiles, module.in_features),
+                    )
+                    lora_expand(
+                        inner,
+                        planes.plane(-1, 0),
+                        tables,
+                        module,
+                        output,
+                        num_tiles=1,
+                        config=expand_config(
+                            self.device, tile_rows, num_tiles, sum(module.out_features)
+                        ),
+                    )
 
     @property
     def _batch(self) -> LaunchedBatch:
@@ -189,3 +219,8 @@ class EloraTritonBackend(PagedLoRABackend):
             self._pool = pool
             self._planes = KVPlanes((pool.k_buffer, pool.v_buffer), self._dtype)
         return self._planes
+
+
+def _width(module: StackedModule, max_rank: int) -> int:
+    """Columns between the halves: whole 16s, or each rank would have kernels of its own."""
+    return -(-len(module.out_features) * max_rank // 16) * 16

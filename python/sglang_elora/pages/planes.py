@@ -103,7 +103,7 @@ class KVPlanes:
         Raises:
             ValueError: The image does not fit the table or the pool.
         """
-        if self.device == image.memory.device:
+        if self.device.type == "cpu":
             planes = [[rows.view(torch.uint8) for rows in layers] for layers in self._planes]
             memory = image.memory.view(torch.uint8)
             reference.page_copy(planes, memory, table.slots, image.plane_bytes, to_pool=True)
@@ -115,6 +115,17 @@ class KVPlanes:
             copy = Contiguous(staged, table.slots, image.plane_bytes)
             page_copy(self._pool_planes, [copy], to_pool=True, first_layer=first_layer)
             first_layer += len(piece)
+
+    def warm_up(self) -> None:
+        """Have what the first ``write`` needs: the kernel compiled, the staging buffer there."""
+        if self.device.type == "cpu":
+            return
+        nothing = torch.empty(self.num_layers, 0, dtype=torch.uint8, device=self.device)
+        table = torch.empty(0, dtype=torch.int32, device=self.device)
+        page_copy(
+            self._pool_planes, [Contiguous(nothing, table, (0,) * self.num_planes)], to_pool=True
+        )
+        self._staging(STAGING_BYTES)
 
     @cached_property
     def _pool_planes(self) -> PoolPlanes:
