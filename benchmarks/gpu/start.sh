@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# On a CUDA machine: report what a start selects, then run the demo against the real server.
+# On a CUDA machine: report what a start selects, run the demo against the real server, then every
+# attention backend that loads, with LoRA kernels and CUDA graphs.
 #   usage: benchmarks/gpu/start.sh BUNDLE_DIR OUT_DIR     (BUNDLE_DIR from bundle.sh)
 # Not yet run on a GPU.
 set -euo pipefail
@@ -15,3 +16,4 @@ python3 -m sglang_elora.cli doctor | tee "$out/doctor.txt"
 python3 -m sglang_elora.demo --dir "$out/demo" -- \
   --attention-backend triton --sampling-backend pytorch --grammar-backend none | tee "$out/demo.txt"
 rm -rf "$out/demo/checkpoint" "$out/demo/adapters"
+python3 "$(dirname "$0")/attention.py" --out "$out" | tee "$out/attention.txt"

@@ -30,6 +30,7 @@ LONG_ANSWERS = make_trace(num_requests=600 if ALL else 60, output_tokens=(48, 96
 _ENV = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
 _CHUNK = 32
 _PAGE = 16
+_ADAPTERS = 4
 _TP_SIZE = 2
 _Outputs = Mapping[tuple[int, int], tuple[int, ...]]
 
@@ -57,6 +58,7 @@ def _pages_chunks_aborts(outcome: Outcome) -> None:
     assert sum(record.num_aborted for record in outcome.records) > 20
     assert re.search(r"Testing retraction\. #retracted_reqs: [1-9]", outcome.log)
     assert outcome.info["page_size"] == _PAGE
+    assert outcome.state["max_adapters_in_batch"] == _ADAPTERS
     assert all(record.num_cached % _PAGE == 0 for record in outcome.records)
     sizes = [int(n) for n in re.findall(r"Prefill batch.*?#new-token: (\d+)", outcome.log)]
     assert max(sizes) == _CHUNK
@@ -109,7 +111,10 @@ VARIANTS = {
     ),
     "pages-chunks-aborts": Variant(
         page_size=_PAGE,
-        flags=("--page-size", str(_PAGE), "--chunked-prefill-size", str(_CHUNK)),
+        flags=(
+            *("--page-size", str(_PAGE), "--chunked-prefill-size", str(_CHUNK)),
+            *("--elora-max-adapters-per-batch", str(_ADAPTERS)),
+        ),
         env={"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"},
         abort_every=5,
         check=_pages_chunks_aborts,
