@@ -96,8 +96,15 @@ class Backends:
         self.sglang, self.name, self.stack = sglang, name, stack
         self.tp_size = 1
 
-    def over(self, pool: Any, dtype: torch.dtype = torch.float32) -> Any:
-        backend = self.sglang.classes[self.name](1, torch.device("cpu"), max_adapters=64)
+    def over(
+        self, pool: Any, dtype: torch.dtype = torch.float32, deterministic: bool = False
+    ) -> Any:
+        backend = self.sglang.classes[self.name](
+            1,
+            torch.device("cpu"),
+            max_adapters=64,
+            server_args=SimpleNamespace(enable_deterministic_inference=deterministic),
+        )
         backend.set_model(tuple(SHAPES.values()), dtype, max_rank=64, tp_size=self.tp_size)
         self.stack.enter_context(self.sglang.context(pool))
         return backend
@@ -395,6 +402,33 @@ def test_splits_are_summed_before_ranks_are(triton_backends: Backends) -> None:
     assert len(two) == 1
     rank = adapters[0].rank
     torch.testing.assert_close(one.sum(dim=0)[:, :rank], two[0, :, :rank])
+
+
+def test_deterministic_inference(triton_backends: Backends) -> None:
+    """Bit by bit: a row alone, among many others, in a decode graph and in a prefill graph."""
+    adapters = make_adapters(torch.float32, [24, 8, 64], seed=0)
+    backend = triton_backends.over(adapters[0].pool, deterministic=True)
+    backend.init_cuda_graph_batch_info(max_bs_in_cuda_graph=8, num_tokens_per_req=1)
+    backend.init_prefill_cuda_graph_batch_info(max_num_tokens=200, max_num_requests=5)
+    generator = torch.Generator().manual_seed(0)
+    x, base = torch.randn(1, 96, generator=generator), torch.randn(1, 256, generator=generator)
+    batches = [
+        ([(adapters[0].paged, 1)], None),
+        ([(adapters[1].paged, 3), (adapters[0].paged, 70)], None),
+        ([(adapters[2].paged, 1), (adapters[0].paged, 1)], triton_backends.sglang.Graph.DECODE),
+        ([(None, 1), (adapters[0].paged, 150)], triton_backends.sglang.Graph.PREFILL),
+    ]
+    results = []
+    for segments, graph in batches:
+        num_rows = sum(length for _, length in segments)
+        first = num_rows - segments[-1][1]
+        others_x = torch.randn(num_rows, 96, generator=generator)
+        others_base = torch.randn(num_rows, 256, generator=generator)
+        others_x[first], others_base[first] = x[0], base[0]
+        backend.set_batch(segments, graph)
+        results.append(run(backend, "qkv_proj", others_x, others_base)[first])
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert not torch.equal(results[0], base[0])
 
 
 def test_warm_up_launches_what_batches_use(

@@ -15,6 +15,8 @@ from sglang_elora.host.lora_backend import TRITON, Graph, PagedLoRABackend, Segm
 from sglang_elora.kernels import (
     Batch,
     BatchTables,
+    ExpandConfig,
+    ShrinkConfig,
     StackedModule,
     expand_config,
     lora_expand,
@@ -25,6 +27,9 @@ from sglang_elora.kernels import (
 from sglang_elora.pages import KVPlanes, ModuleShape, PagedAdapter, WeightRef, stacked_modules
 
 DECODE_TILE_ROWS, PREFILL_TILE_ROWS = 16, 64
+DETERMINISTIC_TILES = 128
+"""With ``--enable-deterministic-inference`` all batches are computed as one of so many small tiles:
+then a row's sums have one order, whoever its neighbours are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +70,9 @@ class EloraTritonBackend(PagedLoRABackend):
     name = TRITON
     supports_prefill_cuda_graph = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, server_args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._deterministic = server_args.enable_deterministic_inference
         self._static: dict[Graph, BatchTables] = {}
         self._planes: KVPlanes | None = None
         self._pool: Any = None
@@ -95,7 +101,7 @@ class EloraTritonBackend(PagedLoRABackend):
         self._static[Graph.PREFILL] = self._tables(
             max_num_tokens,
             min(self.prefill_cuda_graph_max_bs, self.max_adapters),
-            PREFILL_TILE_ROWS,
+            DECODE_TILE_ROWS if self._deterministic else PREFILL_TILE_ROWS,
         )
 
     def set_batch(self, segments: Sequence[Segment], graph: Graph | None = None) -> None:
@@ -111,7 +117,8 @@ class EloraTritonBackend(PagedLoRABackend):
         else:
             num_rows, num_adapters = batch.num_rows, len(batch.records)
             few = num_rows <= 2 * DECODE_TILE_ROWS * num_adapters
-            tile_rows = DECODE_TILE_ROWS if few else PREFILL_TILE_ROWS
+            small = few or self._deterministic
+            tile_rows = DECODE_TILE_ROWS if small else PREFILL_TILE_ROWS
             tables, max_rank = self._tables(num_rows, num_adapters, tile_rows), batch.max_rank
         tables.load(batch)
         self.batch_info = LaunchedBatch(tables, batch.num_rows, max_rank, graph is not None)
@@ -141,9 +148,7 @@ class EloraTritonBackend(PagedLoRABackend):
             module,
             width=_width(module, batch.max_rank),
             num_tiles=num_tiles,
-            config=shrink_config(
-                self.device, batch.tables.tile_rows, num_tiles, module.in_features
-            ),
+            config=self._shrink_config(module, batch.tables, num_tiles),
         )
 
     def expand(self, inner: torch.Tensor, weights: WeightRef, output: torch.Tensor) -> torch.Tensor:
@@ -156,40 +161,37 @@ class EloraTritonBackend(PagedLoRABackend):
             module,
             output,
             num_tiles=num_tiles,
-            config=expand_config(
-                self.device, batch.tables.tile_rows, num_tiles, sum(module.out_features)
-            ),
+            config=self._expand_config(module, batch.tables, num_tiles),
         )
 
     def warm_up(self, planes: KVPlanes) -> None:
         """Launch every kernel that batches may need, over a batch of nothing."""
         planes.warm_up()
+        a, b = planes.plane(0, 0), planes.plane(-1, 0)
         for tile_rows in (DECODE_TILE_ROWS, PREFILL_TILE_ROWS):
             tables = self._tables(1, 1, tile_rows)
             for module in self._modules.values():
                 x = torch.zeros(1, module.in_features, dtype=self._dtype, device=self.device)
-                output = x.new_zeros(1, sum(module.out_features))
-                for num_tiles in (2**i for i in range(12)):
+                output, width = x.new_zeros(1, sum(module.out_features)), _width(module, 1)
+                for tiles in (2**i for i in range(12)):
+                    shrink = self._shrink_config(module, tables, tiles)
+                    expand = self._expand_config(module, tables, tiles)
                     inner = lora_shrink(
-                        x,
-                        planes.plane(0, 0),
-                        tables,
-                        module,
-                        width=_width(module, 1),
-                        num_tiles=1,
-                        config=shrink_config(self.device, tile_rows, num_tiles, module.in_features),
+                        x, a, tables, module, width=width, num_tiles=1, config=shrink
                     )
-                    lora_expand(
-                        inner,
-                        planes.plane(-1, 0),
-                        tables,
-                        module,
-                        output,
-                        num_tiles=1,
-                        config=expand_config(
-                            self.device, tile_rows, num_tiles, sum(module.out_features)
-                        ),
-                    )
+                    lora_expand(inner, b, tables, module, output, num_tiles=1, config=expand)
+
+    def _shrink_config(
+        self, module: StackedModule, tables: BatchTables, num_tiles: int
+    ) -> ShrinkConfig:
+        tiles = DETERMINISTIC_TILES if self._deterministic else num_tiles
+        return shrink_config(self.device, tables.tile_rows, tiles, module.in_features)
+
+    def _expand_config(
+        self, module: StackedModule, tables: BatchTables, num_tiles: int
+    ) -> ExpandConfig:
+        tiles = DETERMINISTIC_TILES if self._deterministic else num_tiles
+        return expand_config(self.device, tables.tile_rows, tiles, sum(module.out_features))
 
     @property
     def _batch(self) -> LaunchedBatch:
