@@ -27,7 +27,7 @@ python3 -m pip download --quiet --no-deps --only-binary=:all: --python-version 3
   jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 rpds-py==2026.9.1 \
   peft==0.21.2 accelerate==1.15.0 rich==15.0.0 markdown-it-py==4.3.0 mdurl==0.1.2 \
   matplotlib==3.11.2 contourpy==1.3.3 cycler==0.12.1 kiwisolver==1.5.1 \
-  pyparsing==3.3.3
+  pyparsing==3.3.3 pytest==9.2.0 pluggy==1.7.0 iniconfig==2.3.1 pygments==2.21.0 packaging==26.3
 python3 -m pip wheel --quiet --no-deps --wheel-dir "$work/wheels" "$root"
 
 mkdir "$work/site"

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # On a CUDA machine: report what a start selects, run the demo against the real server, then every
-# attention backend that loads, with LoRA kernels and CUDA graphs.
+# attention backend that loads, with LoRA kernels and CUDA graphs. The unpacked bundle is left in
+# BUNDLE_DIR/site, for kernels.py --site.
 #   usage: benchmarks/gpu/start.sh BUNDLE_DIR OUT_DIR     (BUNDLE_DIR from bundle.sh)
 # Not yet run on a GPU.
 set -euo pipefail
 bundle=${1:?usage: start.sh BUNDLE_DIR OUT_DIR}
 out=${2:?usage: start.sh BUNDLE_DIR OUT_DIR}
-site=$(mktemp -d)
+site=$bundle/site
+mkdir -p "$site"
 tar -xzf "$bundle/site.tgz" -C "$site"
 export PYTHONPATH="$site" PYTHONUNBUFFERED=1 SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1
 export SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python

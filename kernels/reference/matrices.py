@@ -16,6 +16,6 @@ def read_matrix(
         offset: Of the first element in the address space.
     """
     slot_elems = plane.shape[1]
-    addresses = offset + torch.arange(num_rows * stride)
+    addresses = offset + torch.arange(num_rows * stride, device=plane.device)
     slots = table.long()[addresses // slot_elems]
     return plane[slots, addresses % slot_elems].view(num_rows, stride).float()

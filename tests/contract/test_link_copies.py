@@ -26,12 +26,12 @@ link._sleep = waits.append
 weight = torch.randn(64, 256)
 buffer = torch.empty_like(weight)
 if os.environ["SGLANG_ELORA"] == "1":  # adapters go into pages; SGLang's copy fills a host buffer
-    from sglang_elora.host.link import delay_page_copies
+    from sglang_elora.host.link import delay_page_copy
     mem_pool.copy_weight_into_buffer(buffer, weight)
     assert link.num_copies == 0
 
     def copy_adapter(buffer, weight):
-        delay_page_copies(1, weight.nbytes)
+        delay_page_copy(weight.nbytes)
         buffer.copy_(weight)
 else:
     copy_adapter = mem_pool.copy_weight_into_buffer

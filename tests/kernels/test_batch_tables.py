@@ -12,7 +12,7 @@ from sglang_elora.kernels import MISSING, Batch, BatchTables, adapter_record
 from sglang_elora.kernels.batch_tables import RECORD_INTS, TILE_INTS, max_tiles, record_ints
 
 Segments = list[tuple[int, int]]
-CPU = torch.device("cpu")
+CPU = torch.device("cpu")  # what the device is matters to no line here
 
 
 def empty_records(count: int, num_modules: int = 1) -> np.ndarray:

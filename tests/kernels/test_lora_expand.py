@@ -9,7 +9,7 @@ from cases import GATE_UP, MIXES, OUT, QKV, RANKS, SHAPES, Segments, lacks
 from sglang_elora.kernels import ExpandConfig, lora_expand, reference
 from sglang_elora.pages import ModuleShape
 from tolerances import TOLERANCES
-from worlds import ORDERS, World, make_world, rows_of
+from worlds import DEVICE, ORDERS, World, make_world, rows_of
 
 CONFIG = ExpandConfig(block_n=64, block_r=16, max_tile_programs=256, num_warps=4, num_stages=2)
 
@@ -31,14 +31,14 @@ def check(
     rows = rows_of(segments, len(world.ranks))
     width = parts * max(world.ranks) + 5
     generator = torch.Generator().manual_seed(num_rows)
-    inner = torch.full((num_splits, num_rows, width), torch.nan)  # undefined unless computed
-    owned = torch.zeros(num_rows, dtype=torch.bool)
+    inner = torch.full((num_splits, num_rows, width), torch.nan, device=DEVICE)  # undefined
+    owned = torch.zeros(num_rows, dtype=torch.bool, device=DEVICE)
     for own, rank, offset in zip(rows, world.ranks, world.b_offsets(shape.name), strict=True):
         if offset >= 0:
             values = torch.randn(num_splits, len(own), parts * rank, generator=generator)
-            inner[:, own, : parts * rank] = values / num_splits
+            inner[:, own, : parts * rank] = (values / num_splits).to(DEVICE)
             owned[own] = True
-    base = torch.randn(num_rows, out + spare_columns, generator=generator).to(dtype)
+    base = torch.randn(num_rows, out + spare_columns, generator=generator).to(DEVICE, dtype)
     tables = world.batch_tables(segments, tile_rows)
     plane = world.planes.plane(-1, 0)
     output = base.clone()
@@ -129,8 +129,8 @@ def test_rounds_once_per_half() -> None:
     slots = world.tables[0].slots.long()
     world.planes.plane(-1, 0)[slots] = 3.0
     tables = world.batch_tables([(0, 1)], 16)
-    inner = torch.tensor([[[1.0]], [[2**-9]]])  # bfloat16 of the sum is 1
-    output = torch.full((1, 96), 2**-7, dtype=torch.bfloat16)
+    inner = torch.tensor([[[1.0]], [[2**-9]]], device=DEVICE)  # bfloat16 of the sum is 1
+    output = torch.full((1, 96), 2**-7, dtype=torch.bfloat16, device=DEVICE)
     lora_expand(
         inner,
         world.planes.plane(-1, 0),
@@ -146,7 +146,8 @@ def test_rounds_once_per_half() -> None:
 def test_wrong_sizes_are_found() -> None:
     world = make_world([OUT], [8])
     tables, module = world.batch_tables([(0, 4)], 16), world.modules["o_proj"]
-    plane, inner = world.planes.plane(-1, 0), torch.zeros(1, 4, 8)
-    for output in (torch.zeros(4, 95), torch.zeros(3, 96), torch.zeros(4, 96).half()):
+    plane, inner = world.planes.plane(-1, 0), torch.zeros(1, 4, 8, device=DEVICE)
+    wrong = (torch.zeros(4, 95), torch.zeros(3, 96), torch.zeros(4, 96).half())
+    for output in (tensor.to(DEVICE) for tensor in wrong):
         with pytest.raises(AssertionError):
             lora_expand(inner, plane, tables, module, output, num_tiles=1, config=CONFIG)

@@ -9,7 +9,7 @@ from cases import GATE_UP, MIXES, OUT, QKV, RANKS, SHAPES, Segments, lacks
 from sglang_elora.kernels import ShrinkConfig, lora_shrink, reference
 from sglang_elora.pages import ModuleShape
 from tolerances import TOLERANCES
-from worlds import ORDERS, World, make_world, rows_of
+from worlds import DEVICE, ORDERS, World, make_world, rows_of
 
 CONFIG = ShrinkConfig(
     block_n=32,
@@ -36,10 +36,11 @@ def check(
     module = world.modules[shape.name]
     num_rows = sum(length for _, length in segments) + spare_rows
     generator = torch.Generator().manual_seed(num_rows)
-    x = torch.randn(num_rows, shape.in_features, generator=generator).to(world.planes.weight_dtype)
+    x = torch.randn(num_rows, shape.in_features, generator=generator)
+    x = x.to(DEVICE, world.planes.weight_dtype)
     tables = world.batch_tables(segments, tile_rows)
     width = len(shape.out_features) * max(world.ranks) + spare_width
-    empty = torch.full((config.num_splits, num_rows, width), torch.nan)
+    empty = torch.full((config.num_splits, num_rows, width), torch.nan, device=DEVICE)
     inner = lora_shrink(
         x,
         world.planes.plane(0, 0),
@@ -134,7 +135,7 @@ def test_splits_do_not_depend_on_the_neighbours() -> None:
     """Bit by bit: a row's result is that of the row alone."""
     world = make_world(SHAPES, [8, 24, 40])
     together = check(world, QKV, [(0, 1), (1, 1), (2, 1)], spare_rows=0)
-    x = torch.randn(3, QKV.in_features, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(3, QKV.in_features, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     for i in range(3):
         tables = world.batch_tables([(i, 1)], 16)
         alone = lora_shrink(
@@ -152,7 +153,7 @@ def test_splits_do_not_depend_on_the_neighbours() -> None:
 def test_rows_of_a_wider_tensor() -> None:
     """Rows may lie apart."""
     world = make_world([OUT], [8])
-    wide = torch.randn(4, 200)
+    wide = torch.randn(4, 200, device=DEVICE)
     arguments = {
         "width": 8,
         "num_tiles": 1,
@@ -170,8 +171,22 @@ def test_wrong_sizes_are_found() -> None:
     tables = world.batch_tables([(0, 4)], 16)
     plane, module = world.planes.plane(0, 0), world.modules["o_proj"]
     with pytest.raises(AssertionError, match="96"):
-        lora_shrink(torch.zeros(4, 96), plane, tables, module, width=8, num_tiles=1, config=CONFIG)
+        lora_shrink(
+            torch.zeros(4, 96, device=DEVICE),
+            plane,
+            tables,
+            module,
+            width=8,
+            num_tiles=1,
+            config=CONFIG,
+        )
     with pytest.raises(AssertionError):
         lora_shrink(
-            torch.zeros(4, 128).half(), plane, tables, module, width=8, num_tiles=1, config=CONFIG
+            torch.zeros(4, 128, device=DEVICE).half(),
+            plane,
+            tables,
+            module,
+            width=8,
+            num_tiles=1,
+            config=CONFIG,
         )

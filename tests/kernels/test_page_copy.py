@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sglang_elora.kernels import Contiguous, PoolPlanes, page_copy, reference
+from worlds import DEVICE
 
 LAYERS, SLOTS = 3, 200
 Planes = list[list[torch.Tensor]]
@@ -19,7 +20,9 @@ def make_planes(slot_bytes: int, num_planes: int = 2) -> Planes:
     generator = torch.Generator().manual_seed(slot_bytes)
     return [
         [
-            torch.randint(0, 256, (SLOTS, slot_bytes), dtype=torch.uint8, generator=generator)
+            torch.randint(0, 256, (SLOTS, slot_bytes), dtype=torch.uint8, generator=generator).to(
+                DEVICE
+            )
             for _ in range(LAYERS)
         ]
         for _ in range(num_planes)
@@ -43,7 +46,8 @@ def make_copy(slots: Sequence[int], plane_bytes: Sequence[int], seed: int = 0) -
     memory = torch.randint(
         0, 256, (LAYERS, sum(plane_bytes)), dtype=torch.uint8, generator=generator
     )
-    return Contiguous(memory, torch.tensor(slots, dtype=torch.int32), tuple(plane_bytes))
+    table = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
+    return Contiguous(memory.to(DEVICE), table, tuple(plane_bytes))
 
 
 def check(planes: Planes, copies: Sequence[Contiguous]) -> None:
@@ -124,8 +128,8 @@ def test_some_layers(first_layer: int) -> None:
 
 
 def test_memory_with_gaps_between_layers() -> None:
-    wide = torch.randint(0, 256, (LAYERS, 4000), dtype=torch.uint8)
-    table = torch.tensor(ORDERS["scattered"], dtype=torch.int32)
+    wide = torch.randint(0, 256, (LAYERS, 4000), dtype=torch.uint8, device=DEVICE)
+    table = torch.tensor(ORDERS["scattered"], dtype=torch.int32, device=DEVICE)
     copy = Contiguous(wide[:, 32:3232], table, (1600, 1600))
     planes, expected = make_planes(256), make_planes(256)
     page_copy(PoolPlanes.of(planes), [copy], to_pool=True)

@@ -20,6 +20,7 @@ from sglang_elora.pages import (
 )
 
 POISON = float("nan")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there under Triton's interpreter
 Order = Callable[[int, int], list[int]]
 """(number of slots, first free one) -> their numbers in the order of the adapter's addresses."""
 
@@ -96,7 +97,7 @@ def make_world(
     order: str = "scattered",
     num_planes: int = 2,
     lacks: Callable[[int, str], bool] = lambda adapter, name: False,
-    device: str = "cpu",
+    device: str = DEVICE,
 ) -> World:
     """Adapters of given ranks, one after the other in whole pages of one pool.
 
@@ -145,5 +146,6 @@ def make_world(
 
 def rows_of(segments: Sequence[tuple[int, int]], num_adapters: int) -> list[torch.Tensor]:
     """Per adapter, its rows."""
-    owners = torch.tensor([adapter for adapter, n in segments for _ in range(n)], dtype=torch.long)
+    numbers = [adapter for adapter, n in segments for _ in range(n)]
+    owners = torch.tensor(numbers, dtype=torch.long, device=DEVICE)
     return [(owners == adapter).nonzero().flatten() for adapter in range(num_adapters)]

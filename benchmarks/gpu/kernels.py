@@ -1,0 +1,234 @@
+"""The kernels on a GPU, in one call: are they right, and how fast.
+
+    python benchmarks/gpu/kernels.py --out OUT_DIR [--site SITE_DIR] [--budget-s 540] [--dry-run]
+
+Parts, each written as soon as it is measured: facts and bandwidths, results on the device
+(tests/kernels, if pytest is there), CUDA graphs replayed with other adapters, times, page_copy,
+summary. SITE_DIR has SGLang for its kernels (bundle.sh, unpacked). Runs in a bare checkout.
+--dry-run goes through all of it on a CPU with tiny sizes, without times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmarks" / "kernels"
+DRY_RUN = "--dry-run" in sys.argv
+if DRY_RUN:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+if "--site" in sys.argv:
+    sys.path.insert(0, sys.argv[sys.argv.index("--site") + 1])
+sys.path.insert(0, str(FOLDER))
+import_module("shapes")  # makes sglang_elora.kernels importable in a bare checkout
+
+import torch  # noqa: E402
+
+import bench_both  # noqa: E402
+import bench_lora_expand  # noqa: E402
+import bench_lora_shrink  # noqa: E402
+import bench_page_copy  # noqa: E402
+import replay  # noqa: E402
+from floor import expand_work, shrink_work  # noqa: E402
+from sglang_elora.pages import ModuleShape  # noqa: E402
+from shapes import MODULES, Case, cases  # noqa: E402
+from timing import Timer, bandwidths, facts, interleaved  # noqa: E402
+from world import World  # noqa: E402
+
+TINY = (ModuleShape("qkv_proj", 128, (128, 64, 64)), ModuleShape("o_proj", 128, (96,)))
+
+
+class Results:
+    """Files of one run, and the time that is left."""
+
+    def __init__(self, out: Path, budget_s: float) -> None:
+        self.out, self._end = out, time.monotonic() + budget_s
+        out.mkdir(parents=True, exist_ok=True)
+
+    def write(self, name: str, content: Any) -> None:
+        (self.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+    @property
+    def time_is_up(self) -> bool:
+        return time.monotonic() > self._end
+
+
+def device_tests(timeout_s: float) -> dict[str, Any]:
+    """tests/kernels on this device, in a process of its own."""
+    code = "import shapes, sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    folder = ROOT / "tests" / "kernels"
+    command = [sys.executable, "-c", code, "-q", "-x", "-c", os.devnull, "--rootdir", str(folder)]
+    command += ["--confcutdir", str(folder), "-p", "no:cacheprovider", str(folder)]
+    command += ["--ignore", str(folder / "test_compile.py")]
+    path = os.pathsep.join([str(FOLDER), *sys.path])
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+    except subprocess.TimeoutExpired:
+        return {"passed": None, "output": f"not done in {timeout_s} s"}
+    return {"passed": done.returncode == 0, "output": (done.stdout + done.stderr)[-4000:]}
+
+
+def measure(case: Case, device: torch.device, rivals: bool) -> dict[str, Any]:
+    """All four modules of a case; with --dry-run each work runs once, untimed."""
+    shapes = TINY if DRY_RUN else MODULES
+    world = World.build(case, device, shapes)
+    row: dict[str, Any] = {"case": case.name, "layers_rotated": world.num_layers, "modules": {}}
+    for shape in shapes:
+        works, wrong = bench_both.works(world, shape, rivals)
+        works |= bench_lora_shrink.works(world, shape) | bench_lora_expand.works(world, shape)
+        bytes_of = {
+            "shrink": shrink_work(case, shape).num_bytes,
+            "expand": expand_work(case, shape).num_bytes,
+        }
+        bytes_of["both"] = sum(bytes_of.values())
+        entry: dict[str, Any] = {"wrong": wrong, "bytes": bytes_of}
+        if DRY_RUN:
+            for work in works.values():
+                work()
+        else:
+            timers = {name: Timer(work, world.num_layers) for name, work in works.items()}
+            entry["times"] = interleaved(timers)
+        row["modules"][shape.name] = entry
+    return row
+
+
+def condensed(row: dict[str, Any], bytes_per_s: float) -> dict[str, Any]:
+    """A case in a line: medians summed over the modules, and ratios."""
+    modules = row["modules"].values()
+    names = next(iter(modules))["times"]
+    totals = {name: sum(m["times"][name]["median_us"] for m in modules) for name in names}
+    floors = {
+        half: sum(m["bytes"][half] for m in modules) / bytes_per_s * 1e6
+        for half in ("shrink", "expand", "both")
+    }
+    ours = totals["both/scattered"]
+    return {
+        "case": row["case"],
+        "us": {name: round(value, 2) for name, value in totals.items()},
+        "share_of_floor": {
+            half: round(floors[half] / totals[f"{half}/scattered"], 3) for half in floors
+        },
+        "to_contiguous": round(ours / totals["both/contiguous"], 3),
+        "to_rivals": {
+            name[5:]: round(ours / totals[name], 3)
+            for name in totals
+            if name.startswith("both/") and name[5:] not in ("scattered", "contiguous")
+        },
+        "wrong": max(max(m["wrong"].values()) for m in modules),
+    }
+
+
+def times(results: Results, device: torch.device, rivals: bool, bytes_per_s: float) -> list[Any]:
+    rows, lines, left_out = [], [], []
+    todo = [Case("decode", 5, 3, "mixed"), Case("prefill", 70, 2, "16")] if DRY_RUN else cases()
+    for case in todo:
+        if results.time_is_up:
+            left_out.append(case.name)
+            continue
+        rows.append(measure(case, device, rivals))
+        if not DRY_RUN:
+            lines.append(condensed(rows[-1], bytes_per_s))
+            print(json.dumps(lines[-1]), flush=True)
+        results.write("times", {"rows": rows, "left_out": left_out})
+    results.write("times", {"rows": rows, "left_out": left_out})
+    return lines
+
+
+def targets(lines: list[Any], copies: list[Any], graphs: list[Any]) -> dict[str, Any]:
+    """What the issue asks for, as measured."""
+    decode = [line for line in lines if line["case"].startswith("decode") and _rows_of(line) >= 64]
+    mixed = [line for line in lines if line["case"].endswith("mixed")]
+    loads = [row for row in copies if row["case"].startswith("load")]
+    return {
+        "to_contiguous_worst (<= 1.10)": max((x["to_contiguous"] for x in lines), default=None),
+        "to_rivals_worst_mixed (< 1)": {
+            name: max(x["to_rivals"][name] for x in mixed)
+            for name in (mixed[0]["to_rivals"] if mixed else ())
+        },
+        "share_of_floor_worst_decode_64_up (>= 0.70)": min(
+            (x["share_of_floor"]["both"] for x in decode), default=None
+        ),
+        "page_copy_share_of_link (>= 0.85)": {
+            row["case"]: round(row["share_of_bandwidth"], 3) for row in loads
+        },
+        "graph_replay_right": all(
+            row["wrong"] == 0 and row["untouched_rows_equal"] for row in graphs
+        ),
+        "wrong_elements_worst": max((x["wrong"] for x in lines), default=None),
+    }
+
+
+def _rows_of(line: dict[str, Any]) -> int:
+    return int(line["case"].split("-")[1].split("x")[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--site", type=Path, help="unpacked bundle with SGLang")
+    parser.add_argument("--budget-s", type=float, default=540.0)
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args()
+    if not DRY_RUN and not torch.cuda.is_available():
+        print("needs a GPU (or --dry-run)")
+        raise SystemExit(2)
+    device = torch.device("cpu" if DRY_RUN else "cuda")
+    results = Results(options.out, options.budget_s)
+
+    rates = {} if DRY_RUN else bandwidths()
+    try:
+        import sglang.kernels.ops.gemm.chunked_sgmv_shrink  # noqa: F401
+
+        rivals: Any = True
+    except Exception as error:  # noqa: BLE001  whatever keeps it from importing is a fact of the run
+        rivals = repr(error)
+    results.write("facts", {**facts(), "seed": 0, "bandwidths": rates, "sglang_kernels": rivals})
+
+    if not DRY_RUN:
+        tests = device_tests(timeout_s=options.budget_s / 3)
+        results.write("correctness", tests)
+        print(tests["output"][-300:], flush=True)
+
+    sizes: dict[str, Any] = {"shapes": TINY, "num_rows": 6} if DRY_RUN else {}
+    graphs = replay.check(device, **sizes) + replay.check(device, tile_rows=64, **sizes)
+    results.write("graphs", graphs)
+    print(json.dumps(graphs), flush=True)
+
+    small: dict[str, Any] = {"shapes": TINY, "num_layers": 2, "ranks": (3,)} if DRY_RUN else {}
+    pool = bench_page_copy.Pool(device, **small)
+    copies: list[Any] = [{"case": "round trip", "right": bench_page_copy.check(pool)}]
+    if DRY_RUN:
+        for *_, work in bench_page_copy.cases(pool):
+            work()
+    else:
+        copies += bench_page_copy.measure(pool, rates)
+    del pool
+    results.write("page_copy", copies)
+
+    bytes_per_s = rates["device"]["bytes_per_s"] if rates else 1.0
+    lines = times(results, device, rivals is True and not DRY_RUN, bytes_per_s)
+    summary = {
+        "targets": targets(lines, copies[1:], graphs),
+        "round_trip_right": copies[0]["right"],
+        "cases": lines,
+    }
+    results.write("summary", summary)
+    print(json.dumps(summary["targets"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The scripts that wait for a GPU run to their end, in tiny sizes under Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "benchmarks" / "gpu"
+
+
+def dry_run(script: str, out: Path) -> None:
+    command = [sys.executable, str(SCRIPTS / script), "--out", str(out), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels(tmp_path: Path) -> None:
+    dry_run("kernels.py", tmp_path)
+    read = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert set(read) == {"facts", "graphs", "page_copy", "times", "summary"}
+    assert read["summary"]["targets"]["graph_replay_right"] is True
+    assert read["summary"]["round_trip_right"] is True
+    modules = [module for row in read["times"]["rows"] for module in row["modules"].values()]
+    assert modules and all(module["wrong"] == {"both/scattered": 0.0} for module in modules)
+    assert not any("times" in module for module in modules), "nothing is timed on a CPU"
+
+
+def test_tune(tmp_path: Path) -> None:
+    dry_run("tune.py", tmp_path)
+    tuned = json.loads((tmp_path / "cpu.json").read_text())
+    default = json.loads((SCRIPTS.parents[1] / "kernels/launch_configs/default.json").read_text())
+    assert tuned.keys() == default.keys()
+    for half, entries in tuned.items():
+        assert entries
+        for entry in entries:
+            assert entry["launch"].keys() == default[half][0]["launch"].keys()
+            assert entry["shape"].keys() == default[half][0]["shape"].keys()
+
+
+@pytest.mark.parametrize("script", ["kernels.py", "tune.py"])
+def test_without_a_gpu_nothing_is_measured(script: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, str(SCRIPTS / script), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "needs a GPU" in done.stdout
+    assert not (tmp_path / "out").exists()
