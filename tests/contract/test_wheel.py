@@ -28,6 +28,10 @@ from sglang_elora.config import EloraConfig
 assert preflight(EloraConfig(enabled=True)) == []
 names = {entry.name for entry in files("sglang_elora.patches").iterdir()}
 assert {"README.md", "01-cache-namespace.patch"} <= names, names
+import torch
+from sglang_elora.kernels import expand_config, shrink_config
+assert shrink_config(torch.device("cpu"), 16, 1, 4096).block_k
+assert expand_config(torch.device("cpu"), 64, 1, 4096).block_n
 print("in use")
 """
 
