@@ -39,7 +39,7 @@ import bench_page_copy  # noqa: E402
 import replay  # noqa: E402
 from floor import expand_work, shrink_work  # noqa: E402
 from sglang_elora.pages import ModuleShape  # noqa: E402
-from shapes import MODULES, Case, cases  # noqa: E402
+from shapes import MODULES, NUM_ADAPTERS, Case, cases  # noqa: E402
 from timing import Timer, bandwidths, facts, interleaved  # noqa: E402
 from world import World  # noqa: E402
 
@@ -159,9 +159,13 @@ def targets(lines: list[Any], copies: list[Any], graphs: list[Any]) -> dict[str,
             name: max(x["to_rivals"][name] for x in mixed)
             for name in (mixed[0]["to_rivals"] if mixed else ())
         },
-        "share_of_floor_worst_decode_64_up (>= 0.70)": min(
-            (x["share_of_floor"]["both"] for x in decode), default=None
-        ),
+        "share_of_floor_worst_decode_64_up (>= 0.70)": {
+            f"{n} adapters": min(
+                (x["share_of_floor"]["both"] for x in decode if f"x{n}-" in x["case"]),
+                default=None,
+            )
+            for n in NUM_ADAPTERS
+        },
         "page_copy_share_of_link (>= 0.85)": {
             row["case"]: round(row["share_of_bandwidth"], 3) for row in loads
         },

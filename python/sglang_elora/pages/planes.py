@@ -134,6 +134,8 @@ class KVPlanes:
     def _staging(self, num_bytes: int) -> torch.Tensor:
         """uint8 ``[num_bytes]`` on the device, the same memory at every call."""
         if num_bytes > len(self._staging_buffer):
+            if self._staging_buffer.is_cuda:  # it may still be read, and is another stream's
+                self._staging_buffer.record_stream(torch.cuda.current_stream())
             self._staging_buffer = torch.empty(
                 max(num_bytes, STAGING_BYTES), dtype=torch.uint8, device=self.device
             )
