@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-HEADER_INTS = 4  # the number of tiles, and padding to 16 bytes
-RECORD_INTS = 4  # before an adapter's modules: table address (two), rank, scaling (float bits)
-TILE_INTS = 4  # adapter, first and last + 1 index into rows, padding
+FIRST, END, RANK, SCALING, OFFSETS = 2, 3, 4, 5, 6
+"""Of a record, in int32: behind the address of the page table (two) the first and last + 1 index
+into rows, the adapter's rank and scaling (float bits), then per module the offsets of A and B."""
+
 MISSING = -1  # offset of a module that an adapter does not have
 
 
 def adapter_record(
     table: torch.Tensor, rank: int, scaling: float, offsets: Sequence[tuple[int, int]]
 ) -> NDArray[np.int32]:
-    """One adapter as kernels read it.
+    """One adapter as kernels read it, without rows yet.
 
     Args:
         table: int32 ``[num_slots]`` on the device, the adapter's slots in the order of its
@@ -32,19 +33,20 @@ def adapter_record(
         offsets: Per module, where A and B begin in their planes, in elements, or ``MISSING``.
 
     Returns:
-        int32 ``[RECORD_INTS + 2 * modules]``.
+        int32 ``[record_ints(modules)]``.
     """
     assert table.dtype == torch.int32 and table.is_contiguous()
-    record = np.empty(record_ints(len(offsets)), dtype=np.int32)
+    record = np.zeros(record_ints(len(offsets)), dtype=np.int32)
     record[:2].view(np.int64)[0] = table.data_ptr()
-    record[2] = rank
-    record[3:4].view(np.float32)[0] = scaling
-    record[RECORD_INTS:] = np.asarray(offsets, dtype=np.int32).reshape(-1)
+    record[RANK] = rank
+    record[SCALING : SCALING + 1].view(np.float32)[0] = scaling
+    record[OFFSETS:] = np.asarray(offsets, dtype=np.int32).reshape(-1)
     return record
 
 
 def record_ints(num_modules: int) -> int:
-    return RECORD_INTS + 2 * num_modules
+    """An even number: a record begins with an int64."""
+    return OFFSETS + 2 * num_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class Batch:
     @property
     def max_rank(self) -> int:
         """0 without adapters."""
-        return int(self.records[:, 2].max(initial=0))
+        return int(self.records[:, RANK].max(initial=0))
 
     def grouped(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Rows by adapter, in row order within: int32 row numbers, and how many each has."""
@@ -82,6 +84,10 @@ class Batch:
 
 class BatchTables:
     """Static device memory for batches up to given sizes.
+
+    ``tiles`` is int32 ``[max_tiles, record_ints]``: the record of a tile's adapter with the tile's
+    rows, so that a program finds all it needs in one place; tiles behind those of the batch have no
+    rows. ``rows`` is int32 ``[max_rows]``: row numbers, grouped by adapter.
 
     Args:
         device: Of the kernels.
@@ -106,16 +112,11 @@ class BatchTables:
         self.num_tiles = 0  # of the batch loaded last
         self.record_ints = record_ints(num_modules)
         self.max_tiles = max_tiles(max_rows, max_adapters, tile_rows)
-        self._tiles_begin = HEADER_INTS + max_adapters * self.record_ints
-        self._rows_begin = self._tiles_begin + self.max_tiles * TILE_INTS
-        # An even number, to be seen as addresses too.
-        size = -(-(self._rows_begin + max_rows) // 2) * 2
-        self._buffer = torch.zeros(size, dtype=torch.int32, device=device)
-        self.header = self._buffer[:HEADER_INTS]
-        self.records = self._buffer[HEADER_INTS : self._tiles_begin]
-        self.addresses = self.records.view(torch.int64)
-        self.tiles = self._buffer[self._tiles_begin : self._rows_begin]
-        self.rows = self._buffer[self._rows_begin : self._rows_begin + max_rows]
+        self._rows_begin = self.max_tiles * self.record_ints
+        self._buffer = torch.zeros(self._rows_begin + max_rows, dtype=torch.int32, device=device)
+        self.tiles = self._buffer[: self._rows_begin].view(-1, self.record_ints)
+        self.addresses = self._buffer[: self._rows_begin].view(torch.int64)
+        self.rows = self._buffer[self._rows_begin :]
 
     def load(self, batch: Batch) -> None:
         """Make a batch what kernels read from here on, on the current stream. Waits for nothing.
@@ -129,16 +130,14 @@ class BatchTables:
                 f"{self.max_rows} rows of {self.max_adapters} adapters"
             )
         rows, counts = batch.grouped()
-        tiles = _tiles(counts, self.tile_rows)
+        tiles = _tiles(batch.records, counts, self.tile_rows)
         self.num_tiles = len(tiles)
         used = self._rows_begin + len(rows)
         # Fresh memory for each batch: the copy of the last one may not have begun.
         host = torch.empty(used, dtype=torch.int32, pin_memory=self._buffer.is_cuda)
         ints = host.numpy()
-        ints[:HEADER_INTS] = (len(tiles), 0, 0, 0)
-        records = ints[HEADER_INTS : self._tiles_begin].reshape(-1, self.record_ints)
-        records[: len(batch.records)] = batch.records
-        ints[self._tiles_begin : self._rows_begin].reshape(-1, TILE_INTS)[: len(tiles)] = tiles
+        ints[: tiles.size] = tiles.reshape(-1)
+        ints[tiles.size : self._rows_begin] = 0
         ints[self._rows_begin :] = rows
         self._buffer[:used].copy_(host, non_blocking=True)
 
@@ -153,15 +152,16 @@ def max_tiles(num_rows: int, num_adapters: int, tile_rows: int) -> int:
     return incomplete + (num_rows - incomplete) // tile_rows
 
 
-def _tiles(counts: NDArray[np.int64], tile_rows: int) -> NDArray[np.int32]:
-    """int32 ``[tiles, TILE_INTS]`` for adapters of ``counts`` rows, which follow each other."""
+def _tiles(
+    records: NDArray[np.int32], counts: NDArray[np.int64], tile_rows: int
+) -> NDArray[np.int32]:
+    """int32 ``[tiles, record_ints]`` for adapters of ``counts`` rows, which follow each other."""
     per_adapter = -(-counts // tile_rows)
     adapters = np.repeat(np.arange(len(counts)), per_adapter)
     first_tile = np.cumsum(per_adapter) - per_adapter
     ends = np.cumsum(counts)
     within = np.arange(len(adapters)) - first_tile[adapters]
-    tiles = np.zeros((len(adapters), TILE_INTS), dtype=np.int32)
-    tiles[:, 0] = adapters
-    tiles[:, 1] = (ends - counts)[adapters] + within * tile_rows
-    tiles[:, 2] = np.minimum(tiles[:, 1] + tile_rows, ends[adapters])
+    tiles = records[adapters]
+    tiles[:, FIRST] = (ends - counts)[adapters] + within * tile_rows
+    tiles[:, END] = np.minimum(tiles[:, FIRST] + tile_rows, ends[adapters])
     return tiles

@@ -7,33 +7,34 @@ import triton
 import triton.language as tl
 
 from sglang_elora.kernels.addressing import chunk_elems, is_emulated, load_rows, rounded
-from sglang_elora.kernels.batch_tables import RECORD_INTS, TILE_INTS, BatchTables
+from sglang_elora.kernels.batch_tables import END, FIRST, OFFSETS, RANK, BatchTables
 from sglang_elora.kernels.launch_configs import ExpandConfig
 from sglang_elora.kernels.stacked_module import StackedModule
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_splits", "num_tiles"])
 def _lora_expand(
     inner,
     plane,
     output,
-    header,
     tiles,
-    rows,
-    records,
     addresses,
+    rows,
     inner_split_stride,
     inner_stride,
     output_stride,
     num_splits,
+    num_tiles,
     MODULE: tl.constexpr,
     OUT_FEATURES: tl.constexpr,
     B_STRIDES: tl.constexpr,
     SLOT_ELEMS: tl.constexpr,
     CHUNK: tl.constexpr,
     RECORD: tl.constexpr,
-    HEAD: tl.constexpr,
-    TILE: tl.constexpr,
+    FIRST: tl.constexpr,
+    END: tl.constexpr,
+    RANK: tl.constexpr,
+    OFFSETS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -67,16 +68,14 @@ def _lora_expand(
     n0 = (block - first_block) * BLOCK_N
     n = tl.arange(0, BLOCK_N)
 
-    num_tiles = tl.load(header)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        adapter = tl.load(tiles + tile * TILE)
-        offset = tl.load(records + adapter * RECORD + HEAD + 2 * MODULE + 1)
-        if offset >= 0:
-            first = tl.load(tiles + tile * TILE + 1)
-            end = tl.load(tiles + tile * TILE + 2)
-            rank = tl.load(records + adapter * RECORD + 2)
-            table = tl.load(addresses + adapter * (RECORD // 2)).to(tl.pointer_type(tl.int32))
-
+        record = tiles + tile * RECORD
+        first = tl.load(record + FIRST)
+        end = tl.load(record + END)
+        rank = tl.load(record + RANK)
+        offset = tl.load(record + OFFSETS + 2 * MODULE + 1)
+        table = tl.load(addresses + tile * (RECORD // 2)).to(tl.pointer_type(tl.int32))
+        if (first < end) & (offset >= 0):
             m = first + tl.arange(0, BLOCK_M)
             mask_m = m < end
             row = tl.load(rows + m, mask=mask_m, other=0).to(tl.int64)
@@ -157,23 +156,24 @@ def lora_expand(
         inner,
         plane,
         output,
-        tables.header,
         tables.tiles,
-        tables.rows,
-        tables.records,
         tables.addresses,
+        tables.rows,
         inner.stride(0),
         inner.stride(1),
         output.stride(0),
         num_splits,
+        num_tiles,
         MODULE=module.index,
         OUT_FEATURES=out_features,
         B_STRIDES=module.out_strides,
         SLOT_ELEMS=slot_elems,
         CHUNK=chunk_elems(slot_elems, module.alignment, config.block_n),
         RECORD=tables.record_ints,
-        HEAD=RECORD_INTS,
-        TILE=TILE_INTS,
+        FIRST=FIRST,
+        END=END,
+        RANK=RANK,
+        OFFSETS=OFFSETS,
         BLOCK_M=tables.tile_rows,
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,

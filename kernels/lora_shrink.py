@@ -7,25 +7,24 @@ import triton
 import triton.language as tl
 
 from sglang_elora.kernels.addressing import chunk_elems, is_emulated, load_rows
-from sglang_elora.kernels.batch_tables import RECORD_INTS, TILE_INTS, BatchTables
+from sglang_elora.kernels.batch_tables import END, FIRST, OFFSETS, RANK, SCALING, BatchTables
 from sglang_elora.kernels.launch_configs import ShrinkConfig
 from sglang_elora.kernels.stacked_module import StackedModule
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_splits", "num_tiles"])
 def _lora_shrink(
     x,
     plane,
     inner,
-    header,
     tiles,
-    rows,
-    records,
     addresses,
+    rows,
     x_stride,
     inner_split_stride,
     inner_stride,
     num_splits,
+    num_tiles,
     MODULE: tl.constexpr,
     PARTS: tl.constexpr,
     IN_FEATURES: tl.constexpr,
@@ -33,8 +32,11 @@ def _lora_shrink(
     SLOT_ELEMS: tl.constexpr,
     CHUNK: tl.constexpr,
     RECORD: tl.constexpr,
-    HEAD: tl.constexpr,
-    TILE: tl.constexpr,
+    FIRST: tl.constexpr,
+    END: tl.constexpr,
+    RANK: tl.constexpr,
+    SCALING: tl.constexpr,
+    OFFSETS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -44,17 +46,15 @@ def _lora_shrink(
     EVEN_K: tl.constexpr = IN_FEATURES % BLOCK_K == 0
     lane = tl.program_id(1)
     split = tl.program_id(2)
-    num_tiles = tl.load(header)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        adapter = tl.load(tiles + tile * TILE)
-        offset = tl.load(records + adapter * RECORD + HEAD + 2 * MODULE)
-        if offset >= 0:
-            first = tl.load(tiles + tile * TILE + 1)
-            end = tl.load(tiles + tile * TILE + 2)
-            rank = tl.load(records + adapter * RECORD + 2)
-            scaling = tl.load(records + adapter * RECORD + 3).to(tl.float32, bitcast=True)
-            table = tl.load(addresses + adapter * (RECORD // 2)).to(tl.pointer_type(tl.int32))
-
+        record = tiles + tile * RECORD
+        first = tl.load(record + FIRST)
+        end = tl.load(record + END)
+        rank = tl.load(record + RANK)
+        offset = tl.load(record + OFFSETS + 2 * MODULE)
+        scaling = tl.load(record + SCALING).to(tl.float32, bitcast=True)
+        table = tl.load(addresses + tile * (RECORD // 2)).to(tl.pointer_type(tl.int32))
+        if (first < end) & (offset >= 0):
             m = first + tl.arange(0, BLOCK_M)
             mask_m = m < end
             row = tl.load(rows + m, mask=mask_m, other=0).to(tl.int64)
@@ -134,15 +134,14 @@ def lora_shrink(
         x,
         plane,
         inner,
-        tables.header,
         tables.tiles,
-        tables.rows,
-        tables.records,
         tables.addresses,
+        tables.rows,
         x.stride(0),
         inner.stride(0),
         inner.stride(1),
         config.num_splits,
+        num_tiles,
         MODULE=module.index,
         PARTS=len(module.out_features),
         IN_FEATURES=in_features,
@@ -150,8 +149,11 @@ def lora_shrink(
         SLOT_ELEMS=slot_elems,
         CHUNK=chunk_elems(slot_elems, module.alignment, config.block_k),
         RECORD=tables.record_ints,
-        HEAD=RECORD_INTS,
-        TILE=TILE_INTS,
+        FIRST=FIRST,
+        END=END,
+        RANK=RANK,
+        SCALING=SCALING,
+        OFFSETS=OFFSETS,
         BLOCK_M=tables.tile_rows,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

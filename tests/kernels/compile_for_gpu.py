@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sglang_elora.kernels import launch_configs
-from sglang_elora.kernels.batch_tables import RECORD_INTS, TILE_INTS, record_ints
+from sglang_elora.kernels.batch_tables import END, FIRST, OFFSETS, RANK, SCALING, record_ints
 from sglang_elora.kernels.lora_expand import _lora_expand
 from sglang_elora.kernels.lora_shrink import _lora_shrink
 from sglang_elora.kernels.page_copy import _BLOCK_WORDS, JOB_INTS, _page_copy
@@ -28,7 +28,7 @@ BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     **dict.fromkeys(("x", "plane", "output"), "weights"),
     "inner": "*fp32",
-    **dict.fromkeys(("header", "tiles", "rows", "records"), "*i32"),
+    **dict.fromkeys(("tiles", "rows"), "*i32"),
     "addresses": "*i64",
     "jobs": "*i64",
 }
@@ -36,8 +36,10 @@ LORA = {
     "MODULE": 0,
     "SLOT_ELEMS": 1024,
     "RECORD": record_ints(4),
-    "HEAD": RECORD_INTS,
-    "TILE": TILE_INTS,
+    "FIRST": FIRST,
+    "END": END,
+    "RANK": RANK,
+    "OFFSETS": OFFSETS,
     "EMULATED": False,
 }
 ALIGNED = {*POINTERS, "x_stride", "output_stride"} - {"jobs"}
@@ -87,6 +89,7 @@ def launches(sm: int) -> Iterator[dict[str, Any]]:
         for entry in entries["shrink"]:
             launch, rows = entry["launch"], entry["shape"]["tile_rows"]
             constants = LORA | {
+                "SCALING": SCALING,
                 "PARTS": 3,
                 "IN_FEATURES": 4096,
                 "A_STRIDE": 4096,

@@ -9,14 +9,25 @@ import pytest
 import torch
 
 from sglang_elora.kernels import MISSING, Batch, BatchTables, adapter_record
-from sglang_elora.kernels.batch_tables import RECORD_INTS, TILE_INTS, max_tiles, record_ints
+from sglang_elora.kernels.batch_tables import (
+    END,
+    FIRST,
+    OFFSETS,
+    RANK,
+    SCALING,
+    max_tiles,
+    record_ints,
+)
 
 Segments = list[tuple[int, int]]
 CPU = torch.device("cpu")  # what the device is matters to no line here
 
 
-def empty_records(count: int, num_modules: int = 1) -> np.ndarray:
-    return np.zeros((count, record_ints(num_modules)), dtype=np.int32)
+def empty_records(count: int) -> np.ndarray:
+    """Records that say by their rank whose they are."""
+    records = np.zeros((count, record_ints(1)), dtype=np.int32)
+    records[:, RANK] = np.arange(count)
+    return records
 
 
 def tables_for(segments: Segments, num_adapters: int, tile_rows: int) -> BatchTables:
@@ -34,10 +45,9 @@ def tables_for(segments: Segments, num_adapters: int, tile_rows: int) -> BatchTa
 
 def read(tables: BatchTables) -> list[tuple[int, list[int]]]:
     """The tiles: whose, and which rows."""
-    count = int(tables.header[0])
-    assert count == tables.num_tiles
-    tiles = tables.tiles.view(-1, TILE_INTS)[:count].tolist()
-    return [(adapter, tables.rows[first:end].tolist()) for adapter, first, end, _ in tiles]
+    used = tables.tiles[: tables.num_tiles, [RANK, FIRST, END]].tolist()
+    assert not tables.tiles[tables.num_tiles :].any(), "tiles behind the batch have rows"
+    return [(adapter, tables.rows[first:end].tolist()) for adapter, first, end in used]
 
 
 def test_tiles_by_hand() -> None:
@@ -78,7 +88,7 @@ def test_max_tiles_is_reached_and_not_exceeded(num_rows: int) -> None:
 def test_memory_stays_and_old_tiles_do_not_count() -> None:
     """What a captured graph relies on."""
     tables = BatchTables(CPU, num_modules=1, max_rows=8, max_adapters=4, tile_rows=2)
-    addresses = [view.data_ptr() for view in (tables.header, tables.tiles, tables.rows)]
+    addresses = [view.data_ptr() for view in (tables.addresses, tables.tiles, tables.rows)]
     tables.load(Batch(empty_records(4), [(3, 5), (0, 3)]))
     assert len(read(tables)) == 5
     tables.load(Batch(empty_records(1), [(-1, 4), (0, 2)]))
@@ -87,7 +97,7 @@ def test_memory_stays_and_old_tiles_do_not_count() -> None:
     assert read(tables) == []
     tables.load(Batch(empty_records(0), []))
     assert read(tables) == []
-    assert addresses == [view.data_ptr() for view in (tables.header, tables.tiles, tables.rows)]
+    assert addresses == [view.data_ptr() for view in (tables.addresses, tables.tiles, tables.rows)]
 
 
 @pytest.mark.parametrize(("num_rows", "num_adapters"), [(9, 1), (5, 5)])
@@ -102,11 +112,11 @@ def test_record() -> None:
     record = adapter_record(table, 24, 0.75, [(0, 64), (MISSING, MISSING)])
     tables = BatchTables(CPU, num_modules=2, max_rows=1, max_adapters=3, tile_rows=16)
     tables.load(Batch(np.stack([record * 0, record]), [(1, 1)]))
-    assert int(tables.addresses[record_ints(2) // 2]) == table.data_ptr()
-    ints = tables.records[record_ints(2) : 2 * record_ints(2)]
-    assert int(ints[2]) == 24
-    assert float(ints[3:4].view(torch.float32)) == 0.75
-    assert ints[RECORD_INTS:].tolist() == [0, 64, -1, -1]
+    assert int(tables.addresses[0]) == table.data_ptr()
+    tile = tables.tiles[0]
+    assert int(tile[RANK]) == 24
+    assert float(tile[SCALING : SCALING + 1].view(torch.float32)) == 0.75
+    assert tile[OFFSETS:].tolist() == [0, 64, -1, -1]
     assert Batch(np.stack([record]), [(0, 1)]).max_rank == 24
     assert Batch(np.stack([record])[:0], [(-1, 1)]).max_rank == 0
 
