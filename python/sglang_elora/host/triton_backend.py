@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from sglang_elora.kernels import (
     shrink_config,
 )
 from sglang_elora.pages import KVPlanes, ModuleShape, PagedAdapter, WeightRef, stacked_modules
+
+logger = logging.getLogger(__name__)
 
 DECODE_TILE_ROWS, PREFILL_TILE_ROWS = 16, 64
 DETERMINISTIC_TILES = 128
@@ -166,6 +169,7 @@ class EloraTritonBackend(PagedLoRABackend):
 
     def warm_up(self, planes: KVPlanes) -> None:
         """Launch every kernel that batches may need, over a batch of nothing."""
+        logger.info("Compiling LoRA kernels, unless Triton has them in its cache")
         planes.warm_up()
         a, b = planes.plane(0, 0), planes.plane(-1, 0)
         for tile_rows in (DECODE_TILE_ROWS, PREFILL_TILE_ROWS):
