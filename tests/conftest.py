@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from importlib import import_module
 from pathlib import Path
@@ -20,13 +19,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Servers end when slots are lost or counted twice.
 os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE"] = "1"
 
-# Without a GPU, kernels run under Triton's interpreter. It is chosen when triton and the kernels
-# are imported; servers that tests start do not inherit it.
-if shutil.which("nvidia-smi") is None:
-    os.environ["TRITON_INTERPRET"] = "1"
-    import_module("sglang_elora.kernels")
-    import_module("triton.experimental.gluon")  # at the first launch triton would
-    del os.environ["TRITON_INTERPRET"]
+# Kernels run under Triton's interpreter, on any machine; benchmarks/gpu/kernels.py runs their tests
+# on a GPU. It is chosen when triton and the kernels are imported; servers do not inherit it.
+os.environ["TRITON_INTERPRET"] = "1"
+import_module("sglang_elora.kernels")
+import_module("triton.experimental.gluon")  # at the first launch triton would
+del os.environ["TRITON_INTERPRET"]
 
 from sglang_elora.demo.checkpoint import make_checkpoint  # noqa: E402
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402

@@ -1,7 +1,7 @@
 """The LoRA backends compute mixed batches from scattered pages, against plain torch.
 
-All cases run through ``elora_torch`` and ``elora_triton``; without a GPU the kernels run under
-Triton's interpreter.
+All cases run through ``elora_torch`` and ``elora_triton``, whose kernels run under Triton's
+interpreter.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang_elora.kernels import Batch, BatchTables, StackedModule
+from sglang_elora.kernels.addressing import INTERPRETED
 from sglang_elora.pages import (
     AdapterImage,
     AdapterLayout,
@@ -20,7 +21,7 @@ from sglang_elora.pages import (
 )
 
 POISON = float("nan")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there under Triton's interpreter
+DEVICE = "cpu" if INTERPRETED else "cuda"
 Order = Callable[[int, int], list[int]]
 """(number of slots, first free one) -> their numbers in the order of the adapter's addresses."""
 
