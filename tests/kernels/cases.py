@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import torch
+
 from sglang_elora.pages import ModuleShape
 
 QKV = ModuleShape("qkv_proj", 96, (128, 64, 64))
@@ -12,6 +14,15 @@ GATE_UP = ModuleShape("gate_up_proj", 100, (70, 33))  # nothing here is a multip
 OUT = ModuleShape("o_proj", 128, (96,))
 SHAPES = (QKV, GATE_UP, OUT)
 RANKS = (1, 8, 24, 64, 128)
+POOLS = [
+    (torch.bfloat16, 192),
+    (torch.bfloat16, 288),  # chunks of 32
+    (torch.bfloat16, 1024),
+    (torch.uint8, 64),  # fp8 KV: a slot holds half a tile of weights
+    (torch.uint8, 1024),
+    (torch.float32, 80),
+]
+"""Of bfloat16 weights: dtype and elements of a slot."""
 
 Segments = Sequence[tuple[int, int]]
 

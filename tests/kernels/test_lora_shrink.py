@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import GATE_UP, MIXES, OUT, QKV, RANKS, SHAPES, Segments, lacks
+from cases import GATE_UP, MIXES, OUT, POOLS, QKV, RANKS, SHAPES, Segments, lacks
 from sglang_elora.kernels import ShrinkConfig, lora_shrink, reference
 from sglang_elora.pages import ModuleShape
 from tolerances import TOLERANCES
@@ -89,17 +89,7 @@ def test_ranks(rank: int) -> None:
     check(make_world([OUT], [rank], dtype=torch.bfloat16), OUT, [(0, 3)])
 
 
-@pytest.mark.parametrize(
-    ("kv_dtype", "kv_dim"),
-    [
-        (torch.bfloat16, 192),
-        (torch.bfloat16, 288),  # chunks of 32
-        (torch.bfloat16, 1024),
-        (torch.uint8, 64),  # fp8 KV: a slot holds half a tile of weights
-        (torch.uint8, 1024),
-        (torch.float32, 80),
-    ],
-)
+@pytest.mark.parametrize(("kv_dtype", "kv_dim"), POOLS)
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 def test_pools(kv_dtype: torch.dtype, kv_dim: int, page_size: int) -> None:
     world = make_world(
