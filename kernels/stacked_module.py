@@ -26,3 +26,7 @@ class StackedModule:
     in_stride: int
     out_strides: tuple[int, ...]
     alignment: int
+
+    def inner_width(self, max_rank: int) -> int:
+        """Columns between the halves: whole 16s, or each rank would have kernels of its own."""
+        return -(-len(self.out_features) * max_rank // 16) * 16

@@ -68,7 +68,7 @@ def check(
             whole.planes.plane(0, 0),
             tables,
             module,
-            width=len(shape.out_features) * MAX_RANK,
+            width=module.inner_width(MAX_RANK),
             num_tiles=tiles,
             config=shrink_config(device, tile_rows, tiles, shape.in_features),
         )

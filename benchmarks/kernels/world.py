@@ -111,8 +111,7 @@ class Ours:
         self.world, self.module = world, world.modules[shape.name]
         self.tables = world.tables(adapters, tile_rows)
         device, tiles = world.planes.device, self.tables.num_tiles
-        # As the backend rounds it.
-        self.width = -(-len(shape.out_features) * max(world.case.ranks) // 16) * 16
+        self.width = self.module.inner_width(max(world.case.ranks))
         self.shrink_config = shrink_config(device, tile_rows, tiles, shape.in_features)
         self.expand_config = expand_config(device, tile_rows, tiles, sum(shape.out_features))
         self.inner: torch.Tensor | None = None

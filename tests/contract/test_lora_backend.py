@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+import cases
 from sglang_elora.pages import (
     AdapterImage,
     AdapterLayout,
@@ -27,13 +28,13 @@ from sglang_elora.pages import (
     PageTable,
     WeightRef,
 )
+from tolerances import TOLERANCES
 
 QKV = ModuleShape("qkv_proj", 96, (128, 64, 64))
 GATE_UP = ModuleShape("gate_up_proj", 96, (80, 80))
 OUT = ModuleShape("o_proj", 128, (96,))
 SHAPES = {shape.name: shape for shape in (QKV, GATE_UP, OUT)}
 NUM_LAYERS, LAYER = 2, 1
-TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (3e-2, 2e-2)}
 
 
 @dataclass
@@ -171,18 +172,19 @@ def run(backend: Any, name: str, x: torch.Tensor, base: torch.Tensor) -> torch.T
 
 
 MIXES = {
-    "one": ([8], [(0, 5)]),
     "one row each": ([1, 8, 24, 64], [(i, 1) for i in range(4)]),
-    "with base rows": ([8, 24], [(None, 3), (0, 4), (None, 1), (1, 2)]),
-    "interleaved": ([8, 24, 3], [(0, 2), (1, 1), (0, 3), (2, 1), (1, 1), (0, 1)]),
     "base only rows between": ([4], [(0, 1), (None, 2), (0, 1)]),
     "empty segments": ([8, 8], [(0, 0), (1, 3), (0, 0)]),
-    "no rows": ([8], [(0, 0)]),
-    "sixteen": ([1 + 4 * (i % 16) for i in range(16)], [(i * 7 % 16, 2) for i in range(16)]),
+    "pairs": ([1 + 4 * (i % 16) for i in range(16)], [(i * 7 % 16, 2) for i in range(16)]),
+    # What the kernels are tested over.
+    **{
+        name: (ranks, [(None if i < 0 else i, n) for i, n in segments])
+        for name, (ranks, segments) in cases.MIXES.items()
+    },
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("mix", MIXES)
 def test_mixes(mix: str, name: str, dtype: torch.dtype, backends: Backends) -> None:
@@ -201,7 +203,7 @@ def test_mixes(mix: str, name: str, dtype: torch.dtype, backends: Backends) -> N
     backend.set_batch([(None if i is None else adapters[i].paged, n) for i, n in segments])
     output = run(backend, name, x, base)
     assert output.data_ptr() == base.data_ptr(), "added in place"
-    rtol, atol = TOLERANCE[dtype]
+    rtol, atol = TOLERANCES[dtype].values()
     scale = expected.abs().max() if len(rows) else 1
     torch.testing.assert_close(output.float(), expected, rtol=rtol, atol=float(atol * scale))
 

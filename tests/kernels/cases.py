@@ -50,6 +50,7 @@ MIXES: dict[str, tuple[list[int], Segments]] = {
     "sixteen distinct": ([1 + 4 * i for i in range(16)], [(i * 7 % 16, 1) for i in range(16)]),
     "sixty-four distinct": ([8 + i % 3 for i in range(64)], [(63 - i, 1) for i in range(64)]),
     "zipf": ([8, 1, 24, 16, 5, 8, 3, 64], zipf(8, 40)),
+    "zipf over sixty-four": ([(8, 1, 24, 3)[i % 4] for i in range(64)], zipf(64, 90)),
 }
 
 

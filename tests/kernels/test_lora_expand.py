@@ -23,11 +23,12 @@ def check(
     tile_rows: int = 16,
     num_splits: int = 1,
     spare_columns: int = 3,
+    spare_rows: int = 2,
 ) -> None:
     """Kernel and reference agree where adapters compute; all else keeps every bit."""
     dtype, module = world.planes.weight_dtype, world.modules[shape.name]
     parts, out = len(shape.out_features), sum(shape.out_features)
-    num_rows = sum(length for _, length in segments) + 2
+    num_rows = sum(length for _, length in segments) + spare_rows
     rows = rows_of(segments, len(world.ranks))
     width = parts * max(world.ranks) + 5
     generator = torch.Generator().manual_seed(num_rows)
@@ -131,6 +132,10 @@ def test_rounds_once_per_half() -> None:
         config=CONFIG,
     )
     assert torch.equal(output, torch.full_like(output, (torch.tensor(3 + 2**-7)).bfloat16()))
+
+
+def test_no_rows_at_all() -> None:
+    check(make_world([OUT], [8]), OUT, [], spare_rows=0)
 
 
 def test_wrong_sizes_are_found() -> None:

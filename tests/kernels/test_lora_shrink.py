@@ -156,6 +156,10 @@ def test_rows_of_a_wider_tensor() -> None:
     assert torch.equal(apart, adjacent)
 
 
+def test_no_rows_at_all() -> None:
+    check(make_world([OUT], [8]), OUT, [], spare_rows=0)
+
+
 def test_wrong_sizes_are_found() -> None:
     world = make_world([OUT], [8])
     tables = world.batch_tables([(0, 4)], 16)

@@ -60,8 +60,7 @@ class Admission:
                 self._forget(self._holder)
             elif req is not self._holder:
                 return False
-        full = req.lora_id not in running and len(running - {None}) >= self.max_adapters
-        if (full and req.lora_id is not None) or not self._secure(req):
+        if not self._secure(req, running):
             self._refused(req, waiting)
             return False
         self._allowed.append(req)
@@ -96,9 +95,11 @@ class Admission:
                 self.residency.forest.get(req.lora_id).visits += 1
         self._allowed.clear()
 
-    def _secure(self, req: Req) -> bool:
+    def _secure(self, req: Req, running: set[str | None]) -> bool:
         if req.lora_id is None:
             return True
+        if req.lora_id not in running and len(running - {None}) >= self.max_adapters:
+            return False
         adapter = self.residency.forest.get(req.lora_id)
         if adapter.resident:
             return True

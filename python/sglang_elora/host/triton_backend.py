@@ -149,7 +149,7 @@ class EloraTritonBackend(PagedLoRABackend):
             self._planes_of_forward().plane(0, weights.layer),
             batch.tables,
             module,
-            width=_width(module, batch.max_rank),
+            width=module.inner_width(batch.max_rank),
             num_tiles=num_tiles,
             config=self._shrink_config(module, batch.tables, num_tiles),
         )
@@ -176,7 +176,7 @@ class EloraTritonBackend(PagedLoRABackend):
             tables = self._tables(1, 1, tile_rows)
             for module in self._modules.values():
                 x = torch.zeros(1, module.in_features, dtype=self._dtype, device=self.device)
-                output, width = x.new_zeros(1, sum(module.out_features)), _width(module, 1)
+                output, width = x.new_zeros(1, sum(module.out_features)), module.inner_width(1)
                 for tiles in (2**i for i in range(12)):
                     shrink = self._shrink_config(module, tables, tiles)
                     expand = self._expand_config(module, tables, tiles)
@@ -225,8 +225,3 @@ class EloraTritonBackend(PagedLoRABackend):
             self._pool = pool
             self._planes = KVPlanes((pool.k_buffer, pool.v_buffer), self._dtype)
         return self._planes
-
-
-def _width(module: StackedModule, max_rank: int) -> int:
-    """Columns between the halves: whole 16s, or each rank would have kernels of its own."""
-    return -(-len(module.out_features) * max_rank // 16) * 16
