@@ -16,6 +16,9 @@ from typing import Any
 SGLANG_PIN = "0.5.21"
 """The one version of SGLang this package runs on. pyproject.toml repeats it; a test compares."""
 
+POLICIES = ("elora", "elora_paper", "gdsf", "lru")
+POLICY_TERMS = ("adapter_count", "swap_cost", "visit_frequency", "recency", "dependency")
+
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"", "0", "false", "no", "off"})
 
@@ -59,6 +62,26 @@ class EloraConfig:
         "Most LoRA adapters in one batch: the size of the tables that kernels read. No memory for "
         "weights is reserved.",
     )
+    policy: str = _option(
+        "elora",
+        "--elora-policy",
+        "What goes first when the pool is full, KV and adapters alike: 'elora' (seconds saved "
+        "per slot, from learned reuse and measured rates), 'elora_paper' (the paper's cost model), "
+        "'gdsf' (Greedy-Dual-Size-Frequency) or 'lru'.",
+        choices=POLICIES,
+    )
+    policy_off: str = _option(
+        "",
+        "--elora-policy-off",
+        "For measurements: terms of 'elora_paper' to leave out, separated by commas: "
+        "adapter_count, swap_cost, visit_frequency, recency, dependency.",
+    )
+    host_gb: float = _option(
+        16.0,
+        "--elora-host-gb",
+        "Host memory for adapters, in 10^9 bytes per scheduler process. Those beyond it are read "
+        "from their files when they are needed; 0 keeps none longer than it takes to copy it.",
+    )
     link_gbytes_per_s: float = _option(
         0.0,
         "--elora-link-gbytes-per-s",
@@ -85,6 +108,16 @@ class EloraConfig:
             )
         if self.check and not self.enabled:
             raise ValueError("--elora-check (SGLANG_ELORA_CHECK) needs --elora")
+        unknown = set(self.policy_terms_off) - set(POLICY_TERMS)
+        if unknown:
+            raise ValueError(
+                f"--elora-policy-off (SGLANG_ELORA_POLICY_OFF) has {', '.join(sorted(unknown))}; "
+                f"terms are {', '.join(POLICY_TERMS)}"
+            )
+        if self.policy_off and self.policy != "elora_paper":
+            raise ValueError(
+                "--elora-policy-off (SGLANG_ELORA_POLICY_OFF) needs --elora-policy elora_paper"
+            )
         if self.link_latency_us and not self.link_gbytes_per_s:
             raise ValueError(
                 "--elora-link-latency-us (SGLANG_ELORA_LINK_LATENCY_US) needs a bandwidth: "
@@ -95,6 +128,10 @@ class EloraConfig:
     def selects_anything(self) -> bool:
         """Whether SGLang is to be changed at all."""
         return self.enabled or self.emulates_link
+
+    @property
+    def policy_terms_off(self) -> tuple[str, ...]:
+        return tuple(term.strip() for term in self.policy_off.split(",") if term.strip())
 
     @property
     def emulates_link(self) -> bool:

@@ -356,7 +356,8 @@ def test_batches_that_graphs_may_replay_reach_their_tables(
     manager = object.__new__(sglang.manager_class)
     manager.lora_backend, manager.enable_dp_attention = backend, False
     manager.max_adapters_in_batch = 0
-    manager.residency = SimpleNamespace(fill=lambda uid: adapters[0].paged)
+    manager.residency = SimpleNamespace(paged=lambda uid: adapters[0].paged, copies={})
+    manager._measure = None
     manager.init_cuda_graph_batch_info(max_bs_in_cuda_graph=4, num_tokens_per_req=1)
     backend.init_prefill_cuda_graph_batch_info(max_num_tokens=16, max_num_requests=2)
 

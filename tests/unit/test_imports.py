@@ -19,11 +19,26 @@ ALLOWED = {
     ".": {".", "host", "demo", "platforms"},
     "adapters": {"adapters"},
     "demo": {"demo", "platforms"},
-    "host": {".", "adapters", "host", "kernels", "pages", "patches", "platforms", "tree"},
+    "estimators": {"estimators"},
+    "host": {
+        ".",
+        "adapters",
+        "estimators",
+        "host",
+        "kernels",
+        "pages",
+        "patches",
+        "platforms",
+        "policy",
+        "swapper",
+        "tree",
+    },
     "kernels": {"kernels"},
     "pages": {"kernels", "pages"},
     "platforms": {"platforms"},
-    "tree": {"tree"},
+    "policy": {"policy"},
+    "swapper": {"pages", "swapper", "tree"},
+    "tree": {"policy", "tree"},
 }
 MAY_IMPORT_SGLANG = {"host", "platforms"}
 LINES_MAX = 500

@@ -12,10 +12,16 @@ __all__ = [
     "BaseShapes",
     "check_adapter",
     "check_tensors",
+    "served_modules",
     "served_names",
 ]
 
 from sglang_elora.adapters.base_shapes import BaseShapes
-from sglang_elora.adapters.check import AdapterFacts, check_adapter, check_tensors
+from sglang_elora.adapters.check import (
+    AdapterFacts,
+    check_adapter,
+    check_tensors,
+    served_modules,
+)
 from sglang_elora.adapters.errors import AdapterError
 from sglang_elora.adapters.module_names import EMBEDDING_MODULES, served_names

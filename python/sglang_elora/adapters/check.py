@@ -70,6 +70,7 @@ def check_adapter(
     max_rank: int | None = None,
     target_modules: Iterable[str] | None = None,
     refused_modules: Iterable[str] = (),
+    read_weights: bool = True,
 ) -> AdapterFacts:
     """Check an adapter against the base model and the server's limits.
 
@@ -81,6 +82,7 @@ def check_adapter(
         target_modules: The server's ``--lora-target-modules``, plain or fused names; "all"
             allows everything.
         refused_modules: Served names of modules that the server cannot adapt at all.
+        read_weights: Look for NaN and infinity; else the files' headers are all that is read.
 
     Raises:
         AdapterError: The adapter cannot be served; the text says which file, why, and what
@@ -93,8 +95,20 @@ def check_adapter(
     tensors = read_tensors(folder, files)
     facts = _check_parts(folder, config, base, tensors)
     _check_limits(folder, config, facts, max_rank, target_modules, refused_modules)
-    folder.raise_if_any(non_finite_tensors(folder, files), _DIVERGED)
+    if read_weights:
+        folder.raise_if_any(non_finite_tensors(folder, files), _DIVERGED)
     return replace(facts, files=tuple(files))
+
+
+def served_modules(name: str, path: str) -> frozenset[str]:
+    """The modules an adapter has weights for, by SGLang's fused names, from its files' headers.
+
+    Raises:
+        AdapterError: There is no such folder, or no file in it that can be read.
+    """
+    folder = find_folder(name, path)
+    tensors = read_tensors(folder, find_weight_files(folder))
+    return served_names(t.name.rsplit(".lora_", 1)[0] for t in tensors if ".lora_" in t.name)
 
 
 def check_tensors(

@@ -42,6 +42,8 @@ _Load = Callable[..., Awaitable[LoadLoRAAdapterReqOutput]]
 def drop_bad_start_adapters(result: None, server_args: Any) -> None:
     """After ``check_lora_server_args``: keep the adapters of --lora-paths that can be served.
 
+    Of their files the headers are read; weights are checked when they are first read.
+
     Raises:
         AdapterError: One cannot, and ``--elora-bad-adapter exit`` is set.
         ValueError: None can, and the flags do not say which shapes to expect of later ones.
@@ -53,7 +55,7 @@ def drop_bad_start_adapters(result: None, server_args: Any) -> None:
     kept = []
     for adapter in settings.lora_paths:
         try:
-            _check(adapter.lora_name, adapter.lora_path, settings, settings)
+            _check(adapter.lora_name, adapter.lora_path, settings, settings, read_weights=False)
             kept.append(adapter)
         except AdapterError as error:
             if config.bad_adapter == "exit":
@@ -118,8 +120,8 @@ def refuse_adapter_ids(self: TokenizerManager, obj: GenerateReqInput | Embedding
         raise ValueError("lora_id is internal to SGLang: name the adapter with lora_path")
 
 
-def _check(name: str, path: str, model: Any, lora: Any) -> None:
-    check_adapter(name, path, _base_of(model), **_limits_of(lora))
+def _check(name: str, path: str, model: Any, lora: Any, *, read_weights: bool = True) -> None:
+    check_adapter(name, path, _base_of(model), **_limits_of(lora), read_weights=read_weights)
 
 
 def _limits_of(lora: Any) -> dict[str, Any]:

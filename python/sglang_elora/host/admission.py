@@ -1,12 +1,13 @@
 """Admission: a request enters a batch only when its adapter and its tokens can be held together.
 
 SGLang's scheduler asks about each waiting request, in queue order, whether its adapter can run
-(``Scheduler.can_schedule_lora_req``), and then matches, budgets and locks the request. Between the
-question and the lock nothing is evicted, so slots given to the adapter there are still its own
-when the lock on the request's path protects them, for as long as the request holds that lock.
+(``Scheduler.can_schedule_lora_req``), and then matches, budgets and locks the request. Adapters
+come while requests wait (``swapper.py``); one that is there is protected from the question on,
+between which and the lock nothing is evicted, by the lock on the request's path, for as long as the
+request holds that lock.
 
 No request holds a part of what it needs while it waits for the rest, so none waits for another in
-a circle. A request whose adapter has no room is passed by; those behind it go on, until
+a circle. A request whose adapter is not there is passed by; those behind it go on, until
 ``MAX_BYPASS`` of them have: then nothing else is admitted before it.
 """
 
@@ -15,10 +16,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult
-
 from sglang_elora.host.lora_manager import EloraLoRAManager
 from sglang_elora.host.residency import Residency
+from sglang_elora.host.swapper import Swapper
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -34,20 +34,26 @@ MAX_BYPASS = 64
 class Admission:
     """One per scheduler. All it decides by is equal on all tensor-parallel ranks."""
 
-    def __init__(self, residency: Residency, max_adapters: int) -> None:
+    def __init__(self, residency: Residency, swapper: Swapper, max_adapters: int) -> None:
         self.residency = residency
+        self.swapper = swapper
         self.max_adapters = max_adapters  # in one batch
-        self._adder: PrefillAdder | None = None
-        self._allowed: list[Req] = []  # in this pass
         self._num_admitted = 0
         self._first_refused_at: dict[str, int] = {}  # request id -> _num_admitted then
         self._holder: Req | None = None  # the request all others wait for
 
     def begin_pass(self, adder: PrefillAdder) -> None:
         """SGLang starts to fill a prefill batch."""
-        self._count_admitted()
-        self._adder = adder
+        self.adder = adder
         self.residency.purge_retired()
+
+    def taken(self, req: Req) -> None:
+        """SGLang put the request into the batch: all that it uses is visited."""
+        self._forget(req)
+        self._num_admitted += 1
+        self.residency.core.visit(req.last_node)
+        if req.lora_id is not None:
+            self.swapper.used(req.lora_id)
 
     def admit(self, req: Req, waiting: list[Req], running: set[str | None]) -> bool:
         """Whether the request may be added now; its adapter has its slots if so.
@@ -63,7 +69,6 @@ class Admission:
         if not self._secure(req, running):
             self._refused(req, waiting)
             return False
-        self._allowed.append(req)
         return True
 
     def fit(self, req: Req) -> None:
@@ -85,34 +90,15 @@ class Admission:
         params.max_new_tokens = max(0, min(params.max_new_tokens, room))
         params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
 
-    def _count_admitted(self) -> None:
-        """Of the requests allowed in the last pass, those that SGLang took."""
-        taken = set(map(id, self._adder.can_run_list)) if self._adder is not None else set()
-        for req in self._allowed:
-            if id(req) in taken:
-                self._forget(req)
-                self._num_admitted += 1
-                self.residency.forest.get(req.lora_id).visits += 1
-        self._allowed.clear()
-
     def _secure(self, req: Req, running: set[str | None]) -> bool:
         if req.lora_id is None:
             return True
         if req.lora_id not in running and len(running - {None}) >= self.max_adapters:
             return False
-        adapter = self.residency.forest.get(req.lora_id)
-        if adapter.resident:
-            return True
-        adder = self._adder
-        assert adder is not None
-        if adder.budget_state() != AddReqResult.CONTINUE:
+        if not self.residency.forest.get(req.lora_id).resident:
             return False
-        self.fit(req)  # again: adapters may have been pinned since
-        # As PrefillAdder.add_one_req counts, with nothing of it in the cache of the device.
-        num_tokens = len(req.origin_input_ids) + len(req.output_ids) + adder.per_req_token_overhead
-        left = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
-        wanted = adapter.num_slots + num_tokens + min(left, CLIP_MAX_NEW_TOKENS)
-        return wanted < adder.rem_total_tokens and self.residency.place(req.lora_id)
+        copy = self.residency.copies.get(req.lora_id)
+        return copy is None or self.swapper.is_hidden(copy, req, self.adder)
 
     def _refused(self, req: Req, waiting: list[Req]) -> None:
         since = self._first_refused_at.setdefault(req.rid, self._num_admitted)
@@ -136,6 +122,13 @@ def begin_pass(result: None, self: PrefillAdder, *_: Any, **__: Any) -> None:
     admission = getattr(self.tree_cache, "admission", None)
     if admission is not None:
         admission.begin_pass(self)
+
+
+def note_taken(result: Any, self: PrefillAdder, req: Req, *_: Any, **__: Any) -> None:
+    """After ``PrefillAdder.add_one_req``, which tells of the next request, not of this one."""
+    admission = getattr(self.tree_cache, "admission", None)
+    if admission is not None and self.can_run_list and self.can_run_list[-1] is req:
+        admission.taken(req)
 
 
 def admit(self: Scheduler, req: Req, running_loras: set[str | None]) -> bool:

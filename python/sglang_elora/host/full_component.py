@@ -37,11 +37,15 @@ class EloraFullComponent(FullComponent):
 
     def __init__(self, cache: Any, params: Any) -> None:
         super().__init__(cache, params)
-        self.keeps_order = (
+        self._stock_order = (
             params.eviction_policy.lower() in ORDERED_POLICIES
             and not params.enable_session_radix_cache
         )
         self._tokens_wanted = 0
+
+    @property
+    def keeps_order(self) -> bool:
+        return self._stock_order or self.tree_core.policy is not None
 
     def evict_component(
         self,
@@ -67,6 +71,8 @@ class EloraFullComponent(FullComponent):
         moved = transfers[0]
         if phase == CacheTransferPhase.BACKUP_HOST and moved.host_indices is not None:
             self.tree_core.count_kv(node, host=len(moved.host_indices))
+            if self.keeps_order:  # to lose it costs less now
+                self._order(self.tree_core.evictable_device_leaves).lower(node)
         if phase == CacheTransferPhase.LOAD_BACK and moved.device_indices is not None:
             self.tree_core.count_kv(node, device=len(moved.device_indices))
 
@@ -84,7 +90,7 @@ class EloraFullComponent(FullComponent):
         leaves = self._order(self.tree_core.evictable_device_leaves)
         while tracker[self.component_type] < self._tokens_wanted:
             leaf = leaves.take_lowest()
-            if leaf is None:
+            if leaf is None or self.tree_core.spares(leaf):
                 break
             # SGLang's caller takes one leaf at a time, and reads progress off the tracker as well.
             if not self.tree_core.evict_at_once(leaf, tracker, device_frees, host_frees):

@@ -23,7 +23,9 @@ from sglang_elora.host import (
     invariants,
     link,
     lora_manager,
+    measure,
     selection,
+    swapper,
 )
 
 
@@ -142,6 +144,30 @@ HOOKS: tuple[Hook, ...] = (
         "The scheduler names the class itself, and asks about adapters without the budget.",
     ),
     Hook(
+        "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
+        ("self", "req", "has_chunked_req"),
+        HookType.AFTER,
+        admission.note_taken,
+        When.ELORA,
+        "The cache is told of matches, which are many per request, not of a request taken.",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run",
+        ("self", "running_batch", "last_batch"),
+        HookType.BEFORE,
+        swapper.step,
+        When.ELORA,
+        "Only caches with a host tier of KV are called in every iteration of the scheduler.",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.on_idle",
+        ("self",),
+        HookType.AFTER,
+        swapper.idle,
+        When.ELORA,
+        "The scheduler asks nobody while requests wait and none can run.",
+    ),
+    Hook(
         "sglang.srt.managers.scheduler.Scheduler.can_schedule_lora_req",
         ("self", "req", "running_loras"),
         HookType.REPLACE,
@@ -164,6 +190,14 @@ HOOKS: tuple[Hook, ...] = (
         admission.add_statistics,
         When.ELORA,
         "/server_info has no registry of sections.",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.process_batch_result",
+        ("self", "batch", "result"),
+        HookType.AFTER,
+        measure.note_result,
+        When.ELORA,
+        "Nobody else is told when a batch is over.",
     ),
     Hook(
         "sglang.srt.managers.scheduler.Scheduler.process_batch_result",

@@ -25,6 +25,14 @@ def delay_adapter_copy(buffer_view: torch.Tensor, weight: torch.Tensor) -> None:
     _link().copy(buffer_view.nbytes)
 
 
+def make_copy_stream(device_module: Any) -> Any:
+    """A stream for copies from the host; where a link is emulated, one that does not block."""
+    stream = device_module.Stream()
+    if hasattr(stream, "asynchronous"):
+        stream.asynchronous = True
+    return stream
+
+
 def delay_page_copy(num_bytes: int) -> None:
     """Before a copy from the host on its way to pages, where a link is emulated."""
     link = getattr(torch.cpu.current_stream(), "link", None)

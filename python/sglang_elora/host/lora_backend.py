@@ -17,6 +17,7 @@ from sglang.srt.lora.backend.lora_registry import register_lora_backend
 from sglang.srt.server_args import ServerArgs
 
 from sglang_elora.pages import KVPlanes, ModuleShape, PagedAdapter, WeightRef
+from sglang_elora.swapper import AdapterCopy
 
 Segment = tuple[PagedAdapter | None, int]
 """(adapter or None, number of token rows)"""
@@ -41,6 +42,7 @@ class PagedLoRABackend(BaseLoRABackend):
     name: str
     skip_inactive_lora_batches = True  # a batch without adapters takes the plain layers' path
     max_rank: int | None = None  # largest it computes; None: any
+    _awaited: Sequence[AdapterCopy] = ()  # copies that the batch runs ahead of
 
     def __init__(
         self, max_loras_per_batch: int, device: torch.device, *, max_adapters: int, **_: Any
@@ -74,6 +76,16 @@ class PagedLoRABackend(BaseLoRABackend):
             graph: The CUDA graphs that may replay it.
         """
 
+    def await_copies(self, copies: Sequence[AdapterCopy], graph: Graph | None) -> None:
+        """Weights of the next batch that may not be in their slots yet.
+
+        Each layer waits for its own. A graph cannot wait in its middle: before it, all is waited
+        for.
+        """
+        self._awaited = copies if graph is None else ()
+        for copy in copies if graph is not None else ():
+            copy.wait()
+
     def prepare_lora_batch(self, *_: Any, **__: Any) -> None:
         """Refused: SGLang's does nothing, so the last batch's adapters would be computed again."""
         raise NotImplementedError(f"{self.name} takes its batches from set_batch")
@@ -97,7 +109,7 @@ class PagedLoRABackend(BaseLoRABackend):
         """
         if "pruned_batch_info" in options:
             raise NotImplementedError(_NO_EMBEDDINGS)
-        return self.shrink(x, weights)
+        return self._shrink_when_there(x, weights)
 
     def run_lora_b_sgemm(
         self,
@@ -120,12 +132,21 @@ class PagedLoRABackend(BaseLoRABackend):
     def run_qkv_lora(
         self, x: torch.Tensor, qkv_lora_a: WeightRef, qkv_lora_b: WeightRef, **options: Any
     ) -> torch.Tensor:
-        return self.expand(self.shrink(x, qkv_lora_a), qkv_lora_b, options["base_output"])
+        return self.expand(
+            self._shrink_when_there(x, qkv_lora_a), qkv_lora_b, options["base_output"]
+        )
 
     def run_gate_up_lora(
         self, x: torch.Tensor, gate_up_lora_a: WeightRef, gate_up_lora_b: WeightRef, **options: Any
     ) -> torch.Tensor:
-        return self.expand(self.shrink(x, gate_up_lora_a), gate_up_lora_b, options["base_output"])
+        return self.expand(
+            self._shrink_when_there(x, gate_up_lora_a), gate_up_lora_b, options["base_output"]
+        )
+
+    def _shrink_when_there(self, x: torch.Tensor, weights: WeightRef) -> torch.Tensor:
+        for copy in self._awaited:
+            copy.wait_layer(weights.layer)
+        return self.shrink(x, weights)
 
     @abstractmethod
     def shrink(self, x: torch.Tensor, weights: WeightRef) -> torch.Tensor:

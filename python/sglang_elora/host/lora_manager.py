@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.lora.lora import LoRAAdapter
 from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.lora.utils import EMBEDDING_NAMES, generate_sequence_lengths
 
+from sglang_elora.adapters import served_modules
 from sglang_elora.host.lora_backend import MAX_RANK, Graph, PagedLoRABackend
 from sglang_elora.host.lora_pool import PagedLoRAPool
-from sglang_elora.host.residency import Residency
-from sglang_elora.pages import PagedAdapter
+from sglang_elora.host.measure import Measure
+from sglang_elora.host.residency import AdapterChanged, AdapterSource, Residency
+from sglang_elora.pages import AdapterImage, AdapterLayout
 
 if TYPE_CHECKING:
+    from sglang.srt.lora.lora_config import LoRAConfig
     from sglang.srt.lora.lora_registry import LoRARef
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -31,6 +36,7 @@ class EloraLoRAManager(LoRAManager):
 
     def __init__(self, *args: Any, max_loras_per_batch: int, **kwargs: Any) -> None:
         self.residency: Residency | None = None
+        self._measure: Measure | None = None
         self.max_adapters_in_batch = 0
         self.num_checks = 0  # counted by --elora-check
         # A batch holds what fits into memory, and pinning is bounded by memory: no limit on slots.
@@ -64,27 +70,43 @@ class EloraLoRAManager(LoRAManager):
         )
         self.memory_pool.on_removed = self._retire
 
-    def bind(self, residency: Residency) -> None:
+    def bind(self, residency: Residency, measure: Measure) -> None:
         """Adapters live in this pool from now on.
 
         Raises:
             PoolTooSmall: An adapter given at start does not fit.
             ValueError: The model's layers differ in shape.
         """
-        self.residency = residency
+        self.residency, self._measure = residency, measure
         self.lora_backend.warm_up(residency.planes)
         for lora_ref in self.lora_refs.values():
-            self._take_in(lora_ref)
+            self._take_in(self._source_of(lora_ref))
 
     def load_lora_weights(self, lora_ref: LoRARef) -> None:
-        super().load_lora_weights(lora_ref)
-        self._take_in_or_forget(lora_ref)
+        """Make an adapter known by its configuration and the headers of its file.
+
+        Its weights are read when a request names it; those of one that is loaded while the server
+        runs, at once and beside it.
+        """
+        if self.residency is not None:  # else ``bind`` takes it in
+            self._take_in_or_forget(lora_ref, self._source_of(lora_ref))
+            self.residency.host.request(lora_ref.lora_id)
 
     def load_lora_weights_from_tensors(
         self, lora_ref: LoRARef, tensors: Mapping[str, torch.Tensor]
     ) -> None:
         super().load_lora_weights_from_tensors(lora_ref, tensors)
-        self._take_in_or_forget(lora_ref)
+        adapter = self.loras.pop(lora_ref.lora_id)  # the image is the copy from here on
+        image = self.memory_pool.image_of(adapter, self.lora_modules, self._shapes)
+        source = AdapterSource(
+            lora_ref.lora_id,
+            lora_ref.lora_name,
+            image.layout,
+            image.nbytes,
+            pinned=bool(lora_ref.pinned),
+            image=image,
+        )
+        self._take_in_or_forget(lora_ref, source)
 
     def validate_lora_batch(self, lora_ids: set[str | None]) -> bool:
         """Always: admission has secured each adapter's slots."""
@@ -97,13 +119,18 @@ class EloraLoRAManager(LoRAManager):
 
     def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
         """Weights of the batch's adapters into their slots, and who computes which rows."""
+        if self._measure is not None:
+            self._measure.launch()
         ids = forward_batch.lora_ids
         distinct = sorted(set(ids) - {None})
         graph = self._graph_of(forward_batch)
         if not distinct and graph is None:
             self.lora_backend.reset_batch_state()
             return
-        adapters = {uid: self._filled(uid) for uid in distinct}
+        assert self.residency is not None, "a batch with adapters before the KV pool"
+        adapters = {uid: self.residency.paged(uid) for uid in distinct}
+        under_way = self.residency.copies
+        self.lora_backend.await_copies([under_way[u] for u in distinct if u in under_way], graph)
         self.max_adapters_in_batch = max(self.max_adapters_in_batch, len(distinct))
         rows = generate_sequence_lengths(forward_batch, device=torch.device("cpu")).tolist()
         self.lora_backend.set_batch(
@@ -120,29 +147,51 @@ class EloraLoRAManager(LoRAManager):
             return Graph.DECODE
         return Graph.PREFILL if self.can_use_prefill_cuda_graph(forward_batch) else None
 
-    def _filled(self, uid: str) -> PagedAdapter:
-        assert self.residency is not None, "a batch with adapters before the KV pool"
-        return self.residency.fill(uid)
+    def _source_of(self, lora_ref: LoRARef) -> AdapterSource:
+        """What the headers of the adapter's file tell."""
+        uid, name = lora_ref.lora_id, lora_ref.lora_name
+        present = served_modules(name, lora_ref.lora_path)
+        shapes = [shape for shape in self._shapes if shape.name in present]
+        layout = AdapterLayout.build(self.configs[uid].r, shapes)
+        num_bytes = self.memory_pool.num_layer * sum(layout.plane_elems) * self.dtype.itemsize
+        read = partial(self._read_image, uid, self.configs[uid], layout)
+        return AdapterSource(uid, name, layout, num_bytes, bool(lora_ref.pinned), read=read)
 
-    def _take_in_or_forget(self, lora_ref: LoRARef) -> None:
-        """Register a loaded adapter; if that fails nothing of it stays."""
-        if self.residency is None:
-            return  # given at start: bind() takes it in
+    def _read_image(self, uid: str, config: LoRAConfig, layout: AdapterLayout) -> AdapterImage:
+        """The adapter's weights from its file. Runs in a thread of the host tier.
+
+        Raises:
+            AdapterChanged: The file does not hold what its headers told before.
+            ValueError: A weight is NaN or infinite.
+            OSError: The file cannot be read; others as SGLang's loader raises them.
+        """
+        adapter = LoRAAdapter(
+            uid,
+            config,
+            self.base_hf_config,
+            self.load_config,
+            self.lora_backend,
+            base_model=self.base_model,
+        )
+        adapter.initialize_weights()
+        image = self.memory_pool.image_of(adapter, self.lora_modules, self._shapes)
+        if image.layout != layout:
+            raise AdapterChanged("its file has changed since it was loaded: load it again")
+        if not torch.isfinite(image.memory).all():
+            raise ValueError("its weights have values that are NaN or infinite")
+        return image
+
+    def _take_in_or_forget(self, lora_ref: LoRARef, source: AdapterSource) -> None:
+        """Register an adapter; if that fails nothing of it stays."""
         try:
-            self._take_in(lora_ref)
+            self._take_in(source)
         except Exception:
-            del self.loras[lora_ref.lora_id], self.configs[lora_ref.lora_id]
+            del self.configs[lora_ref.lora_id]
             raise
 
-    def _take_in(self, lora_ref: LoRARef) -> None:
+    def _take_in(self, source: AdapterSource) -> None:
         assert self.residency is not None
-        adapter = self.loras[lora_ref.lora_id]
-        image = self.memory_pool.image_of(adapter, self.lora_modules, self._shapes)
-        self.residency.register(
-            lora_ref.lora_id, lora_ref.lora_name, image, pinned=bool(lora_ref.pinned)
-        )
-        for layer in adapter.layers:  # the image is the host copy from here on
-            layer.weights.clear()
+        self.residency.register(source)
         # What SGLang's metrics show as slots: adapters that could run at once.
         self.memory_pool.max_loras_per_batch = len(self.residency.forest)
 

@@ -8,6 +8,7 @@ not mention is SGLang's.
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
@@ -21,12 +22,18 @@ from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.mem_cache.unified_cache.tree_core_registry import register_tree_core_backend
 from sglang.srt.runtime_context import get_memory
 
+from sglang_elora.config import EloraConfig
 from sglang_elora.host import compatibility
 from sglang_elora.host.admission import Admission
 from sglang_elora.host.full_component import EloraFullComponent
 from sglang_elora.host.lora_manager import EloraLoRAManager
+from sglang_elora.host.measure import Measure
+from sglang_elora.host.policies import make_policy
 from sglang_elora.host.residency import Residency
+from sglang_elora.host.swapper import Swapper
 from sglang_elora.host.tree_core import EloraTreeCore
+from sglang_elora.policy import Term
+from sglang_elora.swapper import HostTier
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +61,18 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     cache: Any = create_unified_radix_cache(ctx)
     if manager is not None:
         assert isinstance(manager, EloraLoRAManager), type(manager)
-        residency = Residency(cache, weight_dtype=manager.dtype)
-        manager.bind(residency)
-        cache.admission = Admission(residency, manager.lora_backend.max_adapters)
+        config = EloraConfig.from_env(os.environ)
+        core: EloraTreeCore = cache.tree_core
+        cache.measure = Measure(cache)
+        policy = make_policy(config, cache.measure, core.forest)
+        core.use_policy(policy, pool_slots=ctx.params.token_to_kv_pool_allocator.size)
+        core.keeps_dependency = Term.DEPENDENCY.value not in config.policy_terms_off
+        host = HostTier(int(config.host_gb * 1e9), core.adapter_priority)
+        stream = ctx.tp_worker.model_runner.forward_stream
+        residency = Residency(cache, manager.dtype, host, stream)
+        manager.bind(residency, cache.measure)
+        cache.swapper = Swapper(residency, cache.measure)
+        cache.admission = Admission(residency, cache.swapper, manager.lora_backend.max_adapters)
     return cache
 
 

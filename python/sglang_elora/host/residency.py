@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
-from sglang_elora.host.link import delay_page_copy
+from sglang_elora.host.link import delay_page_copy, make_copy_stream
 from sglang_elora.host.tree_core import EloraTreeCore
-from sglang_elora.pages import AdapterImage, KVPlanes, PagedAdapter, PageTable
+from sglang_elora.pages import AdapterImage, AdapterLayout, KVPlanes, PagedAdapter, PageTable
+from sglang_elora.swapper import AdapterCopy, Copied, HostTier
 
 logger = logging.getLogger(__name__)
 
@@ -19,44 +22,78 @@ class PoolTooSmall(ValueError):
     """An adapter cannot be held by the pool, whatever is evicted."""
 
 
-class Residency:
-    """Adapters of one scheduler process, between host images and slots of the KV pool.
+class AdapterChanged(ValueError):
+    """An adapter's file is not what it was when its KV was computed."""
 
-    Owned by the LoRA manager, used by admission. An adapter gets its slots when a request that
-    names it is admitted (``place``) and its weights right before the forward pass that needs them
-    (``fill``): that copy is enqueued on the stream of the forward passes, behind the pass that
-    may still read what lay in those slots before.
+
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """What is known of an adapter before its weights are read.
+
+    ``read`` reads them from its file; an adapter that came without one has its ``image``.
+    """
+
+    uid: str
+    name: str
+    layout: AdapterLayout
+    num_bytes: int  # of its image on this rank
+    pinned: bool
+    read: Callable[[], AdapterImage] | None = None
+    image: AdapterImage | None = None
+
+
+class Residency:
+    """Adapters of one scheduler process, between host memory and slots of the KV pool.
+
+    ``place`` gives an adapter slots and starts the copy of its weights on a stream of its own;
+    until all ranks have it (``settle``) it cannot be evicted. A batch may run with it before that:
+    it waits for each layer's weights as it comes to the layer (``paged`` and ``copies``).
 
     Args:
         cache: The ``UnifiedRadixCache`` over an ``EloraTreeCore``.
         weight_dtype: Of the LoRA weights.
+        host: Images of the adapters.
+        forward_stream: On which batches run; slots may be read there until now.
     """
 
-    def __init__(self, cache: Any, weight_dtype: torch.dtype) -> None:
+    def __init__(
+        self, cache: Any, weight_dtype: torch.dtype, host: HostTier, forward_stream: Any
+    ) -> None:
         self.cache = cache
         self.core: EloraTreeCore = cache.tree_core
         self.core.on_evicted = self._evicted
         self.forest = self.core.forest
+        self.host = host
         self.allocator = cache.token_to_kv_pool_allocator
         pool = self.allocator.get_kvcache()
         self.planes = KVPlanes((pool.k_buffer, pool.v_buffer), weight_dtype)
-        self._images: dict[str, AdapterImage] = {}
-        self._filled: dict[str, PagedAdapter] = {}
+        self.copies: dict[str, AdapterCopy] = {}  # under way, in the order they were started
+        self._paged: dict[str, PagedAdapter] = {}
+        self._forward_stream = forward_stream
+        self._device = torch.get_device_module(self.planes.device)
+        self._is_cuda = self.planes.device.type == "cuda"
+        self._copy_stream = make_copy_stream(self._device)
+        self._names: dict[str, str] = {}
 
     @property
     def pool_slots(self) -> int:
         slots: int = self.allocator.size
         return slots
 
-    def register(self, uid: str, name: str, image: AdapterImage, *, pinned: bool) -> None:
-        """Make an adapter servable from its host image.
+    def name_of(self, uid: str) -> str:
+        """The name it is served under, for texts."""
+        return self._names.get(uid, uid)
+
+    def register(self, source: AdapterSource) -> None:
+        """Make an adapter servable.
 
         Raises:
             PoolTooSmall: It does not fit into the pool beside the pinned adapters, or pinning it
                 would leave no room for another. The text has the numbers.
+            HostTierFull: It has no file, and the host tier no room for its image.
         """
-        page_size = self.allocator.page_size
-        num_slots = image.layout.num_slots(self.planes.slot_elems, page_size)
+        page_size, name = self.allocator.page_size, source.name
+        num_slots = source.layout.num_slots(self.planes.slot_elems, page_size)
         taken = self.forest.pinned_slots
         room = self.pool_slots - taken - page_size
         if num_slots > room:
@@ -65,16 +102,32 @@ class Residency:
                 f"{self.pool_slots}, {taken} of them for pinned adapters, and a request needs "
                 f"{page_size} more: raise --max-total-tokens or --mem-fraction-static"
             )
-        others = max((a.num_slots for a in self.forest if not a.pinned), default=0)
-        if pinned and num_slots + others > room:
+        others = self.forest.largest_unpinned
+        if source.pinned and num_slots + others > room:
             raise PoolTooSmall(
                 f"LoRA adapter '{name}' cannot be pinned: it takes {num_slots} slots of the KV "
                 f"pool, which has {self.pool_slots}, {taken} of them for other pinned adapters, "
                 f"and another adapter could not be loaded any more ({others} slots): load it "
                 "unpinned, or raise --max-total-tokens or --mem-fraction-static"
             )
-        self._images[uid] = image
-        self.forest.register(uid, num_slots=num_slots, pinned=pinned, version=image.digest())
+        self.host.add(source.uid, source.num_bytes, source.read, source.image)
+        version = "" if source.image is None else source.image.version
+        self.forest.register(source.uid, num_slots=num_slots, pinned=source.pinned, version=version)
+        self._names[source.uid] = name
+
+    def check_content(self, uid: str, image: AdapterImage) -> None:
+        """The first image of an adapter gives it its version; later ones must be the same.
+
+        Raises:
+            AdapterChanged: The file holds something else now.
+        """
+        adapter = self.forest.get(uid)
+        if adapter.version and image.version != adapter.version:
+            raise AdapterChanged(
+                "its file has changed since it was loaded, and what is cached was computed with "
+                "the old weights: unload it and load it again"
+            )
+        adapter.version = image.version
 
     def retire(self, uid: str) -> None:
         """Unload: the adapter's KV on device and host, its slots and its image go.
@@ -83,7 +136,8 @@ class Residency:
         """
         if uid in self.forest:
             self.forest.retire(uid)
-            self._images.pop(uid, None)
+            self.host.remove(uid)
+            self._names.pop(uid, None)
             self.purge_retired()
 
     def purge_retired(self) -> None:
@@ -92,46 +146,92 @@ class Residency:
             result = self.core.purge(str(adapter.uid))
             self.cache._free_values(result.device_frees, result.host_frees)
 
-    def place(self, uid: str) -> bool:
-        """Give an adapter its slots, evicting what is worth less; False if that frees too few."""
+    def place(self, uid: str, wanted_since: int | None = None) -> bool:
+        """Give an adapter its slots and start its copy; its image is in host memory.
+
+        Args:
+            wanted_since: Nodes that a request of this number or an earlier one waits for stay.
+
+        Returns:
+            Whether what may be evicted was enough.
+        """
         adapter = self.forest.get(uid)
-        assert not adapter.retired, f"adapter {uid} was unloaded"
-        if adapter.resident:
-            return True
+        assert not adapter.retired and not adapter.resident, f"adapter {uid} cannot be placed"
         shortfall = adapter.num_slots - self.allocator.available_size()
         if shortfall > 0:
-            self.cache.evict_for_alloc(EvictParams(num_tokens=shortfall))
+            with self.core.sparing(wanted_since):
+                self.cache.evict_for_alloc(EvictParams(num_tokens=shortfall))
         slots = self.allocator.alloc(adapter.num_slots)
         if slots is None:
             return False
         self.core.place(uid, slots)
-        logger.info("load %s into %d slots", uid, adapter.num_slots)
+        node = self.core.node_of(uid)
+        self.core.inc_full_pin(node.id)  # until it is settled
+        self.copies[uid] = self._start_copy(uid, node.slots)
+        logger.info("load %s into %d slots", self.name_of(uid), adapter.num_slots)
         return True
 
-    def fill(self, uid: str) -> PagedAdapter:
-        """The placed adapter with its weights in its slots. Called on the forward stream."""
-        paged = self._filled.get(uid)
-        if paged is None:
-            adapter = self.forest.get(uid)
-            assert adapter.resident, f"adapter {uid} runs without its slots"
-            image = self._images[uid]
-            slots = self.core.node_of(uid).slots
-            if slots.is_cuda:
-                # They belong to the scheduler's stream, which may reuse their memory once the
-                # adapter is evicted.
-                slots.record_stream(torch.cuda.current_stream())
+    def settle(self, uid: str, code: Copied) -> Exception | None:
+        """A copy is over on all ranks, or has failed on one, which is returned as an error."""
+        copy = self.copies.pop(uid)
+        node = self.core.node_of(uid)
+        self.core.dec_full_pin(node.id)
+        self.host.release(uid)
+        if code == Copied.DONE:
+            return None
+        copy.synchronize()  # nothing writes to these slots any more
+        result = self.core.displace(uid)
+        self.cache._free_values(result.device_frees, result.host_frees)
+        return copy.error or RuntimeError("another rank could not copy it")
+
+    def paged(self, uid: str) -> PagedAdapter:
+        """An adapter with slots, as the backend reads it. Its copy may be in ``copies`` still."""
+        return self._paged[uid]
+
+    def _make_event(self) -> Any:
+        return self._device.Event(enable_timing=True) if self._is_cuda else self._device.Event()
+
+    def _start_copy(self, uid: str, slots: torch.Tensor) -> AdapterCopy:
+        image = self.host.hold(uid)
+        stream, device = self._copy_stream, self._device
+        # ``slots`` was made on the scheduler's stream.
+        ready = device.Event()
+        ready.record(device.current_stream())
+        copy = AdapterCopy(uid, len(slots), begun=self._make_event())
+
+        def before_slots() -> None:
+            # A batch under way may read, or write, what lay in these slots before.
+            stream.wait_stream(self._forward_stream)
+
+        def after_piece(end_layer: int, num_bytes: int) -> None:
+            delay_page_copy(num_bytes)
+            event = self._make_event()
+            event.record(stream)
+            copy.pieces.append((end_layer, event))
+
+        with device.stream(stream):
+            ready.wait(stream)
+            copy.begun.record(stream)
+            if self._is_cuda:
+                slots.record_stream(stream)
             table = PageTable(slots)
-            for piece in image.pieces():
-                delay_page_copy(piece.nbytes)
-            self.planes.write(table, image)
-            paged = self._filled[uid] = PagedAdapter(
-                image.layout, table, self.planes, image.scaling
-            )
-        return paged
+            if self._is_cuda:
+                table.slots.record_stream(self._forward_stream)
+            self._paged[uid] = PagedAdapter(image.layout, table, self.planes, image.scaling)
+            try:
+                self.planes.write(table, image, before_slots=before_slots, after_piece=after_piece)
+            except (RuntimeError, ValueError, OSError) as error:
+                logger.error("copy of %s failed: %s", self.name_of(uid), error)
+                copy.error = error
+        return copy
 
     def _evicted(self, uid: str) -> None:
-        self._filled.pop(uid, None)
-        logger.info("evict %s", uid)
+        copy = self.copies.pop(uid, None)
+        if copy is not None:  # the whole cache was flushed
+            copy.synchronize()
+            self.host.release(uid)
+        self._paged.pop(uid, None)
+        logger.info("evict %s", self.name_of(uid))
 
     def statistics(self) -> dict[str, int]:
         """Counts of now and since the start, all in slots or tokens (one slot holds one token)."""
@@ -140,6 +240,9 @@ class Residency:
             "pool_slots": self.pool_slots,
             "adapter_slots": self.forest.resident_slots,
             "adapters_resident": sum(adapter.resident for adapter in adapters),
+            "adapters_on_host": len(self.host),
+            "adapter_host_bytes": self.host.num_bytes,
+            "adapter_files_read": self.host.num_reads,
             "adapter_loads": sum(adapter.loads for adapter in adapters),
             "adapter_evictions": sum(adapter.evictions for adapter in adapters),
             "kv_tokens_device": sum(a.device_tokens for a in (self.forest.base, *adapters)),

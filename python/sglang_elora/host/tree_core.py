@@ -11,9 +11,10 @@ Walks start at the adapter's node, as SGLang's Rust core starts them at a root p
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from sglang.srt.disaggregation.kv_events import StorageMedium
@@ -25,7 +26,6 @@ from sglang.srt.mem_cache.unified_cache.components.base import (
 )
 from sglang.srt.mem_cache.unified_cache.unified_tree_core import (
     NodeId,
-    UnifiedTreeCore,
     UnifiedTreeNode,
 )
 from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import (
@@ -34,6 +34,8 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import (
     InsertStepResult,
 )
 
+from sglang_elora.host.ordered_tree_core import OrderedTreeCore
+from sglang_elora.policy import Item
 from sglang_elora.tree import Adapter, AdapterForest, LeafOrder, adapter_of, namespace_of
 
 FULL = ComponentType.FULL
@@ -56,18 +58,23 @@ class AdapterNode(UnifiedTreeNode):
         self.component_data[FULL].host_value = no_slots
 
     @property
+    def item(self) -> Item:
+        return self.adapter.item
+
+    @property
     def slots(self) -> torch.Tensor:
         slots: torch.Tensor = self.component_data[FULL].value
         return slots
 
 
-class EloraTreeCore(UnifiedTreeCore):
+class EloraTreeCore(OrderedTreeCore):
     """See the module's text. ``on_evicted`` is told the id of each adapter that left the device."""
 
     root_node: UnifiedTreeNode
 
     def __init__(self, params: Any, components: Any) -> None:
         self.forest = AdapterForest()
+        self.keeps_dependency = True  # off for measurements: KV stays when its adapter goes
         self.on_evicted: Callable[[str], None] = lambda uid: None
         super().__init__(params, components)
 
@@ -79,10 +86,18 @@ class EloraTreeCore(UnifiedTreeCore):
         self._adapter_nodes: dict[str, AdapterNode] = {}
         self._tree_root = self.root_node  # which stands for an adapter's node during a walk
         self._no_slots = torch.empty(0, dtype=torch.int64, device=self.device)
-        full = cast(Any, self.components_by_type[FULL])
-        if full.keeps_order:
-            self.evictable_device_leaves = LeafOrder(self.eviction_strategy.get_priority)
-            self.evictable_host_leaves = LeafOrder(self.eviction_strategy.get_priority)
+
+    # ==== What is asked of adapters ====
+
+    def adapter_priority(self, uid: str) -> float:
+        """How dear an adapter is, for the host tier: infinity while a request waits for it."""
+        item = self.forest.get(uid).item
+        assert self.policy is not None
+        return math.inf if item.wanted_since is not None else self.policy.priority(item)
+
+    def is_locked(self, uid: str) -> bool:
+        """Whether a request or a copy holds the adapter, or it is pinned."""
+        return bool(self.node_of(uid).component_data[FULL].lock_ref > 0)
 
     # ==== Where walks start ====
 
@@ -173,6 +188,8 @@ class EloraTreeCore(UnifiedTreeCore):
         uid = adapter_of(node.key.extra_key)
         adapter = self.forest.get(uid)
         had_kv = adapter.device_tokens > 0
+        if device > 0:
+            self._fill(device)
         adapter.device_tokens += device
         adapter.host_tokens += host
         if uid is not None and had_kv != (adapter.device_tokens > 0):
@@ -198,7 +215,8 @@ class EloraTreeCore(UnifiedTreeCore):
         if data.value is None or data.lock_ref > 0 or node is self.root_node:
             return False
         if isinstance(node, AdapterNode):  # without a look at its children, who may be many
-            return node.adapter.device_tokens == 0 and len(data.value) > 0
+            bare = node.adapter.device_tokens == 0 or not self.keeps_dependency
+            return bare and len(data.value) > 0
         for child in node.children.values():
             if child.component_data[FULL].value is not None:
                 return False
@@ -229,13 +247,15 @@ class EloraTreeCore(UnifiedTreeCore):
     ) -> bool:
         """Evict a leaf of the device; False if its KV has to be copied to the host first."""
         assert self._is_device_leaf(leaf), f"node {leaf.id} is not a leaf"
+        if self.policy is not None:
+            self.policy.evict(leaf.item)
         if isinstance(leaf, AdapterNode):
             tracker[FULL] += len(leaf.slots)
             self._release_slots(leaf, device_frees)
             leaf.adapter.evictions += 1
         elif leaf.backuped:
             self._demote(leaf, tracker, device_frees, host_frees)
-        elif self.is_write_back:
+        elif self.is_write_back and (self.policy is None or self.policy.worth_host_copy(leaf.item)):
             return False
         else:
             self._delete_unbacked_device_leaf(leaf, tracker, device_frees, host_frees)
@@ -253,11 +273,22 @@ class EloraTreeCore(UnifiedTreeCore):
         )
         sizes[FULL] += len(slots)
         adapter.resident = True
+        self.forest.num_resident += 1
         adapter.loads += 1
+        self._fill(len(slots))
         node.last_access_time = get_and_increase_time_counter()
         if adapter.pinned:
             self.inc_full_pin(node.id)
         self._update_evictable_leaf_sets(node)
+
+    def displace(self, uid: str) -> DropSubtreeNoHostResult:
+        """Take back the slots that ``place`` gave and nobody has used."""
+        result, node = DropSubtreeNoHostResult(), self.node_of(uid)
+        if node.adapter.pinned and node.adapter.resident:
+            self.dec_full_pin(node.id)
+        assert self._is_device_leaf(node), f"adapter {uid} is in use"
+        self._release_slots(node, result.device_frees)
+        return result
 
     def purge(self, uid: str) -> DropSubtreeNoHostResult:
         """Drop all KV of a retired adapter that nothing holds, then its slots and its node.
@@ -298,6 +329,7 @@ class EloraTreeCore(UnifiedTreeCore):
                 device_frees[FULL].append(node.slots)
             node.component_data[FULL].value = node.no_slots
             node.adapter.resident = False
+            self.forest.num_resident -= 1
             self.on_evicted(str(node.adapter.uid))
         self._update_evictable_leaf_sets(node)
 
@@ -338,7 +370,7 @@ class EloraTreeCore(UnifiedTreeCore):
             assert counted[adapter.uid] == [adapter.device_tokens, adapter.host_tokens], (
                 f"{adapter} holds {counted[adapter.uid]} tokens"
             )
-            assert adapter.retired or adapter.invalid_tokens == 0, (
+            assert adapter.retired or adapter.invalid_tokens == 0 or not self.keeps_dependency, (
                 f"KV on the device without its adapter: {adapter}"
             )
             if adapter.resident and adapter.uid is not None:

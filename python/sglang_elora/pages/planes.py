@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
 
 from sglang_elora.kernels import Contiguous, PoolPlanes, page_copy, reference
-from sglang_elora.pages.image import STAGING_BYTES, AdapterImage
+from sglang_elora.pages.image import PIECE_BYTES, AdapterImage
 
 
 class PageTable:
@@ -93,28 +93,50 @@ class KVPlanes:
         """``[slots, slot_elems]`` of the weights' dtype; plane -1 is B's."""
         return self._planes[plane][layer]
 
-    def write(self, table: PageTable, image: AdapterImage) -> None:
+    def write(
+        self,
+        table: PageTable,
+        image: AdapterImage,
+        *,
+        before_slots: Callable[[], None] = lambda: None,
+        after_piece: Callable[[int, int], None] = lambda end_layer, num_bytes: None,
+    ) -> None:
         """Copy an adapter into its slots, all layers and planes, on the current stream.
 
         What the image leaves of the last slots keeps its content. On a GPU it passes through a
         staging buffer, so many layers at a time as that holds: the host is not waited for, and its
         memory must not change before the copies have run.
 
+        Args:
+            before_slots: Called before the first slot is written; what is to be waited for before
+                that is waited for there, with the first piece on its way already.
+            after_piece: Called with the end of the layers that are enqueued, and a piece's bytes.
+
         Raises:
             ValueError: The image does not fit the table or the pool.
         """
-        if self.device.type == "cpu":
-            planes = [[rows.view(torch.uint8) for rows in layers] for layers in self._planes]
-            memory = image.memory.view(torch.uint8)
-            reference.page_copy(planes, memory, table.slots, image.plane_bytes, to_pool=True)
-            return
         first_layer = 0
         for piece in image.pieces():
-            staged = self._staging(piece.nbytes).view(len(piece), -1)
-            staged.copy_(piece.view(torch.uint8), non_blocking=True)
-            copy = Contiguous(staged, table.slots, image.plane_bytes)
-            page_copy(self._pool_planes, [copy], to_pool=True, first_layer=first_layer)
+            memory = piece.view(torch.uint8)
+            if self.device.type != "cpu":
+                staged = self._staging(memory.nbytes).view(memory.shape)
+                memory = staged.copy_(memory, non_blocking=True)
+            if first_layer == 0:
+                before_slots()
+            self._to_slots(memory, table, image.plane_bytes, first_layer)
             first_layer += len(piece)
+            after_piece(first_layer, memory.nbytes)
+
+    def _to_slots(
+        self, memory: torch.Tensor, table: PageTable, plane_bytes: tuple[int, ...], first_layer: int
+    ) -> None:
+        if self.device.type != "cpu":
+            copy = Contiguous(memory, table.slots, plane_bytes)
+            page_copy(self._pool_planes, [copy], to_pool=True, first_layer=first_layer)
+            return
+        layers = slice(first_layer, first_layer + len(memory))
+        planes = [[rows.view(torch.uint8) for rows in plane[layers]] for plane in self._planes]
+        reference.page_copy(planes, memory, table.slots, plane_bytes, to_pool=True)
 
     def warm_up(self) -> None:
         """Have what the first ``write`` needs: the kernel compiled, the staging buffer there."""
@@ -125,7 +147,7 @@ class KVPlanes:
         page_copy(
             self._pool_planes, [Contiguous(nothing, table, (0,) * self.num_planes)], to_pool=True
         )
-        self._staging(STAGING_BYTES)
+        self._staging(PIECE_BYTES)
 
     @cached_property
     def _pool_planes(self) -> PoolPlanes:
@@ -137,7 +159,7 @@ class KVPlanes:
             if self._staging_buffer.is_cuda:  # it may still be read, and is another stream's
                 self._staging_buffer.record_stream(torch.cuda.current_stream())
             self._staging_buffer = torch.empty(
-                max(num_bytes, STAGING_BYTES), dtype=torch.uint8, device=self.device
+                max(num_bytes, PIECE_BYTES), dtype=torch.uint8, device=self.device
             )
         return self._staging_buffer[:num_bytes]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from sglang_elora.policy import Item
+
 _LORA = "lora/"
 
 
@@ -41,9 +43,12 @@ class Adapter:
     resident: bool = False
     device_tokens: int = 0
     host_tokens: int = 0
-    visits: int = 0  # requests admitted
     loads: int = 0
     evictions: int = 0
+    item: Item = field(init=False)  # what the eviction policy knows of it
+
+    def __post_init__(self) -> None:
+        self.item = Item(is_adapter=True, num_slots=self.num_slots, backed=True)
 
     @property
     def invalid_tokens(self) -> int:
@@ -60,6 +65,7 @@ class AdapterForest:
 
     base: Adapter = field(default_factory=lambda: Adapter(uid=None, resident=True))
     pinned_slots: int = 0
+    num_resident: int = 0
     _adapters: dict[str, Adapter] = field(default_factory=dict)
     _retired: dict[str, Adapter] = field(default_factory=dict)
 
@@ -120,11 +126,17 @@ class AdapterForest:
     def clear_tree(self) -> None:
         """All KV and all pages are gone (the tree was reset)."""
         self.base.device_tokens = self.base.host_tokens = 0
+        self.num_resident = 0
         for adapter in self:
             adapter.resident = False
             adapter.device_tokens = adapter.host_tokens = 0
         for adapter in self.retired:
             self.remove(str(adapter.uid))
+
+    @property
+    def largest_unpinned(self) -> int:
+        """Slots of the largest adapter that is not pinned; 0 if there is none."""
+        return max((adapter.num_slots for adapter in self if not adapter.pinned), default=0)
 
     @property
     def resident_slots(self) -> int:

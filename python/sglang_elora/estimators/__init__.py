@@ -1,0 +1,9 @@
+"""What is learned online, for policies and the swapper. Pure: times come from outside."""
+
+from __future__ import annotations
+
+__all__ = ["BatchSize", "LinkCost", "Popularity", "PrefillCost"]
+
+from sglang_elora.estimators.batch_size import BatchSize
+from sglang_elora.estimators.popularity import Popularity
+from sglang_elora.estimators.rates import LinkCost, PrefillCost

@@ -1,0 +1,48 @@
+"""Least squares over a stream of observations, the older ones forgotten."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class DecayedFit:
+    """``y = coefficients . x``, fitted to all observations with weights that decay.
+
+    It starts from a prior that counts as ``prior_weight`` observations of each feature, so that it
+    is defined before and between observations that tell features apart.
+
+    Args:
+        prior: First coefficients ``[features]``, positive.
+        scale: A typical value of each feature ``[features]``.
+        memory: Observations after which one counts half.
+        prior_weight: How much the prior counts, in observations; it does not decay.
+    """
+
+    def __init__(
+        self,
+        prior: tuple[float, ...],
+        scale: tuple[float, ...],
+        *,
+        memory: float = 200.0,
+        prior_weight: float = 0.05,
+    ) -> None:
+        self._scale = np.array(scale)
+        self._prior = np.array(prior) * self._scale
+        self._prior_weight = prior_weight
+        self._kept = 2 ** (-1 / memory)
+        self._xx: NDArray[np.float64] = np.zeros((len(prior), len(prior)))
+        self._xy: NDArray[np.float64] = np.zeros(len(prior))
+        self.num_observations = 0
+
+    def add(self, x: tuple[float, ...], y: float) -> None:
+        row = np.array(x) / self._scale
+        self._xx = self._kept * self._xx + np.outer(row, row)
+        self._xy = self._kept * self._xy + y * row
+        self.num_observations += 1
+
+    def coefficients(self) -> tuple[float, ...]:
+        """Positive ones: a hundredth of the prior where the data say less."""
+        weight = self._prior_weight * np.eye(len(self._prior))
+        solved = np.linalg.solve(self._xx + weight, self._xy + self._prior_weight * self._prior)
+        return tuple((np.maximum(solved, self._prior / 100) / self._scale).tolist())

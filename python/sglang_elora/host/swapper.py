@@ -1,0 +1,206 @@
+"""The swapper: what moves between file, host memory and device, a bounded part of it per step.
+
+Called by the scheduler once per iteration, between receiving requests and choosing the next batch.
+A step settles what is over, and starts what the first waiting requests need, in their order: a
+file is read into host memory, an adapter is copied into slots. What a request waits for begins to
+move in the step after its arrival, however far back in the queue it is within ``LOOKAHEAD``, and
+nothing is evicted for it that an earlier one waits for. With nobody waiting and room to spare, the
+dearest of what was evicted comes back.
+
+All ranks of a tensor-parallel group take the same decisions: these rest on the queue, the tree and
+on what ``agree`` says of reads and copies.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from http import HTTPStatus
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.managers.scheduler import _make_abort_req
+
+from sglang_elora.host.measure import Measure
+from sglang_elora.host.residency import AdapterChanged, Residency
+from sglang_elora.pages import AdapterImage
+from sglang_elora.swapper import AdapterCopy, Copied, Read
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.schedule_policy import PrefillAdder
+    from sglang.srt.managers.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+LOOKAHEAD = 64
+"""Waiting requests whose adapters are brought in before it is their turn."""
+
+MAX_SLOTS_UNDER_WAY_SHARE = 0.25
+"""Of the pool: copies under way. What is placed cannot be evicted until it is there."""
+
+_IDLE_S = 200e-6
+
+
+class Swapper:
+    """One per scheduler process.
+
+    Args:
+        residency: Where adapters are.
+        measure: What copies and prefill take.
+    """
+
+    def __init__(self, residency: Residency, measure: Measure) -> None:
+        self.residency = residency
+        self._core, self._host, self._costs = residency.core, residency.host, measure.costs
+        self._measure = measure
+        self._wanted: dict[str, int] = {}  # adapter -> position of the first request for it
+        self._errors: dict[str, BaseException] = {}  # of this step
+
+    def step(self, scheduler: Scheduler) -> None:
+        """Settle what is over and start what is needed next. Never blocks."""
+        self._measure.step()
+        if self.residency.copies or self._host.reading:
+            self._settle()
+        waiting = scheduler.waiting_queue
+        if self._errors:
+            self._fail_waiting(scheduler)
+        if waiting or self._wanted:
+            self._bring_wanted(waiting)
+        self._host.drop_surplus()
+
+    def wanted_since(self, uid: str) -> int:
+        """The place in the queue of the first request that waits for the adapter."""
+        return self._wanted.get(uid, LOOKAHEAD)
+
+    def is_hidden(self, copy: AdapterCopy, req: Req, adder: PrefillAdder) -> bool:
+        """Whether a batch may be started before the copy is over.
+
+        The batch waits for each layer as it comes to it. That costs nobody anything where nothing
+        else is to run, or the copies take no longer than the request's own computation.
+        """
+        if not adder.can_run_list and adder.running_batch.is_empty():
+            return True
+        costs, slots = self._costs, 0
+        for other in self.residency.copies.values():
+            slots += other.num_slots
+            if other is copy:
+                break
+        copying = slots * costs.load + costs.load_latency
+        return copying <= len(req.origin_input_ids) * costs.recompute
+
+    def used(self, uid: str) -> None:
+        """A request with this adapter runs."""
+        self._measure.popularity.use(uid)
+
+    def idle(self) -> None:
+        """The scheduler has no batch to run. Threads that read files need the interpreter."""
+        if self.residency.copies or self._host.reading:
+            time.sleep(_IDLE_S)
+
+    def _settle(self) -> None:
+        copies, reading = list(self.residency.copies.values()), self._host.reading
+        codes = self._agree(
+            [copy.code for copy in copies] + [self._host.code(uid) for uid in reading]
+        )
+        for copy, code in zip(copies, codes, strict=False):
+            if code != Copied.UNDER_WAY:
+                if code == Copied.DONE:
+                    self._measure.copied(copy.num_slots, copy.seconds())
+                self._note(copy.uid, self.residency.settle(copy.uid, Copied(code)))
+        for uid, code in zip(reading, codes[len(copies) :], strict=True):
+            found = self._host.settle(uid, Read(code))
+            if isinstance(found, AdapterImage):
+                try:
+                    self.residency.check_content(uid, found)
+                except AdapterChanged as error:
+                    self._host.drop(uid)
+                    found = error
+            self._note(uid, found)
+
+    def _note(self, uid: str, found: Any) -> None:
+        if isinstance(found, BaseException):
+            logger.error("LoRA adapter %s: %s", self.residency.name_of(uid), found)
+            self._errors[uid] = found
+
+    def _agree(self, codes: list[int]) -> list[int]:
+        """The least of all ranks, one by one."""
+        cache = self.residency.cache
+        if cache.tp_world_size == 1:
+            return codes
+        tensor = torch.tensor(codes, dtype=torch.int64)
+        cache._all_reduce(tensor, torch.distributed.ReduceOp.MIN)
+        agreed: list[int] = tensor.tolist()
+        return agreed
+
+    def _fail_waiting(self, scheduler: Scheduler) -> None:
+        """Requests whose adapter could not be brought in end with the reason."""
+        for req in [r for r in scheduler.waiting_queue if r.lora_id in self._errors]:
+            error = self._errors[req.lora_id]
+            name = self.residency.name_of(req.lora_id)
+            reason = {
+                "type": "abort",
+                "status_code": HTTPStatus.SERVICE_UNAVAILABLE,
+                "message": f"LoRA adapter '{name}' cannot be loaded: {error}",
+            }
+            scheduler.waiting_queue.remove(req)
+            scheduler._release_aborted_request(req)
+            answer = _make_abort_req(req, finished_reason=reason)
+            scheduler.ipc_channels.send_to_tokenizer.send_output(answer, req)
+        self._errors.clear()
+
+    def _bring_wanted(self, waiting: list[Req]) -> None:
+        """Start what the first waiting requests need, as far as the pool can hold it with them."""
+        wanted: dict[str, int] = {}
+        room = self.residency.pool_slots - self._core.protected_size()
+        for position, req in enumerate(islice(waiting, LOOKAHEAD)):
+            uid = req.lora_id
+            room -= len(req.origin_input_ids)
+            if uid is not None and uid not in wanted:
+                if not self._core.is_locked(uid):  # those are counted as protected
+                    room -= self.residency.forest.get(uid).num_slots
+                if room >= 0 or not wanted:
+                    wanted[uid] = position
+            if room < 0:
+                break
+        self._mark(wanted)
+        for uid, position in wanted.items():
+            self._bring(uid, position)
+
+    def _mark(self, wanted: dict[str, int]) -> None:
+        for uid in self._wanted.keys() - wanted.keys():
+            self._host.cancel(uid)
+            if uid in self.residency.forest:
+                self._core.want(self._core.node_of(uid), None)
+                self._host.lower(uid)
+        for uid, position in wanted.items():
+            if self._wanted.get(uid) != position:
+                self._core.want(self._core.node_of(uid), position)
+        self._wanted = wanted
+
+    def _bring(self, uid: str, position: int) -> None:
+        adapter = self.residency.forest.get(uid)
+        if adapter.resident or adapter.retired:
+            return
+        if uid not in self._host:
+            self._host.request(uid)
+            return
+        under_way = sum(copy.num_slots for copy in self.residency.copies.values())
+        most = MAX_SLOTS_UNDER_WAY_SHARE * self.residency.pool_slots
+        if not under_way or under_way + adapter.num_slots <= most:
+            self.residency.place(uid, position)
+
+
+def step(self: Scheduler, *_: Any, **__: Any) -> None:
+    """Before ``Scheduler.get_next_batch_to_run``."""
+    swapper = getattr(self.tree_cache, "swapper", None)
+    if swapper is not None:
+        swapper.step(self)
+
+
+def idle(result: None, self: Scheduler) -> None:
+    """After ``Scheduler.on_idle``."""
+    swapper = getattr(self.tree_cache, "swapper", None)
+    if swapper is not None:
+        swapper.idle()

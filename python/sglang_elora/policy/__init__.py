@@ -1,0 +1,12 @@
+"""What goes first when the cache needs room. Pure: numbers in, an order out."""
+
+from __future__ import annotations
+
+__all__ = ["GDSF", "LRU", "NEVER", "Costs", "Elora", "EloraPaper", "Item", "Policy", "Term"]
+
+from sglang_elora.policy.elora import Elora
+from sglang_elora.policy.elora_paper import EloraPaper, Term
+from sglang_elora.policy.gdsf import GDSF
+from sglang_elora.policy.item import NEVER, Item
+from sglang_elora.policy.lru import LRU
+from sglang_elora.policy.policy import Costs, Policy

@@ -1,0 +1,105 @@
+"""The paper's cost model, each term with a switch.
+
+Source: ELORA (HPCA 2026), section on the performance-driven cache swapper:
+``Eval = LoRA_Eval * Retain_Eval`` with ``LoRA_Eval = min(1, Now_LoRA / Low_lora)`` and
+``Retain_Eval = cost * visit * (1 - sigmoid(t))``; what has the lowest Eval goes first.
+
+Where the paper leaves something open:
+
+* ``t`` has no unit, and ``sigmoid`` of seconds is 1 for everything old. Here ``t`` is in units of
+  ``time_constant`` turnovers, and all is compared as logarithms, where nothing saturates.
+* Read literally, ``LoRA_Eval`` makes everything cheaper to evict while too few adapters are
+  resident. It is meant to keep adapters then, so here it divides, and only adapters: they are
+  dearer by ``Low / Now`` while fewer are resident than a batch is expected to need.
+* ``visit`` is an item's share of all visits. The total is the same for all items and left out.
+  An item has at least the visit of the request that made it; an adapter that was registered and
+  never asked for has none and goes first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from enum import Enum
+
+from sglang_elora.policy.item import NEVER, Item
+from sglang_elora.policy.policy import Costs, Policy
+
+KV, ADAPTER = 0, 1
+
+
+class Term(Enum):
+    """What the paper switches off, one at a time, to see what it is good for."""
+
+    ADAPTER_COUNT = "adapter_count"
+    SWAP_COST = "swap_cost"
+    VISIT_FREQUENCY = "visit_frequency"
+    RECENCY = "recency"
+    DEPENDENCY = "dependency"  # a rule of the tree, not of the order; for measurements only
+
+
+class EloraPaper(Policy):
+    """Args:
+    needed_adapters: ``Low_lora``: adapters that a batch is expected to use.
+    resident_adapters: ``Now_LoRA``.
+    off: Terms that are left out.
+    time_constant: Turnovers in which the weight of a visit falls to 1/e.
+    """
+
+    name = "elora_paper"
+
+    def __init__(
+        self,
+        costs: Costs,
+        needed_adapters: Callable[[], float],
+        resident_adapters: Callable[[], int],
+        off: frozenset[Term] = frozenset(),
+        time_constant: float = 1.0,
+    ) -> None:
+        super().__init__(costs)
+        self._needed_adapters = needed_adapters
+        self._resident_adapters = resident_adapters
+        self._off = off
+        self._time_constant = time_constant
+
+    def visit(self, path: Iterable[Item]) -> None:
+        for item in path:
+            item.visits += 1
+            item.last = self.clock
+
+    def kind(self, item: Item) -> int:
+        return ADAPTER if item.is_adapter else KV
+
+    def bias(self, kind: int) -> float:
+        if kind == KV or Term.ADAPTER_COUNT in self._off:
+            return 0.0
+        return -math.log(lora_eval(self._resident_adapters(), self._needed_adapters()))
+
+    def priority(self, item: Item) -> float:
+        """``log Retain_Eval`` plus what it loses everywhere alike as time passes.
+
+        ``1 - sigmoid(t) = 1 / (1 + exp(t))``. With ``clock`` added, its logarithm is
+        ``-log(exp(-clock) + exp(-last))``, which rises a little with the clock and never falls.
+        """
+        if item.visits == 0:
+            return NEVER
+        rank = 0.0
+        if Term.SWAP_COST not in self._off:  # bytes / bandwidth
+            rank += math.log(item.num_slots * self.costs.load_of(item))
+        if Term.VISIT_FREQUENCY not in self._off:
+            rank += math.log(item.visits)
+        if Term.RECENCY not in self._off:
+            tau = self._time_constant
+            rank -= log_add_exp(-self.clock / tau, -item.last / tau)
+        return rank
+
+
+def lora_eval(num_resident: int, num_needed: float) -> float:
+    """``min(1, Now_LoRA / Low_lora)``; one resident at least, so that it is never zero."""
+    return min(1.0, max(num_resident, 1) / max(num_needed, 1.0))
+
+
+def log_add_exp(a: float, b: float) -> float:
+    """``log(exp(a) + exp(b))`` without overflow."""
+    low, high = (a, b) if a < b else (b, a)
+    return high if low == NEVER else high + math.log1p(math.exp(low - high))

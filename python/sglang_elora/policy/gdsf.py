@@ -1,0 +1,40 @@
+"""Greedy-Dual-Size-Frequency: a rival from web caches that is still hard to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sglang_elora.policy.item import Item
+from sglang_elora.policy.policy import Costs, Policy
+
+
+class GDSF(Policy):
+    """``L + visits * cost / size``, where L is the rank of what was last given up.
+
+    Source: Cherkasova, "Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Caching
+    Policy", HP Labs HPL-98-69R1. Cost is the seconds to get an item back, size its slots.
+    """
+
+    name = "gdsf"
+
+    def __init__(self, costs: Costs) -> None:
+        super().__init__(costs)
+        self._inflation = 0.0
+
+    def visit(self, path: Iterable[Item]) -> None:
+        for item in path:
+            item.visits += 1
+            item.score = self._inflation + item.visits * self._seconds_per_slot(item)
+
+    def evict(self, item: Item) -> None:
+        self._inflation = max(self._inflation, item.score)
+
+    def priority(self, item: Item) -> float:
+        return item.score
+
+    def _seconds_per_slot(self, item: Item) -> float:
+        load = self.costs.load_of(item)
+        if item.is_adapter:
+            return load
+        recompute = self.costs.recompute_of(item)
+        return min(recompute, load) if item.backed else recompute

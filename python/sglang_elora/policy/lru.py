@@ -1,0 +1,31 @@
+"""Least recently used: SGLang's own order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sglang_elora.policy.item import Item
+from sglang_elora.policy.policy import Costs, Policy
+
+_STEP = 2.0**-20
+
+
+class LRU(Policy):
+    """By the time of the last visit. On a path the deepest item is the youngest, as in SGLang."""
+
+    name = "lru"
+
+    def __init__(self, costs: Costs) -> None:
+        super().__init__(costs)
+        self._num_visits = 0
+
+    def visit(self, path: Iterable[Item]) -> None:
+        self._num_visits += 1
+        time = float(self._num_visits)
+        for item in path:
+            item.visits += 1
+            item.last = time
+            time -= _STEP
+
+    def priority(self, item: Item) -> float:
+        return item.last

@@ -1,0 +1,102 @@
+"""What every policy answers: which node of the cache goes first when room is needed.
+
+A policy is pure. It sees numbers and gives an order; it touches no tree, page, wall clock or
+socket, so that all tensor-parallel ranks, which tell it the same things, come to the same order.
+
+Time is counted in turnovers of the pool: one unit has passed when as many slots have been filled as
+the pool has. It stands still while nothing is written, and means the same for a pool of a thousand
+tokens and one of a million.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sglang_elora.policy.item import Item
+
+
+@dataclass(slots=True)
+class Costs:
+    """Seconds per slot, as measured so far. Set by their owner, read by policies.
+
+    The values to start with are those of an 8B model on an H200: 25,000 tokens per second of
+    prefill, and 128 KiB of KV per token over a PCIe 5 link of 55 GB/s.
+    """
+
+    recompute: float = 40e-6
+    load: float = 2.4e-6
+    load_latency: float = 10e-6  # seconds per copy
+    attention_share: float = 0.0  # added share of ``recompute`` per token of context
+
+    def recompute_of(self, item: Item) -> float:
+        """Seconds per slot to compute an item's KV anew behind its prefix."""
+        middle = item.position + item.num_slots / 2
+        return self.recompute * (1 + self.attention_share * middle)
+
+    def load_of(self, item: Item) -> float:
+        """Seconds per slot to bring an item back from the host."""
+        return self.load + self.load_latency / max(item.num_slots, 1)
+
+
+class Policy(ABC):
+    """The order in which nodes are given up.
+
+    Items of one ``kind`` are ordered by ``priority``, lowest first, and a priority never falls
+    unless the item changes kind; kinds are compared by ``priority + bias(kind)``, and a bias may
+    change at any time. So the owner finds the lowest in O(kinds + log items).
+
+    Args:
+        costs: Read at every visit; the owner keeps it up to date.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+        self.clock = 0.0
+
+    def advance(self, turnovers: float) -> None:
+        """So much of the pool was filled anew."""
+        self.clock += turnovers
+
+    def create(self, item: Item) -> None:
+        """An item enters the cache; the request that made it is its first visit."""
+        self.visit((item,))
+
+    @abstractmethod
+    def visit(self, path: Iterable[Item]) -> None:
+        """A request uses these items, the deepest first."""
+
+    def split(self, item: Item, num_slots: int) -> Item:
+        """The first ``num_slots`` of a run of KV become an item of their own."""
+        return item.split(num_slots)
+
+    def remove(self, item: Item) -> None:
+        """An item left the cache, device and host; it may come back as a new one."""
+        return
+
+    def evict(self, item: Item) -> None:
+        """An item leaves the device because it came first in this order."""
+        return
+
+    def kind(self, item: Item) -> int:
+        return 0
+
+    @abstractmethod
+    def priority(self, item: Item) -> float:
+        """Rank among items of its kind: what is lowest goes first."""
+
+    def bias(self, kind: int) -> float:
+        """Added to the priorities of a kind when kinds are compared."""
+        return 0.0
+
+    def host_bias(self, kind: int) -> float:
+        """``bias`` for copies on the host."""
+        return 0.0
+
+    def worth_host_copy(self, item: Item) -> bool:
+        """Whether KV that leaves the device should be copied to the host, not dropped."""
+        return True
