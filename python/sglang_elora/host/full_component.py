@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -42,6 +44,17 @@ class EloraFullComponent(FullComponent):
             and not params.enable_session_radix_cache
         )
         self._tokens_wanted = 0
+        self._wanted: list[tuple[int, NodeId]] = []  # leaves that waiting requests need
+        self.spared_since = -1
+
+    @contextmanager
+    def sparing(self, wanted_since: int) -> Iterator[None]:
+        """Evictions leave what a request at this place in the queue, or an earlier one, needs."""
+        self.spared_since = wanted_since
+        try:
+            yield
+        finally:
+            self.spared_since = -1
 
     @property
     def keeps_order(self) -> bool:
@@ -81,20 +94,34 @@ class EloraFullComponent(FullComponent):
             super()._evict_device_start(request_cnt)
             return
         self._tokens_wanted = request_cnt
+        self._order(self.tree_core.evictable_device_leaves).refresh()
 
     def _evict_device_next_node(
         self, tracker: _Tracker, device_frees: _Frees, host_frees: _Frees
     ) -> NodeId | None:
         if not self.keeps_order:
             return super()._evict_device_next_node(tracker, device_frees, host_frees)
-        leaves = self._order(self.tree_core.evictable_device_leaves)
         while tracker[self.component_type] < self._tokens_wanted:
-            leaf = leaves.take_lowest()
-            if leaf is None or self.tree_core.spares(leaf):
+            leaf = self._next_leaf()
+            if leaf is None:
                 break
             # SGLang's caller takes one leaf at a time, and reads progress off the tracker as well.
             if not self.tree_core.evict_at_once(leaf, tracker, device_frees, host_frees):
                 return leaf.id
+        return None
+
+    def _next_leaf(self) -> UnifiedTreeNode | None:
+        """The lowest leaf that no waiting request needs, then those that the last of them need."""
+        leaves = self._order(self.tree_core.evictable_device_leaves)
+        while (leaf := leaves.take_lowest()) is not None:
+            since = leaf.item.wanted_since
+            if since is None:
+                return leaf
+            heapq.heappush(self._wanted, (-since, leaf.id))
+        while self._wanted and -self._wanted[0][0] > self.spared_since:
+            leaf = self.tree_core.node_by_id(heapq.heappop(self._wanted)[1])
+            if leaf in leaves:
+                return leaf
         return None
 
     def _evict_device_end(self) -> None:
@@ -102,6 +129,7 @@ class EloraFullComponent(FullComponent):
             super()._evict_device_end()
             return
         self._order(self.tree_core.evictable_device_leaves).give_back()
+        self._wanted.clear()
 
     def drive_host_eviction(
         self, num_tokens: int, tracker: _Tracker, device_frees: _Frees, host_frees: _Frees

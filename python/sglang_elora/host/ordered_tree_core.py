@@ -6,9 +6,7 @@ go in the order of --radix-eviction-policy, which is found by a heap and not by 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 from typing import Any, cast
 
 import torch
@@ -21,10 +19,7 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core import (
 )
 
 from sglang_elora.policy import Item, Policy
-from sglang_elora.tree import LeafOrder
-
-WANTED = -1
-"""Kind of nodes that a waiting request needs: they go last, and only for a request that runs."""
+from sglang_elora.tree import LeafOrder, adapter_of
 
 
 class OrderedTreeCore(UnifiedTreeCore):
@@ -33,7 +28,7 @@ class OrderedTreeCore(UnifiedTreeCore):
     def __init__(self, params: Any, components: Any) -> None:
         self.policy: Policy | None = None
         self._pool_slots = 1
-        self._spared_since = -1.0
+        self._next_item = _no_item()  # of the node that is made next
         self._node_arena: dict[int, UnifiedTreeNode] = {}
         super().__init__(params, components)
 
@@ -52,14 +47,14 @@ class OrderedTreeCore(UnifiedTreeCore):
         full, policy = cast(Any, self.components_by_type[ComponentType.FULL]), self.policy
         if policy is not None:
             self.evictable_device_leaves: LeafOrder[UnifiedTreeNode] = LeafOrder(
-                lambda node: _priority(policy, node),
+                lambda node: policy.priority(node.item),
                 lambda node: _kind(policy, node),
-                lambda kind: math.inf if kind == WANTED else policy.bias(kind),
+                policy.rank,
             )
             self.evictable_host_leaves: LeafOrder[UnifiedTreeNode] = LeafOrder(
                 lambda node: policy.priority(node.item),
                 lambda node: policy.kind(node.item),
-                policy.host_bias,
+                policy.host_rank,
             )
         elif full.keeps_order:
             self.evictable_device_leaves = LeafOrder(self.eviction_strategy.get_priority)
@@ -74,33 +69,9 @@ class OrderedTreeCore(UnifiedTreeCore):
         if self.policy is not None:
             self.policy.visit(path)
 
-    def want(self, node: UnifiedTreeNode, number: int | None) -> None:
-        """A waiting request needs the path that ends here, or with None nobody does any more."""
-        had, node.item.wanted_since = node.item.wanted_since, number
-        if had is not None and (number is None or number > had):
-            self.evictable_device_leaves.lower(node)
-
-    @contextmanager
-    def sparing(self, wanted_since: int | None) -> Iterator[None]:
-        """Evictions leave what a request of this number or an earlier one waits for.
-
-        Args:
-            wanted_since: None spares what anybody waits for.
-        """
-        self._spared_since = math.inf if wanted_since is None else float(wanted_since)
-        try:
-            yield
-        finally:
-            self._spared_since = -1.0
-
-    def spares(self, node: UnifiedTreeNode) -> bool:
-        """Whether the eviction under way has to stop at this leaf."""
-        since = node.item.wanted_since
-        return since is not None and since <= self._spared_since
-
     def _new_node(self, priority: int = 0) -> UnifiedTreeNode:
         node = super()._new_node(priority=priority)
-        node.item = Item(is_adapter=False, num_slots=0)  # filled in once its key is known
+        node.item, self._next_item = self._next_item, _no_item()
         return node
 
     def _split_node(
@@ -116,8 +87,20 @@ class OrderedTreeCore(UnifiedTreeCore):
         self._forget(node)
 
     def _forget(self, node: UnifiedTreeNode) -> None:
-        if self.policy is not None and node.item.num_slots and not node.item.is_adapter:
-            self.policy.remove(node.item)
+        if self.policy is not None:
+            self.policy.displace(node.item)
+            if not node.item.is_adapter:
+                self.policy.remove(node.item)
+
+    def recount(self, node: UnifiedTreeNode) -> None:
+        """The node came to a tier or left one."""
+        policy, item = self.policy, node.item
+        if policy is not None:
+            policy.displace(item)
+            item.backed = node.backuped
+            value = node.component_data[ComponentType.FULL].value
+            if value is not None and len(value):
+                policy.place(item)
 
     def _fill(self, num_slots: int) -> None:
         if self.policy is not None:
@@ -126,22 +109,20 @@ class OrderedTreeCore(UnifiedTreeCore):
     def _add_new_node(
         self, parent: UnifiedTreeNode, key: RadixKey, value: torch.Tensor, **options: Any
     ) -> UnifiedTreeNode:
-        node = super()._add_new_node(parent, key, value, **options)
-        item, above = node.item, parent.item
-        item.num_slots = len(value)
-        if not above.is_adapter:
-            item.position = above.position + above.num_slots
+        above = parent.item
+        position = 0 if above.is_adapter else above.position + above.num_slots
+        item = Item(False, len(value), adapter_of(key.extra_key), position)
         if self.policy is not None:
             self.policy.create(item)
-        return node
+        self._next_item = item
+        return super()._add_new_node(parent, key, value, **options)
 
 
-def _kind(policy: Policy, node: UnifiedTreeNode) -> int:
+def _no_item() -> Item:
+    return Item(is_adapter=False, num_slots=0)
+
+
+def _kind(policy: Policy, node: UnifiedTreeNode) -> Hashable:
     item: Item = node.item
     item.backed = node.backuped
-    return WANTED if item.wanted_since is not None else policy.kind(item)
-
-
-def _priority(policy: Policy, node: UnifiedTreeNode) -> float:
-    item: Item = node.item
-    return policy.priority(item) if item.wanted_since is None else -float(item.wanted_since)
+    return policy.kind(item)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from sglang_elora.config import EloraConfig
 from sglang_elora.host.measure import Measure
+from sglang_elora.host.tree_core import EloraTreeCore
 from sglang_elora.policy import GDSF, LRU, Elora, EloraPaper, Policy, Term
-from sglang_elora.tree import AdapterForest
 
 
-def make_policy(config: EloraConfig, measure: Measure, forest: AdapterForest) -> Policy:
+def make_policy(config: EloraConfig, measure: Measure, core: EloraTreeCore) -> Policy:
     if config.policy == EloraPaper.name:
         return EloraPaper(
             measure.costs,
             needed_adapters=lambda: measure.needed_adapters,
-            resident_adapters=lambda: forest.num_resident,
+            resident_adapters=lambda: core.forest.num_resident,
             off=frozenset(map(Term, config.policy_terms_off)),
         )
-    by_name: dict[str, type[Policy]] = {policy.name: policy for policy in (LRU, GDSF, Elora)}
-    return by_name[config.policy](measure.costs)
+    if config.policy == Elora.name:
+        return Elora(measure.costs, core.is_held)
+    return {LRU.name: LRU, GDSF.name: GDSF}[config.policy](measure.costs)

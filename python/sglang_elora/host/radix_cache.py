@@ -64,7 +64,7 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
         config = EloraConfig.from_env(os.environ)
         core: EloraTreeCore = cache.tree_core
         cache.measure = Measure(cache)
-        policy = make_policy(config, cache.measure, core.forest)
+        policy = make_policy(config, cache.measure, core)
         core.use_policy(policy, pool_slots=ctx.params.token_to_kv_pool_allocator.size)
         core.keeps_dependency = Term.DEPENDENCY.value not in config.policy_terms_off
         host = HostTier(int(config.host_gb * 1e9), core.adapter_priority)

@@ -146,11 +146,11 @@ class Residency:
             result = self.core.purge(str(adapter.uid))
             self.cache._free_values(result.device_frees, result.host_frees)
 
-    def place(self, uid: str, wanted_since: int | None = None) -> bool:
+    def place(self, uid: str, wanted_since: int) -> bool:
         """Give an adapter its slots and start its copy; its image is in host memory.
 
         Args:
-            wanted_since: Nodes that a request of this number or an earlier one waits for stay.
+            wanted_since: What a request at this place in the queue or an earlier one needs stays.
 
         Returns:
             Whether what may be evicted was enough.
@@ -159,7 +159,7 @@ class Residency:
         assert not adapter.retired and not adapter.resident, f"adapter {uid} cannot be placed"
         shortfall = adapter.num_slots - self.allocator.available_size()
         if shortfall > 0:
-            with self.core.sparing(wanted_since):
+            with self.core.full.sparing(wanted_since):
                 self.cache.evict_for_alloc(EvictParams(num_tokens=shortfall))
         slots = self.allocator.alloc(adapter.num_slots)
         if slots is None:

@@ -70,10 +70,6 @@ class Swapper:
             self._bring_wanted(waiting)
         self._host.drop_surplus()
 
-    def wanted_since(self, uid: str) -> int:
-        """The place in the queue of the first request that waits for the adapter."""
-        return self._wanted.get(uid, LOOKAHEAD)
-
     def is_hidden(self, copy: AdapterCopy, req: Req, adder: PrefillAdder) -> bool:
         """Whether a batch may be started before the copy is over.
 
@@ -169,14 +165,14 @@ class Swapper:
             self._bring(uid, position)
 
     def _mark(self, wanted: dict[str, int]) -> None:
+        forest = self.residency.forest
         for uid in self._wanted.keys() - wanted.keys():
             self._host.cancel(uid)
-            if uid in self.residency.forest:
-                self._core.want(self._core.node_of(uid), None)
+            if uid in forest:
+                forest.get(uid).item.wanted_since = None
                 self._host.lower(uid)
         for uid, position in wanted.items():
-            if self._wanted.get(uid) != position:
-                self._core.want(self._core.node_of(uid), position)
+            forest.get(uid).item.wanted_since = position
         self._wanted = wanted
 
     def _bring(self, uid: str, position: int) -> None:

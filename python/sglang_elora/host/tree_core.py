@@ -89,11 +89,20 @@ class EloraTreeCore(OrderedTreeCore):
 
     # ==== What is asked of adapters ====
 
+    @property
+    def full(self) -> Any:
+        """The component of full attention."""
+        return self.components_by_type[FULL]
+
     def adapter_priority(self, uid: str) -> float:
         """How dear an adapter is, for the host tier: infinity while a request waits for it."""
         item = self.forest.get(uid).item
         assert self.policy is not None
         return math.inf if item.wanted_since is not None else self.policy.priority(item)
+
+    def is_held(self, uid: str) -> bool:
+        """Whether the adapter cannot leave, or should not: a request uses it or waits for it."""
+        return self.forest.get(uid).item.wanted_since is not None or self.is_locked(uid)
 
     def is_locked(self, uid: str) -> bool:
         """Whether a request or a copy holds the adapter, or it is pinned."""
@@ -192,6 +201,7 @@ class EloraTreeCore(OrderedTreeCore):
             self._fill(device)
         adapter.device_tokens += device
         adapter.host_tokens += host
+        self.recount(node)
         if uid is not None and had_kv != (adapter.device_tokens > 0):
             self._update_evictable_leaf_sets(self.node_of(uid))
 
@@ -274,6 +284,7 @@ class EloraTreeCore(OrderedTreeCore):
         sizes[FULL] += len(slots)
         adapter.resident = True
         self.forest.num_resident += 1
+        self.recount(node)
         adapter.loads += 1
         self._fill(len(slots))
         node.last_access_time = get_and_increase_time_counter()
@@ -330,6 +341,7 @@ class EloraTreeCore(OrderedTreeCore):
             node.component_data[FULL].value = node.no_slots
             node.adapter.resident = False
             self.forest.num_resident -= 1
+            self.recount(node)
             self.on_evicted(str(node.adapter.uid))
         self._update_evictable_leaf_sets(node)
 
@@ -355,6 +367,8 @@ class EloraTreeCore(OrderedTreeCore):
         for leaves in (self.evictable_device_leaves, self.evictable_host_leaves):
             if isinstance(leaves, LeafOrder):
                 leaves.check_invariants()
+        if self.policy is not None:
+            self.policy.check_invariants(self._items_on_device())
         counted = {uid: [0, 0] for uid in (None, *(adapter.uid for adapter in self.forest))}
         for node in self._collect_all_nodes():
             if node is self.root_node or isinstance(node, AdapterNode):
@@ -377,6 +391,15 @@ class EloraTreeCore(OrderedTreeCore):
                 node = self.node_of(adapter.uid)
                 assert len(node.slots) == adapter.num_slots, f"{adapter} in {len(node.slots)} slots"
                 assert not adapter.pinned or node.component_data[FULL].lock_ref > 0, adapter
+
+    def _items_on_device(self) -> list[Item]:
+        nodes = [node for node in self._collect_all_nodes() if node is not self.root_node]
+        return [
+            n.item
+            for n in nodes
+            if n.component_data[FULL].value is not None
+            and (not isinstance(n, AdapterNode) or n.adapter.resident)
+        ]
 
     @staticmethod
     def _is_under(node: UnifiedTreeNode, ancestor: UnifiedTreeNode) -> bool:

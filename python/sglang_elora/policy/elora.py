@@ -1,105 +1,171 @@
-"""ELORA's default: seconds saved per slot, by what is expected and what is measured.
+"""ELORA's default: seconds saved per slot and turnover, by what is learned and what is measured.
 
-``value = expected visits * seconds saved per visit / slots``. Seconds saved are the time to bring
-an adapter, or KV with a copy on the host, over the link, and the time to compute other KV anew, at
-the rates measured so far. Expected visits are decayed visits times the learned gain of the kind
-(``reuse.py``).
+``value = return index * seconds saved by a return, per slot``. The return index (``returns.py``) is
+learned for adapters and for KV by itself. What a return saves is the time to bring an adapter, or
+KV with a copy on the host, over the link, or to compute other KV anew, at measured rates.
+
+An adapter cannot leave before its KV. So a little KV that is worth much can keep an adapter that is
+worth little and takes much space: what has to be compared with others is then not the leaf but the
+whole, its values over its slots, as in a knapsack with precedences. A leaf counts what it is worth
+itself or what the whole is worth, whichever is less; where the whole is least, its leaves go one
+after the other until the adapter is free. An adapter that is in use stays anyhow, and its leaves
+count for themselves.
 
 Against the paper's model: value is per byte, so that a large item has to earn its place; rates are
-measured; kinds whose items do not come back, as a translated sentence's KV, learn to yield to those
-that do; and the order of two items changes only when one is visited, so that nothing is rescanned.
+measured, not configured; how fast worth fades with time is learned, not chosen; and the order of
+two items of a kind changes only when one is visited, so that nothing is rescanned.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 from sglang_elora.policy.item import NEVER, Item
 from sglang_elora.policy.policy import Costs, Policy
-from sglang_elora.policy.reuse import Reuse
+from sglang_elora.policy.returns import Returns
 
-ADAPTER, KV_ONCE, KV_AGAIN = range(3)
-"""KV that one request has used (the end of a conversation), and KV that several have."""
+ADAPTER, KV, KV_ON_HOST = range(3)
+Kind = tuple[str | None, int]
+"""(the adapter, one of the above)"""
 
-_BACKED = 3  # added to a kind of KV with a copy on the host
-HALF_LIFE = 2.0
-"""Turnovers in which a visit loses half of its weight."""
+_ERAS_PER_TURNOVER = 8
+
+
+@dataclass(slots=True)
+class _Group:
+    """An adapter on the device and its KV there, by the era of its last visit."""
+
+    adapter: Item | None = None
+    kv_slots: dict[tuple[int, int], int] = field(default_factory=dict)  # (era, kind) -> slots
+    value: tuple[int, float] = (-1, 0.0)  # (valid in this era, of the whole per slot)
 
 
 class Elora(Policy):
+    """
+    Args:
+        is_held: Whether an adapter cannot leave now, because a request uses it or waits for it.
+    """
+
     name = "elora"
 
-    def __init__(self, costs: Costs, half_life: float = HALF_LIFE) -> None:
+    def __init__(self, costs: Costs, is_held: Callable[[str], bool] = lambda group: False) -> None:
         super().__init__(costs)
-        self.reuse = Reuse(3, half_life)
-
-    def advance(self, turnovers: float) -> None:
-        super().advance(turnovers)
-        self.reuse.advance(turnovers)
+        self._adapters, self._kv = Returns(), Returns()
+        self._is_held = is_held
+        self._groups: dict[str, _Group] = {}
 
     def visit(self, path: Iterable[Item]) -> None:
-        reuse, clock = self.reuse, self.clock
         for item in path:
-            if item.score != NEVER:
-                kind = _family(item)
-                reuse.leave(kind, reuse.weight(item.score, clock))
-                reuse.see(kind)
+            if item.last != NEVER:
+                self._returns(item).end(self.clock - item.last, returned=True)
             item.visits += 1
-            item.last = clock
-            item.score = reuse.add_visit(item.score, clock)
-            item.weight = self._weight_in_kind(item)
-            reuse.enter(_family(item), reuse.weight(item.score, clock))
-
-    def split(self, item: Item, num_slots: int) -> Item:
-        first = super().split(item, num_slots)
-        if first.score != NEVER:
-            self.reuse.enter(_family(first), self.reuse.weight(first.score, self.clock))
-        return first
+            item.last = self.clock
+            if item.counted is not None:
+                self.displace(item)
+                self.place(item)
 
     def remove(self, item: Item) -> None:
-        if item.score != NEVER:
-            self.reuse.leave(_family(item), self.reuse.weight(item.score, self.clock))
+        if item.last != NEVER:
+            self._returns(item).end(self.clock - item.last, returned=False)
 
-    def kind(self, item: Item) -> int:
-        family = _family(item)
-        return family + _BACKED if item.backed and family != ADAPTER else family
+    def place(self, item: Item) -> None:
+        if item.group is None:
+            return
+        group = self._groups.setdefault(item.group, _Group())
+        group.value = (-1, 0.0)
+        item.counted = era = (self._era, self.kind(item)[1])
+        if item.is_adapter:
+            group.adapter = item
+        else:
+            group.kv_slots[era] = group.kv_slots.get(era, 0) + item.num_slots
+
+    def displace(self, item: Item) -> None:
+        if item.group is None or item.counted is None:
+            return
+        group = self._groups[item.group]
+        group.value = (-1, 0.0)
+        if item.is_adapter:
+            group.adapter = None
+        else:
+            group.kv_slots[item.counted] -= item.num_slots
+            if not group.kv_slots[item.counted]:
+                del group.kv_slots[item.counted]
+        item.counted = None
+        if group.adapter is None and not group.kv_slots:
+            del self._groups[item.group]
+
+    def kind(self, item: Item) -> Kind:
+        if item.is_adapter:
+            return item.group, ADAPTER
+        return item.group, KV_ON_HOST if item.backed else KV
 
     def priority(self, item: Item) -> float:
-        return item.score if item.backed and not item.is_adapter else item.score + item.weight
+        return item.last
 
-    def bias(self, kind: int) -> float:
-        seconds = self.costs.load
-        if kind in (KV_ONCE, KV_AGAIN):
-            seconds = self.costs.recompute
-        elif kind != ADAPTER:
-            seconds = min(self.costs.recompute, self.costs.load)
-        return math.log2(self.reuse.gain(kind % _BACKED) * seconds)
+    def rank(self, kind: Kind, priority: float) -> float:
+        group, family = kind
+        own = self._value(family, priority)
+        if group is None or self._is_held(group):
+            return own
+        return min(own, self._value_of_whole(group))
 
-    def host_bias(self, kind: int) -> float:
+    def host_rank(self, kind: Kind, priority: float) -> float:
         """A copy on the host saves what computing costs more than loading; all slots alike."""
-        return math.log2(self.reuse.gain(kind % _BACKED))
-
-    def expected_visits(self, item: Item) -> float:
-        """How often the item will be used again."""
-        if item.score == NEVER:
-            return 0.0
-        return self.reuse.gain(_family(item)) * self.reuse.weight(item.score, self.clock)
+        return priority
 
     def worth_host_copy(self, item: Item) -> bool:
-        """Copying it there takes the link as long as one load; each later visit saves the rest."""
+        """Copying it there takes the link as long as one load; a later visit saves the rest."""
         load = self.costs.load_of(item)
-        return self.expected_visits(item) * (self.costs.recompute_of(item) - load) > load
+        chance = self._kv.chance(self.clock - item.last)
+        return chance * (self.costs.recompute_of(item) - load) > load
 
-    def _weight_in_kind(self, item: Item) -> float:
-        """``log2`` of its cost per slot over that of its kind: context makes KV dearer, latency
-        small adapters. Kept from visit to visit, so that priorities do not fall."""
-        if item.is_adapter:
-            return math.log2(self.costs.load_of(item) / self.costs.load)
-        return math.log2(self.costs.recompute_of(item) / self.costs.recompute)
+    def check_invariants(self, on_device: Iterable[Item]) -> None:
+        """Raises:
+        AssertionError: The slots counted per adapter are not those of the items on the device.
+        """
+        slots: dict[str, int] = {}
+        adapters: dict[str, Item] = {}
+        for item in on_device:
+            if item.group is not None and item.is_adapter:
+                adapters[item.group] = item
+            elif item.group is not None:
+                slots[item.group] = slots.get(item.group, 0) + item.num_slots
+        counted = {uid: sum(g.kv_slots.values()) for uid, g in self._groups.items() if g.kv_slots}
+        assert counted == slots, (counted, slots)
+        held = {uid: g.adapter for uid, g in self._groups.items() if g.adapter is not None}
+        assert held == adapters, (held, adapters)
 
+    def _value(self, family: int, last: float) -> float:
+        if last == NEVER:
+            return 0.0
+        returns = self._adapters if family == ADAPTER else self._kv
+        return returns.index(self.clock - last) * self._saved(family)
 
-def _family(item: Item) -> int:
-    if item.is_adapter:
-        return ADAPTER
-    return KV_ONCE if item.visits <= 1 else KV_AGAIN
+    def _value_of_whole(self, uid: str) -> float:
+        """Per slot, of an adapter and its KV on the device; O(eras), and kept for one era."""
+        group = self._groups[uid]
+        if group.value[0] != self._era:
+            total, num_slots = 0.0, 0
+            if group.adapter is not None:
+                num_slots = group.adapter.num_slots
+                total = num_slots * self._value(ADAPTER, group.adapter.last)
+            for (era, family), slots in group.kv_slots.items():
+                middle = (era + 0.5) / _ERAS_PER_TURNOVER
+                total += slots * self._value(family, min(middle, self.clock))
+                num_slots += slots
+            group.value = (self._era, total / num_slots)
+        return group.value[1]
+
+    @property
+    def _era(self) -> int:
+        return int(self.clock * _ERAS_PER_TURNOVER)
+
+    def _saved(self, family: int) -> float:
+        """Seconds per slot."""
+        if family == KV:
+            return self.costs.recompute
+        return self.costs.load if family == ADAPTER else min(self.costs.recompute, self.costs.load)
+
+    def _returns(self, item: Item) -> Returns:
+        return self._adapters if item.is_adapter else self._kv

@@ -21,11 +21,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from enum import Enum
+from typing import Any
 
 from sglang_elora.policy.item import NEVER, Item
 from sglang_elora.policy.policy import Costs, Policy
 
 KV, ADAPTER = 0, 1
+TIME_CONSTANT = 0.03
+"""The best of 0.03 to 1 over the workloads of benchmarks/replay/policies.py."""
 
 
 class Term(Enum):
@@ -54,7 +57,7 @@ class EloraPaper(Policy):
         needed_adapters: Callable[[], float],
         resident_adapters: Callable[[], int],
         off: frozenset[Term] = frozenset(),
-        time_constant: float = 1.0,
+        time_constant: float = TIME_CONSTANT,
     ) -> None:
         super().__init__(costs)
         self._needed_adapters = needed_adapters
@@ -70,10 +73,10 @@ class EloraPaper(Policy):
     def kind(self, item: Item) -> int:
         return ADAPTER if item.is_adapter else KV
 
-    def bias(self, kind: int) -> float:
+    def rank(self, kind: Any, priority: float) -> float:
         if kind == KV or Term.ADAPTER_COUNT in self._off:
-            return 0.0
-        return -math.log(lora_eval(self._resident_adapters(), self._needed_adapters()))
+            return priority
+        return priority - math.log(lora_eval(self._resident_adapters(), self._needed_adapters()))
 
     def priority(self, item: Item) -> float:
         """``log Retain_Eval`` plus what it loses everywhere alike as time passes.

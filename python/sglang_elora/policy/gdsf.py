@@ -24,7 +24,8 @@ class GDSF(Policy):
     def visit(self, path: Iterable[Item]) -> None:
         for item in path:
             item.visits += 1
-            item.score = self._inflation + item.visits * self._seconds_per_slot(item)
+            rank = self._inflation + item.visits * self._seconds_per_slot(item)
+            item.score = max(item.score, rank)  # a copy on the host that came since makes it less
 
     def evict(self, item: Item) -> None:
         self._inflation = max(self._inflation, item.score)

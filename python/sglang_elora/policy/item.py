@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 NEVER = float("-inf")
 
@@ -11,33 +11,25 @@ NEVER = float("-inf")
 class Item:
     """An adapter, or a run of KV tokens.
 
-    ``num_slots``, ``position``, ``backed`` and ``wanted_since`` are set by the tree, the rest by
-    the policy that owns the item. A slot holds one token's KV, or as many bytes of an adapter.
+    ``visits`` and what follows is set by the policy that owns the item, the rest by the tree. A
+    slot holds one token's KV, or as many bytes of an adapter.
     """
 
     is_adapter: bool
     num_slots: int
+    group: str | None = None  # the adapter it is, or belongs to; None is the base model
     position: int = 0  # tokens before it, of KV
     backed: bool = False  # a copy of it is on the host: an adapter's always is
     wanted_since: int | None = None  # number of the oldest waiting request that needs it
     visits: int = 0  # requests that used it, the one that made it included
     last: float = NEVER  # of its last visit
     score: float = NEVER
-    weight: float = 0.0
+    counted: tuple[int, int] | None = None  # as what it is counted in its group
 
     def split(self, num_slots: int) -> Item:
         """The first ``num_slots`` of this run as an item of their own; they share a past."""
         assert not self.is_adapter and 0 < num_slots < self.num_slots, (self, num_slots)
-        first = Item(
-            False,
-            num_slots,
-            self.position,
-            self.backed,
-            visits=self.visits,
-            last=self.last,
-            score=self.score,
-            weight=self.weight,
-        )
+        first = replace(self, num_slots=num_slots, wanted_since=None)
         self.num_slots -= num_slots
         self.position += num_slots
         return first

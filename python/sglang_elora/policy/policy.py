@@ -11,9 +11,9 @@ tokens and one of a million.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sglang_elora.policy.item import Item
 
@@ -45,8 +45,8 @@ class Policy(ABC):
     """The order in which nodes are given up.
 
     Items of one ``kind`` are ordered by ``priority``, lowest first, and a priority never falls
-    unless the item changes kind; kinds are compared by ``priority + bias(kind)``, and a bias may
-    change at any time. So the owner finds the lowest in O(kinds + log items).
+    unless the item changes kind. The lowest of each kind are compared by ``rank``, which may change
+    at any time. So the owner finds the lowest of all in O(kinds + log items).
 
     Args:
         costs: Read at every visit; the owner keeps it up to date.
@@ -78,24 +78,36 @@ class Policy(ABC):
         """An item left the cache, device and host; it may come back as a new one."""
         return
 
+    def place(self, item: Item) -> None:
+        """The item is on the device from now on."""
+        return
+
+    def displace(self, item: Item) -> None:
+        """The item is on the device no longer."""
+        return
+
     def evict(self, item: Item) -> None:
         """An item leaves the device because it came first in this order."""
         return
 
-    def kind(self, item: Item) -> int:
-        return 0
+    def kind(self, item: Item) -> Hashable:
+        return None
 
     @abstractmethod
     def priority(self, item: Item) -> float:
         """Rank among items of its kind: what is lowest goes first."""
 
-    def bias(self, kind: int) -> float:
-        """Added to the priorities of a kind when kinds are compared."""
-        return 0.0
+    def rank(self, kind: Any, priority: float) -> float:
+        """Where an item of this kind and priority stands among items of other kinds."""
+        return priority
 
-    def host_bias(self, kind: int) -> float:
-        """``bias`` for copies on the host."""
-        return 0.0
+    def host_rank(self, kind: Any, priority: float) -> float:
+        """``rank`` of copies on the host."""
+        return priority
+
+    def check_invariants(self, on_device: Iterable[Item]) -> None:
+        """Recompute what the policy counts from the items on the device."""
+        return
 
     def worth_host_copy(self, item: Item) -> bool:
         """Whether KV that leaves the device should be copied to the host, not dropped."""

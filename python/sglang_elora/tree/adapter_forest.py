@@ -48,7 +48,7 @@ class Adapter:
     item: Item = field(init=False)  # what the eviction policy knows of it
 
     def __post_init__(self) -> None:
-        self.item = Item(is_adapter=True, num_slots=self.num_slots, backed=True)
+        self.item = Item(True, self.num_slots, self.uid, backed=True)
 
     @property
     def invalid_tokens(self) -> int:

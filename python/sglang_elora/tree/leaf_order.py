@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 Node = TypeVar("Node")
 
 _SLACK = 64
+_FEW = 8
+_REFRESHED = 16
 
 
 def _one_kind(node: Any) -> Hashable:
@@ -20,13 +23,14 @@ class LeafOrder(set[Node]):
 
     SGLang's tree core collects all leaves into a new heap at every eviction, so that freeing a
     thousand tokens takes time in proportion to everything cached. Here a heap per kind of node is
-    kept between evictions: ``add`` and ``take_lowest`` are O(kinds + log n) amortised, ``discard``
-    is the set's own, and a visit of a leaf costs nothing until that leaf reaches the top.
+    kept between evictions, and a heap of kinds: ``add`` and ``take_lowest`` are O(log n) amortised,
+    ``discard`` is the set's own, and a visit of a leaf costs nothing until that leaf reaches the
+    top.
 
     That works for priorities that do not fall (time or number of visits): an entry of a heap is
     then at most too low, and is put right, or dropped if its node has left, when it comes up. A
-    node that leaves and returns finds its entry still there. Whoever lowers a priority, or moves a
-    node to a kind in which it ranks lower, calls ``lower``.
+    node that leaves and returns finds its entry still there, if its kind is what it was. Whoever
+    lowers a member's priority, or changes its kind to one that ranks lower, calls ``lower``.
 
     It stays a ``set`` for all who only ask or compare. Members that were taken are out of the
     order until ``give_back``, so that one eviction meets no leaf twice; a taken leaf that is
@@ -35,29 +39,34 @@ class LeafOrder(set[Node]):
     Args:
         priority: Lowest goes first. Any ordered values; ties go first in, first out.
         kind: A node's kind; one for all by default.
-        bias: Of a kind: added to its nodes' priorities, which are numbers then, when kinds are
-            compared. It may change at any time.
+        rank: Of a kind and a priority: what kinds are compared by. It rises with the priority, and
+            may change with time: where kinds are few that is seen at once, else when ``refresh``
+            comes round to them.
     """
 
     def __init__(
         self,
         priority: Callable[[Node], Any],
         kind: Callable[[Node], Hashable] = _one_kind,
-        bias: Callable[[Any], float] | None = None,
+        rank: Callable[[Any, Any], Any] = lambda kind, priority: priority,
     ) -> None:
         super().__init__()
-        self._priority, self._kind, self._bias = priority, kind, bias
+        self._priority, self._kind, self._rank = priority, kind, rank
         self._heaps: dict[Hashable, list[tuple[Any, int, Node]]] = {}
-        self._entry: dict[Node, int] = {}  # number of a node's valid entry
+        self._entry: dict[Node, tuple[int, Hashable]] = {}  # of each node: the valid one, and where
         self._taken: list[Node] = []
         self._num_entries = 0  # numbered so far
         self._num_in_heaps = 0
-        self._has_moved = False  # a node changed heaps during a search
+        self._ranking: list[tuple[Any, int, Hashable]] = []  # of kinds, by their lowest
+        self._ranked: dict[Hashable, int] = {}  # number of a kind's valid entry there
+        self._stale: set[Hashable] = set()  # kinds to be ranked anew
+        self._rotation: deque[Hashable] = deque()  # whose turn it is to be refreshed
 
     def add(self, node: Node) -> None:
         if node not in self:
             super().add(node)
-            if node not in self._entry:
+            entry = self._entry.get(node)
+            if entry is None or entry[1] != self._kind(node):
                 self._push(node)
 
     def lower(self, node: Node) -> None:
@@ -92,7 +101,7 @@ class LeafOrder(set[Node]):
             (kind, *entry)
             for kind, heap in self._heaps.items()
             for entry in heap
-            if self._entry.get(entry[2]) == entry[1]
+            if self._entry.get(entry[2]) == (entry[1], kind)
         ]
         if len(valid) != len(self._entry):
             raise RuntimeError(f"{len(valid)} entries for {len(self._entry)} nodes in the heaps")
@@ -105,25 +114,51 @@ class LeafOrder(set[Node]):
             if node in self and kind == self._kind(node) and priority > self._priority(node):
                 raise RuntimeError(f"priority of {node} fell from {priority}")
 
+    def refresh(self) -> None:
+        """Rank some kinds anew, in turns: ranks change with time."""
+        for _ in range(min(_REFRESHED, len(self._rotation))):
+            kind = self._rotation.popleft()
+            if kind in self._heaps:
+                self._rotation.append(kind)
+                self._stale.add(kind)
+
     def _lowest_kind(self) -> tuple[Hashable] | None:
         """The kind whose top is the lowest of all (in a tuple, for None is a kind too)."""
+        if len(self._heaps) <= _FEW:
+            self._stale.update(self._heaps)
         while True:
-            self._has_moved = False
-            ranks = []
-            for kind in list(self._heaps):
-                top = self._top(kind)
-                if top is not None:
-                    rank = top[0] if self._bias is None else top[0] + self._bias(kind)
-                    ranks.append((rank, top[1], kind))
-            if not self._has_moved:  # else a node has come to a heap that was looked at
-                return min(ranks)[2:] if ranks else None
+            while self._stale:
+                self._rank_anew(self._stale.pop())
+            if not self._ranking:
+                return None
+            rank, number, kind = self._ranking[0]
+            if self._ranked.get(kind) != number:  # replaced
+                heapq.heappop(self._ranking)
+                continue
+            top = self._top(kind)
+            if top is None or self._rank(kind, top[0]) != rank:
+                self._stale.add(kind)
+            if not self._stale:  # else other tops have changed by the search
+                return (kind,)
+
+    def _rank_anew(self, kind: Hashable) -> None:
+        top = self._top(kind) if kind in self._heaps else None
+        if top is None:
+            self._ranked.pop(kind, None)
+            return
+        self._num_entries += 1
+        self._ranked[kind] = self._num_entries
+        heapq.heappush(self._ranking, (self._rank(kind, top[0]), self._num_entries, kind))
+        if len(self._ranking) > 2 * len(self._ranked) + _SLACK:
+            self._ranking = [item for item in self._ranking if self._ranked.get(item[2]) == item[1]]
+            heapq.heapify(self._ranking)
 
     def _top(self, kind: Hashable) -> tuple[Any, int, Node] | None:
         """The lowest entry of a kind, with its node's present priority."""
         heap = self._heaps[kind]
         while heap:
             priority, entry, node = heap[0]
-            if self._entry.get(node) != entry:  # replaced
+            if self._entry.get(node) != (entry, kind):  # replaced
                 self._drop_top(heap)
             elif node not in self:
                 del self._entry[node]
@@ -131,7 +166,6 @@ class LeafOrder(set[Node]):
             elif self._kind(node) != kind:
                 self._drop_top(heap)
                 self._push(node)
-                self._has_moved = True
             elif (current := self._priority(node)) != priority:  # visited since
                 heapq.heapreplace(heap, (current, entry, node))
             else:
@@ -142,6 +176,7 @@ class LeafOrder(set[Node]):
     def _pop(self, kind: Hashable) -> Node:
         heap = self._heaps[kind]
         node = heap[0][2]
+        self._stale.add(kind)
         del self._entry[node]
         self._drop_top(heap)
         return node
@@ -155,15 +190,21 @@ class LeafOrder(set[Node]):
             self._drop_invalid()
         self._num_entries += 1
         self._num_in_heaps += 1
-        entry = (self._priority(node), self._num_entries, node)
-        heapq.heappush(self._heaps.setdefault(self._kind(node), []), entry)
-        self._entry[node] = self._num_entries
+        kind, number = self._kind(node), self._num_entries
+        heap = self._heaps.get(kind)
+        if heap is None:
+            heap = self._heaps[kind] = []
+            self._rotation.append(kind)
+        heapq.heappush(heap, (self._priority(node), number, node))
+        self._entry[node] = (number, kind)
+        if heap[0][1] == number:
+            self._stale.add(kind)
 
     def _drop_invalid(self) -> None:
         """Entries of nodes that left, and those that were replaced."""
         for node in [node for node in self._entry if node not in self]:
             del self._entry[node]
-        for heap in self._heaps.values():
-            heap[:] = [item for item in heap if self._entry.get(item[2]) == item[1]]
+        for kind, heap in self._heaps.items():
+            heap[:] = [item for item in heap if self._entry.get(item[2]) == (item[1], kind)]
             heapq.heapify(heap)
         self._num_in_heaps = sum(map(len, self._heaps.values()))

@@ -1,0 +1,200 @@
+"""Policies on one cache tree, without a server: the seconds that each loses to what it gave up.
+
+    python benchmarks/replay/policies.py [--kinds chat translation agent] [--share 0.3] [--runs 3]
+
+The trace is played in its own time, each request for itself: what of its prompt is cached is free,
+the rest costs ``--recompute-us`` per token, an adapter that is not there costs ``--load-us`` per
+slot. Tree, forest, policies and their learning are the server's own; queues, batches and a host
+tier for KV are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks/tree"), str(ROOT / "benchmarks/workloads")]
+
+from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
+
+ensure_torchvision_importable()
+
+from sessions import KINDS, Session, Trace, make_trace  # noqa: E402
+
+from radix_caches import Cache  # noqa: E402
+from sglang_elora.estimators import Popularity  # noqa: E402
+from sglang_elora.policy import GDSF, LRU, Costs, Elora, EloraPaper, Policy, Term  # noqa: E402
+from sglang_elora.tree import namespace_of  # noqa: E402
+
+ADAPTER_SLOTS = (170, 340, 680, 1360)  # ranks 8, 16, 32, 64 of an 8B model, a quarter each
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    lost_s: float  # per request
+    hit_rate: float
+    loads: int
+    requests: int
+
+
+class Replay:
+    """One policy over one trace."""
+
+    def __init__(self, name: str, costs: Costs, num_slots: int) -> None:
+        self.cache = Cache("elora", num_slots)
+        self.core: Any = self.cache.tree.tree_core
+        self.costs = costs
+        self.popularity = Popularity()
+        self.batch = 8.0
+        self.policy = self._make(name)
+        self.core.use_policy(self.policy, num_slots)
+
+    def _make(self, name: str) -> Policy:
+        kind, _, argument = name.partition(":")
+        if kind == "elora_paper":
+            off = frozenset(Term(t) for t in argument.split(",") if t and "=" not in t)
+            tau = [float(t[4:]) for t in argument.split(",") if t.startswith("tau=")]
+            return EloraPaper(
+                self.costs,
+                lambda: self.popularity.expected_distinct(self.batch),
+                lambda: self.core.forest.num_resident,
+                off,
+                *tau,
+            )
+        if kind == "elora":
+            return Elora(self.costs, self.core.is_held)
+        return {"lru": LRU, "gdsf": GDSF}[kind](self.costs)
+
+    def run(self, trace: Trace, warm_up: float = 0.2) -> Outcome:
+        for adapter in {session.adapter for session in trace.sessions}:
+            slots = ADAPTER_SLOTS[adapter % len(ADAPTER_SLOTS)]
+            self.core.forest.register(f"a{adapter}", num_slots=slots, pinned=False, version="1")
+        events: list[tuple[float, int, int]] = [(s.start_s, s.number, 0) for s in trace.sessions]
+        heapq.heapify(events)
+        lost = hits = prompts = loads = requests = 0.0
+        while events:
+            time_s, number, i = heapq.heappop(events)
+            session = trace.sessions[number]
+            loaded, hit, prompt = self._turn(session, i)
+            if time_s >= warm_up * trace.duration_s:
+                requests += 1
+                hits, prompts = hits + hit, prompts + prompt
+                loads += loaded > 0
+                missed = prompt - hit
+                middle = 1 + self.costs.attention_share * (hit + missed / 2)
+                lost += missed * self.costs.recompute * middle + loaded * self.costs.load
+            if i + 1 < len(session.turns):
+                served_s = 0.2 + 0.02 * session.turns[i].num_output
+                heapq.heappush(
+                    events, (time_s + served_s + session.turns[i + 1].think_s, number, i + 1)
+                )
+        return Outcome(lost / requests, hits / prompts, int(loads), int(requests))
+
+    def _turn(self, session: Session, i: int) -> tuple[int, int, int]:
+        """(slots loaded, tokens found, tokens of the prompt)."""
+        uid = f"a{session.adapter}"
+        adapter, loaded = self.core.forest.get(uid), 0
+        self.popularity.use(uid)
+        if not adapter.resident:
+            self._make_room(adapter.num_slots)
+            self.core.place(uid, self.cache.allocator.alloc(adapter.num_slots))
+            loaded = adapter.num_slots
+        tokens = list(session.system)
+        for turn in session.turns[: i + 1]:
+            tokens += turn.new_tokens
+            if turn is not session.turns[i]:
+                tokens += _answer(session, turn.num_output)
+        namespace = namespace_of(uid)
+        match = self.cache.match(tokens, namespace)
+        hit = len(match.device_indices)
+        receipt = self.cache.lock(match.last_device_node)
+        self.core.visit(match.last_device_node)
+        whole = tokens + _answer(session, session.turns[i].num_output)
+        self._make_room(len(whole))
+        assert self.cache.insert(whole, namespace)
+        self.cache.unlock(match.last_device_node, receipt)
+        return loaded, hit, len(tokens)
+
+    def _make_room(self, num_slots: int) -> None:
+        if (shortfall := num_slots - self.cache.allocator.available_size()) > 0:
+            self.cache.evict(shortfall)
+
+
+def _answer(session: Session, num_tokens: int) -> list[int]:
+    """Tokens nobody else says."""
+    return [10_000 + session.number] * num_tokens
+
+
+def live_slots(trace: Trace) -> float:
+    """A yardstick for the pool: all adapters used, and the KV of the sessions alive on average."""
+    adapters = sum(
+        ADAPTER_SLOTS[a % len(ADAPTER_SLOTS)] for a in {s.adapter for s in trace.sessions}
+    )
+    lives = [
+        s.num_tokens * sum(t.think_s + 0.2 + 0.02 * t.num_output for t in s.turns)
+        for s in trace.sessions
+    ]
+    return adapters + sum(lives) / trace.duration_s
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        default=["lru", "gdsf", "elora_paper", "elora"],
+        help="elora_paper:TERM,TERM,tau=T leaves out terms and sets the time constant",
+    )
+    parser.add_argument("--share", type=float, nargs="+", default=[0.2, 0.4])
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--rate", type=float, default=6.0)
+    parser.add_argument("--duration", type=float, default=300.0)
+    parser.add_argument("--recompute-us", type=float, default=40.0)
+    parser.add_argument("--load-us", type=float, default=2.4)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for kind in options.kinds:
+        for share in options.share:
+            for seed in range(options.runs):
+                trace = make_trace(
+                    KINDS[kind], turns_per_s=options.rate, duration_s=options.duration, seed=seed
+                )
+                for name in options.policies:
+                    costs = Costs(options.recompute_us * 1e-6, options.load_us * 1e-6, 0.0)
+                    outcome = Replay(name, costs, int(share * live_slots(trace))).run(trace)
+                    rows.append((kind, share, seed, name, outcome))
+            for name in options.policies:
+                mine = [r[4] for r in rows if r[:2] == (kind, share) and r[3] == name]
+                base = [r[4] for r in rows if r[:2] == (kind, share) and r[3] == "lru"] or mine
+                ratios = [m.lost_s / b.lost_s for m, b in zip(mine, base, strict=True)]
+                print(
+                    f"{kind:12} {share:4} {name:28} lost {1e3 * mine[0].lost_s:7.2f} ms"
+                    f"  x lru {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
+                    f"  hit {mine[0].hit_rate:.3f}  loads {mine[0].loads}/{mine[0].requests}",
+                    flush=True,
+                )
+    if options.out is not None:
+        content = [
+            {
+                "kind": k,
+                "share": s,
+                "seed": seed,
+                "policy": n,
+                **{f: getattr(o, f) for f in o.__slots__},
+            }
+            for k, s, seed, n, o in rows
+        ]
+        options.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

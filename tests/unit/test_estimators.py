@@ -1,0 +1,120 @@
+"""What is learned online, against what it was made from."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_elora.estimators import BatchSize, LinkCost, Popularity, PrefillCost
+
+
+def test_low_lora_by_hand() -> None:
+    """Shares 0.5, 0.25, 0.25 and batches of two: 0.75 + 2 * 0.4375."""
+    popularity = Popularity(half_lives=(1e12, 1e12))
+    for uid in "aabc":
+        popularity.use(uid)
+    assert [popularity.share(uid) for uid in "abcd"] == pytest.approx([0.5, 0.25, 0.25, 0])
+    assert popularity.expected_distinct(2) == pytest.approx(0.75 + 2 * 0.4375)
+    assert popularity.expected_distinct(1) == pytest.approx(1)
+    assert popularity.expected_distinct(1e6) == pytest.approx(3)
+
+
+def test_nobody_was_asked_for() -> None:
+    popularity = Popularity()
+    assert popularity.expected_distinct(8) == 0
+    assert popularity.share("a") == 0
+    popularity.forget("a")
+
+
+def test_popularity_follows_a_change_and_remembers() -> None:
+    popularity = Popularity(half_lives=(10, 1000))
+    for _ in range(500):
+        popularity.use("old")
+    for _ in range(30):
+        popularity.use("new")
+    assert popularity.share("new") > 0.45  # the fast half has all but forgotten the old one
+    assert popularity.share("old") > 0.45  # the slow half has not
+    assert popularity.share("old") + popularity.share("new") == pytest.approx(1)
+
+
+def test_a_forgotten_adapter_leaves_its_share_and_its_place() -> None:
+    popularity = Popularity()
+    for uid in "ab":
+        popularity.use(uid)
+    popularity.forget("a")
+    assert popularity.share("b") == pytest.approx(1)
+    popularity.use("c")
+    assert popularity.share("a") == 0
+    assert popularity.share("b") + popularity.share("c") == pytest.approx(1)
+
+
+def test_weights_do_not_overflow() -> None:
+    popularity = Popularity(half_lives=(1, 2))
+    for i in range(5000):
+        popularity.use(str(i % 3))
+    assert sum(popularity.share(str(i)) for i in range(3)) == pytest.approx(1)
+
+
+@given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=60), st.floats(1, 64))
+def test_distinct_adapters_are_no_more_than_there_are(uses: list[str], batch: float) -> None:
+    popularity = Popularity()
+    for uid in uses:
+        popularity.use(uid)
+    assert 0.99 <= popularity.expected_distinct(batch) <= min(batch, len(set(uses))) + 1e-6
+
+
+def test_batch_size_over_the_last_five_seconds() -> None:
+    sizes = BatchSize()
+    assert sizes.mean == 1
+    for time_s, size in [(0.0, 100), (1.0, 2), (5.5, 4)]:
+        sizes.add(time_s, size)
+    assert sizes.mean == 3  # the first is 5.5 s old
+    sizes.add(60.0, 7)
+    assert sizes.mean == 7
+
+
+def test_prefill_cost_is_found_again() -> None:
+    rng, cost = random.Random(0), PrefillCost()
+    for _ in range(300):
+        batch = [(rng.randint(10, 2000), rng.randint(0, 4000)) for _ in range(rng.randint(1, 4))]
+        attended = sum(new * (cached + new / 2) for new, cached in batch)
+        seconds = 4e-3 + 90e-6 * sum(new for new, _ in batch) + 8e-9 * attended
+        cost.add(batch, seconds * rng.uniform(0.95, 1.05))
+    assert cost.per_token == pytest.approx(90e-6, rel=0.1)
+    assert cost.context_share == pytest.approx(8e-9 / 90e-6, rel=0.15)
+    assert cost.seconds(1000, 500) == pytest.approx(4e-3 + 90e-3 + 8e-6 * 1000, rel=0.05)
+
+
+def test_prefill_cost_follows_a_change() -> None:
+    cost = PrefillCost()
+    for per_token in (30e-6, 120e-6):
+        for i in range(800):
+            cost.add([(100 + i % 7 * 50, 0)], per_token * (100 + i % 7 * 50))
+    assert cost.per_token == pytest.approx(120e-6, rel=0.1)
+
+
+def test_one_size_alone_does_not_upset_the_fit() -> None:
+    """Batches that are alike cannot tell a constant from a rate; the sum must still be right."""
+    cost = PrefillCost()
+    for _ in range(200):
+        cost.add([(256, 0)], 10e-3)
+    assert cost.seconds(256, 0) == pytest.approx(10e-3, rel=0.05)
+    assert cost.per_token > 0 and cost.context_share > 0
+
+
+def test_before_anything_is_measured_the_start_is_returned() -> None:
+    assert PrefillCost(50e-6).per_token == pytest.approx(50e-6)
+    assert LinkCost(3e-6, 20e-6).per_slot == pytest.approx(3e-6)
+    assert LinkCost(3e-6, 20e-6).latency == pytest.approx(20e-6)
+
+
+def test_link_cost_is_found_again() -> None:
+    rng, cost = random.Random(0), LinkCost()
+    for _ in range(100):
+        slots = rng.choice([170, 700, 2700])
+        cost.add(slots, 200e-6 + 7e-6 * slots)
+    assert cost.per_slot == pytest.approx(7e-6, rel=0.05)
+    assert cost.latency == pytest.approx(200e-6, rel=0.3)

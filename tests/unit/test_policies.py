@@ -1,0 +1,438 @@
+"""One contract for every policy, and each equation against numbers computed by hand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_elora.policy import (
+    GDSF,
+    LRU,
+    NEVER,
+    Costs,
+    Elora,
+    EloraPaper,
+    Item,
+    Policy,
+    Term,
+)
+from sglang_elora.policy.elora_paper import ADAPTER, KV, log_add_exp, lora_eval
+from sglang_elora.policy.returns import Returns
+from sglang_elora.tree import LeafOrder
+
+
+@dataclass
+class Counts:
+    """What ``EloraPaper`` reads of the server."""
+
+    needed: float = 1.0
+    resident: int = 1
+
+
+def paper(
+    costs: Costs | None = None,
+    counts: Counts | None = None,
+    off: tuple[Term, ...] = (),
+    time_constant: float = 1.0,
+) -> EloraPaper:
+    counts = counts or Counts()
+    return EloraPaper(
+        costs or Costs(),
+        lambda: counts.needed,
+        lambda: counts.resident,
+        frozenset(off),
+        time_constant,
+    )
+
+
+MAKERS: dict[str, Callable[[], Policy]] = {
+    "lru": lambda: LRU(Costs()),
+    "gdsf": lambda: GDSF(Costs()),
+    "elora_paper": paper,
+    "elora": lambda: Elora(Costs()),
+}
+
+
+@pytest.fixture(params=MAKERS)
+def policy(request: pytest.FixtureRequest) -> Policy:
+    return MAKERS[request.param]()
+
+
+def kv(num_slots: int = 100, **options: int | bool) -> Item:
+    return Item(False, num_slots, **options)
+
+
+def adapter(num_slots: int = 100) -> Item:
+    return Item(True, num_slots, backed=True)
+
+
+def rank(policy: Policy, item: Item) -> float:
+    return policy.rank(policy.kind(item), policy.priority(item))
+
+
+# ==== What holds for each ====
+
+
+def test_names_are_what_the_flag_takes() -> None:
+    assert {make().name for make in MAKERS.values()} == set(MAKERS)
+
+
+def test_what_is_visited_ranks_above_its_like_that_is_not(policy: Policy) -> None:
+    for make in (kv, adapter):
+        first, second = make(), make()
+        policy.create(first)
+        policy.create(second)
+        policy.advance(0.5)
+        policy.visit([first])
+        policy.advance(0.5)
+        assert rank(policy, first) > rank(policy, second)
+
+
+def test_base_model_kv_is_ordered_as_any_other(policy: Policy) -> None:
+    """An item does not know whose it is: a new one ranks finitely, and above an older like it."""
+    old, new = kv(), kv()
+    policy.create(old)
+    policy.advance(1)
+    policy.create(new)
+    assert math.isfinite(rank(policy, old))
+    assert rank(policy, old) <= rank(policy, new)
+
+
+def test_an_adapter_that_was_never_asked_for_goes_first(policy: Policy) -> None:
+    unseen, seen, text = adapter(), adapter(), kv()
+    policy.visit([seen])
+    policy.create(text)
+    policy.advance(10)
+    assert rank(policy, unseen) < min(rank(policy, seen), rank(policy, text))
+
+
+def test_halves_of_a_run_share_its_past(policy: Policy) -> None:
+    item = kv(100)
+    policy.create(item)
+    policy.visit([item])
+    first = policy.split(item, 30)
+    assert (first.num_slots, first.position, item.num_slots, item.position) == (30, 0, 70, 30)
+    assert first.visits == item.visits == 2
+    assert policy.kind(first) == policy.kind(item)
+
+
+def test_lru_on_a_path_the_deepest_is_the_youngest() -> None:
+    policy = LRU(Costs())
+    leaf, parent = kv(), kv()
+    policy.visit([leaf, parent])
+    assert policy.priority(leaf) > policy.priority(parent)
+
+
+@dataclass
+class World:
+    """Items that come, are visited and go; the policy's order is kept in a ``LeafOrder``."""
+
+    policy: Policy
+    items: list[Item] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.victims: list[tuple[bool, int, int]] = []
+        self.order: LeafOrder[Item] = LeafOrder(
+            self.policy.priority, self.policy.kind, self.policy.rank
+        )
+
+    def act(self, rng: random.Random) -> None:
+        action = rng.choice(["kv", "adapter", "visit", "visit", "visit", "time", "back", "evict"])
+        policy = self.policy
+        if action in ("kv", "adapter"):
+            item = kv(rng.randint(1, 500)) if action == "kv" else adapter(rng.randint(10, 900))
+            policy.create(item)
+            self.items.append(item)
+            self.order.add(item)
+        elif action == "time":
+            policy.advance(rng.choice([1 / 64, 5 / 16, 5.0]))
+        elif not self.items:
+            return
+        elif action == "visit":
+            item = rng.choice(self.items)
+            policy.visit([item])
+            self.order.lower(item)  # it may be of another kind now
+        elif action == "back":
+            item = rng.choice(self.items)
+            if not item.backed:
+                item.backed = True
+                self.order.lower(item)
+        else:
+            expected = min(rank(policy, item) for item in self.items)
+            item = self.order.take_lowest()
+            assert item is not None
+            assert rank(policy, item) == pytest.approx(expected, abs=1e-9)
+            self.victims.append((item.is_adapter, item.num_slots, item.visits))
+            policy.evict(item)
+            policy.remove(item)
+            self.order.discard(item)
+            self.order.give_back()
+            self.items.remove(item)
+        self.order.check_invariants()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_the_victim_is_the_lowest_of_all(name: str, seed: int) -> None:
+    """After any history: the order kept in heaps is that of ranking every item anew."""
+    rng = random.Random(seed)
+    world = World(MAKERS[name]())
+    for _ in range(80):
+        world.act(rng)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), later=st.floats(0.001, 50))
+def test_priorities_do_not_fall_while_time_passes(name: str, seed: int, later: float) -> None:
+    rng = random.Random(seed)
+    world = World(MAKERS[name]())
+    for _ in range(60):
+        world.act(rng)
+    before = [world.policy.priority(item) for item in world.items]
+    world.policy.advance(later)
+    after = [world.policy.priority(item) for item in world.items]
+    assert all(b <= a + 1e-12 for b, a in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("name", ["lru", "gdsf", "elora"])
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), later=st.floats(0.001, 50))
+def test_order_within_a_kind_does_not_depend_on_the_time_of_asking(
+    name: str, seed: int, later: float
+) -> None:
+    rng = random.Random(seed)
+    world = World(MAKERS[name]())
+    for _ in range(60):
+        world.act(rng)
+
+    def order() -> list[tuple[int, int]]:
+        by_kind = sorted(
+            world.items, key=lambda i: (world.policy.kind(i), world.policy.priority(i), id(i))
+        )
+        return [(world.policy.kind(item), id(item)) for item in by_kind]
+
+    before = order()
+    world.policy.advance(later)
+    assert order() == before
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@settings(max_examples=40, deadline=None)
+@given(shift=st.integers(1, 100), seed=st.integers(0, 2**32 - 1))
+def test_a_history_that_begins_later_gives_up_the_same(name: str, shift: float, seed: int) -> None:
+    victims = []
+    for start in (0.0, shift):
+        rng, world = random.Random(seed), World(MAKERS[name]())
+        world.policy.advance(start)
+        for _ in range(120):
+            world.act(rng)
+        victims.append(world.victims)
+    assert victims[0] == victims[1]
+
+
+# ==== The paper's equations ====
+
+
+@pytest.mark.parametrize(
+    ("resident", "needed", "expected"),
+    [(4, 8.0, 0.5), (8, 8.0, 1.0), (9, 3.0, 1.0), (0, 4.0, 0.25)],
+)
+def test_lora_eval(resident: int, needed: float, expected: float) -> None:
+    assert lora_eval(resident, needed) == expected
+
+
+def test_too_few_adapters_make_adapters_dearer_and_nothing_cheaper() -> None:
+    """The sign of the adapter-count term: it is meant to keep adapters when they are needed."""
+    counts = Counts(needed=8.0, resident=2)
+    policy = paper(counts=counts)
+    assert policy.rank(ADAPTER, 7.0) == pytest.approx(7 + math.log(4))
+    assert policy.rank(KV, 7.0) == 7
+    counts.resident = 8
+    assert policy.rank(ADAPTER, 7.0) == 7
+    counts.resident = 2
+    assert paper(counts=counts, off=(Term.ADAPTER_COUNT,)).rank(ADAPTER, 7.0) == 7
+
+
+def test_retain_eval_by_hand() -> None:
+    """cost 2 ms * 3 visits / (1 + e), one time constant after the last of them."""
+    costs = Costs(load=20e-6, load_latency=0.0)
+    policy = paper(costs, time_constant=0.5)
+    item = kv(100)
+    for _ in range(3):
+        policy.visit([item])
+    policy.advance(0.5)
+    frame = policy.clock / 0.5
+    by_hand = math.log(2e-3) + math.log(3) - math.log(1 + math.e)
+    assert policy.priority(item) - frame == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize(
+    ("term", "by_hand"),
+    [
+        (Term.SWAP_COST, math.log(3) - math.log(1 + math.e) + 1),
+        (Term.VISIT_FREQUENCY, math.log(2e-3) - math.log(1 + math.e) + 1),
+        (Term.RECENCY, math.log(2e-3) + math.log(3)),
+    ],
+)
+def test_each_term_can_be_left_out(term: Term, by_hand: float) -> None:
+    policy = paper(Costs(load=20e-6, load_latency=0.0), off=(term,))
+    item = kv(100)
+    for _ in range(3):
+        policy.visit([item])
+    policy.advance(1)
+    assert policy.priority(item) == pytest.approx(by_hand)
+
+
+def test_recency_does_not_saturate() -> None:
+    """In the paper's seconds, 1 - sigmoid(t) of everything an hour old is the same number: 0."""
+    assert 1 - 1 / (1 + math.exp(-3600)) == 1 - 1 / (1 + math.exp(-7200)) == 0
+    policy = paper()
+    older, old = kv(), kv()
+    policy.create(older)
+    policy.advance(3600)
+    policy.create(old)
+    policy.advance(3600)
+    assert policy.priority(older) < policy.priority(old)
+
+
+@given(a=st.floats(-700, 700), b=st.floats(-700, 700))
+def test_log_add_exp(a: float, b: float) -> None:
+    top = max(a, b)
+    assert log_add_exp(a, b) == pytest.approx(top + math.log(math.exp(a - top) + math.exp(b - top)))
+
+
+def test_log_add_exp_of_nothing() -> None:
+    assert log_add_exp(NEVER, 2.0) == 2.0
+    assert log_add_exp(NEVER, NEVER) == NEVER
+
+
+# ==== GDSF ====
+
+
+def test_gdsf_by_hand() -> None:
+    costs = Costs(recompute=10.0, load=2.0, load_latency=0.0)
+    policy = GDSF(costs)
+    text, copied, weights = kv(), kv(backed=True), adapter()
+    for item in (text, copied, weights):
+        policy.create(item)
+    policy.visit([text])
+    assert [policy.priority(i) for i in (text, copied, weights)] == [20, 2, 2]
+    policy.evict(text)  # all that comes now starts where it was
+    late = kv()
+    policy.create(late)
+    assert policy.priority(late) == 30
+
+
+# ==== ELORA's own ====
+
+
+def test_value_is_seconds_saved_per_slot() -> None:
+    """At equal returns an adapter counts the link, KV its computation, copied KV the lesser."""
+    costs = Costs(recompute=40e-6, load=5e-6, load_latency=0.0)
+    policy = Elora(costs)
+    text, copied, weights = kv(), kv(backed=True), adapter()
+    for item in (text, copied, weights):
+        policy.create(item)
+    assert rank(policy, text) == pytest.approx(8 * rank(policy, weights))
+    assert rank(policy, copied) == rank(policy, weights)
+    costs.load = 80e-6  # a slow link: computing is cheaper than loading
+    assert rank(policy, text) == rank(policy, copied) == rank(policy, weights) / 2
+
+
+def test_kinds_that_never_come_back_learn_to_yield() -> None:
+    """New KV at every turn that nobody uses again, beside adapters used at every turn."""
+    policy = Elora(Costs(recompute=10e-6, load=10e-6, load_latency=0.0))
+    popular, sentences = adapter(), []
+    for _ in range(400):
+        sentences.append(kv())
+        policy.create(sentences[-1])
+        policy.visit([popular])
+        policy.advance(0.02)
+        if len(sentences) > 50:
+            policy.remove(sentences.pop(0))
+    other = adapter()
+    policy.create(other)
+    assert rank(policy, other) > 8 * rank(policy, sentences[-1])
+    assert not policy.worth_host_copy(sentences[-1])
+
+
+def test_kinds_that_do_come_back_learn_that_too() -> None:
+    policy = Elora(Costs())
+    chats = [kv() for _ in range(40)]
+    for chat in chats:
+        policy.create(chat)
+    for i in range(400):
+        policy.visit([chats[i % 40]])
+        policy.advance(0.02)
+    assert policy.worth_host_copy(chats[-1])
+    policy.advance(30)  # nobody ever came back that late
+    assert rank(policy, chats[0]) < rank(policy, chats[-1]) * 1.01
+    late = policy.rank(policy.kind(chats[0]), 0.0)
+    new = kv()
+    policy.create(new)
+    assert rank(policy, new) > 20 * late
+
+
+# ==== The return index ====
+
+
+def observe(returns: Returns, *ages: float, left: float | None = None, times: int = 200) -> None:
+    """Each of the ages is seen ``times`` times, and so is leaving at ``left``."""
+    for _ in range(times):
+        for age in ages:
+            returns.end(age, returned=True)
+        if left is not None:
+            returns.end(left, returned=False)
+
+
+def test_before_anything_is_seen_the_younger_is_worth_more() -> None:
+    index = [Returns().index(age) for age in (0.0, 0.01, 0.1, 1, 10, 100)]
+    assert index == sorted(index, reverse=True) and len(set(index)) == len(index)
+
+
+def test_index_of_certain_returns_is_one_over_the_time_to_them() -> None:
+    """All come back after half a turnover: keeping costs that time and pays once."""
+    returns = Returns()
+    observe(returns, 0.5)
+    assert returns.index(0) == pytest.approx(2, rel=0.25)
+    assert returns.chance(0) == pytest.approx(1, abs=0.05)
+
+
+def test_what_returns_half_the_time_is_worth_half() -> None:
+    """Half come back after 0.5, the others left at 0.8: P = 0.5 per 0.5 turnovers."""
+    returns = Returns()
+    observe(returns, 0.5, left=0.8)
+    assert returns.index(0) == pytest.approx(1, rel=0.25)
+    assert returns.chance(0) == pytest.approx(0.5, abs=0.1)
+    assert returns.chance(0.75) < 0.2
+
+
+def test_leaving_early_teaches_nothing_about_later() -> None:
+    """A cache under pressure evicts all at 0.1, before anybody can have come back."""
+    returns = Returns()
+    observe(returns, 0.5, times=100)
+    before = returns.chance(0.2)
+    for _ in range(300):
+        returns.end(0.1, returned=False)
+    assert returns.chance(0.2) == pytest.approx(before, abs=0.05)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 2e5), st.booleans()), max_size=200))
+def test_any_table_gives_an_order(ends: list[tuple[float, bool]]) -> None:
+    returns = Returns()
+    for age, returned in ends:
+        returns.end(age, returned=returned)
+    ages = [0.0, 1e-3, 0.03, 0.5, 4, 99, 1e4, math.inf]
+    index = [returns.index(age) for age in ages]
+    assert all(a >= b > 0 for a, b in itertools.pairwise(index))
+    assert all(0 <= returns.chance(age) <= 1 for age in ages)
