@@ -1,6 +1,6 @@
 """Policies on one cache tree, without a server: the seconds that each loses to what it gave up.
 
-    python benchmarks/replay/policies.py [--kinds chat translation agent] [--share 0.3] [--runs 3]
+    python benchmarks/replay/policies.py [--workloads chat translation agent] [--share 0.3]
 
 The trace is played in its own time, each request for itself: what of its prompt is cached is free,
 the rest costs ``--recompute-us`` per token, an adapter that is not there costs ``--load-us`` per
@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks/tree"), str(ROOT / "benchmarks/workloads")]
+sys.path[:0] = [str(ROOT / "benchmarks/tree"), str(ROOT / "benchmarks/serving")]
 
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
 
 ensure_torchvision_importable()
 
-from sessions import KINDS, Session, Trace, make_trace  # noqa: E402
+from workload import WORKLOADS, Session, Trace, make_trace  # noqa: E402
 
 from radix_caches import Cache  # noqa: E402
 from sglang_elora.estimators import Popularity  # noqa: E402
@@ -73,9 +73,9 @@ class Replay:
         return {"lru": LRU, "gdsf": GDSF}[kind](self.costs)
 
     def run(self, trace: Trace, warm_up: float = 0.2) -> Outcome:
-        for adapter in {session.adapter for session in trace.sessions}:
-            slots = ADAPTER_SLOTS[adapter % len(ADAPTER_SLOTS)]
-            self.core.forest.register(f"a{adapter}", num_slots=slots, pinned=False, version="1")
+        for uid in {session.adapter for session in trace.sessions}:
+            slots = adapter_slots(uid)
+            self.core.forest.register(uid, num_slots=slots, pinned=False, version="1")
         events: list[tuple[float, int, int]] = [(s.start_s, s.number, 0) for s in trace.sessions]
         heapq.heapify(events)
         lost = hits = prompts = loads = requests = 0.0
@@ -99,7 +99,7 @@ class Replay:
 
     def _turn(self, session: Session, i: int) -> tuple[int, int, int]:
         """(slots loaded, tokens found, tokens of the prompt)."""
-        uid = f"a{session.adapter}"
+        uid = session.adapter
         adapter, loaded = self.core.forest.get(uid), 0
         self.popularity.use(uid)
         if not adapter.resident:
@@ -132,21 +132,19 @@ def _answer(session: Session, num_tokens: int) -> list[int]:
     return [10_000 + session.number] * num_tokens
 
 
+def adapter_slots(name: str) -> int:
+    return ADAPTER_SLOTS[int(name[1:]) % len(ADAPTER_SLOTS)]
+
+
 def live_slots(trace: Trace) -> float:
-    """A yardstick for the pool: all adapters used, and the KV of the sessions alive on average."""
-    adapters = sum(
-        ADAPTER_SLOTS[a % len(ADAPTER_SLOTS)] for a in {s.adapter for s in trace.sessions}
-    )
-    lives = [
-        s.num_tokens * sum(t.think_s + 0.2 + 0.02 * t.num_output for t in s.turns)
-        for s in trace.sessions
-    ]
-    return adapters + sum(lives) / trace.duration_s
+    """A yardstick for the pool: all adapters used, and the KV of the sessions that will go on."""
+    names = {session.adapter for session in trace.sessions}
+    return sum(map(adapter_slots, names)) + trace.mean_live_kv_tokens
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument(
         "--policies",
         nargs="+",
@@ -162,22 +160,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rows = []
-    for kind in options.kinds:
+    for workload in options.workloads:
         for share in options.share:
             for seed in range(options.runs):
                 trace = make_trace(
-                    KINDS[kind], turns_per_s=options.rate, duration_s=options.duration, seed=seed
+                    WORKLOADS[workload],
+                    turns_per_s=options.rate,
+                    duration_s=options.duration,
+                    seed=seed,
                 )
                 for name in options.policies:
                     costs = Costs(options.recompute_us * 1e-6, options.load_us * 1e-6, 0.0)
                     outcome = Replay(name, costs, int(share * live_slots(trace))).run(trace)
-                    rows.append((kind, share, seed, name, outcome))
+                    rows.append((workload, share, seed, name, outcome))
             for name in options.policies:
-                mine = [r[4] for r in rows if r[:2] == (kind, share) and r[3] == name]
-                base = [r[4] for r in rows if r[:2] == (kind, share) and r[3] == "lru"] or mine
+                mine = [r[4] for r in rows if r[:2] == (workload, share) and r[3] == name]
+                base = [r[4] for r in rows if r[:2] == (workload, share) and r[3] == "lru"] or mine
                 ratios = [m.lost_s / b.lost_s for m, b in zip(mine, base, strict=True)]
                 print(
-                    f"{kind:12} {share:4} {name:28} lost {1e3 * mine[0].lost_s:7.2f} ms"
+                    f"{workload:12} {share:4} {name:28} lost {1e3 * mine[0].lost_s:7.2f} ms"
                     f"  x lru {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
                     f"  hit {mine[0].hit_rate:.3f}  loads {mine[0].loads}/{mine[0].requests}",
                     flush=True,
@@ -185,7 +186,7 @@ def main() -> None:
     if options.out is not None:
         content = [
             {
-                "kind": k,
+                "workload": k,
                 "share": s,
                 "seed": seed,
                 "policy": n,

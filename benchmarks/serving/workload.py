@@ -67,11 +67,11 @@ class Workload:
         )
 
 
-CHAT = Workload("chat", (60, 180), 110, 14, (4, 8), 8.0, moves=6)
+CHAT = Workload("chat", (60, 180), 110, 14, (4, 8), 20.0, moves=6)
 TRANSLATION = Workload(
     "translation", (20, 60), 120, 16, (1, 2), 4.0, moves=32, zipf=0.7, active=(29 / 64, 48 / 64)
 )
-AGENT = Workload("agent", (300, 600), 60, 12, (6, 12), 3.0, moves=4)
+AGENT = Workload("agent", (300, 600), 70, 12, (6, 12), 8.0, moves=4)
 WORKLOADS: Mapping[str, Workload] = {w.name: w for w in (CHAT, TRANSLATION, AGENT)}
 
 
@@ -224,9 +224,7 @@ def _session(
     for i in range(rng.randint(*workload.turns)):
         new = _length(rng, workload.user_tokens, workload.user_spread)
         low, high = workload.output_limits
-        output = max(
-            low, min(_length(rng, workload.output_tokens, workload.output_spread), high)
-        )
+        output = max(low, min(_length(rng, workload.output_tokens, workload.output_spread), high))
         scale_s = workload.think_s / workload.think_shape
         think_s = rng.gammavariate(workload.think_shape, scale_s) if i else 0.0
         if new + output > left and turns:

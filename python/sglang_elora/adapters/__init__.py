@@ -12,6 +12,7 @@ __all__ = [
     "BaseShapes",
     "check_adapter",
     "check_tensors",
+    "read_adapter",
     "served_modules",
     "served_names",
 ]
@@ -21,6 +22,7 @@ from sglang_elora.adapters.check import (
     AdapterFacts,
     check_adapter,
     check_tensors,
+    read_adapter,
     served_modules,
 )
 from sglang_elora.adapters.errors import AdapterError

@@ -30,6 +30,7 @@ from sglang_elora.adapters.weight_files import (
     CONFIG_FILE,
     TensorInfo,
     find_weight_files,
+    load_tensors,
     non_finite,
     non_finite_tensors,
     read_tensors,
@@ -98,6 +99,18 @@ def check_adapter(
     if read_weights:
         folder.raise_if_any(non_finite_tensors(folder, files), _DIVERGED)
     return replace(facts, files=tuple(files))
+
+
+def read_adapter(name: str, path: str) -> dict[str, Any]:
+    """The weights of an adapter that was checked before, as torch tensors by their stored names.
+
+    Raises:
+        AdapterError: The folder or a file cannot be read any more, or a weight is not finite.
+    """
+    folder = find_folder(name, path)
+    tensors = load_tensors(folder)
+    folder.raise_if_any(non_finite("the weights", tensors.items()), _DIVERGED)
+    return tensors
 
 
 def served_modules(name: str, path: str) -> frozenset[str]:

@@ -85,6 +85,13 @@ def read_tensors(folder: AdapterFolder, files: Sequence[Path]) -> list[TensorInf
     return tensors
 
 
+def load_tensors(folder: AdapterFolder) -> dict[str, Any]:
+    """All tensors of the adapter as torch tensors in memory; raises as ``read_tensors``."""
+    files = find_weight_files(folder)
+    read_tensors(folder, files)  # for the texts of its errors
+    return {name: tensor for file in files for name, tensor in _data(folder, file)}
+
+
 def non_finite_tensors(folder: AdapterFolder, files: Sequence[Path]) -> list[Problem]:
     """Tensors with NaN or infinity. Reads all data: about 0.25 s for 84 MB, from the page cache."""
     return [p for file in files for p in non_finite(file.name, _data(folder, file))]
@@ -211,7 +218,9 @@ def _data(folder: AdapterFolder, file: Path) -> Iterator[tuple[str, Any]]:
     if file.suffix != ".safetensors":
         yield from _load_pickle(folder, file).items()
         return
-    safetensors: Any = importlib.import_module("safetensors")
-    with safetensors.safe_open(str(file), framework="pt", device="cpu") as handle:
-        for name in handle.keys():
-            yield name, handle.get_tensor(name)
+    safetensors: Any = importlib.import_module("safetensors.torch")
+    try:
+        # Read, not mapped: who overwrites a mapped file takes the process that reads it down.
+        yield from safetensors.load(file.read_bytes()).items()
+    except (safetensors.SafetensorError, OSError) as error:
+        raise folder.error(file.name, f"cannot read it: {error}", _COPY_AGAIN) from error

@@ -14,6 +14,7 @@ a circle. A request whose adapter is not there is passed by; those behind it go 
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 from sglang_elora.host.lora_manager import EloraLoRAManager
@@ -39,7 +40,8 @@ class Admission:
         self.swapper = swapper
         self.max_adapters = max_adapters  # in one batch
         self._num_admitted = 0
-        self._first_refused_at: dict[str, int] = {}  # request id -> _num_admitted then
+        # request id -> (_num_admitted, seconds) then
+        self._first_refused_at: dict[str, tuple[int, float]] = {}
         self._holder: Req | None = None  # the request all others wait for
 
     def begin_pass(self, adder: PrefillAdder) -> None:
@@ -49,6 +51,10 @@ class Admission:
 
     def taken(self, req: Req) -> None:
         """SGLang put the request into the batch: all that it uses is visited."""
+        if req.rid in self._first_refused_at:
+            waited_s = time.monotonic() - self._first_refused_at[req.rid][1]
+            self.residency.core.counts["requests_waited_for_adapter"] += 1
+            self.residency.core.counts["ms_waited_for_adapter"] += round(1e3 * waited_s)
         self._forget(req)
         self._num_admitted += 1
         self.residency.core.visit(req.last_node)
@@ -101,7 +107,8 @@ class Admission:
         return copy is None or self.swapper.is_hidden(copy, req, self.adder)
 
     def _refused(self, req: Req, waiting: list[Req]) -> None:
-        since = self._first_refused_at.setdefault(req.rid, self._num_admitted)
+        first = (self._num_admitted, time.monotonic())
+        since, _ = self._first_refused_at.setdefault(req.rid, first)
         if self._holder is None and self._num_admitted - since >= MAX_BYPASS:
             self._holder = req
             logger.info("request %s was passed by %d others: they wait now", req.rid, MAX_BYPASS)

@@ -33,6 +33,8 @@ def check_step(result: None, self: Scheduler, *arguments: Any) -> None:
     manager = self.tp_worker.model_runner.lora_manager
     if isinstance(manager, EloraLoRAManager):
         manager.num_checks += 1
+        if manager.residency is not None:
+            manager.residency.host.check_invariants()
 
 
 def _live_requests(scheduler: Scheduler, arguments: tuple[Any, ...]) -> list[Req]:

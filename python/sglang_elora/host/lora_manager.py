@@ -12,7 +12,7 @@ from sglang.srt.lora.lora import LoRAAdapter
 from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.lora.utils import EMBEDDING_NAMES, generate_sequence_lengths
 
-from sglang_elora.adapters import served_modules
+from sglang_elora.adapters import read_adapter, served_modules
 from sglang_elora.host.lora_backend import MAX_RANK, Graph, PagedLoRABackend
 from sglang_elora.host.lora_pool import PagedLoRAPool
 from sglang_elora.host.measure import Measure
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from sglang.srt.lora.lora_config import LoRAConfig
     from sglang.srt.lora.lora_registry import LoRARef
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+_CHANGED = "its file has changed since it was loaded: unload it and load it again"
 
 
 class EloraLoRAManager(LoRAManager):
@@ -154,31 +156,34 @@ class EloraLoRAManager(LoRAManager):
         shapes = [shape for shape in self._shapes if shape.name in present]
         layout = AdapterLayout.build(self.configs[uid].r, shapes)
         num_bytes = self.memory_pool.num_layer * sum(layout.plane_elems) * self.dtype.itemsize
-        read = partial(self._read_image, uid, self.configs[uid], layout)
+        read = partial(self._read_image, lora_ref, self.configs[uid], layout)
         return AdapterSource(uid, name, layout, num_bytes, bool(lora_ref.pinned), read=read)
 
-    def _read_image(self, uid: str, config: LoRAConfig, layout: AdapterLayout) -> AdapterImage:
+    def _read_image(
+        self, lora_ref: LoRARef, config: LoRAConfig, layout: AdapterLayout
+    ) -> AdapterImage:
         """The adapter's weights from its file. Runs in a thread of the host tier.
 
         Raises:
-            AdapterChanged: The file does not hold what its headers told before.
-            ValueError: A weight is NaN or infinite.
-            OSError: The file cannot be read; others as SGLang's loader raises them.
+            AdapterError: It cannot be read, or a weight is NaN or infinite.
+            AdapterChanged: It does not hold what its headers told before.
         """
+        tensors = read_adapter(lora_ref.lora_name, lora_ref.lora_path)
         adapter = LoRAAdapter(
-            uid,
+            lora_ref.lora_id,
             config,
             self.base_hf_config,
             self.load_config,
             self.lora_backend,
             base_model=self.base_model,
         )
-        adapter.initialize_weights()
-        image = self.memory_pool.image_of(adapter, self.lora_modules, self._shapes)
+        try:
+            adapter.initialize_weights_from_tensors(tensors)
+            image = self.memory_pool.image_of(adapter, self.lora_modules, self._shapes)
+        except (AssertionError, RuntimeError, ValueError, LookupError) as error:
+            raise AdapterChanged(_CHANGED) from error  # it was checked when it was loaded
         if image.layout != layout:
-            raise AdapterChanged("its file has changed since it was loaded: load it again")
-        if not torch.isfinite(image.memory).all():
-            raise ValueError("its weights have values that are NaN or infinite")
+            raise AdapterChanged(_CHANGED)
         return image
 
     def _take_in_or_forget(self, lora_ref: LoRARef, source: AdapterSource) -> None:

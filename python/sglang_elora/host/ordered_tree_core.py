@@ -6,6 +6,7 @@ go in the order of --radix-eviction-policy, which is found by a heap and not by 
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Hashable
 from typing import Any, cast
 
@@ -21,6 +22,9 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core import (
 from sglang_elora.policy import Item, Policy
 from sglang_elora.tree import LeafOrder, adapter_of
 
+_REMEMBERED = 8192
+"""Evictions that prefetching may undo."""
+
 
 class OrderedTreeCore(UnifiedTreeCore):
     """Tells a policy what happens to nodes, and keeps leaves in its order."""
@@ -29,6 +33,8 @@ class OrderedTreeCore(UnifiedTreeCore):
         self.policy: Policy | None = None
         self._pool_slots = 1
         self._next_item = _no_item()  # of the node that is made next
+        self.counts: Counter[str] = Counter()
+        self.evicted: deque[NodeId] = deque(maxlen=_REMEMBERED)  # backed up; the last was dearest
         self._node_arena: dict[int, UnifiedTreeNode] = {}
         super().__init__(params, components)
 
@@ -37,6 +43,7 @@ class OrderedTreeCore(UnifiedTreeCore):
             self._forget(node)
         super().reset()
         self._make_orders()
+        self.evicted.clear()
 
     def use_policy(self, policy: Policy, pool_slots: int) -> None:
         """Order nodes by this policy from now on; the tree is empty still."""
@@ -67,6 +74,10 @@ class OrderedTreeCore(UnifiedTreeCore):
             path.append(node.item)
             node = node.parent
         if self.policy is not None:
+            for item in path:
+                if item.prefetched:
+                    item.prefetched = False
+                    self.counts["prefetched_slots_used"] += item.num_slots
             self.policy.visit(path)
 
     def _new_node(self, priority: int = 0) -> UnifiedTreeNode:
@@ -92,14 +103,21 @@ class OrderedTreeCore(UnifiedTreeCore):
             if not node.item.is_adapter:
                 self.policy.remove(node.item)
 
-    def recount(self, node: UnifiedTreeNode) -> None:
+    def note_eviction(self, node: UnifiedTreeNode) -> None:
+        """The node left the device and may come back from the host."""
+        self.evicted.append(node.id)
+        if node.item.prefetched:
+            node.item.prefetched = False
+            self.counts["prefetched_slots_wasted"] += node.item.num_slots
+
+    def recount(self, node: UnifiedTreeNode, *, leaving: bool = False) -> None:
         """The node came to a tier or left one."""
         policy, item = self.policy, node.item
         if policy is not None:
             policy.displace(item)
             item.backed = node.backuped
             value = node.component_data[ComponentType.FULL].value
-            if value is not None and len(value):
+            if value is not None and len(value) and not leaving:
                 policy.place(item)
 
     def _fill(self, num_slots: int) -> None:

@@ -18,6 +18,24 @@ from sglang_elora.swapper import AdapterCopy, Copied, HostTier
 logger = logging.getLogger(__name__)
 
 
+COUNTS = (
+    "adapter_churn",
+    "adapter_slots_from_host",
+    "adapter_copies_failed",
+    "adapter_reads_failed",
+    "kv_slots_evicted",
+    "kv_slots_from_host",
+    "kv_slots_to_host",
+    "prefetched_slots",
+    "prefetched_slots_used",
+    "prefetched_slots_wasted",
+    "requests_failed",
+    "requests_waited_for_adapter",
+    "ms_waited_for_adapter",
+)
+"""Counted since the start, by whoever does it, in the tree core's ``counts``."""
+
+
 class PoolTooSmall(ValueError):
     """An adapter cannot be held by the pool, whatever is evicted."""
 
@@ -168,6 +186,7 @@ class Residency:
         node = self.core.node_of(uid)
         self.core.inc_full_pin(node.id)  # until it is settled
         self.copies[uid] = self._start_copy(uid, node.slots)
+        self.core.counts["adapter_slots_from_host"] += adapter.num_slots
         logger.info("load %s into %d slots", self.name_of(uid), adapter.num_slots)
         return True
 
@@ -237,6 +256,7 @@ class Residency:
         """Counts of now and since the start, all in slots or tokens (one slot holds one token)."""
         adapters = list(self.forest)
         return {
+            **{name: self.core.counts[name] for name in COUNTS},
             "pool_slots": self.pool_slots,
             "adapter_slots": self.forest.resident_slots,
             "adapters_resident": sum(adapter.resident for adapter in adapters),

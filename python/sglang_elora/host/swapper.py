@@ -24,6 +24,7 @@ from sglang.srt.managers.scheduler import _make_abort_req
 
 from sglang_elora.host.measure import Measure
 from sglang_elora.host.residency import AdapterChanged, Residency
+from sglang_elora.host.tree_core import FULL, AdapterNode
 from sglang_elora.pages import AdapterImage
 from sglang_elora.swapper import AdapterCopy, Copied, Read
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.schedule_policy import PrefillAdder
     from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.mem_cache.unified_cache.unified_tree_core import UnifiedTreeNode
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,12 @@ LOOKAHEAD = 64
 
 MAX_SLOTS_UNDER_WAY_SHARE = 0.25
 """Of the pool: copies under way. What is placed cannot be evicted until it is there."""
+
+PREFETCH_BELOW = 0.7
+"""Share of the pool in use below which what was evicted is brought back."""
+
+PREFETCH_LOOKS = 8
+"""Most evictions looked at per step."""
 
 _IDLE_S = 200e-6
 
@@ -63,11 +71,15 @@ class Swapper:
         self._measure.step()
         if self.residency.copies or self._host.reading:
             self._settle()
-        waiting = scheduler.waiting_queue
-        if self._errors:
             self._fail_waiting(scheduler)
+        waiting, under_way = scheduler.waiting_queue, len(self.residency.copies)
         if waiting or self._wanted:
             self._bring_wanted(waiting)
+        elif self._core.evicted and not under_way:
+            self._prefetch()
+        if len(self.residency.copies) > under_way:
+            self._settle()  # one that failed at once must not be run with
+            self._fail_waiting(scheduler)
         self._host.drop_surplus()
 
     def is_hidden(self, copy: AdapterCopy, req: Req, adder: PrefillAdder) -> bool:
@@ -95,6 +107,38 @@ class Swapper:
         if self.residency.copies or self._host.reading:
             time.sleep(_IDLE_S)
 
+    def _prefetch(self) -> None:
+        """Bring back one of what was evicted last, into room that nobody uses."""
+        cache, core = self.residency.cache, self._core
+        room = self.residency.allocator.available_size()
+        room -= (1 - PREFETCH_BELOW) * self.residency.pool_slots
+        if room <= 0 or cache.ongoing_load_back:
+            return
+        for _ in range(min(len(core.evicted), PREFETCH_LOOKS)):
+            node = core.find(core.evicted.pop())
+            if node is None or node.item.num_slots > room or not self._bring_back(node):
+                continue
+            node.item.prefetched = True
+            core.counts["prefetched_slots"] += node.item.num_slots
+            return
+
+    def _bring_back(self, node: UnifiedTreeNode) -> bool:
+        if isinstance(node, AdapterNode):
+            uid = str(node.adapter.uid)
+            ready = not node.adapter.resident and not node.adapter.retired and uid in self._host
+            return ready and self.residency.place(uid, LOOKAHEAD)
+        above = node.parent.component_data[FULL].value
+        # An adapter that is not there has an empty value; the base model's root has [].
+        if not node.evicted or not node.backuped or above is None:
+            return False
+        if isinstance(node.parent, AdapterNode) and not node.parent.adapter.resident:
+            return False
+        cache = self.residency.cache
+        if not cache.load_back(node.id):
+            return False
+        cache.ready_to_load_host_cache()
+        return True
+
     def _settle(self) -> None:
         copies, reading = list(self.residency.copies.values()), self._host.reading
         codes = self._agree(
@@ -104,7 +148,8 @@ class Swapper:
             if code != Copied.UNDER_WAY:
                 if code == Copied.DONE:
                     self._measure.copied(copy.num_slots, copy.seconds())
-                self._note(copy.uid, self.residency.settle(copy.uid, Copied(code)))
+                failure = self.residency.settle(copy.uid, Copied(code))
+                self._note(copy.uid, failure, "adapter_copies_failed")
         for uid, code in zip(reading, codes[len(copies) :], strict=True):
             found = self._host.settle(uid, Read(code))
             if isinstance(found, AdapterImage):
@@ -113,11 +158,12 @@ class Swapper:
                 except AdapterChanged as error:
                     self._host.drop(uid)
                     found = error
-            self._note(uid, found)
+            self._note(uid, found, "adapter_reads_failed")
 
-    def _note(self, uid: str, found: Any) -> None:
+    def _note(self, uid: str, found: Any, counted: str) -> None:
         if isinstance(found, BaseException):
             logger.error("LoRA adapter %s: %s", self.residency.name_of(uid), found)
+            self._core.counts[counted] += 1
             self._errors[uid] = found
 
     def _agree(self, codes: list[int]) -> list[int]:
@@ -132,6 +178,8 @@ class Swapper:
 
     def _fail_waiting(self, scheduler: Scheduler) -> None:
         """Requests whose adapter could not be brought in end with the reason."""
+        if not self._errors:
+            return
         for req in [r for r in scheduler.waiting_queue if r.lora_id in self._errors]:
             error = self._errors[req.lora_id]
             name = self.residency.name_of(req.lora_id)
@@ -140,6 +188,7 @@ class Swapper:
                 "status_code": HTTPStatus.SERVICE_UNAVAILABLE,
                 "message": f"LoRA adapter '{name}' cannot be loaded: {error}",
             }
+            self._core.counts["requests_failed"] += 1
             scheduler.waiting_queue.remove(req)
             scheduler._release_aborted_request(req)
             answer = _make_abort_req(req, finished_reason=reason)

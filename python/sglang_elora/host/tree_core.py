@@ -12,6 +12,7 @@ Walks start at the adapter's node, as SGLang's Rust core starts them at a root p
 from __future__ import annotations
 
 import math
+import time
 from array import array
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,8 @@ from sglang_elora.policy import Item
 from sglang_elora.tree import Adapter, AdapterForest, LeafOrder, adapter_of, namespace_of
 
 FULL = ComponentType.FULL
+CHURN_S = 10.0
+"""An adapter that comes back within this time of its eviction should not have been evicted."""
 
 
 class AdapterNode(UnifiedTreeNode):
@@ -99,6 +102,10 @@ class EloraTreeCore(OrderedTreeCore):
         item = self.forest.get(uid).item
         assert self.policy is not None
         return math.inf if item.wanted_since is not None else self.policy.priority(item)
+
+    def find(self, node_id: NodeId) -> UnifiedTreeNode | None:
+        """The node of this id, if it is in the tree still."""
+        return self._node_arena.get(node_id)
 
     def is_held(self, uid: str) -> bool:
         """Whether the adapter cannot leave, or should not: a request uses it or waits for it."""
@@ -199,9 +206,13 @@ class EloraTreeCore(OrderedTreeCore):
         had_kv = adapter.device_tokens > 0
         if device > 0:
             self._fill(device)
+        elif device < 0:
+            self.counts["kv_slots_evicted"] -= device
+            if node.backuped:
+                self.note_eviction(node)
         adapter.device_tokens += device
         adapter.host_tokens += host
-        self.recount(node)
+        self.recount(node, leaving=device < 0)  # SGLang takes the value away after this
         if uid is not None and had_kv != (adapter.device_tokens > 0):
             self._update_evictable_leaf_sets(self.node_of(uid))
 
@@ -263,6 +274,8 @@ class EloraTreeCore(OrderedTreeCore):
             tracker[FULL] += len(leaf.slots)
             self._release_slots(leaf, device_frees)
             leaf.adapter.evictions += 1
+            leaf.adapter.evicted_s = time.monotonic()
+            self.note_eviction(leaf)
         elif leaf.backuped:
             self._demote(leaf, tracker, device_frees, host_frees)
         elif self.is_write_back and (self.policy is None or self.policy.worth_host_copy(leaf.item)):
@@ -286,6 +299,8 @@ class EloraTreeCore(OrderedTreeCore):
         self.forest.num_resident += 1
         self.recount(node)
         adapter.loads += 1
+        if time.monotonic() - adapter.evicted_s < CHURN_S:
+            self.counts["adapter_churn"] += 1
         self._fill(len(slots))
         node.last_access_time = get_and_increase_time_counter()
         if adapter.pinned:

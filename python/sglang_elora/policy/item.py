@@ -21,6 +21,7 @@ class Item:
     position: int = 0  # tokens before it, of KV
     backed: bool = False  # a copy of it is on the host: an adapter's always is
     wanted_since: int | None = None  # number of the oldest waiting request that needs it
+    prefetched: bool = False  # brought to the device for nobody, and not used since
     visits: int = 0  # requests that used it, the one that made it included
     last: float = NEVER  # of its last visit
     score: float = NEVER
@@ -29,7 +30,7 @@ class Item:
     def split(self, num_slots: int) -> Item:
         """The first ``num_slots`` of this run as an item of their own; they share a past."""
         assert not self.is_adapter and 0 < num_slots < self.num_slots, (self, num_slots)
-        first = replace(self, num_slots=num_slots, wanted_since=None)
+        first = replace(self, num_slots=num_slots, wanted_since=None, prefetched=False)
         self.num_slots -= num_slots
         self.position += num_slots
         return first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -45,6 +46,7 @@ class Adapter:
     host_tokens: int = 0
     loads: int = 0
     evictions: int = 0
+    evicted_s: float = -math.inf  # when it last was, for the count of churn
     item: Item = field(init=False)  # what the eviction policy knows of it
 
     def __post_init__(self) -> None:

@@ -1,0 +1,75 @@
+"""Checkpoint and adapters of the serving benchmark, and a server over them for each run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from driver import Played, play
+from sides import SHAPE, Side, Sizes, adapter_specs, common_flags, make_side
+from workload import Trace
+
+from sglang_elora.demo.adapters import make_adapters
+from sglang_elora.demo.checkpoint import make_checkpoint, silence_progress_bars
+from sglang_elora.demo.server import SMALL_MODEL_ENV, ServerProcess
+
+
+@dataclass(frozen=True, slots=True)
+class EmulatedLink:
+    """Host to device, for both sides. See calibrate.py for where the figures come from."""
+
+    gbytes_per_s: float
+    latency_us: float
+
+    @classmethod
+    def load(cls, path: Path) -> EmulatedLink:
+        link = json.loads(path.read_text())["link"]
+        return cls(link["gbytes_per_s"], link["latency_us"])
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {
+            "SGLANG_ELORA_LINK_GBYTES_PER_S": f"{self.gbytes_per_s:.6f}",
+            "SGLANG_ELORA_LINK_LATENCY_US": f"{self.latency_us:.3f}",
+        }
+
+
+class Bench:
+    """Servers over one checkpoint and ``num_adapters`` adapters, which are kept in ``folder``."""
+
+    def __init__(
+        self, folder: Path, num_adapters: int, sizes: Sizes, link: EmulatedLink | None
+    ) -> None:
+        silence_progress_bars()
+        self._checkpoint = make_checkpoint(folder / "base", shape=SHAPE)
+        self._adapters = make_adapters(
+            self._checkpoint, folder / "adapters", adapter_specs(num_adapters)
+        )
+        self.sizes = sizes
+        self.link = link
+
+    def side(self, name: str, trace: Trace) -> Side:
+        """Raises ValueError where ``make_side`` does."""
+        longest = max(session.num_tokens for session in trace.sessions)
+        return make_side(name, self.sizes, len(self._adapters), longest)
+
+    def server(self, side: Side, log_path: Path) -> ServerProcess:
+        env: Mapping[str, str] = self.link.env if self.link is not None else {}
+        return ServerProcess(
+            [*common_flags(self._checkpoint, self._adapters), *side.flags],
+            log_path=log_path,
+            program=side.program,
+            env={**SMALL_MODEL_ENV, **env},
+        )
+
+    def play(self, side: Side, trace: Trace, log_path: Path) -> Played:
+        """The trace on a fresh server."""
+        with self.server(side, log_path) as server:
+            return play(server.url, trace)
+
+    def facts(self) -> dict[str, Any]:
+        link = None if self.link is None else {"emulated": True, **self.link.env}
+        return {"sizes": self.sizes.facts(), "link": link, "num_adapters": len(self._adapters)}

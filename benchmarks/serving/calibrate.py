@@ -1,0 +1,130 @@
+"""The emulated link: as slow beside this machine's prefill as a GPU's link is beside the GPU's.
+
+    python benchmarks/serving/calibrate.py --out calibration.json
+
+On a CPU a copy from host to device costs next to nothing. The link's bandwidth is chosen so that
+one adapter of rank 32 loads in the same share of the prefill time of 1,000 tokens as on an H200.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks/tree"))
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
+
+ensure_torchvision_importable()
+
+import httpx  # noqa: E402
+from bench import Bench  # noqa: E402
+from sides import RANKS, SHAPE, Side, Sizes, adapter_bytes, make_side  # noqa: E402
+from workload import FIRST_TOKEN, adapter_name  # noqa: E402
+
+from bench_radix_cache import machine  # noqa: E402
+
+# Assumptions about an H200 with Llama-3-8B in bfloat16; none was measured here.
+RANK = 32
+GPU_ADAPTER_BYTES = 168e6  # 83.9 million parameters of rank 32 on all linear layers, 2 bytes each
+GPU_LINK_BYTES_PER_S = 55e9  # PCIe 5 x16, of 64e9 on paper
+GPU_PREFILL_TOKENS_PER_S = 25_000.0
+GPU_COPY_LATENCY_S = 10e-6
+GPU_LOAD_S = GPU_ADAPTER_BYTES / GPU_LINK_BYTES_PER_S  # 3.05 ms
+GPU_PREFILL_1000_S = 1000 / GPU_PREFILL_TOKENS_PER_S  # 40 ms
+LOAD_SHARE = GPU_LOAD_S / GPU_PREFILL_1000_S  # 0.076
+
+LENGTHS = (128, 256, 512, 768, 1024, 1536)
+
+
+def ttft_s(http: httpx.Client, prompt: Sequence[int]) -> float:
+    """Of the only request on the server, with its adapter on the device."""
+    body = {
+        "input_ids": list(prompt),
+        "sampling_params": {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True},
+        "lora_path": adapter_name(RANKS.index(RANK)),
+    }
+    started = time.perf_counter()
+    answer = http.post("/generate", json=body)
+    elapsed_s = time.perf_counter() - started
+    assert answer.status_code == httpx.codes.OK, answer.text
+    assert answer.json()["meta_info"]["cached_tokens"] == 0
+    return elapsed_s
+
+
+def measure(bench: Bench, side: Side, log_path: Path, rounds: int) -> dict[int, list[float]]:
+    """Seconds to the first token by prompt length, lengths taken in turns."""
+    samples: dict[int, list[float]] = {length: [] for length in LENGTHS}
+    with (
+        bench.server(side, log_path) as server,
+        httpx.Client(base_url=server.url, timeout=120, trust_env=False) as http,
+    ):
+        for number in range(-1, rounds):  # one to warm up
+            for length in LENGTHS:
+                rng = random.Random(f"{number}/{length}")
+                prompt = rng.choices(range(FIRST_TOKEN, SHAPE.vocab_size), k=length)
+                elapsed_s = ttft_s(http, prompt)
+                if number >= 0:
+                    samples[length].append(elapsed_s)
+    return samples
+
+
+def fit(samples: dict[int, list[float]]) -> tuple[float, float]:
+    """Least squares a + b * tokens through the medians, in seconds."""
+    fitted = statistics.linear_regression(
+        list(samples), [statistics.median(found) for found in samples.values()]
+    )
+    return fitted.intercept, fitted.slope
+
+
+def link(token_s: float) -> dict[str, float]:
+    """Bandwidth and latency for a machine that takes ``token_s`` for one more token of prefill.
+
+    The slope alone counts: the GPU's rate is one of full batches, without the cost of a step.
+    """
+    prefill_1000_s = 1000 * token_s
+    return {
+        "gbytes_per_s": adapter_bytes(RANK) / (LOAD_SHARE * prefill_1000_s) / 1e9,
+        "latency_us": 1e6 * GPU_COPY_LATENCY_S * prefill_1000_s / GPU_PREFILL_1000_S,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    sizes = Sizes()
+    with tempfile.TemporaryDirectory(prefix="calibrate-") as name:
+        num_adapters = len(RANKS)
+        bench = Bench(Path(name), num_adapters, sizes, link=None)
+        side = make_side("stock-default", sizes, num_adapters, max(LENGTHS))
+        samples = measure(bench, side, Path(name) / "server.log", options.rounds)
+    step_s, token_s = fit(samples)
+    found: dict[str, Any] = {
+        **machine(),
+        "link": link(token_s),
+        "prefill": {"a_ms": 1e3 * step_s, "b_ms_per_1000_tokens": 1e6 * token_s},
+        "load_share": LOAD_SHARE,
+        "adapter_bytes": adapter_bytes(RANK),
+        "rank": RANK,
+        "samples_s": samples,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps({key: found[key] for key in ("link", "prefill", "load_share")}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Tables and ratios from the files that run.py wrote.
+
+    python benchmarks/serving/report.py DIR
+
+Per workload: a row per side, medians over its runs; then each side of ELORA over each stock one,
+run by run. Of several static splits the one with the lowest mean TTFT is named the best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from driver import Record
+from figures import figures, medians, ratios, table
+
+TUNED = "stock-tuned:"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One run of one side."""
+
+    workload: str
+    side: str
+    run: int
+    duration_s: float
+    records: tuple[Record, ...]
+    before: Mapping[str, Any] | None
+    after: Mapping[str, Any] | None
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Result:
+        records = tuple(Record(**{**r, "output": tuple(r["output"])}) for r in row["records"])
+        return cls(
+            workload=row["trace"]["workload"]["name"],
+            side=row["side"],
+            run=row["run"],
+            duration_s=row["trace"]["duration_s"],
+            records=records,
+            before=row["elora_before"],
+            after=row["elora_after"],
+        )
+
+    def figures(self) -> dict[str, float | None]:
+        return figures(self.records, self.duration_s, self.before, self.after)
+
+
+def read(folder: Path) -> list[Result]:
+    """All runs in the folder; files of a search for the peak are left out."""
+    rows = (json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))
+    return [Result.from_row(row) for row in rows if "records" in row]
+
+
+def summary(results: Sequence[Result]) -> str:
+    """Of one workload, all sides and what ELORA's are beside stock's."""
+    runs: dict[str, dict[int, Result]] = {}
+    for result in results:
+        runs.setdefault(result.side, {})[result.run] = result
+    rows = {
+        side: medians([result.figures() for result in by_run.values()])
+        for side, by_run in runs.items()
+    }
+    lines = [table(rows)]
+    best = best_split(rows)
+    if best is not None:
+        lines.append(f"best static split: {best}")
+    duration_s = results[0].duration_s
+    for ours in (side for side in runs if side.startswith("elora")):
+        for stock in (
+            side for side in runs if side == best or not side.startswith(("elora", TUNED))
+        ):
+            found = ratios(_records(runs[ours]), _records(runs[stock]), duration_s)
+            figures_of = ", ".join(f"{name} {spread}" for name, spread in found.items())
+            lines.append(f"{ours} / {stock}: {figures_of}")
+    return "\n".join(lines)
+
+
+def best_split(rows: Mapping[str, Mapping[str, float | None]]) -> str | None:
+    """The stock-tuned side with the lowest mean TTFT, None if there is none."""
+    means = {side: row["ttft_mean_ms"] for side, row in rows.items() if side.startswith(TUNED)}
+    known = {side: mean for side, mean in means.items() if mean is not None}
+    return min(known, key=known.__getitem__, default=None)
+
+
+def report(results: Sequence[Result]) -> str:
+    workloads = dict.fromkeys(result.workload for result in results)
+    blocks = (
+        f"{name}\n{summary([result for result in results if result.workload == name])}"
+        for name in workloads
+    )
+    return "\n\n".join(blocks)
+
+
+def _records(by_run: Mapping[int, Result]) -> dict[int, Sequence[Record]]:
+    return {run: result.records for run, result in by_run.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    print(report(read(parser.parse_args().folder)))
+
+
+if __name__ == "__main__":
+    main()

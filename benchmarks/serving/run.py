@@ -1,0 +1,167 @@
+"""The same traces on stock SGLang and on ELORA, with the same bytes on the device and on the host.
+
+    python benchmarks/serving/run.py --workloads chat translation agent \\
+        --sides stock-default stock-tuned:8 elora:lru elora:elora \\
+        --runs 3 --rate 4 --duration 120 --link calibration.json --out DIR
+
+Each (workload, run, side) has a fresh server; the sides of a run follow each other, and their order
+rotates from run to run. A file per run holds all requests; report.py reads them. --sweep-slots
+adds a stock-tuned side for each number of slots that leaves room for KV. --peak searches instead
+how much faster than the trace each side can go with its mean TTFT below --bar-ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks/tree"))
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
+
+ensure_torchvision_importable()
+
+from bench import Bench, EmulatedLink  # noqa: E402
+from figures import table  # noqa: E402
+from peak import largest_factor  # noqa: E402
+from report import TUNED, Result, report  # noqa: E402
+from sides import Side, Sizes  # noqa: E402
+from workload import WORKLOADS, Trace, make_trace  # noqa: E402
+
+from bench_radix_cache import machine  # noqa: E402
+
+
+class Runner:
+    """Plays traces and writes what came of them to ``out``."""
+
+    def __init__(self, bench: Bench, out: Path) -> None:
+        self._bench = bench
+        self._out = out
+        self._facts = {**machine(), **bench.facts()}
+
+    def run(self, side: Side, trace: Trace, number: int) -> Result:
+        name = f"{trace.workload.name}-{side.name.replace(':', '_')}-{number}"
+        row = self._row(side, trace, number, f"{name}.log")
+        (self._out / f"{name}.json").write_text(json.dumps(row) + "\n")
+        return Result.from_row(row)
+
+    def find_peak(
+        self, side: Side, trace: Trace, number: int, bar_ms: float, limits: tuple[float, float, int]
+    ) -> float | None:
+        """The rate factor below which mean TTFT stays under the bar, and a file of all probes."""
+        name = f"peak-{trace.workload.name}-{side.name.replace(':', '_')}-{number}"
+        probes: list[dict[str, Any]] = []
+
+        def bears(factor: float) -> bool:
+            row = self._row(side, trace.faster(factor), number, f"{name}-{factor:.2f}.log")
+            figures = Result.from_row(row).figures()
+            probes.append({"factor": factor, **figures})
+            print(table({f"{side.name} x{factor:.2f}": figures}), flush=True)
+            mean_ms = figures["ttft_mean_ms"]
+            return mean_ms is not None and mean_ms < bar_ms and not figures["errors"]
+
+        factor = largest_factor(bears, *limits)
+        found = {"peak_factor": factor, "bar_ms": bar_ms, "probes": probes}
+        facts = {**self._facts, "side": side.name, "run": number, "trace": trace.facts()}
+        (self._out / f"{name}.json").write_text(json.dumps({**facts, **found}) + "\n")
+        return factor
+
+    def _row(self, side: Side, trace: Trace, number: int, log_name: str) -> dict[str, Any]:
+        log_path = self._out / "logs" / log_name
+        played = self._bench.play(side, trace, log_path)
+        return {
+            **self._facts,
+            "side": side.name,
+            "flags": side.flags,
+            "run": number,
+            "trace": {**trace.facts(), "mean_live_kv_tokens": trace.mean_live_kv_tokens},
+            "wall_s": played.wall_s,
+            "elora_before": played.before,
+            "elora_after": played.after,
+            "records": [asdict(record) for record in played.records],
+        }
+
+
+def rotated(sides: list[Side], number: int) -> list[Side]:
+    first = number % len(sides)
+    return [*sides[first:], *sides[:first]]
+
+
+def feasible(bench: Bench, names: list[str], swept: list[str], trace: Trace) -> list[Side]:
+    """The sides, without the swept splits that leave no room for KV.
+
+    Raises:
+        ValueError: A side that was named itself does not fit.
+    """
+    sides = [bench.side(name, trace) for name in names]
+    for name in swept:
+        if name in names:
+            continue
+        try:
+            sides.append(bench.side(name, trace))
+        except ValueError as error:
+            print(f"{name} left out: {error}", flush=True)
+    return sides
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--sides", nargs="+", default=["stock-default", "elora:default"])
+    parser.add_argument("--sweep-slots", nargs="+", type=int, default=[])
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--rate", type=float, default=3.0, help="turns per second")
+    parser.add_argument("--duration", type=float, default=120.0, help="seconds of trace")
+    parser.add_argument("--seed", type=int, default=0, help="of the first run; the next have +1")
+    parser.add_argument("--adapters", type=int, default=64)
+    parser.add_argument("--stock-kv-tokens", type=int, default=Sizes().stock_kv_tokens)
+    parser.add_argument("--link", type=Path, help="what calibrate.py wrote; no link without it")
+    parser.add_argument("--peak", action="store_true")
+    parser.add_argument("--bar-ms", type=float, default=500.0)
+    parser.add_argument("--peak-range", type=float, nargs=2, default=[0.5, 4.0])
+    parser.add_argument("--peak-steps", type=int, default=4)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    sizes = Sizes(options.stock_kv_tokens)
+    link = None if options.link is None else EmulatedLink.load(options.link)
+    swept = [f"{TUNED}{slots}" for slots in options.sweep_slots]
+    results: list[Result] = []
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="serving-") as folder:
+        bench = Bench(Path(folder), options.adapters, sizes, link)
+        runner = Runner(bench, options.out)
+        for number in range(options.runs):
+            for name in options.workloads:
+                trace = make_trace(
+                    replace(WORKLOADS[name], num_adapters=options.adapters),
+                    turns_per_s=options.rate,
+                    duration_s=options.duration,
+                    seed=options.seed + number,
+                )
+                for side in rotated(feasible(bench, options.sides, swept, trace), number):
+                    if options.peak:
+                        limits = (*options.peak_range, options.peak_steps)
+                        factor = runner.find_peak(side, trace, number, options.bar_ms, limits)
+                        print(f"{name} {side.name} {number}: peak factor {factor}", flush=True)
+                        continue
+                    results.append(runner.run(side, trace, number))
+                    label = f"{name} {side.name} {number}"
+                    print(table({label: results[-1].figures()}), flush=True)
+    if results:
+        print(f"\n{report(results)}")
+
+
+if __name__ == "__main__":
+    main()

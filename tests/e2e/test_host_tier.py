@@ -1,0 +1,250 @@
+"""Adapters beyond host memory: read again, gone, changed, broken off; two thousand of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters import SPECS
+from client import Client, run
+from pressure import adapter_slots
+from reference import Reference
+from second_plugin import write_plugin
+from server_flags import server_flags
+from sglang_elora.demo.server import ServerProcess
+
+WEIGHTS = "adapter_model.safetensors"
+NAMES = ("qv-r4", "attention-r8", "attention-r24", "mlp-r24", "all-r4", "rslora-r8")
+"""Adapters whose folders this server owns."""
+
+TWIN = "qv-r4-b"
+POOL_SLOTS = 1000
+NUM_REGISTERED = 2000
+
+FAILING_COPIES = """
+import os
+from sglang_elora.pages import KVPlanes
+original = KVPlanes._to_slots
+def to_slots(self, memory, table, plane_bytes, first_layer):
+    if first_layer and os.path.exists(os.environ["FAIL_COPIES"]):
+        raise RuntimeError("the link broke")
+    original(self, memory, table, plane_bytes, first_layer)
+KVPlanes._to_slots = to_slots
+"""
+"""A plugin that breaks copies off behind their first piece, while a file is there."""
+
+
+@pytest.fixture(scope="module")
+def folders(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Copies that tests may delete and change."""
+    root = tmp_path_factory.mktemp("own-adapters")
+    own = {name: Path(shutil.copytree(adapters[name], root / name)) for name in NAMES}
+    own[TWIN] = Path(shutil.copytree(adapters["qv-r4"], root / TWIN))
+    return own
+
+
+@pytest.fixture(scope="module")
+def fail_copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("switch") / "fail"
+
+
+@pytest.fixture(scope="module")
+def server(
+    checkpoint: Path,
+    adapters: dict[str, Path],
+    folders: dict[str, Path],
+    fail_copies: Path,
+    logs: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[ServerProcess]:
+    """No host tier, a pool for two or three adapters, and 2,000 more that nobody asks for."""
+    slots = [adapter_slots(spec) for spec in SPECS if spec.name in NAMES]
+    assert max(slots) < POOL_SLOTS / 2 < POOL_SLOTS < sum(slots)
+    plugins = tmp_path_factory.mktemp("plugins")
+    write_plugin(plugins, "failing_copies", FAILING_COPIES)
+    links = tmp_path_factory.mktemp("spare")
+    given = {f"spare-{i}": links / str(i) for i in range(NUM_REGISTERED)}
+    for i, link in enumerate(given.values()):
+        link.symlink_to(adapters[NAMES[i % len(NAMES)]])
+    flags = [*server_flags(checkpoint, {**folders, **given})]
+    flags += ["--max-total-tokens", str(POOL_SLOTS), "--elora-host-gb", "0"]
+    paths = (str(plugins), os.environ.get("PYTHONPATH"))
+    env = {"FAIL_COPIES": str(fail_copies), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    log_path = logs / "host-tier.log"
+    with ServerProcess(["--elora", "--elora-check", *flags], log_path=log_path, env=env) as server:
+        yield server
+        log = log_path.read_text()
+        assert "leak" not in log.lower() and "AssertionError" not in log
+
+
+async def statistics(client: Client) -> dict[str, int]:
+    info = (await client.get("/server_info")).json()
+    found: dict[str, int] = info["internal_states"][0]["elora"]
+    return found
+
+
+async def ask(client: Client, name: str, prompt: Sequence[int]) -> Any:
+    sampling = {"temperature": 0, "max_new_tokens": 16, "ignore_eos": True}
+    body = {"input_ids": list(prompt), "sampling_params": sampling, "lora_path": name}
+    return await client.post("/generate", body)
+
+
+async def drive_out(client: Client, name: str, prompt: Sequence[int]) -> None:
+    """Use others until the adapter has left the device."""
+    others = [other for other in NAMES if other != name]
+    before = (await statistics(client))["adapter_evictions"]
+    for _ in range(3):
+        for other in others:
+            assert (await ask(client, other, prompt)).status_code == 200
+    assert (await statistics(client))["adapter_evictions"] > before + len(others)
+
+
+def test_nothing_is_read_for_adapters_that_nobody_asks_for(
+    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+) -> None:
+    async def work(client: Client) -> None:
+        models = (await client.get("/v1/models")).json()["data"]
+        assert len(models) > NUM_REGISTERED
+        before = await statistics(client)
+        answer = await client.generate("spare-1999", prompts[0])
+        after = await statistics(client)
+        assert after["adapter_files_read"] == before["adapter_files_read"] + 1
+        assert after["adapters_resident"] <= 3
+        expected = reference.generate(NAMES[1999 % len(NAMES)], prompts[0])
+        assert list(answer.token_ids) == expected
+
+    run(server.url, work)
+
+
+def test_adapters_are_read_again_and_give_the_same(
+    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+) -> None:
+    """All at once, over and over, with room on the device for few and on the host for none."""
+
+    async def work(client: Client) -> None:
+        for _ in range(3):
+            answers = await asyncio.gather(*(client.generate(n, prompts[0]) for n in NAMES))
+            for name, answer in zip(NAMES, answers, strict=True):
+                assert list(answer.token_ids) == reference.generate(name, prompts[0]), name
+        after = await statistics(client)
+        assert after["adapter_files_read"] > 2 * len(NAMES)
+        assert after["adapters_on_host"] <= 1 and after["kv_tokens_invalid"] == 0
+
+    run(server.url, work)
+
+
+def test_a_file_that_is_gone_fails_its_requests_and_nothing_else(
+    server: ServerProcess,
+    folders: dict[str, Path],
+    reference: Reference,
+    prompts: Sequence[list[int]],
+) -> None:
+    async def work(client: Client) -> None:
+        await client.generate("mlp-r24", prompts[0])
+        await drive_out(client, "mlp-r24", prompts[1])
+        weights = folders["mlp-r24"] / WEIGHTS
+        weights.rename(weights.with_suffix(".away"))
+        failing = [ask(client, "mlp-r24", prompts[0]) for _ in range(3)]
+        *failed, good = await asyncio.gather(*failing, ask(client, "qv-r4", prompts[0]))
+        for answer in failed:
+            assert answer.status_code == 503, answer.text
+            assert "LoRA adapter 'mlp-r24' cannot be loaded" in answer.text
+        assert good.json()["output_ids"] == reference.generate("qv-r4", prompts[0])[:16]
+        weights.with_suffix(".away").rename(weights)
+        answer = await client.generate("mlp-r24", prompts[0])
+        assert list(answer.token_ids) == reference.generate("mlp-r24", prompts[0])
+        assert (await statistics(client))["requests_failed"] >= 3
+
+    run(server.url, work)
+
+
+def test_a_file_that_has_changed_is_not_mixed_with_what_was_computed(
+    server: ServerProcess,
+    adapters: dict[str, Path],
+    folders: dict[str, Path],
+    reference: Reference,
+    prompts: Sequence[list[int]],
+) -> None:
+    """Same shapes, other weights: KV of the old ones may be cached under this adapter."""
+
+    async def work(client: Client) -> None:
+        old = await client.generate(TWIN, prompts[0])
+        assert list(old.token_ids) == reference.generate("qv-r4", prompts[0])
+        await drive_out(client, TWIN, prompts[1])
+        folder = folders[TWIN]
+        shutil.rmtree(folder)
+        shutil.copytree(adapters["attention-r8"], folder)
+        other_shape = await ask(client, TWIN, prompts[0])
+        assert other_shape.status_code == 503, other_shape.text
+        shutil.copytree(adapters["qv-r4"], folder, dirs_exist_ok=True)
+        scale_weights(folder / WEIGHTS, 0.5)
+        changed = await ask(client, TWIN, prompts[0])
+        assert changed.status_code == 503, changed.text
+        assert "unload it and load it again" in changed.text
+        assert (await client.post("/unload_lora_adapter", {"lora_name": TWIN})).status_code == 200
+        body = {"lora_name": TWIN, "lora_path": str(folder)}
+        assert (await client.post("/load_lora_adapter", body)).status_code == 200
+        new = await client.generate(TWIN, prompts[0])
+        assert new.cached_tokens == 0 and new.token_ids != old.token_ids
+
+    run(server.url, work)
+
+
+def test_a_copy_that_breaks_off_leaves_the_pool_whole(
+    server: ServerProcess,
+    fail_copies: Path,
+    reference: Reference,
+    prompts: Sequence[list[int]],
+) -> None:
+    async def work(client: Client) -> None:
+        await drive_out(client, "all-r4", prompts[1])
+        before = await statistics(client)
+        fail_copies.touch()
+        failed = await asyncio.gather(*(ask(client, "all-r4", prompts[0]) for _ in range(3)))
+        fail_copies.unlink()
+        for answer in failed:
+            assert answer.status_code == 503, answer.text
+            assert "'all-r4' cannot be loaded: the link broke" in answer.text
+        after = await statistics(client)
+        assert after["adapter_copies_failed"] > before["adapter_copies_failed"]
+        answer = await client.generate("all-r4", prompts[0])
+        assert list(answer.token_ids) == reference.generate("all-r4", prompts[0])
+        assert (await client.post("/flush_cache", {})).status_code == 200
+        empty = await statistics(client)
+        assert empty["adapters_resident"] == empty["kv_tokens_device"] == 0
+
+    run(server.url, work)
+
+
+def test_a_load_that_nobody_waits_for_any_more(
+    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+) -> None:
+    """Requests are aborted while their adapters are on the way; the pool stays balanced."""
+
+    async def work(client: Client) -> None:
+        for i in range(20):
+            name = NAMES[i % len(NAMES)]
+            task = asyncio.create_task(ask(client, name, [*prompts[0], i + 3]))
+            await asyncio.sleep(0.004 * (i % 5))
+            task.cancel()
+        deadline = time.monotonic() + 20  # it flushes when nothing runs or waits
+        while (await client.post("/flush_cache", {})).status_code != 200:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.1)
+        answer = await client.generate("attention-r24", prompts[0])
+        assert list(answer.token_ids) == reference.generate("attention-r24", prompts[0])
+
+    run(server.url, work)
+
+
+def scale_weights(path: Path, factor: float) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: factor * tensor for name, tensor in load_file(path).items()}, path)
