@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -46,15 +47,19 @@ class EloraFullComponent(FullComponent):
         self._tokens_wanted = 0
         self._wanted: list[tuple[int, NodeId]] = []  # leaves that waiting requests need
         self.spared_since = -1
+        self.leaves_left = sys.maxsize
 
     @contextmanager
-    def sparing(self, wanted_since: int) -> Iterator[None]:
-        """Evictions leave what a request at this place in the queue, or an earlier one, needs."""
-        self.spared_since = wanted_since
+    def sparing(self, wanted_since: int, most_leaves: int) -> Iterator[None]:
+        """Evictions leave what a request at this place in the queue, or an earlier one, needs.
+
+        They take ``most_leaves`` at most; ``leaves_left`` tells how many of these are left.
+        """
+        self.spared_since, self.leaves_left = wanted_since, most_leaves
         try:
             yield
         finally:
-            self.spared_since = -1
+            self.spared_since, self.leaves_left = -1, sys.maxsize
 
     @property
     def keeps_order(self) -> bool:
@@ -107,10 +112,11 @@ class EloraFullComponent(FullComponent):
     ) -> NodeId | None:
         if not self.keeps_order:
             return super()._evict_device_next_node(tracker, device_frees, host_frees)
-        while tracker[self.component_type] < self._tokens_wanted:
+        while tracker[self.component_type] < self._tokens_wanted and self.leaves_left:
             leaf = self._next_leaf()
             if leaf is None:
                 break
+            self.leaves_left -= 1
             # SGLang's caller takes one leaf at a time, and reads progress off the tracker as well.
             if not self.tree_core.evict_at_once(leaf, tracker, device_frees, host_frees):
                 return leaf.id

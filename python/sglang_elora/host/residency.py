@@ -92,6 +92,7 @@ class Residency:
         self._is_cuda = self.planes.device.type == "cuda"
         self._copy_stream = make_copy_stream(self._device)
         self._names: dict[str, str] = {}
+        self.evictions_left = 0  # of those that ``place`` may do; whoever calls it sets it
 
     @property
     def pool_slots(self) -> int:
@@ -171,14 +172,15 @@ class Residency:
             wanted_since: What a request at this place in the queue or an earlier one needs stays.
 
         Returns:
-            Whether what may be evicted was enough.
+            Whether there is room; if not, a later call goes on with the evictions.
         """
         adapter = self.forest.get(uid)
         assert not adapter.retired and not adapter.resident, f"adapter {uid} cannot be placed"
         shortfall = adapter.num_slots - self.allocator.available_size()
         if shortfall > 0:
-            with self.core.full.sparing(wanted_since):
+            with self.core.full.sparing(wanted_since, self.evictions_left):
                 self.cache.evict_for_alloc(EvictParams(num_tokens=shortfall))
+                self.evictions_left = self.core.full.leaves_left
         slots = self.allocator.alloc(adapter.num_slots)
         if slots is None:
             return False

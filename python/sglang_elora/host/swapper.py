@@ -27,6 +27,7 @@ from sglang_elora.host.residency import AdapterChanged, Residency
 from sglang_elora.host.tree_core import FULL, AdapterNode
 from sglang_elora.pages import AdapterImage
 from sglang_elora.swapper import AdapterCopy, Copied, Read
+from sglang_elora.tree import Adapter
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -47,6 +48,9 @@ PREFETCH_BELOW = 0.7
 
 PREFETCH_LOOKS = 8
 """Most evictions looked at per step."""
+
+EVICTIONS_PER_STEP = 8
+"""Most leaves given up per step for adapters; 8 take about as long as everything else in a step."""
 
 _IDLE_S = 200e-6
 
@@ -126,6 +130,7 @@ class Swapper:
         if isinstance(node, AdapterNode):
             uid = str(node.adapter.uid)
             ready = not node.adapter.resident and not node.adapter.retired and uid in self._host
+            self.residency.evictions_left = 0  # nothing is given up for it
             return ready and self.residency.place(uid, LOOKAHEAD)
         above = node.parent.component_data[FULL].value
         # An adapter that is not there has an empty value; the base model's root has [].
@@ -210,12 +215,19 @@ class Swapper:
             if room < 0:
                 break
         self._mark(wanted)
+        self.residency.evictions_left, has_room = EVICTIONS_PER_STEP, True
         for uid, position in wanted.items():
-            self._bring(uid, position)
+            adapter = self.residency.forest.get(uid)
+            if adapter.resident or adapter.retired:
+                continue
+            if uid not in self._host:
+                self._host.request(uid)
+            elif has_room:  # what is freed for one is not taken by one behind it
+                has_room = self._may_start(adapter) and self.residency.place(uid, position)
 
     def _mark(self, wanted: dict[str, int]) -> None:
         forest = self.residency.forest
-        for uid in self._wanted.keys() - wanted.keys():
+        for uid in [uid for uid in self._wanted if uid not in wanted]:  # equal on all ranks
             self._host.cancel(uid)
             if uid in forest:
                 forest.get(uid).item.wanted_since = None
@@ -224,17 +236,10 @@ class Swapper:
             forest.get(uid).item.wanted_since = position
         self._wanted = wanted
 
-    def _bring(self, uid: str, position: int) -> None:
-        adapter = self.residency.forest.get(uid)
-        if adapter.resident or adapter.retired:
-            return
-        if uid not in self._host:
-            self._host.request(uid)
-            return
+    def _may_start(self, adapter: Adapter) -> bool:
         under_way = sum(copy.num_slots for copy in self.residency.copies.values())
         most = MAX_SLOTS_UNDER_WAY_SHARE * self.residency.pool_slots
-        if not under_way or under_way + adapter.num_slots <= most:
-            self.residency.place(uid, position)
+        return not under_way or under_way + adapter.num_slots <= most
 
 
 def step(self: Scheduler, *_: Any, **__: Any) -> None:

@@ -278,11 +278,15 @@ class EloraTreeCore(OrderedTreeCore):
             self.note_eviction(leaf)
         elif leaf.backuped:
             self._demote(leaf, tracker, device_frees, host_frees)
-        elif self.is_write_back and (self.policy is None or self.policy.worth_host_copy(leaf.item)):
+        elif self.is_write_back and self._is_worth_host_copy(leaf):
             return False
         else:
             self._delete_unbacked_device_leaf(leaf, tracker, device_frees, host_frees)
         return True
+
+    def _is_worth_host_copy(self, leaf: UnifiedTreeNode) -> bool:
+        """KV below it that is on the host would be out of reach without it."""
+        return bool(leaf.children or self.policy is None or self.policy.worth_host_copy(leaf.item))
 
     def place(self, uid: str, slots: torch.Tensor) -> None:
         """Give the adapter its slots (int64 ``[num_slots]``); a pinned one is locked with them."""

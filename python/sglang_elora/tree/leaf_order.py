@@ -36,6 +36,9 @@ class LeafOrder(set[Node]):
     order until ``give_back``, so that one eviction meets no leaf twice; a taken leaf that is
     added again is in the order at once.
 
+    The order depends on what was called when, and not on hashes, which differ between processes: so
+    all ranks of a tensor-parallel group find the same one.
+
     Args:
         priority: Lowest goes first. Any ordered values; ties go first in, first out.
         kind: A node's kind; one for all by default.
@@ -59,7 +62,7 @@ class LeafOrder(set[Node]):
         self._num_in_heaps = 0
         self._ranking: list[tuple[Any, int, Hashable]] = []  # of kinds, by their lowest
         self._ranked: dict[Hashable, int] = {}  # number of a kind's valid entry there
-        self._stale: set[Hashable] = set()  # kinds to be ranked anew
+        self._stale: dict[Hashable, None] = {}  # kinds to be ranked anew, in an order of their own
         self._rotation: deque[Hashable] = deque()  # whose turn it is to be refreshed
 
     def add(self, node: Node) -> None:
@@ -120,15 +123,15 @@ class LeafOrder(set[Node]):
             kind = self._rotation.popleft()
             if kind in self._heaps:
                 self._rotation.append(kind)
-                self._stale.add(kind)
+                self._stale[kind] = None
 
     def _lowest_kind(self) -> tuple[Hashable] | None:
         """The kind whose top is the lowest of all (in a tuple, for None is a kind too)."""
         if len(self._heaps) <= _FEW:
-            self._stale.update(self._heaps)
+            self._stale.update(dict.fromkeys(self._heaps))
         while True:
             while self._stale:
-                self._rank_anew(self._stale.pop())
+                self._rank_anew(self._stale.popitem()[0])
             if not self._ranking:
                 return None
             rank, number, kind = self._ranking[0]
@@ -137,7 +140,7 @@ class LeafOrder(set[Node]):
                 continue
             top = self._top(kind)
             if top is None or self._rank(kind, top[0]) != rank:
-                self._stale.add(kind)
+                self._stale[kind] = None
             if not self._stale:  # else other tops have changed by the search
                 return (kind,)
 
@@ -176,7 +179,7 @@ class LeafOrder(set[Node]):
     def _pop(self, kind: Hashable) -> Node:
         heap = self._heaps[kind]
         node = heap[0][2]
-        self._stale.add(kind)
+        self._stale[kind] = None
         del self._entry[node]
         self._drop_top(heap)
         return node
@@ -198,7 +201,7 @@ class LeafOrder(set[Node]):
         heapq.heappush(heap, (self._priority(node), number, node))
         self._entry[node] = (number, kind)
         if heap[0][1] == number:
-            self._stale.add(kind)
+            self._stale[kind] = None
 
     def _drop_invalid(self) -> None:
         """Entries of nodes that left, and those that were replaced."""
