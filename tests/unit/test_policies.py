@@ -412,8 +412,14 @@ def test_what_returns_half_the_time_is_worth_half() -> None:
     returns = Returns()
     observe(returns, 0.5, left=0.8)
     assert returns.index(0) == pytest.approx(1, rel=0.25)
-    assert returns.chance(0) == pytest.approx(0.5, abs=0.1)
-    assert returns.chance(0.75) < 0.2
+    assert 0.5 < returns.chance(0) < 0.85
+
+
+def test_what_nobody_has_waited_for_is_hoped_for_and_what_never_came_is_not() -> None:
+    returns = Returns()
+    assert returns.chance(2) > 0.4
+    observe(returns, left=300)
+    assert returns.chance(2) < 0.05
 
 
 def test_leaving_early_teaches_nothing_about_later() -> None:

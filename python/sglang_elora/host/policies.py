@@ -17,5 +17,5 @@ def make_policy(config: EloraConfig, measure: Measure, core: EloraTreeCore) -> P
             off=frozenset(map(Term, config.policy_terms_off)),
         )
     if config.policy == Elora.name:
-        return Elora(measure.costs, core.is_held)
+        return Elora(measure.costs, core.is_held, writes_back=core.is_write_back)
     return {LRU.name: LRU, GDSF.name: GDSF}[config.policy](measure.costs)

@@ -45,12 +45,19 @@ class Elora(Policy):
     """
     Args:
         is_held: Whether an adapter cannot leave now, because a request uses it or waits for it.
+        writes_back: Whether KV that leaves the device is copied to the host if that is worth it.
     """
 
     name = "elora"
 
-    def __init__(self, costs: Costs, is_held: Callable[[str], bool] = lambda group: False) -> None:
+    def __init__(
+        self,
+        costs: Costs,
+        is_held: Callable[[str], bool] = lambda group: False,
+        writes_back: bool = False,
+    ) -> None:
         super().__init__(costs)
+        self._writes_back = writes_back
         self._adapters, self._kv = Returns(), Returns()
         self._is_held = is_held
         self._groups: dict[str, _Group] = {}
@@ -162,10 +169,13 @@ class Elora(Policy):
         return int(self.clock * _ERAS_PER_TURNOVER)
 
     def _saved(self, family: int) -> float:
-        """Seconds per slot."""
-        if family == KV:
-            return self.costs.recompute
-        return self.costs.load if family == ADAPTER else min(self.costs.recompute, self.costs.load)
+        """Seconds per slot. With a host tier, to give KV up is to copy it out and in again."""
+        costs = self.costs
+        if family == ADAPTER:
+            return costs.load
+        if family == KV_ON_HOST:
+            return min(costs.recompute, costs.load)
+        return min(costs.recompute, 2 * costs.load) if self._writes_back else costs.recompute
 
     def _returns(self, item: Item) -> Returns:
         return self._adapters if item.is_adapter else self._kv

@@ -34,6 +34,10 @@ _PRIOR_WEIGHT = 0.5
 """Returns per turnover assumed before anything is seen, and the items that counts as: they become
 rarer with age, so that items are ordered by their last use, and after the last age seen are few."""
 
+_HOPE, _HOPE_WEIGHT = 0.06, 2.0
+"""Share assumed to come back within each bin that few have reached, for ``chance``: what was never
+kept for so long has to be kept for once before anybody knows. 0.06 in each is 0.5 in ten bins."""
+
 
 class Returns:
     """The life table of one kind. ``index`` is a lookup; ``end`` is O(1) amortised."""
@@ -61,7 +65,7 @@ class Returns:
         return self._index[self._bin(age)]
 
     def chance(self, age: float) -> float:
-        """Probability that the item is used again."""
+        """Probability that the item is used again, hopeful about ages that nothing has reached."""
         return self._chance[self._bin(age)]
 
     @staticmethod
@@ -73,8 +77,11 @@ class Returns:
     def _fit(self) -> None:
         reached = self._ended[::-1].cumsum()[::-1]
         gone = self._ended - self._returned  # were there for half of the bin, on average
+        seen = reached - gone / 2
+        hopeful = (self._returned + _HOPE_WEIGHT * _HOPE) / (seen + _HOPE_WEIGHT)
+        self._chance: list[float] = (1 - np.cumprod(1 - hopeful[::-1])[::-1]).tolist()
         prior = 1 - np.exp(-_PRIOR_RATE * _WIDTHS)
-        back = (self._returned + _PRIOR_WEIGHT * prior) / (reached - gone / 2 + _PRIOR_WEIGHT)
+        back = (self._returned + _PRIOR_WEIGHT * prior) / (seen + _PRIOR_WEIGHT)
         alive = np.concatenate([[1.0], np.cumprod(1 - back)[:-1]])
         returns = np.concatenate([[0.0], np.cumsum(alive * back)])  # before each edge
         time = np.concatenate([[0.0], np.cumsum(alive * _WIDTHS * (1 - back / 2))])
@@ -84,4 +91,3 @@ class Returns:
         density[_BEGIN, _END] = gained / np.maximum(time[_END + 1] - time[_BEGIN], 1e-300)
         best = np.minimum.accumulate(density.max(axis=1))
         self._index: list[float] = best.tolist()
-        self._chance: list[float] = np.minimum((returns[-1] - returns[:-1]) / alive, 1).tolist()
