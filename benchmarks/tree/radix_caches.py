@@ -44,15 +44,16 @@ class Cache:
     Args:
         core: ``elora``, or SGLang's ``python`` or ``rust``.
         policy: Value of --radix-eviction-policy.
+        kv_pool: What the slots are of, for those who copy to them.
     """
 
-    def __init__(self, core: str, num_slots: int, policy: str = "lru") -> None:
+    def __init__(self, core: str, num_slots: int, policy: str = "lru", kv_pool: Any = None) -> None:
         self._sglang = sglang()
         self.allocator = self._sglang.TokenToKVPoolAllocator(
             num_slots,
             dtype=self._sglang.torch.float32,
             device="cpu",
-            kvcache=None,
+            kvcache=kv_pool,
             need_sort=False,
         )
         params = self._sglang.CacheInitParams(

@@ -83,8 +83,8 @@ def test_prefill_cost_is_found_again() -> None:
         attended = sum(new * (cached + new / 2) for new, cached in batch)
         seconds = 4e-3 + 90e-6 * sum(new for new, _ in batch) + 8e-9 * attended
         cost.add(batch, seconds * rng.uniform(0.95, 1.05))
-    assert cost.per_token == pytest.approx(90e-6, rel=0.1)
-    assert cost.context_share == pytest.approx(8e-9 / 90e-6, rel=0.15)
+    assert cost.rates()[0] == pytest.approx(90e-6, rel=0.1)
+    assert cost.rates()[1] == pytest.approx(8e-9 / 90e-6, rel=0.15)
     assert cost.seconds(1000, 500) == pytest.approx(4e-3 + 90e-3 + 8e-6 * 1000, rel=0.05)
 
 
@@ -93,7 +93,7 @@ def test_prefill_cost_follows_a_change() -> None:
     for per_token in (30e-6, 120e-6):
         for i in range(800):
             cost.add([(100 + i % 7 * 50, 0)], per_token * (100 + i % 7 * 50))
-    assert cost.per_token == pytest.approx(120e-6, rel=0.1)
+    assert cost.rates()[0] == pytest.approx(120e-6, rel=0.1)
 
 
 def test_one_size_alone_does_not_upset_the_fit() -> None:
@@ -102,13 +102,13 @@ def test_one_size_alone_does_not_upset_the_fit() -> None:
     for _ in range(200):
         cost.add([(256, 0)], 10e-3)
     assert cost.seconds(256, 0) == pytest.approx(10e-3, rel=0.05)
-    assert cost.per_token > 0 and cost.context_share > 0
+    assert min(cost.rates()) > 0
 
 
 def test_before_anything_is_measured_the_start_is_returned() -> None:
-    assert PrefillCost(50e-6).per_token == pytest.approx(50e-6)
-    assert LinkCost(3e-6, 20e-6).per_slot == pytest.approx(3e-6)
-    assert LinkCost(3e-6, 20e-6).latency == pytest.approx(20e-6)
+    assert PrefillCost(50e-6).rates()[0] == pytest.approx(50e-6)
+    assert LinkCost(3e-6, 20e-6).rates()[0] == pytest.approx(3e-6)
+    assert LinkCost(3e-6, 20e-6).rates()[1] == pytest.approx(20e-6)
 
 
 def test_link_cost_is_found_again() -> None:
@@ -116,5 +116,5 @@ def test_link_cost_is_found_again() -> None:
     for _ in range(100):
         slots = rng.choice([170, 700, 2700])
         cost.add(slots, 200e-6 + 7e-6 * slots)
-    assert cost.per_slot == pytest.approx(7e-6, rel=0.05)
-    assert cost.latency == pytest.approx(200e-6, rel=0.3)
+    assert cost.rates()[0] == pytest.approx(7e-6, rel=0.05)
+    assert cost.rates()[1] == pytest.approx(200e-6, rel=0.3)

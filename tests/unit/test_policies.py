@@ -263,15 +263,14 @@ def test_too_few_adapters_make_adapters_dearer_and_nothing_cheaper() -> None:
 
 
 def test_retain_eval_by_hand() -> None:
-    """cost 2 ms * 3 visits / (1 + e), one time constant after the last of them."""
-    costs = Costs(load=20e-6, load_latency=0.0)
-    policy = paper(costs, time_constant=0.5)
+    """100 slots * 3 visits / (1 + e), one time constant after the last of them."""
+    policy = paper(time_constant=0.5)
     item = kv(100)
     for _ in range(3):
         policy.visit([item])
     policy.advance(0.5)
     frame = policy.clock / 0.5
-    by_hand = math.log(2e-3) + math.log(3) - math.log(1 + math.e)
+    by_hand = math.log(100) + math.log(3) - math.log(1 + math.e)
     assert policy.priority(item) - frame == pytest.approx(by_hand)
 
 
@@ -279,12 +278,12 @@ def test_retain_eval_by_hand() -> None:
     ("term", "by_hand"),
     [
         (Term.SWAP_COST, math.log(3) - math.log(1 + math.e) + 1),
-        (Term.VISIT_FREQUENCY, math.log(2e-3) - math.log(1 + math.e) + 1),
-        (Term.RECENCY, math.log(2e-3) + math.log(3)),
+        (Term.VISIT_FREQUENCY, math.log(100) - math.log(1 + math.e) + 1),
+        (Term.RECENCY, math.log(100) + math.log(3)),
     ],
 )
 def test_each_term_can_be_left_out(term: Term, by_hand: float) -> None:
-    policy = paper(Costs(load=20e-6, load_latency=0.0), off=(term,))
+    policy = paper(off=(term,))
     item = kv(100)
     for _ in range(3):
         policy.visit([item])

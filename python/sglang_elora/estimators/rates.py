@@ -37,16 +37,10 @@ class PrefillCost:
         constant, token, context = self._fit.coefficients()
         return constant + num_new * (token + context * (num_cached + num_new / 2))
 
-    @property
-    def per_token(self) -> float:
-        """Seconds per new token, without context."""
-        return self._fit.coefficients()[1]
-
-    @property
-    def context_share(self) -> float:
-        """What one token of context adds to a new token, as a share of it."""
+    def rates(self) -> tuple[float, float]:
+        """Seconds per new token without context; what a token of context adds, as a share of it."""
         _, token, context = self._fit.coefficients()
-        return context / token
+        return token, context / token
 
 
 class LinkCost:
@@ -62,10 +56,7 @@ class LinkCost:
     def add(self, num_slots: int, seconds: float) -> None:
         self._fit.add((1.0, float(num_slots)), seconds)
 
-    @property
-    def latency(self) -> float:
-        return self._fit.coefficients()[0]
-
-    @property
-    def per_slot(self) -> float:
-        return self._fit.coefficients()[1]
+    def rates(self) -> tuple[float, float]:
+        """Seconds per slot, and per copy."""
+        latency, slot = self._fit.coefficients()
+        return slot, latency

@@ -156,6 +156,8 @@ def add_statistics(result: Any, self: Scheduler, recv_req: Any) -> Any:
     if isinstance(manager, EloraLoRAManager) and manager.residency is not None:
         result.internal_state["elora"] = {
             **manager.residency.statistics(),
+            "recompute_ns_per_token": round(1e9 * self.tree_cache.measure.costs.recompute),
+            "load_ns_per_slot": round(1e9 * self.tree_cache.measure.costs.load),
             "max_adapters_in_batch": manager.max_adapters_in_batch,
             "checks": manager.num_checks,
         }

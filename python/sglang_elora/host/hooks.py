@@ -192,6 +192,14 @@ HOOKS: tuple[Hook, ...] = (
         "/server_info has no registry of sections.",
     ),
     Hook(
+        "sglang.srt.managers.scheduler.Scheduler.run_batch",
+        ("self", "batch"),
+        HookType.AROUND,
+        measure.time_batch,
+        When.ELORA,
+        "Nobody else is told when a batch begins.",
+    ),
+    Hook(
         "sglang.srt.managers.scheduler.Scheduler.process_batch_result",
         ("self", "batch", "result"),
         HookType.AFTER,

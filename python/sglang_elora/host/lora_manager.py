@@ -121,8 +121,6 @@ class EloraLoRAManager(LoRAManager):
 
     def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
         """Weights of the batch's adapters into their slots, and who computes which rows."""
-        if self._measure is not None:
-            self._measure.launch()
         ids = forward_batch.lora_ids
         distinct = sorted(set(ids) - {None})
         graph = self._graph_of(forward_batch)
@@ -132,7 +130,10 @@ class EloraLoRAManager(LoRAManager):
         assert self.residency is not None, "a batch with adapters before the KV pool"
         adapters = {uid: self.residency.paged(uid) for uid in distinct}
         under_way = self.residency.copies
-        self.lora_backend.await_copies([under_way[u] for u in distinct if u in under_way], graph)
+        awaited = [under_way[uid] for uid in distinct if uid in under_way]
+        if awaited and self._measure is not None:
+            self._measure.has_waited = True
+        self.lora_backend.await_copies(awaited, graph)
         self.max_adapters_in_batch = max(self.max_adapters_in_batch, len(distinct))
         rows = generate_sequence_lengths(forward_batch, device=torch.device("cpu")).tolist()
         self.lora_backend.set_batch(

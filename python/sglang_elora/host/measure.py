@@ -7,6 +7,7 @@ measured, every ``SYNC_STEPS`` iterations of the scheduler, which all ranks coun
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,10 +22,19 @@ if TYPE_CHECKING:
 SYNC_STEPS = 64
 
 
-class Measure:
-    """One per scheduler process. ``costs`` and ``needed_adapters`` are equal on all ranks."""
+Mark = Any
+"""A moment of the stream on which batches run: an event, or the clock where they run at once."""
 
-    def __init__(self, cache: Any) -> None:
+
+class Measure:
+    """One per scheduler process. ``costs`` and ``needed_adapters`` are equal on all ranks.
+
+    Args:
+        cache: The ``UnifiedRadixCache``.
+        forward_stream: On which batches run; None if they run in the scheduler's own thread.
+    """
+
+    def __init__(self, cache: Any, forward_stream: Any = None) -> None:
         self.costs = Costs()
         self.needed_adapters = 1.0  # that a batch is expected to use
         self.popularity = Popularity()
@@ -32,20 +42,24 @@ class Measure:
         self._prefill = PrefillCost(self.costs.recompute)
         self._link = LinkCost(self.costs.load, self.costs.load_latency)
         self._cache = cache
-        self._launched_s = self._last_result_s = 0.0
+        self._stream = forward_stream
         self._num_steps = 0
+        self.has_waited = False  # the batch under way, for a copy
 
-    def launch(self) -> None:
-        """A batch is handed to the device."""
-        self._launched_s = time.monotonic()
+    def mark(self) -> Mark:
+        """What was handed to the device so far is over when this mark is reached."""
+        if self._stream is None:
+            return time.monotonic()
+        event = torch.get_device_module(self._stream.device).Event(enable_timing=True)
+        event.record(self._stream)
+        return event
 
-    def result(self, batch: ScheduleBatch) -> None:
-        """A batch's result is there. With batches in a row, each begins where the last ended."""
-        now_s = time.monotonic()
-        seconds = now_s - max(self._launched_s, self._last_result_s)
-        self._last_result_s = now_s
-        self._batch_size.add(now_s, len(batch.reqs))
-        if batch.forward_mode.is_extend() and batch.extend_lens and seconds > 0:
+    def result(self, batch: ScheduleBatch, marks: tuple[Mark, Mark] | None) -> None:
+        """A batch is over, that ran between these marks; without them it waited for a copy."""
+        self._batch_size.add(time.monotonic(), len(batch.reqs))
+        if marks is not None and batch.forward_mode.is_extend() and batch.extend_lens:
+            begun, ended = marks
+            seconds = ended - begun if self._stream is None else begun.elapsed_time(ended) / 1e3
             self._prefill.add(zip(batch.extend_lens, batch.prefix_lens, strict=True), seconds)
 
     def copied(self, num_slots: int, seconds: float) -> None:
@@ -58,13 +72,7 @@ class Measure:
         if self._num_steps % SYNC_STEPS:
             return
         needed = self.popularity.expected_distinct(self._batch_size.mean)
-        values = [
-            self._prefill.per_token,
-            self._prefill.context_share,
-            self._link.per_slot,
-            self._link.latency,
-            needed,
-        ]
+        values = [*self._prefill.rates(), *self._link.rates(), needed]
         costs = self.costs
         (
             costs.recompute,
@@ -86,8 +94,25 @@ class Measure:
         return first
 
 
-def note_result(result: None, self: Scheduler, batch: ScheduleBatch, *_: Any, **__: Any) -> None:
+def time_batch(
+    original: Callable[..., Any], self: Scheduler, batch: ScheduleBatch, *args: Any, **options: Any
+) -> Any:
+    """Around ``Scheduler.run_batch``; its result, which comes later, carries the marks."""
+    measure: Measure | None = getattr(self.tree_cache, "measure", None)
+    if measure is None:
+        return original(self, batch, *args, **options)
+    loads_kv = batch.hicache_consumer_index >= 0
+    measure.has_waited, begun = False, measure.mark()
+    result = original(self, batch, *args, **options)
+    if not measure.has_waited and not loads_kv:
+        result.elora_marks = (begun, measure.mark())
+    return result
+
+
+def note_result(
+    result: None, self: Scheduler, batch: ScheduleBatch, ran: Any, *_: Any, **__: Any
+) -> None:
     """After ``Scheduler.process_batch_result``."""
-    measure = getattr(self.tree_cache, "measure", None)
+    measure: Measure | None = getattr(self.tree_cache, "measure", None)
     if measure is not None:
-        measure.result(batch)
+        measure.result(batch, getattr(ran, "elora_marks", None))

@@ -63,12 +63,13 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
         assert isinstance(manager, EloraLoRAManager), type(manager)
         config = EloraConfig.from_env(os.environ)
         core: EloraTreeCore = cache.tree_core
-        cache.measure = Measure(cache)
+        stream = ctx.tp_worker.model_runner.forward_stream
+        is_async = str(ctx.params.token_to_kv_pool_allocator.device) != "cpu"
+        cache.measure = Measure(cache, stream if is_async else None)
         policy = make_policy(config, cache.measure, core)
         core.use_policy(policy, pool_slots=ctx.params.token_to_kv_pool_allocator.size)
         core.keeps_dependency = Term.DEPENDENCY.value not in config.policy_terms_off
         host = HostTier(int(config.host_gb * 1e9), core.adapter_priority)
-        stream = ctx.tp_worker.model_runner.forward_stream
         residency = Residency(cache, manager.dtype, host, stream)
         manager.bind(residency, cache.measure)
         cache.swapper = Swapper(residency, cache.measure)

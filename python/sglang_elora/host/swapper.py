@@ -49,8 +49,8 @@ PREFETCH_BELOW = 0.7
 PREFETCH_LOOKS = 8
 """Most evictions looked at per step."""
 
-EVICTIONS_PER_STEP = 8
-"""Most leaves given up per step for adapters; 8 take about as long as everything else in a step."""
+EVICTIONS_PER_STEP = 4
+"""Most leaves given up per step for adapters; 4 take about as long as all else in a step."""
 
 _IDLE_S = 200e-6
 
@@ -151,8 +151,8 @@ class Swapper:
         )
         for copy, code in zip(copies, codes, strict=False):
             if code != Copied.UNDER_WAY:
-                if code == Copied.DONE:
-                    self._measure.copied(copy.num_slots, copy.seconds())
+                if code == Copied.DONE and (seconds := copy.seconds()) > 0:
+                    self._measure.copied(copy.num_slots, seconds)
                 failure = self.residency.settle(copy.uid, Copied(code))
                 self._note(copy.uid, failure, "adapter_copies_failed")
         for uid, code in zip(reading, codes[len(copies) :], strict=True):

@@ -37,8 +37,10 @@ class _Group:
     """An adapter on the device and its KV there, by the era of its last visit."""
 
     adapter: Item | None = None
-    kv_slots: dict[tuple[int, int], int] = field(default_factory=dict)  # (era, kind) -> slots
-    value: tuple[int, float] = (-1, 0.0)  # (valid in this era, of the whole per slot)
+    slots: dict[tuple[int, int], int] = field(default_factory=dict)  # of KV, by (era, family)
+    num_slots: int = 0  # their sum
+    value: float = 0.0  # of all KV together, summed up in ``valued_in`` and kept up since
+    valued_in: int = -1
 
 
 class Elora(Policy):
@@ -80,26 +82,22 @@ class Elora(Policy):
         if item.group is None:
             return
         group = self._groups.setdefault(item.group, _Group())
-        group.value = (-1, 0.0)
-        item.counted = era = (self._era, self.kind(item)[1])
+        item.counted = (self._era, self.kind(item)[1])
         if item.is_adapter:
             group.adapter = item
         else:
-            group.kv_slots[era] = group.kv_slots.get(era, 0) + item.num_slots
+            self._count(group, item.counted, item.num_slots)
 
     def displace(self, item: Item) -> None:
         if item.group is None or item.counted is None:
             return
         group = self._groups[item.group]
-        group.value = (-1, 0.0)
         if item.is_adapter:
             group.adapter = None
         else:
-            group.kv_slots[item.counted] -= item.num_slots
-            if not group.kv_slots[item.counted]:
-                del group.kv_slots[item.counted]
+            self._count(group, item.counted, -item.num_slots)
         item.counted = None
-        if group.adapter is None and not group.kv_slots:
+        if group.adapter is None and not group.slots:
             del self._groups[item.group]
 
     def kind(self, item: Item) -> Kind:
@@ -138,8 +136,10 @@ class Elora(Policy):
                 adapters[item.group] = item
             elif item.group is not None:
                 slots[item.group] = slots.get(item.group, 0) + item.num_slots
-        counted = {uid: sum(g.kv_slots.values()) for uid, g in self._groups.items() if g.kv_slots}
+        counted = {uid: sum(g.slots.values()) for uid, g in self._groups.items() if g.slots}
         assert counted == slots, (counted, slots)
+        sums = {uid: g.num_slots for uid, g in self._groups.items() if g.num_slots}
+        assert sums == slots, (sums, slots)
         held = {uid: g.adapter for uid, g in self._groups.items() if g.adapter is not None}
         assert held == adapters, (held, adapters)
 
@@ -150,19 +150,30 @@ class Elora(Policy):
         return returns.index(self.clock - last) * self._saved(family)
 
     def _value_of_whole(self, uid: str) -> float:
-        """Per slot, of an adapter and its KV on the device; O(eras), and kept for one era."""
+        """Per slot, of an adapter and its KV on the device. O(eras) once per era, else O(1)."""
         group = self._groups[uid]
-        if group.value[0] != self._era:
-            total, num_slots = 0.0, 0
-            if group.adapter is not None:
-                num_slots = group.adapter.num_slots
-                total = num_slots * self._value(ADAPTER, group.adapter.last)
-            for (era, family), slots in group.kv_slots.items():
-                middle = (era + 0.5) / _ERAS_PER_TURNOVER
-                total += slots * self._value(family, min(middle, self.clock))
-                num_slots += slots
-            group.value = (self._era, total / num_slots)
-        return group.value[1]
+        if group.valued_in != self._era:
+            group.valued_in = self._era
+            group.value = sum(n * self._value_in(*counted) for counted, n in group.slots.items())
+        total, num_slots = max(group.value, 0.0), group.num_slots
+        if group.adapter is not None:
+            total += group.adapter.num_slots * self._value(ADAPTER, group.adapter.last)
+            num_slots += group.adapter.num_slots
+        return total / num_slots
+
+    def _value_in(self, era: int, family: int) -> float:
+        """Per slot, of KV that was last used in this era."""
+        middle = (era + 0.5) / _ERAS_PER_TURNOVER
+        return self._value(family, min(middle, self.clock))
+
+    def _count(self, group: _Group, counted: tuple[int, int], num_slots: int) -> None:
+        left = group.slots.get(counted, 0) + num_slots
+        if left:
+            group.slots[counted] = left
+        else:
+            del group.slots[counted]
+        group.num_slots += num_slots
+        group.value += num_slots * self._value_in(*counted)
 
     @property
     def _era(self) -> int:

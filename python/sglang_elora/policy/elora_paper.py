@@ -11,6 +11,7 @@ Where the paper leaves something open:
 * Read literally, ``LoRA_Eval`` makes everything cheaper to evict while too few adapters are
   resident. It is meant to keep adapters then, so here it divides, and only adapters: they are
   dearer by ``Low / Now`` while fewer are resident than a batch is expected to need.
+* ``cost`` is bytes over the link's bandwidth, which is the same for all items and left out.
 * ``visit`` is an item's share of all visits. The total is the same for all items and left out.
   An item has at least the visit of the request that made it; an adapter that was registered and
   never asked for has none and goes first.
@@ -87,8 +88,8 @@ class EloraPaper(Policy):
         if item.visits == 0:
             return NEVER
         rank = 0.0
-        if Term.SWAP_COST not in self._off:  # bytes / bandwidth
-            rank += math.log(item.num_slots * self.costs.load_of(item))
+        if Term.SWAP_COST not in self._off:
+            rank += math.log(item.num_slots)
         if Term.VISIT_FREQUENCY not in self._off:
             rank += math.log(item.visits)
         if Term.RECENCY not in self._off:

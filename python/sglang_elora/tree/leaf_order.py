@@ -11,7 +11,7 @@ Node = TypeVar("Node")
 
 _SLACK = 64
 _FEW = 8
-_REFRESHED = 16
+_REFRESHED = 6
 
 
 def _one_kind(node: Any) -> Hashable:
@@ -127,6 +127,10 @@ class LeafOrder(set[Node]):
 
     def _lowest_kind(self) -> tuple[Hashable] | None:
         """The kind whose top is the lowest of all (in a tuple, for None is a kind too)."""
+        if len(self._heaps) == 1:
+            (kind,) = self._heaps
+            if self._top(kind) is not None and len(self._heaps) == 1:
+                return (kind,)
         if len(self._heaps) <= _FEW:
             self._stale.update(dict.fromkeys(self._heaps))
         while True:

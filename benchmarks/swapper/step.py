@@ -1,0 +1,139 @@
+"""What the swapper takes of a scheduler iteration, against the number of cached nodes.
+
+    python benchmarks/swapper/step.py [--nodes 1000 10000 100000] [--out FILE]
+
+The server's own pool, tree, policy, host tier and swapper under steady pressure, without a model:
+before each step the first waiting request whose adapter is there leaves the queue, its KV is
+cached, and another request, often for an adapter that is not there, joins the end. So nearly every
+step evicts, and every few start a copy. On a CPU the bytes of a copy are moved by the step itself,
+where a GPU moves them beside it: that time (``KVPlanes.write``) is taken out and shown by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks/tree"))
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
+
+ensure_torchvision_importable()
+
+from bench_radix_cache import machine  # noqa: E402
+from swapper_world import LOOKAHEAD, World, uid  # noqa: E402
+
+NUM_ADAPTERS = 256
+RESIDENT = 64  # as many as the pool was sized for
+ADAPTER_SLOTS = 128
+LEAF_TOKENS = 16  # so that an adapter takes the room of 8 leaves
+PROMPT_TOKENS = 12
+SEED = 0
+
+
+class Bench:
+    """A full pool with about ``num_nodes`` nodes of KV in it."""
+
+    def __init__(self, num_nodes: int, policy: str) -> None:
+        self._rng = random.Random(SEED)
+        slots = num_nodes * LEAF_TOKENS + RESIDENT * ADAPTER_SLOTS
+        self.world = World(
+            slots, num_adapters=NUM_ADAPTERS, adapter_slots=ADAPTER_SLOTS, policy=policy
+        )
+        self._conversations = 0
+        self._copying_ns = 0
+        self._time_copies()
+        for i in range(RESIDENT):
+            self.world.arrive(uid(i), PROMPT_TOKENS)
+            self.world.step()
+            self.world.waiting.clear()
+        while self.world.cache.allocator.available_size() >= LEAF_TOKENS:
+            self._cache_kv(uid(self._rng.randrange(RESIDENT)))
+
+    def run(self, num_steps: int) -> dict[str, list[float]]:
+        """Microseconds of each step without the copies in it, and of those."""
+        took: dict[str, list[float]] = {"step": [], "copies": []}
+        gc.collect()
+        gc.freeze()
+        for _ in range(num_steps):
+            self._admit()
+            while len(self.world.waiting) < LOOKAHEAD:
+                rank = min(int(self._rng.paretovariate(0.6)), NUM_ADAPTERS) - 1
+                self.world.arrive(uid(rank), PROMPT_TOKENS)
+            self._copying_ns, start = 0, time.perf_counter_ns()
+            self.world.step()
+            elapsed_ns = time.perf_counter_ns() - start
+            took["step"].append((elapsed_ns - self._copying_ns) / 1e3)
+            took["copies"].append(self._copying_ns / 1e3)
+        self.world.check()
+        return took
+
+    def counts(self) -> dict[str, int]:
+        found = self.world.residency.statistics()
+        names = ("adapter_loads", "adapter_evictions", "kv_slots_evicted")
+        nodes = len(self.world.core._collect_all_nodes())
+        return {"cached_nodes": nodes, **{name: found[name] for name in names}}
+
+    def _time_copies(self) -> None:
+        planes = self.world.residency.planes
+        write = planes.write
+
+        def timed(*args: Any, **options: Any) -> None:
+            start = time.perf_counter_ns()
+            write(*args, **options)
+            self._copying_ns += time.perf_counter_ns() - start
+
+        object.__setattr__(planes, "write", timed)
+
+    def _admit(self) -> None:
+        waiting = self.world.waiting
+        for i, req in enumerate(waiting):
+            if self.world.is_resident(req.lora_id):
+                del waiting[i]
+                self._cache_kv(req.lora_id)
+                return
+
+    def _cache_kv(self, name: str) -> None:
+        self._conversations += 1
+        self.world.cache_kv(name, [self._conversations, *range(LEAF_TOKENS - 1)])
+
+
+def quantile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    parser.add_argument("--policies", nargs="+", default=["lru", "elora_paper", "elora"])
+    parser.add_argument("--steps", type=int, default=5_000)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    runs = []
+    for num_nodes in options.nodes:
+        for policy in options.policies:
+            bench = Bench(num_nodes, policy)
+            took = bench.run(options.steps)
+            row = "   ".join(
+                f"{name} " + " ".join(f"{quantile(values, q):7.1f}" for q in (0.5, 0.99, 0.999))
+                for name, values in took.items()
+            )
+            print(f"{num_nodes:>7} nodes  {policy:<12} us P50 P99 P99.9: {row}", flush=True)
+            print(f"{'':15}{bench.counts()}", flush=True)
+            runs.append({"nodes": num_nodes, "policy": policy, "us": took, **bench.counts()})
+    if options.out is not None:
+        facts = {**machine(), "seed": SEED, "waiting": LOOKAHEAD, "runs": runs}
+        options.out.write_text(json.dumps(facts) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The server's pool, tree, policy, host tier and swapper without a model and without a server."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from radix_caches import Cache, sglang
+from sglang_elora.pages import AdapterImage, AdapterLayout, ModuleShape
+from sglang_elora.policy import GDSF, LRU, Elora, EloraPaper, Policy
+from sglang_elora.swapper import HostTier
+from sglang_elora.tree import namespace_of
+
+sglang()
+with warnings.catch_warnings():  # SGLang's
+    warnings.simplefilter("ignore")
+    from sglang_elora.host.measure import Measure
+    from sglang_elora.host.residency import AdapterSource, Residency
+    from sglang_elora.host.swapper import EVICTIONS_PER_STEP, LOOKAHEAD, Swapper
+
+__all__ = ["EVICTIONS_PER_STEP", "HEAD_DIM", "LOOKAHEAD", "World", "uid"]
+
+HEAD_DIM = 16
+_RANK = 8
+
+
+class World:
+    """One scheduler's cache, and requests that are no more than an adapter and a length.
+
+    Args:
+        num_slots: Of the pool, which has one layer of one head: enough for copies of pages.
+        adapter_slots: That each adapter takes, a multiple of 32.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        *,
+        num_adapters: int,
+        adapter_slots: int,
+        policy: str = "lru",
+        host_bytes: int = 10**9,
+    ) -> None:
+        k, v = (torch.zeros(num_slots + 1, 1, HEAD_DIM) for _ in range(2))
+        pool = SimpleNamespace(k_buffer=[k], v_buffer=[v])
+        self.cache = Cache("elora", num_slots, kv_pool=pool)
+        self.core: Any = self.cache.tree.tree_core
+        self.measure = Measure(self.cache.tree)
+        self.core.use_policy(self._policy(policy), num_slots)
+        self.host = HostTier(host_bytes, self.core.adapter_priority)
+        self.residency = Residency(self.cache.tree, torch.float32, self.host, torch.cpu.Stream())
+        self.swapper = Swapper(self.residency, self.measure)
+        self.waiting: list[Any] = []
+        self._scheduler: Any = SimpleNamespace(waiting_queue=self.waiting)
+        image = _image(adapter_slots)
+        for i in range(num_adapters):
+            source = AdapterSource(uid(i), uid(i), image.layout, image.nbytes, False, image=image)
+            self.residency.register(source)
+
+    def step(self) -> None:
+        self.swapper.step(self._scheduler)
+
+    def arrive(self, name: str, prompt_tokens: int = 1) -> Any:
+        req = SimpleNamespace(lora_id=name, origin_input_ids=range(prompt_tokens))
+        self.waiting.append(req)
+        return req
+
+    def is_resident(self, name: str) -> bool:
+        return self.residency.forest.get(name).resident
+
+    def cache_kv(self, name: str, tokens: list[int]) -> None:
+        """As a request with this adapter does, which is there: path held, room made, inserted."""
+        namespace = namespace_of(name)
+        node = self.core.node_of(name)
+        receipt = self.cache.lock(node.id)
+        if (shortfall := len(tokens) - self.cache.allocator.available_size()) > 0:
+            self.cache.evict(shortfall)
+        assert self.cache.insert(tokens, namespace)
+        self.core.visit(self.cache.match(tokens, namespace).last_device_node)
+        self.cache.unlock(node.id, receipt)
+
+    def check(self) -> None:
+        self.cache.tree.sanity_check()
+        self.core.check_invariants()
+        self.host.check_invariants()
+
+    def _policy(self, name: str) -> Policy:
+        costs, core = self.measure.costs, self.core
+        if name == Elora.name:
+            return Elora(costs, core.is_held)
+        if name == EloraPaper.name:
+            return EloraPaper(costs, lambda: 8.0, lambda: core.forest.num_resident)
+        return {LRU.name: LRU, GDSF.name: GDSF}[name](costs)
+
+
+def uid(i: int) -> str:
+    return f"{i:08}"
+
+
+def _image(num_slots: int) -> AdapterImage:
+    width = num_slots * HEAD_DIM // _RANK
+    layout = AdapterLayout.build(_RANK, [ModuleShape("o_proj", width, (width,))])
+    assert layout.num_slots(HEAD_DIM, 1) == num_slots, layout
+    a, b = torch.ones(_RANK, width), torch.ones(width, _RANK)
+    return AdapterImage.build(layout, 1, lambda *_: (a, b), torch.float32, 1.0)

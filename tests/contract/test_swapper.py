@@ -1,0 +1,152 @@
+"""The swapper's decisions, step by step, on the server's own pool and tree without a model."""
+
+from __future__ import annotations
+
+import pytest
+
+from swapper_world import EVICTIONS_PER_STEP, LOOKAHEAD, World, uid
+
+SLOTS = 64  # of an adapter
+
+
+def world(num_slots: int = 6 * SLOTS, *, num_adapters: int = 12, policy: str = "lru") -> World:
+    return World(num_slots, num_adapters=num_adapters, adapter_slots=SLOTS, policy=policy)
+
+
+def resident(made: World) -> list[int]:
+    return [i for i, adapter in enumerate(made.residency.forest) if adapter.resident]
+
+
+def bring(made: World, *adapters: int) -> None:
+    """Have them on the device, and nobody waiting."""
+    for i in adapters:
+        made.arrive(uid(i))
+        made.step()
+        made.waiting.clear()
+        made.step()
+        assert made.is_resident(uid(i))
+
+
+def test_what_waits_is_brought_in_its_order_before_its_turn() -> None:
+    made = world(4 * SLOTS)
+    for i in (3, 1, 2):
+        made.arrive(uid(i))
+    for there in ([3], [1, 3], [1, 2, 3]):  # a quarter of the pool may be under way at once
+        made.step()
+        assert resident(made) == there
+    made.check()
+
+
+def test_a_request_behind_the_lookahead_waits_for_its_turn() -> None:
+    made = world(200 * SLOTS, num_adapters=LOOKAHEAD + 2)
+    for i in range(LOOKAHEAD + 2):
+        made.arrive(uid(i))
+    for _ in range(LOOKAHEAD):
+        made.step()
+    assert resident(made) == list(range(LOOKAHEAD))
+
+
+def test_nothing_is_given_up_for_a_request_that_an_earlier_one_needs() -> None:
+    """Three fit, and the pool is full with those that the first three wait for."""
+    made = world(3 * SLOTS + 10)
+    bring(made, 0, 1, 2)
+    for i in (2, 1, 0, 5):
+        made.arrive(uid(i))
+    for _ in range(5):
+        made.step()
+    assert resident(made) == [0, 1, 2]
+    del made.waiting[0]  # 2 has run and is needed no more
+    for _ in range(3):
+        made.step()
+    assert resident(made) == [0, 1, 5]
+    made.check()
+
+
+def test_evictions_are_few_per_step_and_one_behind_does_not_take_what_they_free() -> None:
+    """16 slots of KV each, none of them enough: 0 needs more steps than one."""
+    leaf = 2
+    made = world(4 * SLOTS)
+    bring(made, 7)
+    for i in range((made.cache.allocator.available_size()) // leaf):
+        made.cache_kv(uid(7), [i, 0])
+    assert made.cache.allocator.available_size() < leaf
+    made.arrive(uid(0))
+    made.arrive(uid(1))
+    for steps in range(1, SLOTS // leaf // EVICTIONS_PER_STEP):
+        made.step()
+        assert made.cache.allocator.available_size() == steps * EVICTIONS_PER_STEP * leaf
+    made.step()
+    assert resident(made) == [0, 7]
+    made.check()
+
+
+def test_what_nobody_waits_for_any_more_may_go_again() -> None:
+    made = world(3 * SLOTS + 10)
+    bring(made, 0, 1, 2)
+    made.arrive(uid(0))
+    made.step()
+    assert made.core.is_held(uid(0))
+    made.waiting.clear()
+    made.step()
+    assert not made.core.is_held(uid(0))
+    bring(made, 3, 4, 5)
+    assert resident(made) == [3, 4, 5]
+
+
+def test_prefetch_brings_back_the_dearest_without_giving_up_anything() -> None:
+    made = world(10 * SLOTS)
+    bring(made, *range(10))
+    bring(made, 10, 11)  # in the place of 0 and 1
+    evicted = made.residency.statistics()["adapter_evictions"]
+    assert resident(made) == list(range(2, 12))
+    for i in range(4, 10):
+        made.residency.retire(uid(i))  # 4 of 10 are in use now
+    for _ in range(10):
+        made.step()
+    assert made.is_resident(uid(0)) and made.is_resident(uid(1))
+    counts = made.residency.statistics()
+    assert counts["adapter_evictions"] == evicted
+    assert counts["prefetched_slots"] == 2 * SLOTS
+    made.core.visit(made.core.node_of(uid(0)).id)
+    assert made.residency.statistics()["prefetched_slots_used"] == SLOTS
+    bring(made, 2, 3)
+    made.check()
+
+
+@pytest.mark.parametrize("in_use", [7, 8])
+def test_no_prefetch_at_seventy_percent(in_use: int) -> None:
+    made = world(10 * SLOTS)
+    bring(made, *range(10))
+    bring(made, 10)
+    for i in range(1, 11 - in_use):
+        made.residency.retire(uid(i))
+    for _ in range(4):
+        made.step()
+    assert not made.is_resident(uid(0))
+    assert made.residency.statistics()["prefetched_slots"] == 0
+
+
+def test_prefetch_that_was_of_no_use_is_counted() -> None:
+    made = world(10 * SLOTS)
+    bring(made, *range(10))
+    bring(made, 10)
+    for i in range(1, 8):
+        made.residency.retire(uid(i))
+    for _ in range(4):
+        made.step()
+    assert made.is_resident(uid(0))
+    made.cache.evict(9 * SLOTS)
+    assert made.residency.statistics()["prefetched_slots_wasted"] == SLOTS
+    made.check()
+
+
+def test_no_prefetch_while_somebody_waits() -> None:
+    made = world(10 * SLOTS)
+    bring(made, *range(10))
+    bring(made, 10)
+    for i in range(1, 8):
+        made.residency.retire(uid(i))
+    made.arrive(uid(10))
+    for _ in range(4):
+        made.step()
+    assert not made.is_resident(uid(0))
