@@ -88,8 +88,7 @@ class Replay:
                 hits, prompts = hits + hit, prompts + prompt
                 loads += loaded > 0
                 missed = prompt - hit
-                middle = 1 + self.costs.attention_share * (hit + missed / 2)
-                lost += missed * self.costs.recompute * middle + loaded * self.costs.load
+                lost += missed * self.costs.recompute + loaded * self.costs.load
             if i + 1 < len(session.turns):
                 served_s = 0.2 + 0.02 * session.turns[i].num_output
                 heapq.heappush(

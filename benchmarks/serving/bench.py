@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from driver import Played, play
 from sides import SHAPE, Side, Sizes, adapter_specs, common_flags, make_side
+from variants import write_plugin
 from workload import Trace
 
 from sglang_elora.demo.adapters import make_adapters
@@ -48,6 +49,7 @@ class Bench:
         self._adapters = make_adapters(
             self._checkpoint, folder / "adapters", adapter_specs(num_adapters)
         )
+        self._folder = folder
         self.sizes = sizes
         self.link = link
 
@@ -57,7 +59,11 @@ class Bench:
         return make_side(name, self.sizes, len(self._adapters), longest)
 
     def server(self, side: Side, log_path: Path) -> ServerProcess:
-        env: Mapping[str, str] = self.link.env if self.link is not None else {}
+        env: dict[str, str] = dict(self.link.env) if self.link is not None else {}
+        if side.variant is not None:
+            plugin = write_plugin(self._folder / "plugins", side.variant)
+            paths = (str(plugin), str(Path(__file__).parent), os.environ.get("PYTHONPATH"))
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         return ServerProcess(
             [*common_flags(self._checkpoint, self._adapters), *side.flags],
             log_path=log_path,

@@ -115,7 +115,7 @@ def feasible(bench: Bench, names: list[str], swept: list[str], trace: Trace) -> 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--sides", nargs="+", default=["stock-default", "elora:default"])
+    parser.add_argument("--sides", nargs="+", default=["stock-default", "elora:elora"])
     parser.add_argument("--sweep-slots", nargs="+", type=int, default=[])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rate", type=float, default=3.0, help="turns per second")

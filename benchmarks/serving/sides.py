@@ -2,7 +2,8 @@
 
 ``stock-default``: SGLang as it comes, with its 8 adapter slots. ``stock-tuned:N``: N slots, a host
 tier for KV, and adapters loaded beside the batches where stock allows it. ``elora:POLICY``: one
-pool, the same host tier; ``elora:default`` leaves the policy to the server.
+pool, the same host tier. ``elora:POLICY-TERM,TERM`` leaves terms out of the policy, and
+``elora:POLICY+VARIANT`` changes one thing of ELORA (variants.py).
 
 Stock's slots have room for the largest rank. What N of them leave of the bytes is its KV pool.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from variants import VARIANTS
 from workload import adapter_name
 
 from sglang_elora.demo.adapters import ALL_LINEAR, AdapterSpec
@@ -93,11 +95,12 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """A server to start: ``program`` with ``flags`` beside the common ones."""
+    """A server to start: ``program`` with ``flags`` beside the common ones, and a plugin."""
 
     name: str
     program: Sequence[str]
     flags: tuple[str, ...]
+    variant: str | None = None
 
 
 def make_side(name: str, sizes: Sizes, num_adapters: int, longest: int) -> Side:
@@ -111,10 +114,15 @@ def make_side(name: str, sizes: Sizes, num_adapters: int, longest: int) -> Side:
     """
     kind, _, argument = name.partition(":")
     if kind == "elora" and argument:
-        policy = () if argument == "default" else ("--elora-policy", argument)
-        pool = ("--max-total-tokens", str(sizes.pool_slots))
-        host = _host_tier(sizes, sizes.pool_slots)
-        return Side(name, ELORA_SERVER, ("--elora", *policy, *pool, *host))
+        argument, _, variant = argument.partition("+")
+        policy, _, off = argument.partition("-")
+        flags = ("--elora", "--elora-policy", policy)
+        flags += ("--elora-policy-off", off) if off else ()
+        flags += ("--max-total-tokens", str(sizes.pool_slots))
+        flags += _host_tier(sizes, sizes.pool_slots)
+        if variant and variant not in VARIANTS:
+            raise ValueError(f"variant {variant!r} must be one of {', '.join(VARIANTS)}")
+        return Side(name, ELORA_SERVER, flags, variant or None)
     if name == "stock-default":
         return Side(name, _STOCK, _split(STOCK_DEFAULT_SLOTS, sizes, longest))
     if kind == "stock-tuned" and argument.isdigit():

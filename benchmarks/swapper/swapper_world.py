@@ -19,9 +19,9 @@ with warnings.catch_warnings():  # SGLang's
     warnings.simplefilter("ignore")
     from sglang_elora.host.measure import Measure
     from sglang_elora.host.residency import AdapterSource, Residency
-    from sglang_elora.host.swapper import EVICTIONS_PER_STEP, LOOKAHEAD, Swapper
+    from sglang_elora.host.swapper import LOOKAHEAD, WORK_PER_STEP, Swapper
 
-__all__ = ["EVICTIONS_PER_STEP", "HEAD_DIM", "LOOKAHEAD", "World", "uid"]
+__all__ = ["HEAD_DIM", "LOOKAHEAD", "WORK_PER_STEP", "World", "uid"]
 
 HEAD_DIM = 16
 _RANK = 8
@@ -60,8 +60,8 @@ class World:
             source = AdapterSource(uid(i), uid(i), image.layout, image.nbytes, False, image=image)
             self.residency.register(source)
 
-    def step(self) -> None:
-        self.swapper.step(self._scheduler)
+    def step(self, *, is_busy: bool = True) -> None:
+        self.swapper.step(self._scheduler, is_busy=is_busy)
 
     def arrive(self, name: str, prompt_tokens: int = 1) -> Any:
         req = SimpleNamespace(lora_id=name, origin_input_ids=range(prompt_tokens))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swapper_world import EVICTIONS_PER_STEP, LOOKAHEAD, World, uid
+from swapper_world import LOOKAHEAD, WORK_PER_STEP, World, uid
 
 SLOTS = 64  # of an adapter
 
@@ -63,7 +63,7 @@ def test_nothing_is_given_up_for_a_request_that_an_earlier_one_needs() -> None:
 
 
 def test_evictions_are_few_per_step_and_one_behind_does_not_take_what_they_free() -> None:
-    """16 slots of KV each, none of them enough: 0 needs more steps than one."""
+    """The room of an adapter is that of 32 leaves; while batches run, a step gives up 4."""
     leaf = 2
     made = world(4 * SLOTS)
     bring(made, 7)
@@ -72,12 +72,22 @@ def test_evictions_are_few_per_step_and_one_behind_does_not_take_what_they_free(
     assert made.cache.allocator.available_size() < leaf
     made.arrive(uid(0))
     made.arrive(uid(1))
-    for steps in range(1, SLOTS // leaf // EVICTIONS_PER_STEP):
+    for steps in range(1, SLOTS // leaf // WORK_PER_STEP + 1):
         made.step()
-        assert made.cache.allocator.available_size() == steps * EVICTIONS_PER_STEP * leaf
+        assert made.cache.allocator.available_size() == steps * WORK_PER_STEP * leaf
     made.step()
     assert resident(made) == [0, 7]
     made.check()
+
+
+def test_with_no_batch_to_delay_all_is_done_at_once() -> None:
+    made = world(4 * SLOTS)
+    bring(made, 7)
+    for i in range(made.cache.allocator.available_size() // 2):
+        made.cache_kv(uid(7), [i, 0])
+    made.arrive(uid(0))
+    made.step(is_busy=False)
+    assert resident(made) == [0, 7]
 
 
 def test_what_nobody_waits_for_any_more_may_go_again() -> None:

@@ -315,3 +315,40 @@ def test_two_hundred_random_operations(
         assert (await statistics(client))["kv_tokens_invalid"] == 0
 
     run(server.url, work)
+
+
+def test_into_room_that_is_free_comes_back_what_was_evicted(
+    server: ServerProcess,
+    adapters: dict[str, Path],
+    reference: Reference,
+    prompts: Sequence[list[int]],
+) -> None:
+    """The largest adapter drives chats out and is unloaded: adapters and KV return unasked."""
+    prompt, names = prompts[1], ("attention-r8", "all-r4", "rslora-r8", "qv-r4")
+    num_slots = sum(SLOTS[name] + len(prompt) for name in names)
+    assert POOL_SLOTS - SLOTS[LARGEST] < num_slots < 0.7 * POOL_SLOTS
+
+    async def work(client: Client) -> None:
+        assert (await client.post("/flush_cache", {})).status_code == 200
+        for name in (*names, LARGEST):
+            await client.generate(name, prompt)
+        before = await statistics(client)
+        assert before["adapters_resident"] < len(names)
+        await unload(client, LARGEST)
+        assert (await load(client, LARGEST, adapters[LARGEST])).status_code == 200
+        for _ in range(100):
+            after = await statistics(client)
+            if after["kv_tokens_device"] >= len(names) * len(prompt):
+                break
+            await asyncio.sleep(0.1)
+        assert after["adapters_resident"] == len(names)
+        assert after["adapter_evictions"] == before["adapter_evictions"]
+        assert after["prefetched_slots"] > before["prefetched_slots"]
+        for name in names:
+            answer = await client.generate(name, prompt)
+            assert list(answer.token_ids) == reference.generate(name, prompt)
+            assert answer.cached_tokens == len(prompt) - 1
+        used = (await statistics(client))["prefetched_slots_used"] - before["prefetched_slots_used"]
+        assert used > len(prompt)
+
+    run(server.url, work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 
 
 class DecayedFit:
@@ -42,7 +43,11 @@ class DecayedFit:
         self.num_observations += 1
 
     def coefficients(self) -> tuple[float, ...]:
-        """Positive ones: a hundredth of the prior where the data say less."""
+        """The best ones that are not negative, and at least a thousandth of the prior."""
         weight = self._prior_weight * np.eye(len(self._prior))
-        solved = np.linalg.solve(self._xx + weight, self._xy + self._prior_weight * self._prior)
-        return tuple((np.maximum(solved, self._prior / 100) / self._scale).tolist())
+        xx, xy = self._xx + weight, self._xy + self._prior_weight * self._prior
+        solved = np.linalg.solve(xx, xy)
+        if solved.min() < 0:
+            lower = np.linalg.cholesky(xx)
+            solved, _ = nnls(lower.T, np.linalg.solve(lower, xy))
+        return tuple((np.maximum(solved, self._prior / 1000) / self._scale).tolist())

@@ -19,6 +19,7 @@ class PrefillCost:
         # against 2 * parameters operations.
         prior = (1e-3, seconds_per_token, seconds_per_token / 30_000)
         self._fit = DecayedFit(prior, scale=(1.0, 500.0, 500.0 * 500.0))
+        self._usual_context = 0.0  # tokens before one that is computed
 
     def add(self, requests: Iterable[tuple[int, int]], seconds: float) -> None:
         """A batch took so long.
@@ -31,16 +32,23 @@ class PrefillCost:
             new += num_new
             attended += num_new * (num_cached + num_new / 2)
         self._fit.add((1.0, new, attended), seconds)
+        share = max(0.01, 1 / self._fit.num_observations)
+        self._usual_context += share * (attended / new - self._usual_context)
 
     def seconds(self, num_new: int, num_cached: int) -> float:
         """Of a request alone in its batch."""
         constant, token, context = self._fit.coefficients()
         return constant + num_new * (token + context * (num_cached + num_new / 2))
 
-    def rates(self) -> tuple[float, float]:
-        """Seconds per new token without context; what a token of context adds, as a share of it."""
+    @property
+    def per_token(self) -> float:
+        """Seconds that one more token takes behind as many others as is usual.
+
+        That is known where its parts are not: batches in which long contexts meet few new tokens
+        tell the two apart badly.
+        """
         _, token, context = self._fit.coefficients()
-        return token, context / token
+        return token + context * self._usual_context
 
 
 class LinkCost:

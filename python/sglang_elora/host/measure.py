@@ -67,22 +67,20 @@ class Measure:
         self._link.add(num_slots, seconds)
 
     def step(self) -> None:
-        """Once per iteration of the scheduler."""
+        """Once per iteration of the scheduler; one figure at a time is taken over."""
         self._num_steps += 1
-        if self._num_steps % SYNC_STEPS:
+        turn, rest = divmod(self._num_steps % SYNC_STEPS, SYNC_STEPS // 3)
+        if rest or turn > 2:
             return
-        needed = self.popularity.expected_distinct(self._batch_size.mean)
-        values = [*self._prefill.rates(), *self._link.rates(), needed]
-        costs = self.costs
-        (
-            costs.recompute,
-            costs.attention_share,
-            costs.load,
-            costs.load_latency,
-            self.needed_adapters,
-        ) = self._of_first_rank(values)
+        if turn == 0:
+            (self.costs.recompute,) = self._of_first_rank(self._prefill.per_token)
+        elif turn == 1:
+            self.costs.load, self.costs.load_latency = self._of_first_rank(*self._link.rates())
+        else:
+            needed = self.popularity.expected_distinct(self._batch_size.mean)
+            (self.needed_adapters,) = self._of_first_rank(needed)
 
-    def _of_first_rank(self, values: list[float]) -> list[float]:
+    def _of_first_rank(self, *values: float) -> tuple[float, ...]:
         if self._cache.tp_world_size == 1:
             return values
         is_first = torch.distributed.get_rank(self._cache.tp_group) == 0
@@ -90,8 +88,7 @@ class Measure:
         if not is_first:
             tensor.fill_(float("inf"))
         self._cache._all_reduce(tensor, torch.distributed.ReduceOp.MIN)
-        first: list[float] = tensor.tolist()
-        return first
+        return tuple(tensor.tolist())
 
 
 def time_batch(

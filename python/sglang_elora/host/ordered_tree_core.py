@@ -127,9 +127,7 @@ class OrderedTreeCore(UnifiedTreeCore):
     def _add_new_node(
         self, parent: UnifiedTreeNode, key: RadixKey, value: torch.Tensor, **options: Any
     ) -> UnifiedTreeNode:
-        above = parent.item
-        position = 0 if above.is_adapter else above.position + above.num_slots
-        item = Item(False, len(value), adapter_of(key.extra_key), position)
+        item = Item(False, len(value), adapter_of(key.extra_key))
         if self.policy is not None:
             self.policy.create(item)
         self._next_item = item

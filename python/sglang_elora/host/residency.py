@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from sglang_elora.swapper import AdapterCopy, Copied, HostTier
 
 logger = logging.getLogger(__name__)
 
+
+COPY_WORK = 3
+"""What the start of a copy counts as, in evictions of leaves, which take a scheduler as long."""
 
 COUNTS = (
     "adapter_churn",
@@ -92,7 +96,7 @@ class Residency:
         self._is_cuda = self.planes.device.type == "cuda"
         self._copy_stream = make_copy_stream(self._device)
         self._names: dict[str, str] = {}
-        self.evictions_left = 0  # of those that ``place`` may do; whoever calls it sets it
+        self.work_left = sys.maxsize  # for ``place``: evictions of leaves; whoever calls it sets it
 
     @property
     def pool_slots(self) -> int:
@@ -172,18 +176,21 @@ class Residency:
             wanted_since: What a request at this place in the queue or an earlier one needs stays.
 
         Returns:
-            Whether there is room; if not, a later call goes on with the evictions.
+            Whether its copy has begun; if not, a later call goes on with the evictions.
         """
         adapter = self.forest.get(uid)
         assert not adapter.retired and not adapter.resident, f"adapter {uid} cannot be placed"
         shortfall = adapter.num_slots - self.allocator.available_size()
         if shortfall > 0:
-            with self.core.full.sparing(wanted_since, self.evictions_left):
+            with self.core.full.sparing(wanted_since, self.work_left):
                 self.cache.evict_for_alloc(EvictParams(num_tokens=shortfall))
-                self.evictions_left = self.core.full.leaves_left
+                self.work_left = self.core.full.leaves_left
+        if self.work_left < COPY_WORK:
+            return False
         slots = self.allocator.alloc(adapter.num_slots)
         if slots is None:
             return False
+        self.work_left -= COPY_WORK
         self.core.place(uid, slots)
         node = self.core.node_of(uid)
         self.core.inc_full_pin(node.id)  # until it is settled

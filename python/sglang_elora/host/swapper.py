@@ -14,6 +14,7 @@ on what ``agree`` says of reads and copies.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from http import HTTPStatus
 from itertools import islice
@@ -30,7 +31,7 @@ from sglang_elora.swapper import AdapterCopy, Copied, Read
 from sglang_elora.tree import Adapter
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.schedule_policy import PrefillAdder
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.mem_cache.unified_cache.unified_tree_core import UnifiedTreeNode
@@ -49,8 +50,9 @@ PREFETCH_BELOW = 0.7
 PREFETCH_LOOKS = 8
 """Most evictions looked at per step."""
 
-EVICTIONS_PER_STEP = 4
-"""Most leaves given up per step for adapters; 4 take about as long as all else in a step."""
+WORK_PER_STEP = 4
+"""What a step may do while batches run, in evictions of leaves; the start of a copy counts as
+``COPY_WORK``. The rest goes on in the next step. With no batch to delay, all is done at once."""
 
 _IDLE_S = 200e-6
 
@@ -70,9 +72,14 @@ class Swapper:
         self._wanted: dict[str, int] = {}  # adapter -> position of the first request for it
         self._errors: dict[str, BaseException] = {}  # of this step
 
-    def step(self, scheduler: Scheduler) -> None:
-        """Settle what is over and start what is needed next. Never blocks."""
+    def step(self, scheduler: Scheduler, *, is_busy: bool) -> None:
+        """Settle what is over and start what is needed next. Never blocks.
+
+        Args:
+            is_busy: Whether batches run.
+        """
         self._measure.step()
+        self.residency.work_left = WORK_PER_STEP if is_busy else sys.maxsize
         if self.residency.copies or self._host.reading:
             self._settle()
             self._fail_waiting(scheduler)
@@ -130,8 +137,8 @@ class Swapper:
         if isinstance(node, AdapterNode):
             uid = str(node.adapter.uid)
             ready = not node.adapter.resident and not node.adapter.retired and uid in self._host
-            self.residency.evictions_left = 0  # nothing is given up for it
-            return ready and self.residency.place(uid, LOOKAHEAD)
+            room = self.residency.allocator.available_size()
+            return ready and node.adapter.num_slots <= room and self.residency.place(uid, LOOKAHEAD)
         above = node.parent.component_data[FULL].value
         # An adapter that is not there has an empty value; the base model's root has [].
         if not node.evicted or not node.backuped or above is None:
@@ -215,7 +222,7 @@ class Swapper:
             if room < 0:
                 break
         self._mark(wanted)
-        self.residency.evictions_left, has_room = EVICTIONS_PER_STEP, True
+        has_room = True
         for uid, position in wanted.items():
             adapter = self.residency.forest.get(uid)
             if adapter.resident or adapter.retired:
@@ -242,11 +249,17 @@ class Swapper:
         return not under_way or under_way + adapter.num_slots <= most
 
 
-def step(self: Scheduler, *_: Any, **__: Any) -> None:
+def step(
+    self: Scheduler,
+    running_batch: ScheduleBatch,
+    last_batch: ScheduleBatch | None,
+    *_: Any,
+    **__: Any,
+) -> None:
     """Before ``Scheduler.get_next_batch_to_run``."""
     swapper = getattr(self.tree_cache, "swapper", None)
     if swapper is not None:
-        swapper.step(self)
+        swapper.step(self, is_busy=last_batch is not None or not running_batch.is_empty())
 
 
 def idle(result: None, self: Scheduler) -> None:

@@ -123,7 +123,7 @@ class Elora(Policy):
         """Copying it there takes the link as long as one load; a later visit saves the rest."""
         load = self.costs.load_of(item)
         chance = self._kv.chance(self.clock - item.last)
-        return chance * (self.costs.recompute_of(item) - load) > load
+        return chance * (self.costs.recompute - load) > load
 
     def check_invariants(self, on_device: Iterable[Item]) -> None:
         """Raises:

@@ -37,5 +37,5 @@ class GDSF(Policy):
         load = self.costs.load_of(item)
         if item.is_adapter:
             return load
-        recompute = self.costs.recompute_of(item)
+        recompute = self.costs.recompute
         return min(recompute, load) if item.backed else recompute

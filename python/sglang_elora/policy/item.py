@@ -18,7 +18,6 @@ class Item:
     is_adapter: bool
     num_slots: int
     group: str | None = None  # the adapter it is, or belongs to; None is the base model
-    position: int = 0  # tokens before it, of KV
     backed: bool = False  # a copy of it is on the host: an adapter's always is
     wanted_since: int | None = None  # number of the oldest waiting request that needs it
     prefetched: bool = False  # brought to the device for nobody, and not used since
@@ -32,5 +31,4 @@ class Item:
         assert not self.is_adapter and 0 < num_slots < self.num_slots, (self, num_slots)
         first = replace(self, num_slots=num_slots, wanted_since=None, prefetched=False)
         self.num_slots -= num_slots
-        self.position += num_slots
         return first

@@ -29,12 +29,6 @@ class Costs:
     recompute: float = 40e-6
     load: float = 2.4e-6
     load_latency: float = 10e-6  # seconds per copy
-    attention_share: float = 0.0  # added share of ``recompute`` per token of context
-
-    def recompute_of(self, item: Item) -> float:
-        """Seconds per slot to compute an item's KV anew behind its prefix."""
-        middle = item.position + item.num_slots / 2
-        return self.recompute * (1 + self.attention_share * middle)
 
     def load_of(self, item: Item) -> float:
         """Seconds per slot to bring an item back from the host."""

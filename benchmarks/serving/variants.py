@@ -1,0 +1,73 @@
+"""ELORA changed in one respect, to see what that is good for: plugins for a measured server.
+
+``blocking``: a copy of an adapter holds the scheduler up until it is over, as loads without a
+swapper do. ``free``: such copies take no time on the emulated link. What lies between the two is
+all that loads can cost. ``branch``: an adapter leaves with all of its KV, whatever else is less
+worth (the paper's "whole-branch" case).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_RESIDENCY = "sglang_elora.host.residency"
+
+
+def blocking() -> None:
+    def wait_at_once(copy: Any, self: Any, uid: str, slots: Any) -> Any:
+        copy.synchronize()
+        return copy
+
+    _hook(f"{_RESIDENCY}.Residency._start_copy", wait_at_once, "AFTER")
+
+
+def free() -> None:
+    _hook(f"{_RESIDENCY}.delay_page_copy", lambda num_bytes: None, "REPLACE")
+
+
+def branch() -> None:
+    def next_leaf(original: Callable[..., Any], self: Any) -> Any:
+        """As many calls as it takes until the adapter of the first leaf has gone."""
+        uid = getattr(self, "open_branch", None)
+        if uid is not None:
+            leaf = _leaf_under(self.tree_core, uid)
+            if leaf is None:  # SGLang asks again if that was not enough
+                self.open_branch, self._tokens_wanted = None, self.tokens_asked
+            return leaf
+        leaf = original(self)
+        if leaf is not None and leaf.item.group is not None and not leaf.item.is_adapter:
+            self.open_branch = leaf.item.group
+            self.tokens_asked, self._tokens_wanted = self._tokens_wanted, sys.maxsize
+        return leaf
+
+    _hook("sglang_elora.host.full_component.EloraFullComponent._next_leaf", next_leaf, "AROUND")
+
+
+VARIANTS: dict[str, Callable[[], None]] = {f.__name__: f for f in (blocking, free, branch)}
+
+
+def write_plugin(folder: Path, variant: str) -> Path:
+    """A distribution with that plugin; the folder it returns goes to PYTHONPATH with this one's."""
+    name = f"variant_{variant}"
+    info = folder / variant / f"{name}-1.0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = variants:{variant}\n")
+    return info.parent
+
+
+def _leaf_under(core: Any, uid: str) -> Any:
+    """Of the adapter's part of the tree, the adapter itself last; None if what is left is held."""
+    nodes = [core.node_of(uid)]
+    for node in nodes:  # grows while it is read
+        nodes += node.children.values()
+    return next((n for n in reversed(nodes) if n in core.evictable_device_leaves), None)
+
+
+def _hook(target: str, body: Callable[..., Any], kind: str) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(target, body, HookType[kind])
