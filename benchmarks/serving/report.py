@@ -1,15 +1,18 @@
 """Tables and ratios from the files that run.py wrote.
 
-    python benchmarks/serving/report.py DIR
+    python benchmarks/serving/report.py DIR [--window 5]
 
 Per workload: a row per side, medians over its runs; then each side of ELORA over each stock one,
-run by run. Of several static splits the one with the lowest mean TTFT is named the best.
+run by run. Of several static splits the one with the lowest mean TTFT is named the best. With
+--window also the mean TTFT over time, of all runs together, in windows of so many seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +99,25 @@ def report(results: Sequence[Result]) -> str:
     return "\n\n".join(blocks)
 
 
+def over_time(results: Sequence[Result], window_s: float) -> str:
+    """Of one workload: a column per window of due times, a row per side, milliseconds."""
+    num_windows = math.ceil(results[0].duration_s / window_s)
+    rows: dict[str, list[list[float]]] = {}
+    for result in results:
+        row = rows.setdefault(result.side, [[] for _ in range(num_windows)])
+        for record in result.records:
+            if record.ttft_s is not None:
+                row[min(int(record.due_s / window_s), num_windows - 1)].append(record.ttft_s)
+    width = max(map(len, rows))
+    head = " " * width + "".join(f"{window_s * i:>7.0f}" for i in range(num_windows))
+    lines = [
+        f"{side:<{width}}"
+        + "".join(f"{1e3 * statistics.mean(found):>7.0f}" if found else "      -" for found in row)
+        for side, row in rows.items()
+    ]
+    return "\n".join(["mean TTFT in ms, by seconds since the start", head, *lines])
+
+
 def _records(by_run: Mapping[int, Result]) -> dict[int, Sequence[Record]]:
     return {run: result.records for run, result in by_run.items()}
 
@@ -103,7 +125,14 @@ def _records(by_run: Mapping[int, Result]) -> dict[int, Sequence[Record]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    print(report(read(parser.parse_args().folder)))
+    parser.add_argument("--window", type=float, help="seconds")
+    options = parser.parse_args()
+    results = read(options.folder)
+    print(report(results))
+    if options.window is not None:
+        for name in dict.fromkeys(result.workload for result in results):
+            mine = [result for result in results if result.workload == name]
+            print(f"\n{name}: {over_time(mine, options.window)}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/serving/run.py --workloads chat translation agent \\
         --sides stock-default stock-tuned:8 elora:lru elora:elora \\
-        --runs 3 --rate 4 --duration 120 --link calibration.json --out DIR
+        --runs 3 --duration 75 --link calibration.json --out DIR
 
 Each (workload, run, side) has a fresh server; the sides of a run follow each other, and their order
 rotates from run to run. A file per run holds all requests; report.py reads them. --sweep-slots
@@ -34,7 +34,7 @@ from figures import table  # noqa: E402
 from peak import largest_factor  # noqa: E402
 from report import TUNED, Result, report  # noqa: E402
 from sides import Side, Sizes  # noqa: E402
-from workload import WORKLOADS, Trace, make_trace  # noqa: E402
+from workload import TURNS_PER_S, WORKLOADS, Trace, make_trace  # noqa: E402
 
 from bench_radix_cache import machine  # noqa: E402
 
@@ -118,8 +118,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", default=["stock-default", "elora:elora"])
     parser.add_argument("--sweep-slots", nargs="+", type=int, default=[])
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=3.0, help="turns per second")
-    parser.add_argument("--duration", type=float, default=120.0, help="seconds of trace")
+    parser.add_argument("--load", type=float, default=1.0, help="times workload.TURNS_PER_S")
+    parser.add_argument("--duration", type=float, default=75.0, help="seconds of trace")
     parser.add_argument("--seed", type=int, default=0, help="of the first run; the next have +1")
     parser.add_argument("--adapters", type=int, default=64)
     parser.add_argument("--stock-kv-tokens", type=int, default=Sizes().stock_kv_tokens)
@@ -146,7 +146,7 @@ def main() -> None:
             for name in options.workloads:
                 trace = make_trace(
                     replace(WORKLOADS[name], num_adapters=options.adapters),
-                    turns_per_s=options.rate,
+                    turns_per_s=options.load * TURNS_PER_S[name],
                     duration_s=options.duration,
                     seed=options.seed + number,
                 )

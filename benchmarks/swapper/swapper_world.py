@@ -21,7 +21,16 @@ with warnings.catch_warnings():  # SGLang's
     from sglang_elora.host.residency import AdapterSource, Residency
     from sglang_elora.host.swapper import LOOKAHEAD, WORK_PER_STEP, Swapper
 
-__all__ = ["HEAD_DIM", "LOOKAHEAD", "WORK_PER_STEP", "World", "uid"]
+__all__ = [
+    "HEAD_DIM",
+    "LOOKAHEAD",
+    "WORK_PER_STEP",
+    "AdapterSource",
+    "HostTier",
+    "Residency",
+    "World",
+    "uid",
+]
 
 HEAD_DIM = 16
 _RANK = 8

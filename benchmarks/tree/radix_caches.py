@@ -47,12 +47,19 @@ class Cache:
         kv_pool: What the slots are of, for those who copy to them.
     """
 
-    def __init__(self, core: str, num_slots: int, policy: str = "lru", kv_pool: Any = None) -> None:
+    def __init__(
+        self,
+        core: str,
+        num_slots: int,
+        policy: str = "lru",
+        kv_pool: Any = None,
+        device: str = "cpu",
+    ) -> None:
         self._sglang = sglang()
         self.allocator = self._sglang.TokenToKVPoolAllocator(
             num_slots,
             dtype=self._sglang.torch.float32,
-            device="cpu",
+            device=device,
             kvcache=kv_pool,
             need_sort=False,
         )

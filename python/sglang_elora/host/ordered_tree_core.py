@@ -6,6 +6,7 @@ go in the order of --radix-eviction-policy, which is found by a heap and not by 
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Hashable
 from typing import Any, cast
@@ -21,6 +22,9 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core import (
 
 from sglang_elora.policy import Item, Policy
 from sglang_elora.tree import LeafOrder, adapter_of
+
+_WANTED = "wanted"
+"""Kind of all that waiting requests need: behind everything else."""
 
 _REMEMBERED = 8192
 """Evictions that prefetching may undo."""
@@ -56,7 +60,7 @@ class OrderedTreeCore(UnifiedTreeCore):
             self.evictable_device_leaves: LeafOrder[UnifiedTreeNode] = LeafOrder(
                 lambda node: policy.priority(node.item),
                 lambda node: _kind(policy, node),
-                policy.rank,
+                lambda kind, lowest: math.inf if kind == _WANTED else policy.rank(kind, lowest),
             )
             self.evictable_host_leaves: LeafOrder[UnifiedTreeNode] = LeafOrder(
                 lambda node: policy.priority(node.item),
@@ -103,6 +107,12 @@ class OrderedTreeCore(UnifiedTreeCore):
             if not node.item.is_adapter:
                 self.policy.remove(node.item)
 
+    def set_wanted(self, node: UnifiedTreeNode, since: int | None) -> None:
+        """The request at this place in the queue is the first that needs the node; None: none."""
+        node.item.wanted_since = since
+        if since is None and node in self.evictable_device_leaves:
+            self.evictable_device_leaves.lower(node)
+
     def note_eviction(self, node: UnifiedTreeNode) -> None:
         """The node left the device and may come back from the host."""
         self.evicted.append(node.id)
@@ -140,5 +150,7 @@ def _no_item() -> Item:
 
 def _kind(policy: Policy, node: UnifiedTreeNode) -> Hashable:
     item: Item = node.item
+    if item.wanted_since is not None:
+        return _WANTED
     item.backed = node.backuped
     return policy.kind(item)

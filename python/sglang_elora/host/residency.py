@@ -183,7 +183,7 @@ class Residency:
         shortfall = adapter.num_slots - self.allocator.available_size()
         if shortfall > 0:
             with self.core.full.sparing(wanted_since, self.work_left):
-                self.cache.evict_for_alloc(EvictParams(num_tokens=shortfall))
+                self.cache.evict(EvictParams(num_tokens=shortfall))
                 self.work_left = self.core.full.leaves_left
         if self.work_left < COPY_WORK:
             return False

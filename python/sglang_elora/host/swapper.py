@@ -237,10 +237,10 @@ class Swapper:
         for uid in [uid for uid in self._wanted if uid not in wanted]:  # equal on all ranks
             self._host.cancel(uid)
             if uid in forest:
-                forest.get(uid).item.wanted_since = None
+                self._core.set_wanted(self._core.node_of(uid), None)
                 self._host.lower(uid)
         for uid, position in wanted.items():
-            forest.get(uid).item.wanted_since = position
+            self._core.set_wanted(self._core.node_of(uid), position)
         self._wanted = wanted
 
     def _may_start(self, adapter: Adapter) -> bool:

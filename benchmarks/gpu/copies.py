@@ -1,0 +1,231 @@
+"""Adapters copied beside a batch on a GPU, in one call: are slots safe, and how fast.
+
+    python benchmarks/gpu/copies.py --out OUT_DIR [--dry-run]
+
+The server's own ``Residency`` over a pool of Llama-3-8B's shape, adapters of rank 32 on all linear
+layers, and a stand-in for a batch: a long run of matrix products on the forward stream. Shown:
+
+* a batch that still reads what lay in the slots reads the old bytes, although the copy into them
+  was asked for before it ran;
+* what waits for a layer finds this layer's weights, layer by layer;
+* what a copy takes on the scheduler's thread, on the link, until the first layer is there, and what
+  it takes from the batch beside it.
+
+--dry-run goes through it on a CPU with tiny sizes; its times say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks/tree"), str(ROOT / "benchmarks/swapper")]
+
+from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
+
+ensure_torchvision_importable()
+
+import torch  # noqa: E402
+
+from bench_radix_cache import machine  # noqa: E402
+from radix_caches import Cache  # noqa: E402
+from sglang_elora.pages import AdapterImage, AdapterLayout, ModuleShape  # noqa: E402
+from swapper_world import AdapterSource, HostTier, Residency  # noqa: E402
+
+RANK = 32
+LLAMA_8B = (
+    ModuleShape("qkv_proj", 4096, (4096, 1024, 1024)),
+    ModuleShape("o_proj", 4096, (4096,)),
+    ModuleShape("gate_up_proj", 4096, (14336, 14336)),
+    ModuleShape("down_proj", 14336, (4096,)),
+)
+TINY = (ModuleShape("o_proj", 256, (256,)),)
+
+
+class Bench:
+    def __init__(self, *, dry_run: bool) -> None:
+        self.device = "cpu" if dry_run else "cuda"
+        self.dtype = torch.float32 if dry_run else torch.bfloat16
+        self.layers, shapes = (4, TINY) if dry_run else (32, LLAMA_8B)
+        heads, head_dim = (1, 64) if dry_run else (8, 128)
+        self.work = 64 if dry_run else 8192  # rows of the batch's products
+        module = torch.get_device_module(self.device)
+        self.event = lambda: module.Event() if dry_run else module.Event(enable_timing=True)
+        self.forward, self.module = module.Stream(), module
+        layout = AdapterLayout.build(RANK, shapes)
+        self.slots = layout.num_slots(heads * head_dim, 1)
+        pool_slots = 2 * self.slots
+        planes = [
+            [
+                torch.zeros(pool_slots + 1, heads, head_dim, dtype=self.dtype, device=self.device)
+                for _ in range(self.layers)
+            ]
+            for _ in range(2)
+        ]
+        pool = SimpleNamespace(k_buffer=planes[0], v_buffer=planes[1])
+        self.planes = planes
+        cache = Cache("elora", pool_slots, kv_pool=pool, device=self.device)
+        host = HostTier(10**12, lambda uid: 0.0)
+        self.residency = Residency(cache.tree, self.dtype, host, self.forward)
+        self.images = {}
+        for i in range(3):
+            elems = [sum(layout.plane_elems)]
+            memory = torch.randn(self.layers, *elems).to(self.dtype)
+            image = AdapterImage(
+                layout, memory if dry_run else memory.pin_memory(), 1.0, f"version {i}"
+            )
+            uid = self.images_uid(i)
+            self.images[uid] = image
+            source = AdapterSource(uid, uid, layout, image.nbytes, False, image=image)
+            self.residency.register(source)
+
+    @staticmethod
+    def images_uid(i: int) -> str:
+        return f"{i:08}"
+
+    def bring(self, uid: str) -> tuple[Any, float]:
+        """The copy, under way, and seconds of the scheduler's thread."""
+        started = time.perf_counter()
+        assert self.residency.place(uid, 0)
+        return self.residency.copies[uid], time.perf_counter() - started
+
+    def settle(self, uid: str) -> None:
+        self.residency.copies[uid].synchronize()
+        code = self.residency.copies[uid].code
+        assert self.residency.settle(uid, code) is None
+
+    def evict(self, uid: str) -> torch.Tensor:
+        """Its slots, which are free then."""
+        slots = self.residency.core.node_of(uid).slots
+        result = self.residency.core.displace(uid)
+        self.residency.cache._free_values(result.device_frees, result.host_frees)
+        return slots
+
+    def in_slots(self, slots: torch.Tensor, layer: int) -> torch.Tensor:
+        """What lies there in both planes, ``[2, slots * elements]``."""
+        return torch.stack([plane[layer][slots].reshape(-1) for plane in self.planes])
+
+    def is_there(self, uid: str, found: torch.Tensor, layer: int) -> bool:
+        image = self.images[uid]
+        wanted = image.memory[layer].split(image.layout.plane_elems)
+        return all(
+            torch.equal(row[: len(part)].cpu(), part)
+            for row, part in zip(found, wanted, strict=True)
+        )
+
+    def batch(self, rounds: int) -> None:
+        """Matrix products on the current stream."""
+        x = torch.ones(self.work, self.work, dtype=self.dtype, device=self.device)
+        for _ in range(rounds):
+            x = (x @ x) * 0.0
+
+    def old_bytes_are_read(self, rounds: int = 40) -> bool:
+        """A batch under way reads slots that are given to another adapter while it runs."""
+        old, new = self.images_uid(0), self.images_uid(1)
+        self.bring(old)
+        self.settle(old)
+        self.bring(self.images_uid(2))  # the pool is full: new has to take old's slots
+        self.settle(self.images_uid(2))
+        slots = self.evict(old)
+        with self.module.stream(self.forward):
+            self.batch(rounds)
+            read = [self.in_slots(slots, layer) for layer in range(self.layers)]
+        self.bring(new)
+        self.settle(new)
+        kept = all(self.is_there(old, found, layer) for layer, found in enumerate(read))
+        arrived = sorted(self.residency.core.node_of(new).slots.tolist()) == sorted(slots.tolist())
+        self.evict(new)
+        self.evict(self.images_uid(2))
+        return kept and arrived
+
+    def layers_are_awaited(self) -> bool:
+        uid = self.images_uid(0)
+        copy, _ = self.bring(uid)
+        slots = self.residency.core.node_of(uid).slots
+        with self.module.stream(self.forward):
+            read = []
+            for layer in range(self.layers):
+                copy.wait_layer(layer)
+                read.append(self.in_slots(slots, layer))
+        self.settle(uid)
+        self.evict(uid)
+        return all(self.is_there(uid, found, layer) for layer, found in enumerate(read))
+
+    def times(self, rounds: int) -> dict[str, list[float]]:
+        """Seconds, a sample per copy: launch, whole copy, until the first layer is there."""
+        uid = self.images_uid(0)
+        took: dict[str, list[float]] = {"launch_s": [], "copy_s": [], "first_layer_s": []}
+        for _ in range(rounds):
+            copy, launch_s = self.bring(uid)
+            copy.synchronize()
+            took["launch_s"].append(launch_s)
+            if self.device == "cuda":
+                took["copy_s"].append(copy.seconds())
+                first = copy.pieces[0][1]
+                took["first_layer_s"].append(copy.begun.elapsed_time(first) / 1e3)
+            self.settle(uid)
+            self.evict(uid)
+        return took
+
+    def beside_a_batch(self, rounds: int) -> dict[str, list[float]]:
+        """Seconds of the same batch, alone and with a copy beside it, in turns."""
+        took: dict[str, list[float]] = {"alone_s": [], "with_copy_s": []}
+        uid = self.images_uid(0)
+        for i in range(2 * rounds):
+            begun, ended = self.event(), self.event()
+            with self.module.stream(self.forward):
+                begun.record(self.forward)
+                self.batch(10)
+                ended.record(self.forward)
+            if i % 2:
+                self.bring(uid)
+                self.settle(uid)
+                self.evict(uid)
+            ended.synchronize()
+            if self.device == "cuda":
+                name = "with_copy_s" if i % 2 else "alone_s"
+                took[name].append(begun.elapsed_time(ended) / 1e3)
+        return took
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args()
+    bench = Bench(dry_run=options.dry_run)
+    num_bytes = bench.images[bench.images_uid(0)].nbytes
+    found: dict[str, Any] = {
+        **machine(),
+        "gpu": "none (dry run)" if options.dry_run else torch.cuda.get_device_name(),
+        "adapter_bytes": num_bytes,
+        "adapter_slots": bench.slots,
+        "old_bytes_are_read": [bench.old_bytes_are_read() for _ in range(3)],
+        "layers_are_awaited": [bench.layers_are_awaited() for _ in range(3)],
+        "times": bench.times(options.rounds),
+        "batch": bench.beside_a_batch(options.rounds),
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "copies.json").write_text(json.dumps(found, indent=1) + "\n")
+    for check in ("old_bytes_are_read", "layers_are_awaited"):
+        print(f"{check}: {found[check]}")
+    for name, samples in {**found["times"], **found["batch"]}.items():
+        if samples:
+            print(f"{name}: median {1e3 * statistics.median(samples):.3f} ms")
+    if found["times"]["copy_s"]:
+        rate = num_bytes / statistics.median(found["times"]["copy_s"]) / 1e9
+        print(f"{rate:.1f} GB/s over the link")
+    if not all(found["old_bytes_are_read"] + found["layers_are_awaited"]):
+        raise SystemExit("a batch saw bytes of the wrong adapter")
+
+
+if __name__ == "__main__":
+    main()
