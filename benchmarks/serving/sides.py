@@ -1,8 +1,9 @@
 """The servers that are compared, each with the same bytes on the device and on the host.
 
 ``stock-default``: SGLang as it comes, with its 8 adapter slots. ``stock-tuned:N``: N slots, a host
-tier for KV, and adapters loaded beside the batches where stock allows it. ``elora:POLICY``: one
-pool, the same host tier. ``elora:POLICY-TERM,TERM`` leaves terms out of the policy, and
+tier for KV, and adapters loaded beside the batches where stock allows it; with ``+write_through``
+KV is copied to that tier when it is made and not when it is evicted. ``elora:POLICY``: one pool,
+the same host tier. ``elora:POLICY-TERM,TERM`` leaves terms out of the policy, and
 ``elora:POLICY+VARIANT`` changes one thing of ELORA (variants.py).
 
 Stock's slots have room for the largest rank. What N of them leave of the bytes is its KV pool.
@@ -125,10 +126,11 @@ def make_side(name: str, sizes: Sizes, num_adapters: int, longest: int) -> Side:
         return Side(name, ELORA_SERVER, flags, variant or None)
     if name == "stock-default":
         return Side(name, _STOCK, _split(STOCK_DEFAULT_SLOTS, sizes, longest))
-    if kind == "stock-tuned" and argument.isdigit():
-        num_slots = int(argument)
+    slots, _, write_policy = argument.partition("+")
+    if kind == "stock-tuned" and slots.isdigit():
+        num_slots = int(slots)
         split = _split(num_slots, sizes, longest)
-        host = _host_tier(sizes, sizes.kv_tokens(num_slots))
+        host = _host_tier(sizes, sizes.kv_tokens(num_slots), write_policy or "write_back")
         # Stock pins what it loads beside the batches, and asks for a slot per two of those.
         overlap = ("--enable-lora-overlap-loading", "--max-loaded-loras", str(num_adapters))
         return Side(
@@ -157,9 +159,11 @@ def _split(num_slots: int, sizes: Sizes, longest: int) -> tuple[str, ...]:
     return (*slots, "--max-total-tokens", str(kv_tokens))
 
 
-def _host_tier(sizes: Sizes, device_tokens: int) -> tuple[str, ...]:
+def _host_tier(
+    sizes: Sizes, device_tokens: int, write_policy: str = "write_back"
+) -> tuple[str, ...]:
     return (
         *("--enable-hierarchical-cache", "--hicache-io-backend", "direct"),
-        *("--hicache-mem-layout", "layer_first", "--hicache-write-policy", "write_back"),
+        *("--hicache-mem-layout", "layer_first", "--hicache-write-policy", write_policy),
         *("--hicache-ratio", f"{sizes.host_tokens / device_tokens:.4f}"),
     )

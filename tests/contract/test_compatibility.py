@@ -217,7 +217,7 @@ few = resolve(*json.loads(sys.argv[2]), "--max-loaded-loras", "4")
 compatibility.check_compatible(few)
 few.check_server_args()
 slots = resolve(*json.loads(sys.argv[2]), "--max-loras-per-batch", "3", "--lora-eviction-policy",
-                "fifo")
+                "fifo", "--radix-eviction-policy", "lfu")
 quiet = list(heard)
 compatibility.check_compatible(slots)
 slots.check_server_args()
@@ -228,6 +228,7 @@ print(json.dumps([quiet, heard, resolving_view(few).max_loaded_loras]))
     assert [line.split(" has no effect")[0] for line in heard] == [
         "--max-loras-per-batch 3",
         "--lora-eviction-policy fifo",
+        "--radix-eviction-policy lfu",
     ]
     assert limit == 4
 

@@ -63,7 +63,7 @@ def test_nothing_is_given_up_for_a_request_that_an_earlier_one_needs() -> None:
 
 
 def test_evictions_are_few_per_step_and_one_behind_does_not_take_what_they_free() -> None:
-    """The room of an adapter is that of 32 leaves; while batches run, a step gives up 4."""
+    """The room of an adapter is that of 32 leaves; while batches run, a step gives up 3."""
     leaf = 2
     made = world(4 * SLOTS)
     bring(made, 7)
@@ -75,8 +75,27 @@ def test_evictions_are_few_per_step_and_one_behind_does_not_take_what_they_free(
     for steps in range(1, SLOTS // leaf // WORK_PER_STEP + 1):
         made.step()
         assert made.cache.allocator.available_size() == steps * WORK_PER_STEP * leaf
+    made.step()  # the last leaves
     made.step()
     assert resident(made) == [0, 7]
+    made.check()
+
+
+def test_a_copy_is_put_off_once_and_not_again() -> None:
+    """Its room is there, and others take of it before each step: it would never be its turn."""
+    made = world(4 * SLOTS)
+    bring(made, 7)
+    for i in range(made.cache.allocator.available_size()):
+        made.cache_kv(uid(7), [i])
+    made.arrive(uid(0))
+    for i in range(3 * SLOTS):
+        if made.is_resident(uid(0)):
+            break
+        made.step()
+        for taken in range(2):  # so that every step has leaves to give up
+            if made.cache.allocator.available_size():
+                made.cache_kv(uid(7), [1000 + 2 * i + taken])
+    assert made.is_resident(uid(0))
     made.check()
 
 

@@ -391,6 +391,7 @@ def observe(returns: Returns, *ages: float, left: float | None = None, times: in
             returns.end(age, returned=True)
         if left is not None:
             returns.end(left, returned=False)
+    returns.learn()
 
 
 def test_before_anything_is_seen_the_younger_is_worth_more() -> None:
@@ -428,7 +429,22 @@ def test_leaving_early_teaches_nothing_about_later() -> None:
     before = returns.chance(0.2)
     for _ in range(300):
         returns.end(0.1, returned=False)
+    returns.learn()
     assert returns.chance(0.2) == pytest.approx(before, abs=0.05)
+
+
+def test_what_ended_counts_when_there_is_time_to_learn_and_at_last_without() -> None:
+    returns = Returns()
+    before = returns.chance(2)
+    for _ in range(100):
+        returns.end(300, returned=False)
+    assert returns.chance(2) == before
+    returns.learn()
+    learned = returns.chance(2)
+    assert learned < 0.1 * before
+    for _ in range(200):
+        returns.end(2, returned=True)
+    assert returns.chance(2) > 2 * learned
 
 
 @settings(max_examples=60, deadline=None)

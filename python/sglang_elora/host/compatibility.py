@@ -31,7 +31,12 @@ WITHOUT_ELORA = "run without --elora"
 _DROP = "drop it, or run without --elora"
 _EXPERT_MODULES = frozenset({"gate_up_proj", "down_proj"})
 _LORA_BACKENDS = frozenset({"csgmv", TORCH, TRITON})  # csgmv: SGLang's default
-_SLOTLESS_DEFAULTS = {"max_loras_per_batch": 8, "lora_eviction_policy": "lru"}
+_IN_POOL = "adapters live in the KV pool"
+_WITHOUT_EFFECT = {  # field: (its default, why it is not read)
+    "max_loras_per_batch": (8, _IN_POOL),
+    "lora_eviction_policy": ("lru", _IN_POOL),
+    "radix_eviction_policy": ("lru", "--elora-policy orders KV and adapters together"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +343,7 @@ def check_compatible(server_args: Any) -> None:
     if problems:
         raise ValueError("--elora does not run with:\n" + "\n".join(f"  {p}" for p in problems))
     if lora:
-        _ignore_slots(server_args)
+        _ignore_without_effect(server_args)
 
 
 def run_eagerly(server_args: Any) -> None:
@@ -383,15 +388,13 @@ def check_pool(ctx: Any) -> None:
     raise ValueError(f"--elora does not run here: {reason}; {WITHOUT_ELORA}")
 
 
-def _ignore_slots(server_args: Any) -> None:
-    """Flags about the slots of SGLang's LoRA pool are accepted and have no effect."""
+def _ignore_without_effect(server_args: Any) -> None:
+    """Flags about SGLang's LoRA pool and its order of eviction are accepted and have no effect."""
     cfg = resolving_view(server_args)
-    for field, default in _SLOTLESS_DEFAULTS.items():
+    for field, (default, why) in _WITHOUT_EFFECT.items():
         if (value := getattr(cfg, field)) != default:
             logger.info(
-                "--%s %s has no effect: with --elora adapters live in the KV pool",
-                field.replace("_", "-"),
-                value,
+                "--%s %s has no effect: with --elora %s", field.replace("_", "-"), value, why
             )
     limit = cfg.max_loaded_loras
     if limit is not None and 0 < limit < cfg.max_loras_per_batch:

@@ -113,6 +113,11 @@ class OrderedTreeCore(UnifiedTreeCore):
         if since is None and node in self.evictable_device_leaves:
             self.evictable_device_leaves.lower(node)
 
+    def learn(self) -> None:
+        """When there is time for it."""
+        if self.policy is not None:
+            self.policy.learn()
+
     def note_eviction(self, node: UnifiedTreeNode) -> None:
         """The node left the device and may come back from the host."""
         self.evicted.append(node.id)

@@ -19,7 +19,7 @@ from sglang_elora.swapper import AdapterCopy, Copied, HostTier
 logger = logging.getLogger(__name__)
 
 
-COPY_WORK = 3
+COPY_WORK = 2
 """What the start of a copy counts as, in evictions of leaves, which take a scheduler as long."""
 
 COUNTS = (
@@ -96,6 +96,7 @@ class Residency:
         self._is_cuda = self.planes.device.type == "cuda"
         self._copy_stream = make_copy_stream(self._device)
         self._names: dict[str, str] = {}
+        self._put_off: str | None = None  # adapter whose copy was due in the step before
         self.work_left = sys.maxsize  # for ``place``: evictions of leaves; whoever calls it sets it
 
     @property
@@ -185,8 +186,10 @@ class Residency:
             with self.core.full.sparing(wanted_since, self.work_left):
                 self.cache.evict(EvictParams(num_tokens=shortfall))
                 self.work_left = self.core.full.leaves_left
-        if self.work_left < COPY_WORK:
+        if self.work_left < COPY_WORK and self._put_off != uid:  # once: its room may be taken
+            self._put_off = uid
             return False
+        self._put_off = None
         slots = self.allocator.alloc(adapter.num_slots)
         if slots is None:
             return False

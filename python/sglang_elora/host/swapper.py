@@ -50,7 +50,7 @@ PREFETCH_BELOW = 0.7
 PREFETCH_LOOKS = 8
 """Most evictions looked at per step."""
 
-WORK_PER_STEP = 4
+WORK_PER_STEP = 3
 """What a step may do while batches run, in evictions of leaves; the start of a copy counts as
 ``COPY_WORK``. The rest goes on in the next step. With no batch to delay, all is done at once."""
 
@@ -92,6 +92,8 @@ class Swapper:
             self._settle()  # one that failed at once must not be run with
             self._fail_waiting(scheduler)
         self._host.drop_surplus()
+        if self.residency.work_left >= WORK_PER_STEP:
+            self._core.learn()
 
     def is_hidden(self, copy: AdapterCopy, req: Req, adder: PrefillAdder) -> bool:
         """Whether a batch may be started before the copy is over.
@@ -210,37 +212,40 @@ class Swapper:
     def _bring_wanted(self, waiting: list[Req]) -> None:
         """Start what the first waiting requests need, as far as the pool can hold it with them."""
         wanted: dict[str, int] = {}
-        room = self.residency.pool_slots - self._core.protected_size()
+        missing: list[Adapter] = []
+        core = self._core
+        room = self.residency.pool_slots - core.protected_size()
         for position, req in enumerate(islice(waiting, LOOKAHEAD)):
             uid = req.lora_id
             room -= len(req.origin_input_ids)
             if uid is not None and uid not in wanted:
-                if not self._core.is_locked(uid):  # those are counted as protected
-                    room -= self.residency.forest.get(uid).num_slots
+                node = core.node_of(uid)
+                adapter = node.adapter
+                if node.component_data[FULL].lock_ref == 0:  # others are counted as protected
+                    room -= adapter.num_slots
                 if room >= 0 or not wanted:
                     wanted[uid] = position
+                    core.set_wanted(node, position)
+                    if not adapter.resident and not adapter.retired:
+                        missing.append(adapter)
             if room < 0:
                 break
-        self._mark(wanted)
+        self._forget_unwanted(wanted)
         has_room = True
-        for uid, position in wanted.items():
-            adapter = self.residency.forest.get(uid)
-            if adapter.resident or adapter.retired:
-                continue
+        for adapter in missing:
+            uid = str(adapter.uid)
             if uid not in self._host:
                 self._host.request(uid)
             elif has_room:  # what is freed for one is not taken by one behind it
-                has_room = self._may_start(adapter) and self.residency.place(uid, position)
+                has_room = self._may_start(adapter) and self.residency.place(uid, wanted[uid])
 
-    def _mark(self, wanted: dict[str, int]) -> None:
+    def _forget_unwanted(self, wanted: dict[str, int]) -> None:
         forest = self.residency.forest
         for uid in [uid for uid in self._wanted if uid not in wanted]:  # equal on all ranks
             self._host.cancel(uid)
             if uid in forest:
                 self._core.set_wanted(self._core.node_of(uid), None)
                 self._host.lower(uid)
-        for uid, position in wanted.items():
-            self._core.set_wanted(self._core.node_of(uid), position)
         self._wanted = wanted
 
     def _may_start(self, adapter: Adapter) -> bool:

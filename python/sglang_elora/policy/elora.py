@@ -111,9 +111,14 @@ class Elora(Policy):
     def rank(self, kind: Kind, priority: float) -> float:
         group, family = kind
         own = self._value(family, priority)
-        if group is None or self._is_held(group):
+        if group is None:
             return own
-        return min(own, self._value_of_whole(group))
+        whole = self._value_of_whole(group)
+        return own if own <= whole or self._is_held(group) else whole
+
+    def learn(self) -> None:
+        self._adapters.learn()
+        self._kv.learn()
 
     def host_rank(self, kind: Kind, priority: float) -> float:
         """A copy on the host saves what computing costs more than loading; all slots alike."""

@@ -27,7 +27,7 @@ _WIDTHS = np.diff(_EDGES)
 _LAST = float(_LOWER[-1])
 _BEGIN, _END = np.triu_indices(_BINS)
 
-_FIT_EVERY = 32  # ends of a kind
+_FIT_AFTER, _FIT_AT_LATEST = 32, 128  # ends of a kind
 _FORGET_EVERY, _KEPT = 512, 0.7
 _PRIOR_RATE = 0.02 / (_LOWER + _FIRST) ** 1.5
 _PRIOR_WEIGHT = 0.5
@@ -40,12 +40,16 @@ kept for so long has to be kept for once before anybody knows. 0.06 in each is 0
 
 
 class Returns:
-    """The life table of one kind. ``index`` is a lookup; ``end`` is O(1) amortised."""
+    """The life table of one kind. ``index`` is a lookup; ``end`` is O(1) amortised.
+
+    What was learned takes effect with ``learn``, which takes 0.1 ms where there is something new:
+    whoever has a moment to spare calls it. Without that it is done now and then by ``end``.
+    """
 
     def __init__(self) -> None:
         self._returned: NDArray[np.float64] = np.zeros(_BINS)  # ends by a return, per bin
         self._ended: NDArray[np.float64] = np.zeros(_BINS)  # all ends
-        self._num_ends = 0
+        self._num_ends = self._num_fitted = 0
         self._fit()
 
     def end(self, age: float, *, returned: bool) -> None:
@@ -57,7 +61,12 @@ class Returns:
         if self._num_ends % _FORGET_EVERY == 0:
             self._returned *= _KEPT
             self._ended *= _KEPT
-        if self._num_ends % _FIT_EVERY == 0:
+        if self._num_ends - self._num_fitted >= _FIT_AT_LATEST:
+            self._fit()
+
+    def learn(self) -> None:
+        """Take over what has ended since the last time, if that is not too little."""
+        if self._num_ends - self._num_fitted >= _FIT_AFTER:
             self._fit()
 
     def index(self, age: float) -> float:
@@ -75,6 +84,7 @@ class Returns:
         return _BINS - 1 if age >= _LAST else int(2 * math.log2(age / _FIRST)) + 1
 
     def _fit(self) -> None:
+        self._num_fitted = self._num_ends
         reached = self._ended[::-1].cumsum()[::-1]
         gone = self._ended - self._returned  # were there for half of the bin, on average
         seen = reached - gone / 2

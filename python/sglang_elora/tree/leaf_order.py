@@ -133,15 +133,20 @@ class LeafOrder(set[Node]):
                 return (kind,)
         if len(self._heaps) <= _FEW:
             self._stale.update(dict.fromkeys(self._heaps))
+        fresh = set()
         while True:
             while self._stale:
-                self._rank_anew(self._stale.popitem()[0])
+                kind = self._stale.popitem()[0]
+                self._rank_anew(kind)
+                fresh.add(kind)
             if not self._ranking:
                 return None
             rank, number, kind = self._ranking[0]
             if self._ranked.get(kind) != number:  # replaced
                 heapq.heappop(self._ranking)
                 continue
+            if kind in fresh:
+                return (kind,)
             top = self._top(kind)
             if top is None or self._rank(kind, top[0]) != rank:
                 self._stale[kind] = None
