@@ -23,7 +23,7 @@ def leak(server: ServerProcess, prompt: Sequence[int], adapter: str, extra_key: 
     """Let an adapter compute the prompt's KV, then ask the base model under ``extra_key``."""
 
     async def work(client: Client) -> Answer:
-        await client.post("/flush_cache", {})
+        await client.post("/flush_cache?timeout=30", {})
         await client.generate(adapter, prompt)
         return await client.generate(None, prompt, extra_key=extra_key)
 
@@ -60,7 +60,7 @@ def test_an_extra_key_still_shares_with_itself_only(
     prompt = prompts[1]
 
     async def work(client: Client) -> list[Answer]:
-        await client.post("/flush_cache", {})
+        await client.post("/flush_cache?timeout=30", {})
         return [
             await client.generate("all-r4", prompt, extra_key=key)
             for key in ("tenant-1", "tenant-1", "tenant-2", None)

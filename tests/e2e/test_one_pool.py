@@ -150,7 +150,7 @@ def test_a_cold_adapter_is_not_passed_by_for_ever(
     rng = random.Random(0)
 
     async def work(client: Client) -> int:
-        await client.post("/flush_cache", {})
+        await client.post("/flush_cache?timeout=30", {})
         passed, done = 0, asyncio.Event()
 
         async def keep_busy() -> None:
@@ -186,7 +186,7 @@ def test_flush_leaves_adapters_servable(
                     answer = await client.generate(name, prompts[1])
                     assert list(answer.token_ids) == reference.generate(name, prompts[1])
                     assert (answer.cached_tokens > 0) == expect_cached
-            assert (await client.post("/flush_cache", {})).status_code == 200
+            assert (await client.post("/flush_cache?timeout=30", {})).status_code == 200
         found = await statistics(client)
         assert (found["adapter_slots"], found["kv_tokens_device"]) == (0, 0)
 
@@ -263,7 +263,7 @@ def test_unload_clears_device_and_host(
     server: ServerProcess, adapters: dict[str, Path], prompts: Sequence[list[int]]
 ) -> None:
     async def work(client: Client) -> None:
-        await client.post("/flush_cache", {})
+        await client.post("/flush_cache?timeout=30", {})
         assert (await load(client, "leaving", adapters["qv-r4"])).status_code == 200
         for _ in range(2):
             await client.generate("leaving", prompts[1])
@@ -309,7 +309,7 @@ def test_two_hundred_random_operations(
                 loaded.pop(name)
                 await unload(client, name)
             elif kind == "flush":
-                assert (await client.post("/flush_cache", {})).status_code == 200
+                assert (await client.post("/flush_cache?timeout=30", {})).status_code == 200
         for name in loaded:
             await unload(client, name)
         assert (await statistics(client))["kv_tokens_invalid"] == 0
@@ -329,7 +329,7 @@ def test_into_room_that_is_free_comes_back_what_was_evicted(
     assert POOL_SLOTS - SLOTS[LARGEST] < num_slots < 0.7 * POOL_SLOTS
 
     async def work(client: Client) -> None:
-        assert (await client.post("/flush_cache", {})).status_code == 200
+        assert (await client.post("/flush_cache?timeout=30", {})).status_code == 200
         for name in (*names, LARGEST):
             await client.generate(name, prompt)
         before = await statistics(client)

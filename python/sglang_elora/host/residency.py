@@ -24,6 +24,8 @@ COPY_WORK = 2
 
 COUNTS = (
     "adapter_churn",
+    "adapter_evictions",
+    "adapter_loads",
     "adapter_slots_from_host",
     "adapter_copies_failed",
     "adapter_reads_failed",
@@ -275,8 +277,6 @@ class Residency:
             "adapters_on_host": len(self.host),
             "adapter_host_bytes": self.host.num_bytes,
             "adapter_files_read": self.host.num_reads,
-            "adapter_loads": sum(adapter.loads for adapter in adapters),
-            "adapter_evictions": sum(adapter.evictions for adapter in adapters),
             "kv_tokens_device": sum(a.device_tokens for a in (self.forest.base, *adapters)),
             "kv_tokens_host": sum(a.host_tokens for a in (self.forest.base, *adapters)),
             "kv_tokens_invalid": sum(adapter.invalid_tokens for adapter in adapters),

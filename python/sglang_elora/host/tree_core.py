@@ -273,7 +273,7 @@ class EloraTreeCore(OrderedTreeCore):
         if isinstance(leaf, AdapterNode):
             tracker[FULL] += len(leaf.slots)
             self._release_slots(leaf, device_frees)
-            leaf.adapter.evictions += 1
+            self.counts["adapter_evictions"] += 1
             leaf.adapter.evicted_s = time.monotonic()
             self.note_eviction(leaf)
         elif leaf.backuped:
@@ -302,7 +302,7 @@ class EloraTreeCore(OrderedTreeCore):
         adapter.resident = True
         self.forest.num_resident += 1
         self.recount(node)
-        adapter.loads += 1
+        self.counts["adapter_loads"] += 1
         if time.monotonic() - adapter.evicted_s < CHURN_S:
             self.counts["adapter_churn"] += 1
         self._fill(len(slots))

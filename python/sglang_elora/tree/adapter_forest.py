@@ -33,7 +33,7 @@ class Adapter:
     """One adapter, or the base model, which is the one of no size that is always resident.
 
     ``device_tokens`` and ``host_tokens`` count the KV beneath it and are kept by the tree;
-    ``resident``, ``loads`` and ``evictions`` follow its pages.
+    ``resident`` follows its pages.
     """
 
     uid: str | None
@@ -44,8 +44,6 @@ class Adapter:
     resident: bool = False
     device_tokens: int = 0
     host_tokens: int = 0
-    loads: int = 0
-    evictions: int = 0
     evicted_s: float = -math.inf  # when it last was, for the count of churn
     item: Item = field(init=False)  # what the eviction policy knows of it
 
