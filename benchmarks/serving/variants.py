@@ -3,7 +3,8 @@
 ``blocking``: a copy of an adapter holds the scheduler up until it is over, as loads without a
 swapper do. ``free``: such copies take no time on the emulated link. What lies between the two is
 all that loads can cost. ``branch``: an adapter leaves with all of its KV, whatever else is less
-worth (the paper's "whole-branch" case).
+worth (the paper's "whole-branch" case). ``late``: KV is copied to the host when it is evicted and
+not beforehand.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ def free() -> None:
     _hook(f"{_RESIDENCY}.delay_page_copy", lambda num_bytes: None, "REPLACE")
 
 
+def late() -> None:
+    _hook("sglang_elora.host.swapper.Swapper._copy_ahead", lambda self: None, "REPLACE")
+
+
 def branch() -> None:
     def next_leaf(original: Callable[..., Any], self: Any) -> Any:
         """As many calls as it takes until the adapter of the first leaf has gone."""
@@ -46,7 +51,7 @@ def branch() -> None:
     _hook("sglang_elora.host.full_component.EloraFullComponent._next_leaf", next_leaf, "AROUND")
 
 
-VARIANTS: dict[str, Callable[[], None]] = {f.__name__: f for f in (blocking, free, branch)}
+VARIANTS: dict[str, Callable[[], None]] = {f.__name__: f for f in (blocking, free, branch, late)}
 
 
 def write_plugin(folder: Path, variant: str) -> Path:

@@ -78,6 +78,7 @@ def _kv_came_back_from_the_host(outcome: Outcome) -> None:
     from_host = sum(record.num_from_host for record in outcome.records)
     print(f"{from_host} prompt tokens from the host tier")
     assert from_host > 0
+    assert 0 < outcome.state["kv_slots_copied_ahead"] <= outcome.state["kv_slots_to_host"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -121,6 +122,24 @@ class EloraFullComponent(FullComponent):
             if not self.tree_core.evict_at_once(leaf, tracker, device_frees, host_frees):
                 return leaf.id
         return None
+
+    def evict_without_copies(
+        self, num_tokens: int, device_frees: _Frees, host_frees: _Frees
+    ) -> tuple[int, bool]:
+        """Evict leaf by leaf until one has to be copied to the host first.
+
+        Returns:
+            Tokens that were freed, and whether such a leaf is next.
+        """
+        tracker: _Tracker = defaultdict(int)
+        self.evict_device_start(num_tokens)
+        try:
+            next_id = self.evict_device_next_node(tracker, device_frees, host_frees)
+        finally:
+            self.evict_device_end()
+        if next_id is not None:
+            self.leaves_left += 1  # it will be taken again
+        return tracker[self.component_type], next_id is not None
 
     def _next_leaf(self) -> UnifiedTreeNode | None:
         """The lowest leaf that no waiting request needs, then those that the last of them need."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Iterable
 from http import HTTPStatus
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,12 @@ WORK_PER_STEP = 3
 """What a step may do while batches run, in evictions of leaves; the start of a copy counts as
 ``COPY_WORK``. The rest goes on in the next step. With no batch to delay, all is done at once."""
 
+COPY_AHEAD_BELOW = 0.1
+"""Share of the pool that is free, below which what goes next is copied to the host beforehand."""
+
+COPY_AHEAD_LEAVES = 4
+"""Looked at and copied at a time."""
+
 _IDLE_S = 200e-6
 
 
@@ -71,6 +78,7 @@ class Swapper:
         self._measure = measure
         self._wanted: dict[str, int] = {}  # adapter -> position of the first request for it
         self._errors: dict[str, BaseException] = {}  # of this step
+        self._all_copied_at = -1.0  # by the policy's clock: nothing was left to copy ahead
 
     def step(self, scheduler: Scheduler, *, is_busy: bool) -> None:
         """Settle what is over and start what is needed next. Never blocks.
@@ -88,12 +96,13 @@ class Swapper:
             self._bring_wanted(waiting)
         elif self._core.evicted and not under_way:
             self._prefetch()
-        if len(self.residency.copies) > under_way:
-            self._settle()  # one that failed at once must not be run with
+        if self._has_failed(islice(self.residency.copies.values(), under_way, None)):
+            self._settle()  # it must not be run with
             self._fail_waiting(scheduler)
         self._host.drop_surplus()
         if self.residency.work_left >= WORK_PER_STEP:
             self._core.learn()
+            self._copy_ahead()
 
     def is_hidden(self, copy: AdapterCopy, req: Req, adder: PrefillAdder) -> bool:
         """Whether a batch may be started before the copy is over.
@@ -135,6 +144,23 @@ class Swapper:
             core.counts["prefetched_slots"] += node.item.num_slots
             return
 
+    def _copy_ahead(self) -> None:
+        """Have copies of what is evicted next, whose eviction would have to wait for them."""
+        cache, policy = self.residency.cache, self._core.policy
+        if policy is None or not self._core.is_write_back or cache.ongoing_write_through:
+            return
+        room = self.residency.allocator.available_size()
+        if room > COPY_AHEAD_BELOW * self.residency.pool_slots:
+            return
+        if policy.clock == self._all_copied_at:
+            return
+        copies = self._core.copies_ahead(COPY_AHEAD_LEAVES)
+        for copy in copies:
+            self._core.counts["kv_slots_copied_ahead"] += cache._execute_and_commit_kv_backup(copy)
+        cache.flush_pending_backups()
+        if not copies:
+            self._all_copied_at = policy.clock
+
     def _bring_back(self, node: UnifiedTreeNode) -> bool:
         if isinstance(node, AdapterNode):
             uid = str(node.adapter.uid)
@@ -173,6 +199,13 @@ class Swapper:
                     self._host.drop(uid)
                     found = error
             self._note(uid, found, "adapter_reads_failed")
+
+    def _has_failed(self, copies: Iterable[AdapterCopy]) -> bool:
+        """Whether one has already; with several ranks, whether it is to be found out together."""
+        started = list(copies)
+        if self.residency.cache.tp_world_size > 1:
+            return bool(started)
+        return any(copy.error is not None for copy in started)
 
     def _note(self, uid: str, found: Any, counted: str) -> None:
         if isinstance(found, BaseException):

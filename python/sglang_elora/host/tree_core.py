@@ -21,6 +21,7 @@ import torch
 from sglang.srt.disaggregation.kv_events import StorageMedium
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.cache_action import BackupKV
 from sglang.srt.mem_cache.unified_cache.components.base import (
     ComponentType,
     get_and_increase_time_counter,
@@ -287,6 +288,18 @@ class EloraTreeCore(OrderedTreeCore):
     def _is_worth_host_copy(self, leaf: UnifiedTreeNode) -> bool:
         """KV below it that is on the host would be out of reach without it."""
         return bool(leaf.children or self.policy is None or self.policy.worth_host_copy(leaf.item))
+
+    def copies_ahead(self, most_leaves: int) -> list[BackupKV]:
+        """Copies to the host that the next evictions would wait for, of so many leaves at most."""
+        leaves, found = self.evictable_device_leaves, []
+        for _ in range(most_leaves):
+            leaf = leaves.take_lowest()
+            if leaf is None or leaf.item.wanted_since is not None:
+                break
+            if not leaf.backuped and self._is_worth_host_copy(leaf):
+                found.append(self._build_backup_kv_action(leaf, write_back=True))
+        leaves.give_back()
+        return found
 
     def place(self, uid: str, slots: torch.Tensor) -> None:
         """Give the adapter its slots (int64 ``[num_slots]``); a pinned one is locked with them."""
