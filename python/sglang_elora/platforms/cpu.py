@@ -33,8 +33,10 @@ class EloraCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def init_backend(self) -> None:
         """Called once in each worker, when SGLang's model runner is imported."""
+        from sglang_elora.platforms.attention import use_cpu_attention
         from sglang_elora.platforms.host_memory import use_plain_host_tier, use_plain_memory
 
+        use_cpu_attention()
         use_plain_memory()
         use_plain_host_tier()
 
