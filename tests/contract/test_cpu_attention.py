@@ -26,7 +26,7 @@ found = []
 for kind in (TorchNativeAttnBackend, CpuAttention):
     output = torch.zeros_like(query)
     kind._run_sdpa_forward_extend(
-        object.__new__(kind), query.clone(), output, k, v, slots, torch.arange(len(requests)), total,
+        object.__new__(kind), query, output, k, v, slots, torch.arange(len(requests)), total,
         cached, new, None, scaling=0.3, enable_gqa=heads != kv_heads, causal=True,
         is_cross_attn=False, sliding_window_size=window)
     found.append(output)

@@ -1,8 +1,8 @@
 """Attention of the CPU platform: prefill pays for the new tokens of a request only.
 
-SGLang's ``torch_native`` backend fills the queries up to the whole sequence and drops what it computed
-for the cached ones, so that a cached prefix costs nearly as much as a new one. Here each new token
-attends to what is before it, as on a GPU.
+SGLang's ``torch_native`` backend fills the queries up to the whole sequence and drops what it
+computed for the cached ones, so that attention over a cached prefix costs as much as over a new
+one. Here each new token attends to what is before it, as on a GPU.
 """
 
 from __future__ import annotations
