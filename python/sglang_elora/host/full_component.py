@@ -49,18 +49,24 @@ class EloraFullComponent(FullComponent):
         self._wanted: list[tuple[int, NodeId]] = []  # leaves that waiting requests need
         self.spared_since = -1
         self.leaves_left = sys.maxsize
+        self.spares_adapters = False
 
     @contextmanager
-    def sparing(self, wanted_since: int, most_leaves: int) -> Iterator[None]:
+    def sparing(
+        self, wanted_since: int, most_leaves: int, *, adapters: bool = False
+    ) -> Iterator[None]:
         """Evictions leave what a request at this place in the queue, or an earlier one, needs.
 
-        They take ``most_leaves`` at most; ``leaves_left`` tells how many of these are left.
+        They take ``most_leaves`` at most; ``leaves_left`` tells how many of these are left. With
+        ``adapters`` they end where an adapter is next.
         """
         self.spared_since, self.leaves_left = wanted_since, most_leaves
+        self.spares_adapters = adapters
         try:
             yield
         finally:
             self.spared_since, self.leaves_left = -1, sys.maxsize
+            self.spares_adapters = False
 
     @property
     def keeps_order(self) -> bool:
@@ -147,7 +153,7 @@ class EloraFullComponent(FullComponent):
         while (leaf := leaves.take_lowest()) is not None:
             since = leaf.item.wanted_since
             if since is None:
-                return leaf
+                return None if self.spares_adapters and leaf.item.is_adapter else leaf
             heapq.heappush(self._wanted, (-since, leaf.id))
         while self._wanted and -self._wanted[0][0] > self.spared_since:
             leaf = self.tree_core.node_by_id(heapq.heappop(self._wanted)[1])

@@ -168,6 +168,14 @@ HOOKS: tuple[Hook, ...] = (
         "The scheduler asks nobody while requests wait and none can run.",
     ),
     Hook(
+        "sglang.srt.managers.scheduler.Scheduler.maybe_sleep_on_idle",
+        ("self",),
+        HookType.AROUND,
+        swapper.sleep_on_idle,
+        When.ELORA,
+        "With --sleep-on-idle the scheduler wakes up for messages, and not for a file that is read.",
+    ),
+    Hook(
         "sglang.srt.managers.scheduler.Scheduler.can_schedule_lora_req",
         ("self", "req", "running_loras"),
         HookType.REPLACE,

@@ -54,6 +54,12 @@ class OrderedTreeCore(UnifiedTreeCore):
         self.policy, self._pool_slots = policy, pool_slots
         self._make_orders()
 
+    @property
+    def clock(self) -> float:
+        """The policy's: turnovers of the pool."""
+        assert self.policy is not None
+        return self.policy.clock
+
     def _make_orders(self) -> None:
         full, policy = cast(Any, self.components_by_type[ComponentType.FULL]), self.policy
         if policy is not None:
@@ -113,10 +119,9 @@ class OrderedTreeCore(UnifiedTreeCore):
         if since is None and node in self.evictable_device_leaves:
             self.evictable_device_leaves.lower(node)
 
-    def learn(self) -> None:
-        """When there is time for it."""
-        if self.policy is not None:
-            self.policy.learn()
+    def learn(self) -> bool:
+        """When there is time for it. Whether there was something to learn."""
+        return self.policy is not None and self.policy.learn()
 
     def note_eviction(self, node: UnifiedTreeNode) -> None:
         """The node left the device and may come back from the host."""

@@ -24,6 +24,12 @@ logger = logging.getLogger(__name__)
 COPY_WORK = 2
 """What the start of a copy counts as, in evictions of leaves, which take a scheduler as long."""
 
+ROOM_PER_LOAD = 1.25
+"""Of the usual size of a load, which shares the free room with the batches' new tokens."""
+
+EXPECTED_WITHIN = 1.0
+"""Turnovers of the pool after a load, within which another is expected."""
+
 COUNTS = (
     "adapter_churn",
     "adapter_evictions",
@@ -33,6 +39,7 @@ COUNTS = (
     "adapter_reads_failed",
     "kv_slots_copied_ahead",
     "kv_slots_evicted",
+    "kv_slots_evicted_ahead",
     "kv_slots_from_host",
     "kv_slots_to_host",
     "prefetched_slots",
@@ -43,6 +50,9 @@ COUNTS = (
     "ms_waited_for_adapter",
 )
 """Counted since the start, by whoever does it, in the tree core's ``counts``."""
+
+_USUAL_LOADS = 8
+"""Loads that the usual size of one is the running mean of."""
 
 
 class PoolTooSmall(ValueError):
@@ -102,6 +112,8 @@ class Residency:
         self._copy_stream = make_copy_stream(self._device)
         self._names: dict[str, str] = {}
         self._put_off: str | None = None  # adapter whose copy was due in the step before
+        self._usual_slots = 0.0  # that a load takes
+        self._placed_at = 0.0  # the last one, by the policy's clock
         self.work_left = sys.maxsize  # for ``place``: evictions of leaves; whoever calls it sets it
 
     @property
@@ -202,8 +214,28 @@ class Residency:
         self.core.inc_full_pin(node.id)  # until it is settled
         self.copies[uid] = self._start_copy(uid, node.slots)
         self.core.counts["adapter_slots_from_host"] += adapter.num_slots
+        self._usual_slots += (adapter.num_slots - self._usual_slots) / _USUAL_LOADS
+        self._placed_at = self.core.clock
         logger.info("load %s into %d slots", self.name_of(uid), adapter.num_slots)
         return True
+
+    def keep_room(self, most_leaves: int) -> bool:
+        """Evict a little KV that goes next, until a load of the usual size would find its room.
+
+        A load that has to make its room first takes several steps for it. While no adapter comes,
+        none is expected, and nothing is evicted. What has to be copied to the host first stays,
+        and so does an adapter, which makes much room in one step.
+
+        Returns:
+            Whether something was evicted.
+        """
+        shortfall = int(ROOM_PER_LOAD * self._usual_slots) - self.allocator.available_size()
+        if shortfall <= 0 or self.core.clock - self._placed_at > EXPECTED_WITHIN:
+            return False
+        with self.core.full.sparing(sys.maxsize, most_leaves, adapters=True):
+            evicted, _ = self._evict_without_copies(shortfall)
+        self.core.counts["kv_slots_evicted_ahead"] += evicted
+        return evicted > 0
 
     def _make_room(self, num_slots: int, wanted_since: int) -> None:
         """Evict, as far as ``work_left`` goes.
@@ -211,16 +243,22 @@ class Residency:
         SGLang's own drive of an eviction is there for what has to be copied to the host first; for
         the rest it would take twice as long as the eviction.
         """
-        full, started_s = self.core.full, time.perf_counter()
-        device_frees: dict[Any, list[torch.Tensor]] = defaultdict(list)
-        host_frees: dict[Any, list[torch.Tensor]] = defaultdict(list)
+        full = self.core.full
         with full.sparing(wanted_since, self.work_left):
-            evicted, is_stuck = full.evict_without_copies(num_slots, device_frees, host_frees)
-            self.cache._free_values(device_frees, host_frees)
-            self.cache.update_eviction_metrics(evicted, started_s)
+            evicted, is_stuck = self._evict_without_copies(num_slots)
             if is_stuck:
                 self.cache.evict(EvictParams(num_tokens=num_slots - evicted))
             self.work_left = full.leaves_left
+
+    def _evict_without_copies(self, num_slots: int) -> tuple[int, bool]:
+        """Slots that were freed, and whether what is next has to be copied to the host first."""
+        started_s = time.perf_counter()
+        device_frees: dict[Any, list[torch.Tensor]] = defaultdict(list)
+        host_frees: dict[Any, list[torch.Tensor]] = defaultdict(list)
+        evicted, is_stuck = self.core.full.evict_without_copies(num_slots, device_frees, host_frees)
+        self.cache._free_values(device_frees, host_frees)
+        self.cache.update_eviction_metrics(evicted, started_s)
+        return evicted, is_stuck
 
     def settle(self, uid: str, code: Copied) -> Exception | None:
         """A copy is over on all ranks, or has failed on one, which is returned as an error."""

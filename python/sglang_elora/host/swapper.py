@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,9 @@ PREFETCH_LOOKS = 8
 WORK_PER_STEP = 3
 """What a step may do while batches run, in evictions of leaves; the start of a copy counts as
 ``COPY_WORK``. The rest goes on in the next step. With no batch to delay, all is done at once."""
+
+ROOM_LEAVES = 1
+"""Evicted per step to have room for the next load."""
 
 COPY_AHEAD_BELOW = 0.1
 """Share of the pool that is free, below which what goes next is copied to the host beforehand."""
@@ -96,13 +99,14 @@ class Swapper:
             self._bring_wanted(waiting)
         elif self._core.evicted and not under_way:
             self._prefetch()
+        if not (waiting or is_busy or self._host.reading):
+            self._host.read_ahead()
         if self._has_failed(islice(self.residency.copies.values(), under_way, None)):
             self._settle()  # it must not be run with
             self._fail_waiting(scheduler)
         self._host.drop_surplus()
         if self.residency.work_left >= WORK_PER_STEP:
-            self._core.learn()
-            self._copy_ahead()
+            self._prepare()
 
     def is_hidden(self, copy: AdapterCopy, req: Req, adder: PrefillAdder) -> bool:
         """Whether a batch may be started before the copy is over.
@@ -124,10 +128,10 @@ class Swapper:
         """A request with this adapter runs."""
         self._measure.popularity.use(uid)
 
-    def idle(self) -> None:
-        """The scheduler has no batch to run. Threads that read files need the interpreter."""
-        if self.residency.copies or self._host.reading:
-            time.sleep(_IDLE_S)
+    @property
+    def is_waiting(self) -> bool:
+        """Whether something is under way, for which there must be a next step soon."""
+        return bool(self.residency.copies or self._host.reading)
 
     def _prefetch(self) -> None:
         """Bring back one of what was evicted last, into room that nobody uses."""
@@ -144,22 +148,27 @@ class Swapper:
             core.counts["prefetched_slots"] += node.item.num_slots
             return
 
+    def _prepare(self) -> None:
+        """With nothing urgent to do, one of what makes later steps shorter."""
+        if not (self._core.learn() or self.residency.keep_room(ROOM_LEAVES)):
+            self._copy_ahead()
+
     def _copy_ahead(self) -> None:
         """Have copies of what is evicted next, whose eviction would have to wait for them."""
-        cache, policy = self.residency.cache, self._core.policy
-        if policy is None or not self._core.is_write_back or cache.ongoing_write_through:
+        cache, core = self.residency.cache, self._core
+        if not core.is_write_back or cache.ongoing_write_through:
             return
         room = self.residency.allocator.available_size()
         if room > COPY_AHEAD_BELOW * self.residency.pool_slots:
             return
-        if policy.clock == self._all_copied_at:
+        if core.clock == self._all_copied_at:
             return
-        copies = self._core.copies_ahead(COPY_AHEAD_LEAVES)
+        copies = core.copies_ahead(COPY_AHEAD_LEAVES)
         for copy in copies:
-            self._core.counts["kv_slots_copied_ahead"] += cache._execute_and_commit_kv_backup(copy)
+            core.counts["kv_slots_copied_ahead"] += cache._execute_and_commit_kv_backup(copy)
         cache.flush_pending_backups()
         if not copies:
-            self._all_copied_at = policy.clock
+            self._all_copied_at = core.clock
 
     def _bring_back(self, node: UnifiedTreeNode) -> bool:
         if isinstance(node, AdapterNode):
@@ -301,7 +310,14 @@ def step(
 
 
 def idle(result: None, self: Scheduler) -> None:
-    """After ``Scheduler.on_idle``."""
+    """After ``Scheduler.on_idle``. Threads that read files need the interpreter."""
     swapper = getattr(self.tree_cache, "swapper", None)
-    if swapper is not None:
-        swapper.idle()
+    if swapper is not None and swapper.is_waiting:
+        time.sleep(_IDLE_S)
+
+
+def sleep_on_idle(original: Callable[[Scheduler], None], self: Scheduler) -> None:
+    """Around ``Scheduler.maybe_sleep_on_idle``, which wakes up for messages only."""
+    swapper = getattr(self.tree_cache, "swapper", None)
+    if swapper is None or not swapper.is_waiting:
+        original(self)

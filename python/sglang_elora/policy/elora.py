@@ -116,9 +116,8 @@ class Elora(Policy):
         whole = self._value_of_whole(group)
         return own if own <= whole or self._is_held(group) else whole
 
-    def learn(self) -> None:
-        self._adapters.learn()
-        self._kv.learn()
+    def learn(self) -> bool:
+        return self._adapters.learn() or self._kv.learn()
 
     def host_rank(self, kind: Kind, priority: float) -> float:
         """A copy on the host saves what computing costs more than loading; all slots alike."""

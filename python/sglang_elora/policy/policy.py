@@ -99,9 +99,13 @@ class Policy(ABC):
         """``rank`` of copies on the host."""
         return priority
 
-    def learn(self) -> None:
-        """Called when there is time for work that would be too long for ``visit`` or ``evict``."""
-        return
+    def learn(self) -> bool:
+        """Called when there is time for work that would be too long for ``visit`` or ``evict``.
+
+        Returns:
+            Whether there was any.
+        """
+        return False
 
     def check_invariants(self, on_device: Iterable[Item]) -> None:
         """Recompute what the policy counts from the items on the device."""

@@ -64,10 +64,12 @@ class Returns:
         if self._num_ends - self._num_fitted >= _FIT_AT_LATEST:
             self._fit()
 
-    def learn(self) -> None:
+    def learn(self) -> bool:
         """Take over what has ended since the last time, if that is not too little."""
-        if self._num_ends - self._num_fitted >= _FIT_AFTER:
+        is_due = self._num_ends - self._num_fitted >= _FIT_AFTER
+        if is_due:
             self._fit()
+        return is_due
 
     def index(self, age: float) -> float:
         """Chance of a return per turnover, at the best time to give up; never rises with age."""

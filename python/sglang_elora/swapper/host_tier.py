@@ -66,6 +66,7 @@ class HostTier:
         self._droppable: LeafOrder[str] = LeafOrder(priority)
         self._priority = priority
         self._reading: dict[str, Event] = {}  # set: nobody wants it any more
+        self._never_read: dict[str, None] = {}  # in the order in which they were added
         self._executor: ThreadPoolExecutor | None = None
 
     def __contains__(self, uid: str) -> bool:
@@ -107,12 +108,15 @@ class HostTier:
                     " as a folder, or raise --elora-host-gb"
                 )
         self._entries[uid] = _Entry(uid, num_bytes, read)
-        if image is not None:
+        if image is None:
+            self._never_read[uid] = None
+        else:
             self._take_in(self._entries[uid], image)
 
     def remove(self, uid: str) -> None:
         """Forget an adapter. A read that is under way ends as cancelled."""
         entry = self._entries.pop(uid)
+        self._never_read.pop(uid, None)
         self.cancel(uid)
         self._droppable.discard(uid)
         if entry.image is not None:
@@ -132,10 +136,17 @@ class HostTier:
             self._reading[uid].clear()
             return
         assert entry.read is not None
+        self._never_read.pop(uid, None)
         cancelled = self._reading[uid] = Event()
         if self._executor is None:
             self._executor = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="adapter-reader")
         entry.future = self._executor.submit(_read_unless, cancelled, entry.read)
+
+    def read_ahead(self) -> None:
+        """Have one file read that never was, while the budget has room for it."""
+        uid = next(iter(self._never_read), None)
+        if uid is not None and self.num_bytes + self._entries[uid].num_bytes <= self.budget_bytes:
+            self.request(uid)
 
     def cancel(self, uid: str) -> None:
         """Do not start reading it, if that has not happened."""

@@ -57,7 +57,7 @@ class LeafOrder(set[Node]):
         self._priority, self._kind, self._rank = priority, kind, rank
         self._heaps: dict[Hashable, list[tuple[Any, int, Node]]] = {}
         self._entry: dict[Node, tuple[int, Hashable]] = {}  # of each node: the valid one, and where
-        self._taken: list[Node] = []
+        self._taken: dict[Node, int] = {}  # with the numbers of their entries
         self._num_entries = 0  # numbered so far
         self._num_in_heaps = 0
         self._ranking: list[tuple[Any, int, Hashable]] = []  # of kinds, by their lowest
@@ -82,15 +82,15 @@ class LeafOrder(set[Node]):
         lowest = self._lowest_kind()
         if lowest is None:
             return None
-        node = self._pop(lowest[0])
-        self._taken.append(node)
+        node, number = self._pop(lowest[0])
+        self._taken[node] = number
         return node
 
     def give_back(self) -> None:
-        """Put what was taken and is still a member back in the order."""
-        for node in self._taken:
+        """Put what was taken and is still a member back in the order, where it was."""
+        for node, number in self._taken.items():
             if node in self and node not in self._entry:
-                self._push(node)
+                self._push(node, number)
         self._taken.clear()
 
     def check_invariants(self) -> None:
@@ -110,7 +110,7 @@ class LeafOrder(set[Node]):
             raise RuntimeError(f"{len(valid)} entries for {len(self._entry)} nodes in the heaps")
         if sum(map(len, self._heaps.values())) != self._num_in_heaps:
             raise RuntimeError(f"{self._num_in_heaps} entries are not what the heaps hold")
-        lost = self - self._entry.keys() - set(self._taken)
+        lost = self - self._entry.keys() - self._taken.keys()
         if lost:
             raise RuntimeError(f"{len(lost)} of {len(self)} leaves are out of the order: {lost}")
         for kind, priority, _, node in valid:
@@ -185,24 +185,26 @@ class LeafOrder(set[Node]):
         del self._heaps[kind]
         return None
 
-    def _pop(self, kind: Hashable) -> Node:
+    def _pop(self, kind: Hashable) -> tuple[Node, int]:
         heap = self._heaps[kind]
-        node = heap[0][2]
+        _, number, node = heap[0]
         self._stale[kind] = None
         del self._entry[node]
         self._drop_top(heap)
-        return node
+        return node, number
 
     def _drop_top(self, heap: list[tuple[Any, int, Node]]) -> None:
         heapq.heappop(heap)
         self._num_in_heaps -= 1
 
-    def _push(self, node: Node) -> None:
+    def _push(self, node: Node, number: int | None = None) -> None:
         if self._num_in_heaps > 2 * len(self) + _SLACK:
             self._drop_invalid()
-        self._num_entries += 1
         self._num_in_heaps += 1
-        kind, number = self._kind(node), self._num_entries
+        if number is None:
+            self._num_entries += 1
+            number = self._num_entries
+        kind = self._kind(node)
         heap = self._heaps.get(kind)
         if heap is None:
             heap = self._heaps[kind] = []
