@@ -21,7 +21,7 @@ from sglang_elora.swapper import AdapterCopy, Copied, HostTier
 logger = logging.getLogger(__name__)
 
 
-COPY_WORK = 2
+COPY_WORK = 1
 """What the start of a copy counts as, in evictions of leaves, which take a scheduler as long."""
 
 ROOM_PER_LOAD = 1.25
