@@ -69,6 +69,11 @@ class EloraFullComponent(FullComponent):
             self.spares_adapters = False
 
     @property
+    def host_room(self) -> int:
+        """Tokens that fit into the host tier."""
+        return int(self._full_kv_pool_host.available_size())
+
+    @property
     def keeps_order(self) -> bool:
         return self._stock_order or self.tree_core.policy is not None
 
@@ -176,6 +181,7 @@ class EloraFullComponent(FullComponent):
             super().drive_host_eviction(num_tokens, tracker, device_frees, host_frees)
             return
         leaves = self._order(self.tree_core.evictable_host_leaves)
+        leaves.refresh()
         while tracker[self.component_type] < num_tokens:
             leaf = leaves.take_lowest()
             if leaf is None:

@@ -173,7 +173,7 @@ HOOKS: tuple[Hook, ...] = (
         HookType.AROUND,
         swapper.sleep_on_idle,
         When.ELORA,
-        "With --sleep-on-idle the scheduler wakes up for messages, and not for a file that is read.",
+        "With --sleep-on-idle the scheduler wakes up for messages, not for a file that is read.",
     ),
     Hook(
         "sglang.srt.managers.scheduler.Scheduler.can_schedule_lora_req",

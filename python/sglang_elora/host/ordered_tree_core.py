@@ -70,7 +70,7 @@ class OrderedTreeCore(UnifiedTreeCore):
             )
             self.evictable_host_leaves: LeafOrder[UnifiedTreeNode] = LeafOrder(
                 lambda node: policy.priority(node.item),
-                lambda node: policy.kind(node.item),
+                lambda node: policy.host_kind(node.item),
                 policy.host_rank,
             )
         elif full.keeps_order:

@@ -286,8 +286,18 @@ class EloraTreeCore(OrderedTreeCore):
         return True
 
     def _is_worth_host_copy(self, leaf: UnifiedTreeNode) -> bool:
-        """KV below it that is on the host would be out of reach without it."""
-        return bool(leaf.children or self.policy is None or self.policy.worth_host_copy(leaf.item))
+        """Also against what would have to go for it. KV below a leaf, which is on the host, would
+        be out of reach without it."""
+        policy, item = self.policy, leaf.item
+        if policy is None or leaf.children:
+            return True
+        if not policy.worth_host_copy(item):
+            return False
+        if self.full.host_room >= item.num_slots:
+            return True
+        lowest = self.evictable_host_leaves.lowest_rank()
+        rank = policy.host_rank(policy.host_kind(item), policy.priority(item))
+        return lowest is None or rank > lowest
 
     def copies_ahead(self, most_leaves: int) -> list[BackupKV]:
         """Copies to the host that the next evictions would wait for, of so many leaves at most."""

@@ -30,6 +30,7 @@ Kind = tuple[str | None, int]
 """(the adapter, one of the above)"""
 
 _ERAS_PER_TURNOVER = 8
+NO_ERA = -1
 
 
 @dataclass(slots=True)
@@ -119,9 +120,14 @@ class Elora(Policy):
     def learn(self) -> bool:
         return self._adapters.learn() or self._kv.learn()
 
-    def host_rank(self, kind: Kind, priority: float) -> float:
+    def host_kind(self, item: Item) -> int:
+        """By age: on the host it is not always the oldest that goes, so that long pauses between
+        turns are kept through, even where there is no room for all."""
+        return NO_ERA if item.last == NEVER else int(item.last * _ERAS_PER_TURNOVER)
+
+    def host_rank(self, era: int, priority: float) -> float:
         """A copy on the host saves what computing costs more than loading; all slots alike."""
-        return priority
+        return 0.0 if era == NO_ERA else self._kv.index_at(self.clock - priority)
 
     def worth_host_copy(self, item: Item) -> bool:
         """Copying it there takes the link as long as one load; a later visit saves the rest."""

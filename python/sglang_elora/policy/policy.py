@@ -95,6 +95,10 @@ class Policy(ABC):
         """Where an item of this kind and priority stands among items of other kinds."""
         return priority
 
+    def host_kind(self, item: Item) -> Hashable:
+        """``kind`` of a copy on the host."""
+        return None
+
     def host_rank(self, kind: Any, priority: float) -> float:
         """``rank`` of copies on the host."""
         return priority

@@ -75,6 +75,10 @@ class Returns:
         """Chance of a return per turnover, at the best time to give up; never rises with age."""
         return self._index[self._bin(age)]
 
+    def index_at(self, age: float) -> float:
+        """The same, which may rise: when many come back at a certain age, it does towards that."""
+        return self._index_at[self._bin(age)]
+
     def chance(self, age: float) -> float:
         """Probability that the item is used again, hopeful about ages that nothing has reached."""
         return self._chance[self._bin(age)]
@@ -101,5 +105,6 @@ class Returns:
         gained = returns[_END + 1] - returns[_BEGIN]
         density = np.zeros((_BINS, _BINS))
         density[_BEGIN, _END] = gained / np.maximum(time[_END + 1] - time[_BEGIN], 1e-300)
-        best = np.minimum.accumulate(density.max(axis=1))
-        self._index: list[float] = best.tolist()
+        best = density.max(axis=1)
+        self._index_at: list[float] = best.tolist()
+        self._index: list[float] = np.minimum.accumulate(best).tolist()

@@ -86,6 +86,15 @@ class LeafOrder(set[Node]):
         self._taken[node] = number
         return node
 
+    def lowest_rank(self) -> Any:
+        """Of the node that ``take_lowest`` would return; None if there is none."""
+        lowest = self._lowest_kind()
+        if lowest is None:
+            return None
+        top = self._top(lowest[0])
+        assert top is not None
+        return self._rank(lowest[0], top[0])
+
     def give_back(self) -> None:
         """Put what was taken and is still a member back in the order, where it was."""
         for node, number in self._taken.items():
