@@ -70,6 +70,7 @@ class World:
             self.residency.register(source)
 
     def step(self, *, is_busy: bool = True) -> None:
+        """What is done before a batch; see ``Swapper.prepare`` for what is done behind it."""
         self.swapper.step(self._scheduler, is_busy=is_busy)
 
     def arrive(self, name: str, prompt_tokens: int = 1) -> Any:

@@ -208,6 +208,14 @@ HOOKS: tuple[Hook, ...] = (
         "Nobody else is told when a batch begins.",
     ),
     Hook(
+        "sglang.srt.managers.scheduler.Scheduler.run_batch",
+        ("self", "batch"),
+        HookType.AFTER,
+        swapper.prepare,
+        When.ELORA,
+        "As above: what need not be done before a batch is done while the device is at work.",
+    ),
+    Hook(
         "sglang.srt.managers.scheduler.Scheduler.process_batch_result",
         ("self", "batch", "result"),
         HookType.AFTER,

@@ -5,7 +5,8 @@ A step settles what is over, and starts what the first waiting requests need, in
 file is read into host memory, an adapter is copied into slots. What a request waits for begins to
 move in the step after its arrival, however far back in the queue it is within ``LOOKAHEAD``, and
 nothing is evicted for it that an earlier one waits for. With nobody waiting and room to spare, the
-dearest of what was evicted comes back.
+dearest of what was evicted comes back. What can be done beforehand is done while a batch runs
+(``prepare``): a load that comes finds room then, and no step before a batch has to make it.
 
 All ranks of a tensor-parallel group take the same decisions: these rest on the queue, the tree and
 on what ``agree`` says of reads and copies.
@@ -55,8 +56,8 @@ WORK_PER_STEP = 3
 """What a step may do while batches run, in evictions of leaves; the start of a copy counts as
 ``COPY_WORK``. The rest goes on in the next step. With no batch to delay, all is done at once."""
 
-ROOM_LEAVES = 1
-"""Evicted per step to have room for the next load."""
+ROOM_LEAVES = 4
+"""Evicted behind the start of a batch, most of them, to have room for the next load."""
 
 COPY_AHEAD_BELOW = 0.1
 """Share of the pool that is free, below which what goes next is copied to the host beforehand."""
@@ -105,8 +106,13 @@ class Swapper:
             self._settle()  # it must not be run with
             self._fail_waiting(scheduler)
         self._host.drop_surplus()
-        if self.residency.work_left >= WORK_PER_STEP:
-            self._prepare()
+        if not is_busy:
+            self.prepare()
+
+    def prepare(self) -> None:
+        """One of what makes later steps shorter. A batch has just begun, or none is to run."""
+        if not (self._core.learn() or self.residency.keep_room(ROOM_LEAVES)):
+            self._copy_ahead()
 
     def is_hidden(self, copy: AdapterCopy, req: Req, adder: PrefillAdder) -> bool:
         """Whether a batch may be started before the copy is over.
@@ -147,11 +153,6 @@ class Swapper:
             node.item.prefetched = True
             core.counts["prefetched_slots"] += node.item.num_slots
             return
-
-    def _prepare(self) -> None:
-        """With nothing urgent to do, one of what makes later steps shorter."""
-        if not (self._core.learn() or self.residency.keep_room(ROOM_LEAVES)):
-            self._copy_ahead()
 
     def _copy_ahead(self) -> None:
         """Have copies of what is evicted next, whose eviction would have to wait for them."""
@@ -307,6 +308,13 @@ def step(
     swapper = getattr(self.tree_cache, "swapper", None)
     if swapper is not None:
         swapper.step(self, is_busy=last_batch is not None or not running_batch.is_empty())
+
+
+def prepare(result: Any, self: Scheduler, *_: Any, **__: Any) -> None:
+    """After ``Scheduler.run_batch``: the device is at work now."""
+    swapper = getattr(self.tree_cache, "swapper", None)
+    if swapper is not None:
+        swapper.prepare()
 
 
 def idle(result: None, self: Scheduler) -> None:

@@ -27,7 +27,7 @@ _WIDTHS = np.diff(_EDGES)
 _LAST = float(_LOWER[-1])
 _BEGIN, _END = np.triu_indices(_BINS)
 
-_FIT_AFTER, _FIT_AT_LATEST = 32, 128  # ends of a kind
+_FIT_AFTER, _FIT_AT_LATEST = 64, 128  # ends of a kind
 _FORGET_EVERY, _KEPT = 512, 0.7
 _PRIOR_RATE = 0.02 / (_LOWER + _FIRST) ** 1.5
 _PRIOR_WEIGHT = 0.5

@@ -11,7 +11,7 @@ Node = TypeVar("Node")
 
 _SLACK = 64
 _FEW = 8
-_REFRESHED = 2
+_REFRESHED = 1
 
 
 def _one_kind(node: Any) -> Hashable:
