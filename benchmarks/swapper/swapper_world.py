@@ -19,11 +19,12 @@ with warnings.catch_warnings():  # SGLang's
     warnings.simplefilter("ignore")
     from sglang_elora.host.measure import Measure
     from sglang_elora.host.residency import AdapterSource, Residency
-    from sglang_elora.host.swapper import LOOKAHEAD, WORK_PER_STEP, Swapper
+    from sglang_elora.host.swapper import LOOKAHEAD, ROOM_LEAVES, WORK_PER_STEP, Swapper
 
 __all__ = [
     "HEAD_DIM",
     "LOOKAHEAD",
+    "ROOM_LEAVES",
     "WORK_PER_STEP",
     "AdapterSource",
     "HostTier",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swapper_world import LOOKAHEAD, WORK_PER_STEP, World, uid
+from swapper_world import LOOKAHEAD, ROOM_LEAVES, WORK_PER_STEP, World, uid
 
 SLOTS = 64  # of an adapter
 
@@ -25,6 +25,12 @@ def bring(made: World, *adapters: int) -> None:
         made.waiting.clear()
         made.step()
         assert made.is_resident(uid(i))
+
+
+def fill(made: World, i: int) -> None:
+    """The rest of the pool with KV of an adapter that is there, a leaf per slot."""
+    for token in range(made.cache.allocator.available_size()):
+        made.cache_kv(uid(i), [1000 * i + token])
 
 
 def test_what_waits_is_brought_in_its_order_before_its_turn() -> None:
@@ -97,6 +103,55 @@ def test_a_copy_is_put_off_once_and_not_again() -> None:
                 made.cache_kv(uid(7), [1000 + 2 * i + taken])
     assert made.is_resident(uid(0))
     made.check()
+
+
+def test_room_for_the_next_load_is_made_behind_a_batch() -> None:
+    """From KV, a few leaves at a time, and no more than a load will take; not from adapters."""
+    made = world(8 * SLOTS, num_adapters=30)
+    bring(made, *range(20))  # so that loads of this size are usual
+    made.cache.evict(5 * SLOTS)
+    there = resident(made)
+    fill(made, there[-1])
+    for i in there:
+        made.core.visit(made.core.node_of(uid(i)).id)
+    before = made.residency.statistics()["kv_slots_evicted"]
+    made.step()
+    assert made.cache.allocator.available_size() == 0  # nothing before a batch
+    free = 0
+    for _ in range(2 * SLOTS // ROOM_LEAVES):
+        made.swapper.prepare()
+        now = made.cache.allocator.available_size()
+        assert now - free <= ROOM_LEAVES
+        free = now
+    assert SLOTS <= free <= 1.3 * SLOTS
+    counts = made.residency.statistics()
+    assert counts["kv_slots_evicted_ahead"] == counts["kv_slots_evicted"] - before == free
+    assert resident(made) == there
+    made.arrive(uid(25))
+    made.step()
+    assert made.is_resident(uid(25))  # at once
+    made.check()
+
+
+def test_no_room_is_made_while_no_adapter_comes() -> None:
+    made = world(4 * SLOTS)
+    bring(made, 1, 2, 3, 4, 5, 6)
+    for _ in range(2):  # turnovers
+        made.cache.evict(4 * SLOTS)
+        bring(made, 7)
+        fill(made, 7)
+        made.core.policy.advance(1.1)
+    for _ in range(20):
+        made.swapper.prepare()
+    assert made.cache.allocator.available_size() == 0
+
+
+def test_adapters_do_not_make_room_beforehand() -> None:
+    made = world(4 * SLOTS)
+    bring(made, *range(12))
+    for _ in range(20):
+        made.swapper.prepare()
+    assert resident(made) == [8, 9, 10, 11]
 
 
 def test_with_no_batch_to_delay_all_is_done_at_once() -> None:

@@ -59,6 +59,23 @@ async def unload(client: Client, name: str) -> None:
     assert answer.status_code == 200, answer.text
 
 
+def test_files_are_read_while_there_is_nothing_else_to_do(server: ServerProcess) -> None:
+    """Before anybody asks for them, and into host memory only; must come first."""
+
+    async def work(client: Client) -> dict[str, int]:
+        found = await statistics(client)
+        for _ in range(200):
+            if found["adapters_on_host"] == len(NAMES):
+                break
+            await asyncio.sleep(0.1)
+            found = await statistics(client)
+        return found
+
+    found = run(server.url, work)
+    assert found["adapters_on_host"] == found["adapter_files_read"] == len(NAMES)
+    assert found["adapter_loads"] == 0
+
+
 def test_adapters_that_do_not_fit_together_take_turns(
     server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:

@@ -57,6 +57,24 @@ def test_nothing_is_read_before_it_is_asked_for() -> None:
     assert "7" in tier and "8" not in tier and tier.num_bytes == 20
 
 
+def test_with_time_to_spare_files_are_read_in_their_order_as_far_as_there_is_room() -> None:
+    reads: list[str] = []
+    tier = Tier(35)
+    for uid in "abcde":
+        tier.know(uid, lambda uid=uid: reads.append(uid) or IMAGE)  # type: ignore[misc]
+    tier.bring("b")
+    tier.remove("c")
+    for _ in range(5):
+        tier.read_ahead()
+        assert len(tier.reading) <= 1
+        tier.finish()
+    assert reads == ["b", "a", "d"] and tier.num_bytes == 30
+    tier.drop("a")  # what was dropped for others is not read again for nobody
+    tier.read_ahead()
+    tier.finish()
+    assert reads == ["b", "a", "d", "e"]
+
+
 def test_asking_twice_reads_once() -> None:
     reads = []
     tier = Tier(1000)

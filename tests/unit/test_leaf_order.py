@@ -60,6 +60,29 @@ def test_taken_leaf_is_met_once_until_given_back() -> None:
     assert leaves.take_lowest() is leaf
 
 
+def test_what_is_given_back_stands_among_equals_where_it_was() -> None:
+    leaves = new_order()
+    for name in range(4):
+        leaves.add(Leaf(name))
+    leaves.take_lowest()
+    leaves.take_lowest()
+    leaves.give_back()
+    assert order_of(leaves) == [0, 1, 2, 3]
+
+
+def test_the_lowest_rank_is_that_of_what_is_taken_next() -> None:
+    leaves: LeafOrder[Leaf] = LeafOrder(
+        lambda leaf: leaf.visited,
+        lambda leaf: leaf.name % 2,
+        lambda odd, visited: visited - 9 * odd,
+    )
+    assert leaves.lowest_rank() is None
+    for name, visited in enumerate([2, 8, 4]):
+        leaves.add(Leaf(name, visited))
+    assert leaves.lowest_rank() == -1
+    assert order_of(leaves) == [1, 0, 2]
+
+
 def test_taken_leaf_that_left_and_came_again_waits_again() -> None:
     leaves = new_order()
     leaf = Leaf(1)

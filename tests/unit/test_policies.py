@@ -364,6 +364,27 @@ def test_kinds_that_never_come_back_learn_to_yield() -> None:
     assert not policy.worth_host_copy(sentences[-1])
 
 
+def test_on_the_host_the_oldest_need_not_go_first() -> None:
+    """All come back after 2 turnovers: who has waited for most of them stays, who left does not."""
+    policy = Elora(Costs())
+    chats = [kv() for _ in range(20)]
+    gone = kv()
+    policy.create(gone)
+    for chat in chats:
+        policy.create(chat)
+    for i in range(400):
+        policy.visit([chats[i % 20]])
+        policy.advance(0.1)
+    policy.learn()
+    order: LeafOrder[Item] = LeafOrder(policy.priority, policy.host_kind, policy.host_rank)
+    for item in (*chats, gone):
+        order.add(item)
+    assert order.lowest_rank() is not None
+    taken = [order.take_lowest() for _ in range(21)]
+    assert taken[0] is gone
+    assert taken[-1] in chats[:6] and taken.index(chats[19]) < taken.index(chats[2])
+
+
 def test_kinds_that_do_come_back_learn_that_too() -> None:
     policy = Elora(Costs())
     chats = [kv() for _ in range(40)]
@@ -420,6 +441,17 @@ def test_what_nobody_has_waited_for_is_hoped_for_and_what_never_came_is_not() ->
     assert returns.chance(2) > 0.4
     observe(returns, left=300)
     assert returns.chance(2) < 0.05
+
+
+def test_what_is_about_to_come_back_is_worth_most() -> None:
+    """All come back after 2: at 1.5 what is left to wait is a quarter. An index that orders by last
+    use must not rise, so there it is what it was before."""
+    returns = Returns()
+    observe(returns, 2.0)
+    assert returns.index_at(1.5) > 2 * returns.index_at(0.01)
+    assert returns.index(1.5) <= returns.index(0.01)
+    assert returns.index(0.01) == pytest.approx(returns.index_at(0.01), rel=0.01)
+    assert returns.index_at(4) < returns.index_at(0.01) / 2
 
 
 def test_leaving_early_teaches_nothing_about_later() -> None:
