@@ -10,6 +10,8 @@ run by run. Of several static splits the one with the lowest mean TTFT is named 
 from __future__ import annotations
 
 import argparse
+import gzip
+import itertools
 import json
 import math
 import statistics
@@ -19,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from driver import Record
-from figures import figures, medians, ratios, table
+from figures import Spread, figures, medians, ratios, table
 
 TUNED = "stock-tuned:"
+BEST = "best static split"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,32 +57,52 @@ class Result:
 
 
 def read(folder: Path) -> list[Result]:
-    """All runs in the folder; files of a search for the peak are left out."""
-    rows = (json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))
+    """All runs in the folder, packed ones too; files of a search for the peak are left out."""
+    plain = (path.read_bytes() for path in sorted(folder.glob("*.json")))
+    packed = (gzip.decompress(path.read_bytes()) for path in sorted(folder.glob("*.json.gz")))
+    rows = map(json.loads, itertools.chain(plain, packed))
     return [Result.from_row(row) for row in rows if "records" in row]
 
 
 def summary(results: Sequence[Result]) -> str:
     """Of one workload, all sides and what ELORA's are beside stock's."""
-    runs: dict[str, dict[int, Result]] = {}
-    for result in results:
-        runs.setdefault(result.side, {})[result.run] = result
-    rows = {
-        side: medians([result.figures() for result in by_run.values()])
-        for side, by_run in runs.items()
-    }
+    rows = _rows(_by_side(results))
     lines = [table(rows)]
     best = best_split(rows)
     if best is not None:
-        lines.append(f"best static split: {best}")
-    duration_s = results[0].duration_s
-    for ours in (side for side in runs if side.startswith("elora")):
-        for stock in (
-            side for side in runs if side == best or not side.startswith(("elora", TUNED))
-        ):
-            found = ratios(_records(runs[ours]), _records(runs[stock]), duration_s)
-            figures_of = ", ".join(f"{name} {spread}" for name, spread in found.items())
-            lines.append(f"{ours} / {stock}: {figures_of}")
+        lines.append(f"{BEST}: {best}")
+    for (ours, stock), found in compared(results).items():
+        figures_of = ", ".join(f"{name} {spread}" for name, spread in found.items())
+        lines.append(f"{ours} / {stock}: {figures_of}")
+    return "\n".join(lines)
+
+
+def compared(results: Sequence[Result]) -> dict[tuple[str, str], dict[str, Spread]]:
+    """Of one workload, the ratios of each side of ELORA to stock's default and best split."""
+    runs = _by_side(results)
+    stocks = {side: side for side in runs if not side.startswith(("elora", TUNED))}
+    best = best_split(_rows(runs))
+    if best is not None:
+        stocks[BEST] = best
+    return {
+        (ours, name): ratios(_records(runs[ours]), _records(runs[side]), results[0].duration_s)
+        for ours in runs
+        if ours.startswith("elora")
+        for name, side in stocks.items()
+    }
+
+
+def across(blocks: Mapping[str, Sequence[Result]]) -> str:
+    """Mean over the workloads of their median ratios; only what all workloads have."""
+    found = [compared(results) for results in blocks.values()]
+    lines = [f"mean of the ratios of {', '.join(blocks)}"]
+    for pair in found[0]:
+        if all(pair in ratios_of for ratios_of in found):
+            means = (
+                f"{name} {statistics.mean(ratios_of[pair][name].median for ratios_of in found):.3f}"
+                for name in found[0][pair]
+            )
+            lines.append(f"{' / '.join(pair)}: {', '.join(means)}")
     return "\n".join(lines)
 
 
@@ -91,12 +114,12 @@ def best_split(rows: Mapping[str, Mapping[str, float | None]]) -> str | None:
 
 
 def report(results: Sequence[Result]) -> str:
-    workloads = dict.fromkeys(result.workload for result in results)
-    blocks = (
-        f"{name}\n{summary([result for result in results if result.workload == name])}"
-        for name in workloads
-    )
-    return "\n\n".join(blocks)
+    """Of each workload, and their mean."""
+    blocks: dict[str, list[Result]] = {}
+    for result in results:
+        blocks.setdefault(result.workload, []).append(result)
+    texts = [f"{name}\n{summary(block)}" for name, block in blocks.items()]
+    return "\n\n".join([*texts, *([across(blocks)] if len(blocks) > 1 else [])])
 
 
 def over_time(results: Sequence[Result], window_s: float) -> str:
@@ -116,6 +139,20 @@ def over_time(results: Sequence[Result], window_s: float) -> str:
         for side, row in rows.items()
     ]
     return "\n".join(["mean TTFT in ms, by seconds since the start", head, *lines])
+
+
+def _by_side(results: Sequence[Result]) -> dict[str, dict[int, Result]]:
+    runs: dict[str, dict[int, Result]] = {}
+    for result in results:
+        runs.setdefault(result.side, {})[result.run] = result
+    return runs
+
+
+def _rows(runs: Mapping[str, Mapping[int, Result]]) -> dict[str, dict[str, float | None]]:
+    return {
+        side: medians([result.figures() for result in by_run.values()])
+        for side, by_run in runs.items()
+    }
 
 
 def _records(by_run: Mapping[int, Result]) -> dict[int, Sequence[Record]]:

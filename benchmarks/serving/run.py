@@ -120,7 +120,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--load", type=float, default=1.0, help="times workload.TURNS_PER_S")
     parser.add_argument("--duration", type=float, default=75.0, help="seconds of trace")
-    parser.add_argument("--seed", type=int, default=0, help="of the first run; the next have +1")
+    parser.add_argument("--seed", type=int, default=0, help="and number of the first run; then +1")
     parser.add_argument("--adapters", type=int, default=64)
     parser.add_argument("--stock-kv-tokens", type=int, default=Sizes().stock_kv_tokens)
     parser.add_argument("--link", type=Path, help="what calibrate.py wrote; no link without it")
@@ -142,13 +142,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="serving-") as folder:
         bench = Bench(Path(folder), options.adapters, sizes, link)
         runner = Runner(bench, options.out)
-        for number in range(options.runs):
+        for number in range(options.seed, options.seed + options.runs):
             for name in options.workloads:
                 trace = make_trace(
                     replace(WORKLOADS[name], num_adapters=options.adapters),
                     turns_per_s=options.load * TURNS_PER_S[name],
                     duration_s=options.duration,
-                    seed=options.seed + number,
+                    seed=number,
                 )
                 for side in rotated(feasible(bench, options.sides, swept, trace), number):
                     if options.peak:
