@@ -64,7 +64,7 @@ class World:
         self.residency = Residency(self.cache.tree, torch.float32, self.host, torch.cpu.Stream())
         self.swapper = Swapper(self.residency, self.measure)
         self.waiting: list[Any] = []
-        self._scheduler: Any = SimpleNamespace(waiting_queue=self.waiting)
+        self._scheduler: Any = SimpleNamespace(waiting_queue=self.waiting, chunked_req=None)
         image = _image(adapter_slots)
         for i in range(num_adapters):
             source = AdapterSource(uid(i), uid(i), image.layout, image.nbytes, False, image=image)

@@ -97,8 +97,8 @@ class Swapper:
             self._fail_waiting(scheduler)
         waiting, under_way = scheduler.waiting_queue, len(self.residency.copies)
         if waiting or self._wanted:
-            self._bring_wanted(waiting)
-        elif self._core.evicted and not under_way:
+            self._bring_wanted(waiting, self._rest_of(scheduler.chunked_req))
+        elif self._core.evicted and not under_way and scheduler.chunked_req is None:
             self._prefetch()
         if not (waiting or is_busy or self._host.reading):
             self._host.read_ahead()
@@ -252,21 +252,34 @@ class Swapper:
             scheduler.ipc_channels.send_to_tokenizer.send_output(answer, req)
         self._errors.clear()
 
-    def _bring_wanted(self, waiting: list[Req]) -> None:
-        """Start what the first waiting requests need, as far as the pool can hold it with them."""
+    def _rest_of(self, chunked: Req | None) -> int:
+        """Slots for what is left to compute of a prompt that is computed chunk by chunk.
+
+        SGLang takes its next chunk without asking, and ends if there is no room for it.
+        """
+        if chunked is None:
+            return 0
+        page_size: int = self.residency.allocator.page_size
+        return len(chunked.full_untruncated_fill_ids) - len(chunked.prefix_indices) + page_size
+
+    def _bring_wanted(self, waiting: list[Req], reserved: int) -> None:
+        """Start what the first waiting requests need, as far as the pool can hold it with them.
+
+        The first of them only has to fit by itself, unless slots are ``reserved``.
+        """
         wanted: dict[str, int] = {}
         missing: list[Adapter] = []
         core = self._core
-        room = self.residency.pool_slots - core.protected_size()
+        room = self.residency.allocator.available_size() + core.evictable_size() - reserved
         for position, req in enumerate(islice(waiting, LOOKAHEAD)):
             uid = req.lora_id
             room -= len(req.origin_input_ids)
             if uid is not None and uid not in wanted:
                 node = core.node_of(uid)
                 adapter = node.adapter
-                if node.component_data[FULL].lock_ref == 0:  # others are counted as protected
+                if node.component_data[FULL].lock_ref == 0:  # others have theirs
                     room -= adapter.num_slots
-                if room >= 0 or not wanted:
+                if room >= 0 or not (wanted or reserved):
                     wanted[uid] = position
                     core.set_wanted(node, position)
                     if not adapter.resident and not adapter.retired:
