@@ -64,7 +64,7 @@ class World:
         self.residency = Residency(self.cache.tree, torch.float32, self.host, torch.cpu.Stream())
         self.swapper = Swapper(self.residency, self.measure)
         self.waiting: list[Any] = []
-        self._scheduler: Any = SimpleNamespace(waiting_queue=self.waiting, chunked_req=None)
+        self.scheduler: Any = SimpleNamespace(waiting_queue=self.waiting, chunked_req=None)
         image = _image(adapter_slots)
         for i in range(num_adapters):
             source = AdapterSource(uid(i), uid(i), image.layout, image.nbytes, False, image=image)
@@ -72,7 +72,7 @@ class World:
 
     def step(self, *, is_busy: bool = True) -> None:
         """What is done before a batch; see ``Swapper.prepare`` for what is done behind it."""
-        self.swapper.step(self._scheduler, is_busy=is_busy)
+        self.swapper.step(self.scheduler, is_busy=is_busy)
 
     def arrive(self, name: str, prompt_tokens: int = 1) -> Any:
         req = SimpleNamespace(lora_id=name, origin_input_ids=range(prompt_tokens))

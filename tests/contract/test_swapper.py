@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from swapper_world import LOOKAHEAD, ROOM_LEAVES, WORK_PER_STEP, World, uid
@@ -101,6 +103,25 @@ def test_a_copy_is_put_off_once_and_not_again() -> None:
         for taken in range(2):  # so that every step has leaves to give up
             if made.cache.allocator.available_size():
                 made.cache_kv(uid(7), [1000 + 2 * i + taken])
+    assert made.is_resident(uid(0))
+    made.check()
+
+
+@pytest.mark.parametrize(("rest", "is_placed"), [(2 * SLOTS, True), (3 * SLOTS, False)])
+def test_an_adapter_does_not_take_the_room_of_a_prompt_s_next_chunks(
+    rest: int, is_placed: bool
+) -> None:
+    """SGLang takes that room without asking, and ends if it is not there."""
+    made = world(4 * SLOTS)
+    bring(made, 7)
+    made.scheduler.chunked_req = SimpleNamespace(
+        full_untruncated_fill_ids=range(1000), prefix_indices=range(1000 - rest)
+    )
+    made.arrive(uid(0))
+    made.step()
+    assert made.is_resident(uid(0)) == is_placed
+    made.scheduler.chunked_req = None
+    made.step()
     assert made.is_resident(uid(0))
     made.check()
 
