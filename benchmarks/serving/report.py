@@ -66,9 +66,9 @@ def read(folder: Path) -> list[Result]:
 
 def summary(results: Sequence[Result]) -> str:
     """Of one workload, all sides and what ELORA's are beside stock's."""
-    rows = _rows(_by_side(results))
-    lines = [table(rows)]
-    best = best_split(rows)
+    runs = _by_side(results)
+    lines = [table(_rows(runs))]
+    best = best_split(runs)
     if best is not None:
         lines.append(f"{BEST}: {best}")
     for (ours, stock), found in compared(results).items():
@@ -81,7 +81,7 @@ def compared(results: Sequence[Result]) -> dict[tuple[str, str], dict[str, Sprea
     """Of one workload, the ratios of each side of ELORA to stock's default and best split."""
     runs = _by_side(results)
     stocks = {side: side for side in runs if not side.startswith(("elora", TUNED))}
-    best = best_split(_rows(runs))
+    best = best_split(runs)
     if best is not None:
         stocks[BEST] = best
     return {
@@ -106,9 +106,12 @@ def across(blocks: Mapping[str, Sequence[Result]]) -> str:
     return "\n".join(lines)
 
 
-def best_split(rows: Mapping[str, Mapping[str, float | None]]) -> str | None:
-    """The stock-tuned side with the lowest mean TTFT, None if there is none."""
-    means = {side: row["ttft_mean_ms"] for side, row in rows.items() if side.startswith(TUNED)}
+def best_split(runs: Mapping[str, Mapping[int, Result]]) -> str | None:
+    """The stock-tuned side with the lowest mean TTFT of those with most runs, None if none is."""
+    splits = {side: by_run for side, by_run in runs.items() if side.startswith(TUNED)}
+    most = max(map(len, splits.values()), default=0)
+    rows = _rows({side: by_run for side, by_run in splits.items() if len(by_run) == most})
+    means = {side: row["ttft_mean_ms"] for side, row in rows.items()}
     known = {side: mean for side, mean in means.items() if mean is not None}
     return min(known, key=known.__getitem__, default=None)
 
