@@ -18,7 +18,7 @@ _RESIDENCY = "sglang_elora.host.residency"
 
 
 def blocking() -> None:
-    def wait_at_once(copy: Any, self: Any, uid: str, slots: Any) -> Any:
+    def wait_at_once(copy: Any, *_: Any) -> Any:
         copy.synchronize()
         return copy
 

@@ -36,6 +36,7 @@ from swapper_world import LOOKAHEAD, World, uid  # noqa: E402
 NUM_ADAPTERS = 256
 RESIDENT = 64  # as many as the pool was sized for
 ADAPTER_SLOTS = 128
+NUM_LAYERS = 8  # an adapter is copied in as many pieces, as one of 32 layers is
 LEAF_TOKENS = 16  # so that an adapter takes the room of 8 leaves
 PROMPT_TOKENS = 12
 SEED = 0
@@ -48,7 +49,11 @@ class Bench:
         self._rng = random.Random(SEED)
         slots = num_nodes * LEAF_TOKENS + RESIDENT * ADAPTER_SLOTS
         self.world = World(
-            slots, num_adapters=NUM_ADAPTERS, adapter_slots=ADAPTER_SLOTS, policy=policy
+            slots,
+            num_adapters=NUM_ADAPTERS,
+            adapter_slots=ADAPTER_SLOTS,
+            policy=policy,
+            num_layers=NUM_LAYERS,
         )
         self._conversations = 0
         self._put_off: list[Callable[[], None]] = []

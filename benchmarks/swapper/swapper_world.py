@@ -41,7 +41,7 @@ class World:
     """One scheduler's cache, and requests that are no more than an adapter and a length.
 
     Args:
-        num_slots: Of the pool, which has one layer of one head: enough for copies of pages.
+        num_slots: Of the pool, which has one head: enough for copies of pages.
         adapter_slots: That each adapter takes, a multiple of 32.
     """
 
@@ -53,9 +53,12 @@ class World:
         adapter_slots: int,
         policy: str = "lru",
         host_bytes: int = 10**9,
+        num_layers: int = 1,
     ) -> None:
-        k, v = (torch.zeros(num_slots + 1, 1, HEAD_DIM) for _ in range(2))
-        pool = SimpleNamespace(k_buffer=[k], v_buffer=[v])
+        k, v = (
+            [torch.zeros(num_slots + 1, 1, HEAD_DIM) for _ in range(num_layers)] for _ in range(2)
+        )
+        pool = SimpleNamespace(k_buffer=k, v_buffer=v)
         self.cache = Cache("elora", num_slots, kv_pool=pool)
         self.core: Any = self.cache.tree.tree_core
         self.measure = Measure(self.cache.tree)
@@ -65,7 +68,7 @@ class World:
         self.swapper = Swapper(self.residency, self.measure)
         self.waiting: list[Any] = []
         self.scheduler: Any = SimpleNamespace(waiting_queue=self.waiting, chunked_req=None)
-        image = _image(adapter_slots)
+        image = _image(adapter_slots, num_layers)
         for i in range(num_adapters):
             source = AdapterSource(uid(i), uid(i), image.layout, image.nbytes, False, image=image)
             self.residency.register(source)
@@ -111,9 +114,9 @@ def uid(i: int) -> str:
     return f"{i:08}"
 
 
-def _image(num_slots: int) -> AdapterImage:
+def _image(num_slots: int, num_layers: int) -> AdapterImage:
     width = num_slots * HEAD_DIM // _RANK
     layout = AdapterLayout.build(_RANK, [ModuleShape("o_proj", width, (width,))])
     assert layout.num_slots(HEAD_DIM, 1) == num_slots, layout
     a, b = torch.ones(_RANK, width), torch.ones(width, _RANK)
-    return AdapterImage.build(layout, 1, lambda *_: (a, b), torch.float32, 1.0)
+    return AdapterImage.build(layout, num_layers, lambda *_: (a, b), torch.float32, 1.0)

@@ -206,3 +206,34 @@ def test_the_order_is_the_same_in_processes_that_hash_differently() -> None:
 
     first = victims(0)
     assert all(victims(salt) == first for salt in (1, 2, 3))
+
+
+def test_a_search_looks_at_few_kinds_when_all_change_and_later_ones_find_the_rest() -> None:
+    num_kinds, asked = 400, 0
+    worth = dict(enumerate(random.Random(0).choices(range(10**6), k=num_kinds)))
+
+    def rank(kind: int, visited: int) -> int:
+        nonlocal asked
+        asked += 1
+        return worth[kind]
+
+    leaves: LeafOrder[Leaf] = LeafOrder(lambda leaf: leaf.visited, lambda leaf: leaf.name, rank)
+    for name in range(num_kinds):
+        leaves.add(Leaf(name))
+    for seed in (1, 2):
+        most = 0
+        for _ in range(num_kinds):
+            before = asked
+            assert leaves.take_lowest() in leaves
+            leaves.give_back()
+            leaves.check_invariants()
+            most = max(most, asked - before)
+        assert most <= 2 * 16 + 1  # however many there are
+        leaf = leaves.take_lowest()
+        assert leaf is not None and leaf.name == min(worth, key=worth.__getitem__)
+        leaves.give_back()
+        worth.update(enumerate(random.Random(seed).choices(range(10**6), k=num_kinds)))
+        for _ in range(num_kinds):
+            leaves.refresh()
+            leaves.take_lowest()
+            leaves.give_back()

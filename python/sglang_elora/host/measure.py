@@ -66,12 +66,16 @@ class Measure:
         """An adapter was copied from the host."""
         self._link.add(num_slots, seconds)
 
-    def step(self) -> None:
-        """Once per iteration of the scheduler; one figure at a time is taken over."""
+    def take_over(self) -> bool:
+        """Once per iteration of the scheduler, when there is time for it: a fit takes 0.1 ms.
+
+        Returns:
+            Whether a figure was taken over, one at a time.
+        """
         self._num_steps += 1
         turn, rest = divmod(self._num_steps % SYNC_STEPS, SYNC_STEPS // 3)
         if rest or turn > 2:
-            return
+            return False
         if turn == 0:
             (self.costs.recompute,) = self._of_first_rank(self._prefill.per_token)
         elif turn == 1:
@@ -79,6 +83,7 @@ class Measure:
         else:
             needed = self.popularity.expected_distinct(self._batch_size.mean)
             (self.needed_adapters,) = self._of_first_rank(needed)
+        return True
 
     def _of_first_rank(self, *values: float) -> tuple[float, ...]:
         if self._cache.tp_world_size == 1:

@@ -209,10 +209,10 @@ class Residency:
         if slots is None:
             return False
         self.work_left -= COPY_WORK
-        self.core.place(uid, slots)
         node = self.core.node_of(uid)
         self.core.inc_full_pin(node.id)  # until it is settled
-        self.copies[uid] = self._start_copy(uid, node.slots)
+        self.core.place(uid, slots)
+        self.copies[uid] = self._start_copy(uid, node.slots, adapter.num_slots)
         self.core.counts["adapter_slots_from_host"] += adapter.num_slots
         self._usual_slots += (adapter.num_slots - self._usual_slots) / _USUAL_LOADS
         self._placed_at = self.core.clock
@@ -280,13 +280,13 @@ class Residency:
     def _make_event(self) -> Any:
         return self._device.Event(enable_timing=True) if self._is_cuda else self._device.Event()
 
-    def _start_copy(self, uid: str, slots: torch.Tensor) -> AdapterCopy:
+    def _start_copy(self, uid: str, slots: torch.Tensor, num_slots: int) -> AdapterCopy:
         image = self.host.hold(uid)
         stream, device = self._copy_stream, self._device
         # ``slots`` was made on the scheduler's stream.
         ready = device.Event()
         ready.record(device.current_stream())
-        copy = AdapterCopy(uid, len(slots), begun=self._make_event())
+        copy = AdapterCopy(uid, num_slots, begun=self._make_event())
 
         def before_slots() -> None:
             # A batch under way may read, or write, what lay in these slots before.

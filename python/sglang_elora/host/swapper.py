@@ -90,7 +90,6 @@ class Swapper:
         Args:
             is_busy: Whether batches run.
         """
-        self._measure.step()
         self.residency.work_left = WORK_PER_STEP if is_busy else sys.maxsize
         if self.residency.copies or self._host.reading:
             self._settle()
@@ -111,7 +110,12 @@ class Swapper:
 
     def prepare(self) -> None:
         """One of what makes later steps shorter. A batch has just begun, or none is to run."""
-        if not (self._core.learn() or self.residency.keep_room(ROOM_LEAVES)):
+        is_done = (
+            self._measure.take_over()
+            or self._core.learn()
+            or self.residency.keep_room(ROOM_LEAVES)
+        )
+        if not is_done:
             self._copy_ahead()
 
     def is_hidden(self, copy: AdapterCopy, req: Req, adder: PrefillAdder) -> bool:

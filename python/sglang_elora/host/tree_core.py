@@ -315,20 +315,21 @@ class EloraTreeCore(OrderedTreeCore):
         """Give the adapter its slots (int64 ``[num_slots]``); a pinned one is locked with them."""
         node = self.node_of(uid)
         adapter = node.adapter
-        assert not adapter.resident and len(slots) == adapter.num_slots, adapter
+        num_slots = adapter.num_slots
+        assert not adapter.resident and slots.shape == (num_slots,), adapter
         data = node.component_data[FULL]
         data.value = slots.clone()
         sizes = (
             self.component_protected_size_ if data.lock_ref > 0 else self.component_evictable_size_
         )
-        sizes[FULL] += len(slots)
+        sizes[FULL] += num_slots
         adapter.resident = True
         self.forest.num_resident += 1
         self.recount(node)
         self.counts["adapter_loads"] += 1
         if time.monotonic() - adapter.evicted_s < CHURN_S:
             self.counts["adapter_churn"] += 1
-        self._fill(len(slots))
+        self._fill(num_slots)
         node.last_access_time = get_and_increase_time_counter()
         if adapter.pinned:
             self.inc_full_pin(node.id)

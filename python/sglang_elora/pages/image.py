@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -28,12 +28,25 @@ class AdapterImage:
     ``memory`` is ``[layers, sum of layout.plane_elems]`` of the weights' dtype: each layer holds
     its planes one after the other, so any run of layers is one piece. ``scaling`` is applied
     between A and B.
+
+    ``pieces`` are runs of layers, uint8 ``[layers, bytes of a layer]``: of one layer at least, else
+    within ``PIECE_BYTES`` and a share of ``1 / MIN_PIECES``. They are made here, once, because each
+    start of a copy reads them on the scheduler's time.
     """
 
     layout: AdapterLayout
     memory: torch.Tensor
     scaling: float
     version: str  # names the content
+    plane_bytes: tuple[int, ...] = field(init=False)  # of one layer
+    pieces: tuple[torch.Tensor, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        plane_bytes = tuple(n * self.memory.itemsize for n in self.layout.plane_elems)
+        layers = min(PIECE_BYTES // sum(plane_bytes), len(self.memory) // MIN_PIECES)
+        pieces = self.memory.view(torch.uint8).split(max(1, layers))
+        object.__setattr__(self, "plane_bytes", plane_bytes)
+        object.__setattr__(self, "pieces", pieces)
 
     @classmethod
     def build(
@@ -68,17 +81,6 @@ class AdapterImage:
     @property
     def nbytes(self) -> int:
         return int(self.memory.nbytes)
-
-    @property
-    def plane_bytes(self) -> tuple[int, ...]:
-        """Of one layer."""
-        return tuple(elems * self.memory.itemsize for elems in self.layout.plane_elems)
-
-    def pieces(self) -> tuple[torch.Tensor, ...]:
-        """Runs of layers ``[layers, ...]``: one layer at least, else within both limits."""
-        layers = min(PIECE_BYTES // self.memory[0].nbytes, len(self.memory) // MIN_PIECES)
-        pieces: tuple[torch.Tensor, ...] = self.memory.split(max(1, layers))
-        return pieces
 
 
 def _digest(layout: AdapterLayout, memory: torch.Tensor, scaling: float) -> str:

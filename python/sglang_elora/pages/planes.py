@@ -116,16 +116,16 @@ class KVPlanes:
             ValueError: The image does not fit the table or the pool.
         """
         first_layer = 0
-        for piece in image.pieces():
-            memory = piece.view(torch.uint8)
+        for memory in image.pieces:
+            num_layers, num_bytes = memory.shape[0], memory.nbytes
             if self.device.type != "cpu":
-                staged = self._staging(memory.nbytes).view(memory.shape)
+                staged = self._staging(num_bytes).view(memory.shape)
                 memory = staged.copy_(memory, non_blocking=True)
             if first_layer == 0:
                 before_slots()
             self._to_slots(memory, table, image.plane_bytes, first_layer)
-            first_layer += len(piece)
-            after_piece(first_layer, memory.nbytes)
+            first_layer += num_layers
+            after_piece(first_layer, num_bytes)
 
     def _to_slots(
         self, memory: torch.Tensor, table: PageTable, plane_bytes: tuple[int, ...], first_layer: int

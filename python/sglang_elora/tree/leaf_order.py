@@ -12,6 +12,8 @@ Node = TypeVar("Node")
 _SLACK = 64
 _FEW = 8
 _REFRESHED = 1
+_MOST_RANKED = 16
+"""Kinds per search, some 5 us each."""
 
 
 def _one_kind(node: Any) -> Hashable:
@@ -44,7 +46,8 @@ class LeafOrder(set[Node]):
         kind: A node's kind; one for all by default.
         rank: Of a kind and a priority: what kinds are compared by. It rises with the priority, and
             may change with time: where kinds are few that is seen at once, else when ``refresh``
-            comes round to them.
+            comes round to them. When the ranks of many change together, a search looks at so many
+            of them as it has time for and takes the lowest of these; later ones look on.
     """
 
     def __init__(
@@ -142,12 +145,20 @@ class LeafOrder(set[Node]):
                 return (kind,)
         if len(self._heaps) <= _FEW:
             self._stale.update(dict.fromkeys(self._heaps))
-        fresh = set()
+        fresh: dict[Hashable, Any] = {}  # ranks found by this search
+        left = _MOST_RANKED
         while True:
-            while self._stale:
+            while self._stale and left:
                 kind = self._stale.popitem()[0]
-                self._rank_anew(kind)
-                fresh.add(kind)
+                fresh.pop(kind, None)
+                if (rank := self._rank_anew(kind)) is not None:
+                    fresh[kind] = rank
+                left -= 1
+            if not left and self._stale:
+                if fresh:
+                    return (min(fresh, key=fresh.__getitem__),)
+                left = _MOST_RANKED
+                continue
             if not self._ranking:
                 return None
             rank, number, kind = self._ranking[0]
@@ -162,17 +173,20 @@ class LeafOrder(set[Node]):
             if not self._stale:  # else other tops have changed by the search
                 return (kind,)
 
-    def _rank_anew(self, kind: Hashable) -> None:
+    def _rank_anew(self, kind: Hashable) -> Any:
+        """Its rank, or None if nothing is left of it."""
         top = self._top(kind) if kind in self._heaps else None
         if top is None:
             self._ranked.pop(kind, None)
-            return
+            return None
+        rank = self._rank(kind, top[0])
         self._num_entries += 1
         self._ranked[kind] = self._num_entries
-        heapq.heappush(self._ranking, (self._rank(kind, top[0]), self._num_entries, kind))
+        heapq.heappush(self._ranking, (rank, self._num_entries, kind))
         if len(self._ranking) > 2 * len(self._ranked) + _SLACK:
             self._ranking = [item for item in self._ranking if self._ranked.get(item[2]) == item[1]]
             heapq.heapify(self._ranking)
+        return rank
 
     def _top(self, kind: Hashable) -> tuple[Any, int, Node] | None:
         """The lowest entry of a kind, with its node's present priority."""
