@@ -1,33 +1,70 @@
-"""The largest factor on a trace's rate that a side bears."""
+"""The largest rate that a side bears: one run of a trace that becomes faster and faster."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+WINDOW_S = 8.0
 
 
-def largest_factor(
-    bears: Callable[[float], bool], low: float, high: float, num_steps: int
+@dataclass(frozen=True, slots=True)
+class Rise:
+    """How a trace of ``duration_s`` is made faster: by a factor that rises from ``low`` to
+    ``high``, by equal ratios in equal times of that trace.
+
+    Raises:
+        ValueError: Unless 0 < low < high.
+    """
+
+    low: float
+    high: float
+    duration_s: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high:
+            raise ValueError(f"rate factors must be 0 < low < high, got {self.low} and {self.high}")
+
+    @property
+    def _growth(self) -> float:
+        return math.log(self.high / self.low) / self.duration_s
+
+    @property
+    def new_duration_s(self) -> float:
+        return self.new_time(self.duration_s)
+
+    def factor(self, time_s: float) -> float:
+        """At a time of the trace that is made faster."""
+        return self.low * math.exp(self._growth * min(time_s, self.duration_s))
+
+    def new_time(self, time_s: float) -> float:
+        """Where a moment of that trace is in the new one."""
+        return (1 - math.exp(-self._growth * time_s)) / (self.low * self._growth)
+
+    def factor_at(self, new_time_s: float) -> float:
+        """At a time of the new trace."""
+        return self.low / (1 - self.low * self._growth * new_time_s)
+
+
+def peak_factor(
+    ttft: Sequence[tuple[float, float]], rise: Rise, bar_s: float, window_s: float = WINDOW_S
 ) -> float | None:
-    """Bisection between two factors, in logarithms, since rates compare by ratio.
+    """The factor up to which mean TTFT stays under the bar, for all windows behind are above it.
 
     Args:
-        bears: Whether a rate ``factor`` times the trace's is borne; each call is a run of a server.
-        num_steps: Calls after the first two; each halves the interval.
+        ttft: (when it was due, seconds to the first token) of each request; infinity for an error.
 
     Returns:
-        The largest factor that was borne, None if ``low`` was not.
+        At the end of the last window whose mean is below the bar, ``rise.high`` at most; None if
+        there is none.
     """
-    if not 0 < low < high:
-        raise ValueError(f"rate factors must be 0 < low < high, got {low} and {high}")
-    if not bears(low):
+    windows: dict[int, list[float]] = {}
+    for due_s, ttft_s in ttft:
+        windows.setdefault(int(due_s / window_s), []).append(ttft_s)
+    under = [i for i, found in windows.items() if statistics.mean(found) < bar_s]
+    if not under:
         return None
-    if bears(high):
-        return high
-    for _ in range(num_steps):
-        middle = math.sqrt(low * high)
-        if bears(middle):
-            low = middle
-        else:
-            high = middle
-    return low
+    end_s = min((max(under) + 1) * window_s, rise.new_duration_s)
+    return rise.factor_at(end_s)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from driver import Record
-from figures import Spread, figures, medians, ratios, table
+from figures import Spread, counted, figures, medians, ratios, table
 
 TUNED = "stock-tuned:"
 BEST = "best static split"
@@ -61,7 +61,7 @@ def read(folder: Path) -> list[Result]:
     plain = (path.read_bytes() for path in sorted(folder.glob("*.json")))
     packed = (gzip.decompress(path.read_bytes()) for path in sorted(folder.glob("*.json.gz")))
     rows = map(json.loads, itertools.chain(plain, packed))
-    return [Result.from_row(row) for row in rows if "records" in row]
+    return [Result.from_row(row) for row in rows if "peak_factor" not in row]
 
 
 def summary(results: Sequence[Result]) -> str:
@@ -74,6 +74,7 @@ def summary(results: Sequence[Result]) -> str:
     for (ours, stock), found in compared(results).items():
         figures_of = ", ".join(f"{name} {spread}" for name, spread in found.items())
         lines.append(f"{ours} / {stock}: {figures_of}")
+    lines += filter(None, [adapter_cold(results)])
     return "\n".join(lines)
 
 
@@ -104,6 +105,38 @@ def across(blocks: Mapping[str, Sequence[Result]]) -> str:
             )
             lines.append(f"{' / '.join(pair)}: {', '.join(means)}")
     return "\n".join(lines)
+
+
+def adapter_cold(results: Sequence[Result]) -> str:
+    """Of one workload: what adapter loads add to mean TTFT, run by run, for each side that was also
+    played with loads that block and with loads that take no time (variants.py)."""
+    runs, lines = _by_side(results), []
+    for side in runs:
+        by_run = [runs[name] for name in (side, f"{side}+blocking", f"{side}+free") if name in runs]
+        if len(by_run) < 3:
+            continue
+        found = [
+            _cold_ms(*(of[run] for of in by_run)) for run in set.intersection(*map(set, by_run))
+        ]
+        ours, blocking = (statistics.mean(column) for column in zip(*found, strict=True))
+        each = ", ".join(f"{a:.2f} of {b:.2f}" for a, b in found)
+        lines.append(
+            f"{side}: adapter loads add {ours:.2f} ms to mean TTFT, {blocking:.2f} ms where they "
+            f"block: {1 - ours / blocking:.1%} less (ms by run: {each})"
+        )
+    return "\n".join(lines)
+
+
+def _cold_ms(ours: Result, blocking: Result, free: Result) -> tuple[float, float]:
+    """Mean TTFT above that with loads that take no time, over requests that all have answered."""
+    sides = [{r.key: r for r in counted(x.records, x.duration_s)} for x in (ours, blocking, free)]
+    keys = [
+        key
+        for key in sorted(set.intersection(*map(set, sides)))
+        if all(side[key].ttft_s is not None for side in sides)
+    ]
+    means = [1e3 * statistics.mean(side[key].ttft_s or 0.0 for key in keys) for side in sides]
+    return means[0] - means[2], means[1] - means[2]
 
 
 def best_split(runs: Mapping[str, Mapping[int, Result]]) -> str | None:

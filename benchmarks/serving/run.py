@@ -6,14 +6,16 @@
 
 Each (workload, run, side) has a fresh server; the sides of a run follow each other, and their order
 rotates from run to run. A file per run holds all requests; report.py reads them. --sweep-slots
-adds a stock-tuned side for each number of slots that leaves room for KV. --peak searches instead
-how much faster than the trace each side can go with its mean TTFT below --bar-ms.
+adds a stock-tuned side for each number of slots that leaves room for KV. With --peak the trace
+becomes faster and faster, from --peak-range's first to its second factor, and what is asked for is
+how far mean TTFT stays below --bar-ms.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -31,10 +33,10 @@ ensure_torchvision_importable()
 
 from bench import Bench, EmulatedLink  # noqa: E402
 from figures import table  # noqa: E402
-from peak import largest_factor  # noqa: E402
+from peak import Rise, peak_factor  # noqa: E402
 from report import TUNED, Result, report  # noqa: E402
 from sides import Side, Sizes  # noqa: E402
-from workload import TURNS_PER_S, WORKLOADS, Trace, make_trace  # noqa: E402
+from workload import COLD, TURNS_PER_S, WORKLOADS, Trace, make_trace  # noqa: E402
 
 from bench_radix_cache import machine  # noqa: E402
 
@@ -54,24 +56,16 @@ class Runner:
         return Result.from_row(row)
 
     def find_peak(
-        self, side: Side, trace: Trace, number: int, bar_ms: float, limits: tuple[float, float, int]
+        self, side: Side, trace: Trace, number: int, rise: Rise, bar_ms: float
     ) -> float | None:
-        """The rate factor below which mean TTFT stays under the bar, and a file of all probes."""
+        """The rate factor up to which mean TTFT stays under the bar, and a file of the run."""
         name = f"peak-{trace.workload.name}-{side.name.replace(':', '_')}-{number}"
-        probes: list[dict[str, Any]] = []
-
-        def bears(factor: float) -> bool:
-            row = self._row(side, trace.faster(factor), number, f"{name}-{factor:.2f}.log")
-            figures = Result.from_row(row).figures()
-            probes.append({"factor": factor, **figures})
-            print(table({f"{side.name} x{factor:.2f}": figures}), flush=True)
-            mean_ms = figures["ttft_mean_ms"]
-            return mean_ms is not None and mean_ms < bar_ms and not figures["errors"]
-
-        factor = largest_factor(bears, *limits)
-        found = {"peak_factor": factor, "bar_ms": bar_ms, "probes": probes}
-        facts = {**self._facts, "side": side.name, "run": number, "trace": trace.facts()}
-        (self._out / f"{name}.json").write_text(json.dumps({**facts, **found}) + "\n")
+        row = self._row(side, trace.rising(rise.low, rise.high), number, f"{name}.log")
+        records = Result.from_row(row).records
+        ttft = [(r.due_s, math.inf if r.ttft_s is None else r.ttft_s) for r in records]
+        factor = peak_factor(ttft, rise, bar_ms / 1e3)
+        found = {"peak_factor": factor, "bar_ms": bar_ms, "rise": asdict(rise), **row}
+        (self._out / f"{name}.json").write_text(json.dumps(found) + "\n")
         return factor
 
     def _row(self, side: Side, trace: Trace, number: int, log_name: str) -> dict[str, Any]:
@@ -114,7 +108,9 @@ def feasible(bench: Bench, names: list[str], swept: list[str], trace: Trace) -> 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument(
+        "--workloads", nargs="+", choices=[*WORKLOADS, COLD.name], default=[*WORKLOADS]
+    )
     parser.add_argument("--sides", nargs="+", default=["stock-default", "elora:elora"])
     parser.add_argument("--sweep-slots", nargs="+", type=int, default=[])
     parser.add_argument("--runs", type=int, default=3)
@@ -126,8 +122,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--link", type=Path, help="what calibrate.py wrote; no link without it")
     parser.add_argument("--peak", action="store_true")
     parser.add_argument("--bar-ms", type=float, default=500.0)
-    parser.add_argument("--peak-range", type=float, nargs=2, default=[0.5, 4.0])
-    parser.add_argument("--peak-steps", type=int, default=4)
+    parser.add_argument("--peak-range", type=float, nargs=2, default=[0.5, 2.5])
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
@@ -145,15 +140,15 @@ def main() -> None:
         for number in range(options.seed, options.seed + options.runs):
             for name in options.workloads:
                 trace = make_trace(
-                    replace(WORKLOADS[name], num_adapters=options.adapters),
+                    replace({**WORKLOADS, COLD.name: COLD}[name], num_adapters=options.adapters),
                     turns_per_s=options.load * TURNS_PER_S[name],
                     duration_s=options.duration,
                     seed=number,
                 )
                 for side in rotated(feasible(bench, options.sides, swept, trace), number):
                     if options.peak:
-                        limits = (*options.peak_range, options.peak_steps)
-                        factor = runner.find_peak(side, trace, number, options.bar_ms, limits)
+                        rise = Rise(*options.peak_range, trace.duration_s)
+                        factor = runner.find_peak(side, trace, number, rise, options.bar_ms)
                         print(f"{name} {side.name} {number}: peak factor {factor}", flush=True)
                         continue
                     results.append(runner.run(side, trace, number))

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peak import Rise
+
 FIRST_TOKEN = 3  # below are the special ones
 GROWS_AT = 2 / 3  # of the duration
 NOMINAL_ANSWER_S = 0.5  # assumed only to say what a session has done before the trace begins
@@ -72,8 +74,12 @@ TRANSLATION = Workload(
     "translation", (20, 60), 120, 16, (1, 2), 4.0, moves=32, zipf=0.7, active=(29 / 64, 48 / 64)
 )
 AGENT = Workload("agent", (300, 600), 70, 12, (6, 12), 8.0, moves=4)
+COLD = Workload(
+    "cold", (8, 16), 200, 16, (1, 1), 1.0, moves=0, zipf=0.0, user_spread=0.2, start_cv=1.0
+)
+"""Nothing to reuse but adapters, and these asked for at random: for what a load costs a request."""
 WORKLOADS: Mapping[str, Workload] = {w.name: w for w in (CHAT, TRANSLATION, AGENT)}
-TURNS_PER_S: Mapping[str, float] = {"chat": 6.0, "translation": 9.0, "agent": 7.0}
+TURNS_PER_S: Mapping[str, float] = {"chat": 6.0, "translation": 9.0, "agent": 7.0, "cold": 6.0}
 """What makes stock SGLang, well tuned, take about 200 ms to the first token on two cores."""
 
 
@@ -138,22 +144,22 @@ class Trace:
         moments = [(0.5 + i) / 20 * self.duration_s for i in range(20)]
         return sum(map(self.live_kv_tokens, moments)) / len(moments)
 
-    def faster(self, factor: float) -> Trace:
-        """The same sessions with all times but those of the server divided by ``factor``."""
+    def rising(self, low: float, high: float) -> Trace:
+        """The same sessions, ever faster: what takes time on the client's side is divided by a
+        factor that rises from ``low`` to ``high`` (``peak.Rise``)."""
+        rise = Rise(low, high, self.duration_s)
         sessions = tuple(
             replace(
                 session,
-                start_s=session.start_s / factor,
-                turns=tuple(replace(turn, think_s=turn.think_s / factor) for turn in session.turns),
+                start_s=rise.new_time(session.start_s),
+                turns=tuple(
+                    replace(turn, think_s=turn.think_s / rise.factor(due_s))
+                    for turn, due_s in zip(session.turns, _due(session), strict=True)
+                ),
             )
             for session in self.sessions
         )
-        return replace(
-            self,
-            turns_per_s=self.turns_per_s * factor,
-            duration_s=self.duration_s / factor,
-            sessions=sessions,
-        )
+        return replace(self, duration_s=rise.new_duration_s, sessions=sessions)
 
     def facts(self) -> dict[str, Any]:
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections import Counter
@@ -12,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks/serving"))
 
-from peak import largest_factor
+from peak import Rise, peak_factor
 from workload import (
     AGENT,
     CHAT,
@@ -48,16 +49,27 @@ def test_jsonl_round_trip(workload: Workload, tmp_path: Path) -> None:
 
 
 @EACH
-def test_faster_divides_times_and_nothing_else(workload: Workload) -> None:
+def test_a_rising_trace_has_the_same_sessions_ever_faster(workload: Workload) -> None:
     trace = short(workload)
-    twice = trace.faster(2)
-    assert (twice.duration_s, twice.turns_per_s) == (30, 8)
-    for slow, fast in zip(trace.sessions, twice.sessions, strict=True):
-        assert fast.start_s == slow.start_s / 2
-        assert [t.think_s for t in fast.turns] == [t.think_s / 2 for t in slow.turns]
-        assert replace(fast, start_s=0, turns=()) == replace(slow, start_s=0, turns=())
-        assert [t.new_tokens for t in fast.turns] == [t.new_tokens for t in slow.turns]
-    assert twice.faster(0.5) == trace
+    fast = trace.rising(0.5, 2.0)
+    rise = Rise(0.5, 2.0, trace.duration_s)
+    assert fast.duration_s == pytest.approx(rise.new_time(60)) == pytest.approx(64.92, abs=0.01)
+    for old, new in zip(trace.sessions, fast.sessions, strict=True):
+        assert new.start_s == pytest.approx(rise.new_time(old.start_s))
+        assert replace(new, start_s=0, turns=()) == replace(old, start_s=0, turns=())
+        for before, after in zip(old.turns, new.turns, strict=True):
+            assert before.think_s / 2.0 <= after.think_s <= before.think_s / 0.5
+            assert replace(after, think_s=0) == replace(before, think_s=0)
+
+
+def test_the_factor_of_a_rise_by_hand() -> None:
+    """From 1/2 to 2 in 60 s: 1 in the middle, which the new trace reaches after 43.28 s."""
+    rise = Rise(0.5, 2.0, 60.0)
+    assert [rise.factor(t) for t in (0, 30, 60, 90)] == pytest.approx([0.5, 1, 2, 2])
+    assert rise.new_time(30) == pytest.approx(60 / 2 / math.log(2), abs=0.01)
+    assert [rise.factor_at(rise.new_time(t)) for t in (0, 30, 60)] == pytest.approx([0.5, 1, 2])
+    with pytest.raises(ValueError, match="low < high"):
+        Rise(2.0, 1.0, 60.0)
 
 
 @EACH
@@ -137,18 +149,12 @@ def test_live_kv_counts_who_comes_back() -> None:
     assert trace.num_turns == 4
 
 
-@pytest.mark.parametrize(
-    ("limit", "expected"), [(0.4, None), (9, 4), (1.0, 1.0), (1.5, 2**0.5), (2.9, 8**0.5)]
-)
-def test_peak_by_bisection(limit: float, expected: float | None) -> None:
-    """Three octaves in three halvings: the answer is at most 3/8 of an octave too low."""
-    calls: list[float] = []
-
-    def bears(factor: float) -> bool:
-        calls.append(factor)
-        return factor <= limit * 1.0001
-
-    found = largest_factor(bears, 0.5, 4.0, 3)
-    assert found == (None if expected is None else pytest.approx(expected, rel=0.25))
-    assert found is None or found <= limit * 1.0001
-    assert len(calls) <= 5
+def test_the_peak_is_behind_the_last_window_under_the_bar() -> None:
+    rise = Rise(0.5, 2.0, 60.0)
+    slow_at_first = [(1.0, 0.9), (11.0, 0.1), (21.0, 0.3), (29.0, 0.5), (31.0, 0.6), (41.0, 3.0)]
+    found = peak_factor(slow_at_first, rise, bar_s=0.5, window_s=10.0)
+    assert found == pytest.approx(rise.factor_at(30.0))
+    failed = [*slow_at_first[:2], (21.0, math.inf)]
+    assert peak_factor(failed, rise, 0.5, 10.0) == pytest.approx(rise.factor_at(20.0))
+    assert peak_factor([(1.0, 0.9)], rise, 0.5) is None
+    assert peak_factor([(64.0, 0.1)], rise, 0.5) == pytest.approx(2.0)
