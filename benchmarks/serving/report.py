@@ -4,7 +4,8 @@
 
 Per workload: a row per side, medians over its runs; then each side of ELORA over each stock one,
 run by run. Of several static splits the one with the lowest mean TTFT is named the best. With
---window also the mean TTFT over time, of all runs together, in windows of so many seconds.
+--window also the mean TTFT over time, of all runs together, in windows of so many seconds, and how
+long a side takes to get over a step in the number of active adapters.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from typing import Any
 
 from driver import Record
 from figures import Spread, counted, figures, medians, ratios, table
+from workload import GROWS_AT, WORKLOADS
 
 TUNED = "stock-tuned:"
 BEST = "best static split"
+RECOVERED = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +59,22 @@ class Result:
         return figures(self.records, self.duration_s, self.before, self.after)
 
 
-def read(folder: Path) -> list[Result]:
-    """All runs in the folder, packed ones too; files of a search for the peak are left out."""
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All files of run.py in the folder, packed ones too."""
     plain = (path.read_bytes() for path in sorted(folder.glob("*.json")))
     packed = (gzip.decompress(path.read_bytes()) for path in sorted(folder.glob("*.json.gz")))
-    rows = map(json.loads, itertools.chain(plain, packed))
-    return [Result.from_row(row) for row in rows if "peak_factor" not in row]
+    return list(map(json.loads, itertools.chain(plain, packed)))
+
+
+def peaks(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Of runs with --peak: the rate up to which mean TTFT stays under the bar, by workload."""
+    lines = []
+    for row in rows:
+        workload, factor = row["trace"]["workload"]["name"], row["peak_factor"]
+        rate = "none" if factor is None else f"{factor * row['trace']['turns_per_s']:.1f} turns/s"
+        bar = f"mean TTFT under {row['bar_ms']:.0f} ms"
+        lines.append(f"{workload} {row['side']} {row['run']}: {rate} with {bar}")
+    return "\n".join(sorted(lines))
 
 
 def summary(results: Sequence[Result]) -> str:
@@ -177,6 +190,32 @@ def over_time(results: Sequence[Result], window_s: float) -> str:
     return "\n".join(["mean TTFT in ms, by seconds since the start", head, *lines])
 
 
+def after_growth(results: Sequence[Result], window_s: float) -> str:
+    """Of one workload whose active adapters grow in number: how each side takes that, all runs
+    together. It has recovered behind the last window above ``RECOVERED`` times the mean before."""
+    duration_s = results[0].duration_s
+    grows_s = GROWS_AT * duration_s
+    lines = [f"active adapters grow at {grows_s:.0f} s: mean TTFT in ms"]
+    for side, by_run in _by_side(results).items():
+        records = [r for result in by_run.values() for r in counted(result.records, duration_s)]
+        ttft = [(r.due_s, 1e3 * r.ttft_s) for r in records if r.ttft_s is not None]
+        before = statistics.mean(ms for due_s, ms in ttft if due_s < grows_s)
+        windows: dict[int, list[float]] = {}
+        for due_s, ms in ttft:
+            if due_s >= grows_s:
+                windows.setdefault(int((due_s - grows_s) / window_s), []).append(ms)
+        means = {i: statistics.mean(windows[i]) for i in sorted(windows)}
+        above = [i for i, mean in means.items() if mean > RECOVERED * before]
+        took = "0 s" if not above else f"{(above[-1] + 1) * window_s:.0f} s"
+        if above and above[-1] == max(means):
+            took = f"not within {duration_s - grows_s:.0f} s"
+        lines.append(
+            f"{side}: {before:.0f} before, {statistics.mean(means.values()):.0f} after, "
+            f"{max(means.values()):.0f} in the worst {window_s:.0f} s; recovered: {took}"
+        )
+    return "\n".join(lines)
+
+
 def _by_side(results: Sequence[Result]) -> dict[str, dict[int, Result]]:
     runs: dict[str, dict[int, Result]] = {}
     for result in results:
@@ -200,12 +239,19 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--window", type=float, help="seconds")
     options = parser.parse_args()
-    results = read(options.folder)
-    print(report(results))
+    rows = read(options.folder)
+    if found := [row for row in rows if "peak_factor" in row]:
+        print(peaks(found))
+    results = [Result.from_row(row) for row in rows if "peak_factor" not in row]
+    if results:
+        print(report(results))
     if options.window is not None:
         for name in dict.fromkeys(result.workload for result in results):
             mine = [result for result in results if result.workload == name]
             print(f"\n{name}: {over_time(mine, options.window)}")
+            first, last = WORKLOADS[name].active if name in WORKLOADS else (1.0, 1.0)
+            if first != last:
+                print(f"\n{name}: {after_growth(mine, options.window)}")
 
 
 if __name__ == "__main__":

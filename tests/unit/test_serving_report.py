@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks/serving"))
 
 from driver import Record
-from report import Result, adapter_cold, summary
+from report import Result, adapter_cold, after_growth, summary
 
 DURATION_S = 100.0
 
@@ -52,3 +52,18 @@ def test_what_loads_add_is_over_requests_that_all_three_answered_after_the_warm_
 
 def test_without_all_three_there_is_nothing_to_say() -> None:
     assert adapter_cold([run_of("elora:lru", 0, {30: 12}), run_of("elora:lru+free", 0, {})]) == ""
+
+
+def test_a_side_has_recovered_behind_the_last_window_far_above_what_was_before() -> None:
+    """Adapters grow in number at 66.7 s; 100 ms before, so that 150 is the mark."""
+    calm = {30: 100.0, 60: 100.0}
+    results = [
+        run_of("late", 0, {**calm, 70: 120, 75: 400, 80: 160, 90: 140}),
+        run_of("at once", 0, {**calm, 70: 149, 90: 100}),
+        run_of("never", 0, {**calm, 70: 100, 99: 200}),
+    ]
+    head, late, at_once, never = after_growth(results, window_s=5.0).splitlines()
+    assert head == "active adapters grow at 67 s: mean TTFT in ms"
+    assert late == "late: 100 before, 205 after, 400 in the worst 5 s; recovered: 15 s"
+    assert at_once == "at once: 100 before, 124 after, 149 in the worst 5 s; recovered: 0 s"
+    assert never == "never: 100 before, 150 after, 200 in the worst 5 s; recovered: not within 33 s"
