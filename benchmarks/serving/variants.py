@@ -34,21 +34,32 @@ def late() -> None:
 
 
 def branch() -> None:
+    def start(result: None, self: Any, num_tokens: int) -> None:
+        self.tokens_asked = num_tokens
+
+    def take(original: Callable[..., Any], self: Any, tracker: Any, *frees: Any) -> Any:
+        self.tracker = tracker
+        return original(self, tracker, *frees)
+
     def next_leaf(original: Callable[..., Any], self: Any) -> Any:
         """As many calls as it takes until the adapter of the first leaf has gone."""
         uid = getattr(self, "open_branch", None)
         if uid is not None:
             leaf = _leaf_under(self.tree_core, uid)
-            if leaf is None:  # SGLang asks again if that was not enough
-                self.open_branch, self._tokens_wanted = None, self.tokens_asked
-            return leaf
+            if leaf is not None:
+                return leaf
+            self.open_branch, self._tokens_wanted = None, self.tokens_asked
+            if self.tracker[self.component_type] >= self.tokens_asked:
+                return None
         leaf = original(self)
         if leaf is not None and leaf.item.group is not None and not leaf.item.is_adapter:
-            self.open_branch = leaf.item.group
-            self.tokens_asked, self._tokens_wanted = self._tokens_wanted, sys.maxsize
+            self.open_branch, self._tokens_wanted = leaf.item.group, sys.maxsize
         return leaf
 
-    _hook("sglang_elora.host.full_component.EloraFullComponent._next_leaf", next_leaf, "AROUND")
+    component = "sglang_elora.host.full_component.EloraFullComponent"
+    _hook(f"{component}._evict_device_start", start, "AFTER")
+    _hook(f"{component}._evict_device_next_node", take, "AROUND")
+    _hook(f"{component}._next_leaf", next_leaf, "AROUND")
 
 
 VARIANTS: dict[str, Callable[[], None]] = {f.__name__: f for f in (blocking, free, branch, late)}
