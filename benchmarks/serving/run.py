@@ -122,7 +122,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--link", type=Path, help="what calibrate.py wrote; no link without it")
     parser.add_argument("--peak", action="store_true")
     parser.add_argument("--bar-ms", type=float, default=500.0)
-    parser.add_argument("--peak-range", type=float, nargs=2, default=[0.5, 2.5])
+    parser.add_argument("--peak-range", type=float, nargs=2, default=[0.5, 5.0])
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 

@@ -255,3 +255,23 @@ def test_no_prefetch_while_somebody_waits() -> None:
     for _ in range(4):
         made.step()
     assert not made.is_resident(uid(0))
+
+
+@pytest.mark.parametrize(("prompt_tokens", "hidden"), [(30, False), (31, True)])
+def test_a_batch_need_not_wait_for_a_copy_that_its_prefill_hides(
+    prompt_tokens: int, hidden: bool
+) -> None:
+    """A batch takes 1 s and 0.1 s per token; the second copy is over when both are."""
+    made = world(8 * SLOTS)
+    costs = made.measure.costs
+    costs.batch, costs.recompute = 1.0, 0.1
+    costs.load, costs.load_latency = 2.0 / SLOTS, 0.05  # two copies in 4.05 s
+    made.arrive(uid(0))
+    req = made.arrive(uid(1), prompt_tokens)
+    made.step()
+    busy = SimpleNamespace(can_run_list=[object()])
+    copy = made.residency.copies[uid(1)]
+    assert made.swapper.is_hidden(copy, req, busy) is hidden
+    assert made.swapper.is_hidden(made.residency.copies[uid(0)], req, busy)
+    idle = SimpleNamespace(can_run_list=[], running_batch=SimpleNamespace(is_empty=lambda: True))
+    assert made.swapper.is_hidden(copy, req, idle)  # there is nothing else to do

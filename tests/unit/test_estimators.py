@@ -83,7 +83,9 @@ def test_prefill_cost_is_found_again() -> None:
         attended = sum(new * (cached + new / 2) for new, cached in batch)
         seconds = 4e-3 + 90e-6 * sum(new for new, _ in batch) + 8e-9 * attended
         cost.add(batch, seconds * rng.uniform(0.95, 1.05))
-    assert cost.per_token == pytest.approx(90e-6 + 8e-9 * 2500, rel=0.1)  # half of 1,000 new ones
+    token, batch_alone = cost.rates()
+    assert token == pytest.approx(90e-6 + 8e-9 * 2500, rel=0.1)  # half of 1,000 new ones
+    assert batch_alone == pytest.approx(4e-3, abs=4e-3)  # little beside 200 ms
     assert cost.seconds(1000, 500) == pytest.approx(4e-3 + 90e-3 + 8e-6 * 1000, rel=0.05)
 
 
@@ -92,7 +94,7 @@ def test_prefill_cost_follows_a_change() -> None:
     for per_token in (30e-6, 120e-6):
         for i in range(800):
             cost.add([(100 + i % 7 * 50, 0)], per_token * (100 + i % 7 * 50))
-    assert cost.per_token == pytest.approx(120e-6, rel=0.1)
+    assert cost.rates()[0] == pytest.approx(120e-6, rel=0.1)
 
 
 def test_one_size_alone_does_not_upset_the_fit() -> None:
@@ -101,7 +103,7 @@ def test_one_size_alone_does_not_upset_the_fit() -> None:
     for _ in range(200):
         cost.add([(256, 0)], 10e-3)
     assert cost.seconds(256, 0) == pytest.approx(10e-3, rel=0.05)
-    assert 0 < cost.per_token < 1.01 * 10e-3 / 256
+    assert 0 < cost.rates()[0] < 1.01 * 10e-3 / 256
 
 
 def test_short_turns_behind_long_contexts_do_not_make_tokens_free() -> None:
@@ -110,11 +112,11 @@ def test_short_turns_behind_long_contexts_do_not_make_tokens_free() -> None:
     for _ in range(300):
         new, cached = rng.choice([(rng.randint(40, 150), rng.randint(300, 1500)), (500, 0)])
         cost.add([(new, cached)], 10e-3 + 150e-6 * new + 40e-9 * (new + cached) ** 2)
-    assert 100e-6 < cost.per_token < 400e-6
+    assert 100e-6 < cost.rates()[0] < 400e-6
 
 
 def test_before_anything_is_measured_the_start_is_returned() -> None:
-    assert PrefillCost(50e-6).per_token == pytest.approx(50e-6)
+    assert PrefillCost(50e-6).rates()[0] == pytest.approx(50e-6)
     assert LinkCost(3e-6, 20e-6).rates()[0] == pytest.approx(3e-6)
     assert LinkCost(3e-6, 20e-6).rates()[1] == pytest.approx(20e-6)
 

@@ -40,15 +40,14 @@ class PrefillCost:
         constant, token, context = self._fit.coefficients()
         return constant + num_new * (token + context * (num_cached + num_new / 2))
 
-    @property
-    def per_token(self) -> float:
-        """Seconds that one more token takes behind as many others as is usual.
+    def rates(self) -> tuple[float, float]:
+        """Seconds of one more token behind as many others as is usual, and of a batch without any.
 
-        That is known where its parts are not: batches in which long contexts meet few new tokens
-        tell the two apart badly.
+        The first is known where its parts are not: batches in which long contexts meet few new
+        tokens tell the two apart badly.
         """
-        _, token, context = self._fit.coefficients()
-        return token + context * self._usual_context
+        constant, token, context = self._fit.coefficients()
+        return token + context * self._usual_context, constant
 
 
 class LinkCost:

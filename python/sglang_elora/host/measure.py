@@ -77,7 +77,7 @@ class Measure:
         if rest or turn > 2:
             return False
         if turn == 0:
-            (self.costs.recompute,) = self._of_first_rank(self._prefill.per_token)
+            self.costs.recompute, self.costs.batch = self._of_first_rank(*self._prefill.rates())
         elif turn == 1:
             self.costs.load, self.costs.load_latency = self._of_first_rank(*self._link.rates())
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +23,6 @@ logger = logging.getLogger(__name__)
 
 COPY_WORK = 1
 """What the start of a copy counts as, in evictions of leaves, which take a scheduler as long."""
-
-ROOM_PER_LOAD = 1.25
-"""Of the usual size of a load, which shares the free room with the batches' new tokens."""
 
 EXPECTED_WITHIN = 1.0
 """Turnovers of the pool after a load, within which another is expected."""
@@ -51,8 +48,8 @@ COUNTS = (
 )
 """Counted since the start, by whoever does it, in the tree core's ``counts``."""
 
-_USUAL_LOADS = 8
-"""Loads that the usual size of one is the running mean of."""
+_LAST_LOADS = 8
+"""Room is kept for the largest of them."""
 
 
 class PoolTooSmall(ValueError):
@@ -112,7 +109,7 @@ class Residency:
         self._copy_stream = make_copy_stream(self._device)
         self._names: dict[str, str] = {}
         self._put_off: str | None = None  # adapter whose copy was due in the step before
-        self._usual_slots = 0.0  # that a load takes
+        self._last_loads: deque[int] = deque(maxlen=_LAST_LOADS)  # their slots
         self._placed_at = 0.0  # the last one, by the policy's clock
         self.work_left = sys.maxsize  # for ``place``: evictions of leaves; whoever calls it sets it
 
@@ -214,13 +211,13 @@ class Residency:
         self.core.place(uid, slots)
         self.copies[uid] = self._start_copy(uid, node.slots, adapter.num_slots)
         self.core.counts["adapter_slots_from_host"] += adapter.num_slots
-        self._usual_slots += (adapter.num_slots - self._usual_slots) / _USUAL_LOADS
+        self._last_loads.append(adapter.num_slots)
         self._placed_at = self.core.clock
         logger.info("load %s into %d slots", self.name_of(uid), adapter.num_slots)
         return True
 
     def keep_room(self, most_leaves: int) -> bool:
-        """Evict a little KV that goes next, until a load of the usual size would find its room.
+        """Evict a little KV that goes next, until a load like the last ones would find its room.
 
         A load that has to make its room first takes several steps for it. While no adapter comes,
         none is expected, and nothing is evicted. What has to be copied to the host first stays,
@@ -229,7 +226,7 @@ class Residency:
         Returns:
             Whether something was evicted.
         """
-        shortfall = int(ROOM_PER_LOAD * self._usual_slots) - self.allocator.available_size()
+        shortfall = max(self._last_loads, default=0) - self.allocator.available_size()
         if shortfall <= 0 or self.core.clock - self._placed_at > EXPECTED_WITHIN:
             return False
         with self.core.full.sparing(sys.maxsize, most_leaves, adapters=True):

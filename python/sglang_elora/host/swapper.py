@@ -111,9 +111,7 @@ class Swapper:
     def prepare(self) -> None:
         """One of what makes later steps shorter. A batch has just begun, or none is to run."""
         is_done = (
-            self._measure.take_over()
-            or self._core.learn()
-            or self.residency.keep_room(ROOM_LEAVES)
+            self._measure.take_over() or self._core.learn() or self.residency.keep_room(ROOM_LEAVES)
         )
         if not is_done:
             self._copy_ahead()
@@ -132,7 +130,7 @@ class Swapper:
             if other is copy:
                 break
         copying = slots * costs.load + costs.load_latency
-        return copying <= len(req.origin_input_ids) * costs.recompute
+        return copying <= costs.batch + len(req.origin_input_ids) * costs.recompute
 
     def used(self, uid: str) -> None:
         """A request with this adapter runs."""

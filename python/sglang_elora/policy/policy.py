@@ -20,7 +20,7 @@ from sglang_elora.policy.item import Item
 
 @dataclass(slots=True)
 class Costs:
-    """Seconds per slot, as measured so far. Set by their owner, read by policies.
+    """Seconds, per slot where nothing else is said, as measured so far. Set by their owner.
 
     The values to start with are those of an 8B model on an H200: 25,000 tokens per second of
     prefill, and 128 KiB of KV per token over a PCIe 5 link of 55 GB/s.
@@ -28,7 +28,8 @@ class Costs:
 
     recompute: float = 40e-6
     load: float = 2.4e-6
-    load_latency: float = 10e-6  # seconds per copy
+    load_latency: float = 10e-6  # per copy
+    batch: float = 1e-3  # per batch of prefill, beside what its tokens take
 
     def load_of(self, item: Item) -> float:
         """Seconds per slot to bring an item back from the host."""
