@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from driver import Played, play
-from sides import SHAPE, Side, Sizes, adapter_specs, common_flags, make_side
+from sides import Side, Sizes, adapter_specs, common_flags, make_side
 from variants import write_plugin
 from workload import Trace
 
@@ -45,7 +45,7 @@ class Bench:
         self, folder: Path, num_adapters: int, sizes: Sizes, link: EmulatedLink | None
     ) -> None:
         silence_progress_bars()
-        self._checkpoint = make_checkpoint(folder / "base", shape=SHAPE)
+        self._checkpoint = make_checkpoint(folder / "base", shape=sizes.shape)
         self._adapters = make_adapters(
             self._checkpoint, folder / "adapters", adapter_specs(num_adapters)
         )

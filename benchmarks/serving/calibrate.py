@@ -88,14 +88,14 @@ def fit(samples: dict[int, list[float]]) -> tuple[float, float]:
     return fitted.intercept, fitted.slope
 
 
-def link(token_s: float) -> dict[str, float]:
+def link(token_s: float, adapter_bytes: int) -> dict[str, float]:
     """Bandwidth and latency for a machine that takes ``token_s`` for one more token of prefill.
 
     The slope alone counts: the GPU's rate is one of full batches, without the cost of a step.
     """
     prefill_1000_s = 1000 * token_s
     return {
-        "gbytes_per_s": adapter_bytes(RANK) / (LOAD_SHARE * prefill_1000_s) / 1e9,
+        "gbytes_per_s": adapter_bytes / (LOAD_SHARE * prefill_1000_s) / 1e9,
         "latency_us": 1e6 * GPU_COPY_LATENCY_S * prefill_1000_s / GPU_PREFILL_1000_S,
     }
 
@@ -104,20 +104,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=Sizes().num_layers, help="of the model")
     options = parser.parse_args()
-    sizes = Sizes()
+    sizes = Sizes(num_layers=options.layers)
     with tempfile.TemporaryDirectory(prefix="calibrate-") as name:
         num_adapters = len(RANKS)
         bench = Bench(Path(name), num_adapters, sizes, link=None)
         side = make_side("stock-default", sizes, num_adapters, max(LENGTHS))
         samples = measure(bench, side, Path(name) / "server.log", options.rounds)
     step_s, token_s = fit(samples)
+    num_bytes = adapter_bytes(RANK, sizes.shape)
     found: dict[str, Any] = {
         **machine(),
-        "link": link(token_s),
+        "link": link(token_s, num_bytes),
         "prefill": {"a_ms": 1e3 * step_s, "b_ms_per_1000_tokens": 1e6 * token_s},
         "load_share": LOAD_SHARE,
-        "adapter_bytes": adapter_bytes(RANK),
+        "adapter_bytes": num_bytes,
+        "num_layers": sizes.num_layers,
         "rank": RANK,
         "samples_s": samples,
     }

@@ -1,6 +1,6 @@
 """Tables and ratios from the files that run.py wrote.
 
-    python benchmarks/serving/report.py DIR [--window 5]
+    python benchmarks/serving/report.py DIR [--window 5] [--relative-to SIDE]
 
 Per workload: a row per side, medians over its runs; then each side of ELORA over each stock one,
 run by run. Of several static splits the one with the lowest mean TTFT is named the best. With
@@ -120,6 +120,30 @@ def across(blocks: Mapping[str, Sequence[Result]]) -> str:
     return "\n".join(lines)
 
 
+def relative(blocks: Mapping[str, Sequence[Result]], base: str) -> str:
+    """Mean TTFT of each side over that of ``base``, by workload, and the mean over workloads.
+
+    Medians over the runs that both have.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name, results in blocks.items():
+        runs = _by_side(results)
+        for side in runs:
+            ratio = ratios(_records(runs[side]), _records(runs[base]), results[0].duration_s)
+            if "ttft_mean_ms" in ratio:
+                found.setdefault(side, {})[name] = ratio["ttft_mean_ms"].median
+    width = max(map(len, found))
+    lines = [f"mean TTFT over that of {base}"]
+    lines.append(" " * width + "".join(f"{name:>13}" for name in [*blocks, "mean"]))
+    for side, by_workload in found.items():
+        cells = [by_workload.get(name) for name in blocks]
+        known = [cell for cell in cells if cell is not None]
+        cells.append(statistics.mean(known) if len(known) == len(blocks) else None)
+        row = "".join(f"{'-':>13}" if cell is None else f"{cell:>13.2f}" for cell in cells)
+        lines.append(f"{side:<{width}}{row}")
+    return "\n".join(lines)
+
+
 def adapter_cold(results: Sequence[Result]) -> str:
     """Of one workload: what adapter loads add to mean TTFT, run by run, for each side that was also
     played with loads that block and with loads that take no time (variants.py)."""
@@ -164,9 +188,7 @@ def best_split(runs: Mapping[str, Mapping[int, Result]]) -> str | None:
 
 def report(results: Sequence[Result]) -> str:
     """Of each workload, and their mean."""
-    blocks: dict[str, list[Result]] = {}
-    for result in results:
-        blocks.setdefault(result.workload, []).append(result)
+    blocks = _by_workload(results)
     texts = [f"{name}\n{summary(block)}" for name, block in blocks.items()]
     return "\n\n".join([*texts, *([across(blocks)] if len(blocks) > 1 else [])])
 
@@ -216,6 +238,13 @@ def after_growth(results: Sequence[Result], window_s: float) -> str:
     return "\n".join(lines)
 
 
+def _by_workload(results: Sequence[Result]) -> dict[str, list[Result]]:
+    blocks: dict[str, list[Result]] = {}
+    for result in results:
+        blocks.setdefault(result.workload, []).append(result)
+    return blocks
+
+
 def _by_side(results: Sequence[Result]) -> dict[str, dict[int, Result]]:
     runs: dict[str, dict[int, Result]] = {}
     for result in results:
@@ -238,6 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--window", type=float, help="seconds")
+    parser.add_argument("--relative-to", help="a side: mean TTFT of all others over its")
     options = parser.parse_args()
     rows = read(options.folder)
     if found := [row for row in rows if "peak_factor" in row]:
@@ -245,9 +275,10 @@ def main() -> None:
     results = [Result.from_row(row) for row in rows if "peak_factor" not in row]
     if results:
         print(report(results))
+    if options.relative_to is not None:
+        print(f"\n{relative(_by_workload(results), options.relative_to)}")
     if options.window is not None:
-        for name in dict.fromkeys(result.workload for result in results):
-            mine = [result for result in results if result.workload == name]
+        for name, mine in _by_workload(results).items():
             print(f"\n{name}: {over_time(mine, options.window)}")
             first, last = WORKLOADS[name].active if name in WORKLOADS else (1.0, 1.0)
             if first != last:

@@ -119,6 +119,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="and number of the first run; then +1")
     parser.add_argument("--adapters", type=int, default=64)
     parser.add_argument("--stock-kv-tokens", type=int, default=Sizes().stock_kv_tokens)
+    parser.add_argument("--layers", type=int, default=Sizes().num_layers, help="of the model")
     parser.add_argument("--link", type=Path, help="what calibrate.py wrote; no link without it")
     parser.add_argument("--peak", action="store_true")
     parser.add_argument("--bar-ms", type=float, default=500.0)
@@ -129,7 +130,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    sizes = Sizes(options.stock_kv_tokens)
+    sizes = Sizes(options.stock_kv_tokens, num_layers=options.layers)
     link = None if options.link is None else EmulatedLink.load(options.link)
     swept = [f"{TUNED}{slots}" for slots in options.sweep_slots]
     results: list[Result] = []

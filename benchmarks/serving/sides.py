@@ -12,7 +12,7 @@ Stock's slots have room for the largest rank. What N of them leave of the bytes 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def adapter_specs(count: int) -> list[AdapterSpec]:
     ]
 
 
-def adapter_bytes(rank: int, shape: ModelShape = SHAPE) -> int:
+def adapter_bytes(rank: int, shape: ModelShape) -> int:
     """Weights of an adapter of all linear layers, which is also what a slot of stock's takes."""
     heads, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     hidden, mlp = shape.hidden_size, shape.intermediate_size
@@ -57,17 +57,26 @@ class Sizes:
 
     stock_kv_tokens: int = 6_144  # beside STOCK_DEFAULT_SLOTS adapter slots
     host_share: float = 2.0
+    num_layers: int = SHAPE.num_layers
+
+    @property
+    def shape(self) -> ModelShape:
+        return replace(SHAPE, num_layers=self.num_layers)
+
+    @property
+    def adapter_slot_bytes(self) -> int:
+        """Of stock's slots, which all have room for the largest rank."""
+        return adapter_bytes(max(RANKS), self.shape)
 
     @property
     def slot_bytes(self) -> int:
         """KV of one token."""
-        return 2 * SHAPE.num_layers * SHAPE.num_kv_heads * SHAPE.head_dim * _FLOAT32
+        return 2 * self.num_layers * SHAPE.num_kv_heads * SHAPE.head_dim * _FLOAT32
 
     @property
     def total_bytes(self) -> int:
-        return STOCK_DEFAULT_SLOTS * adapter_bytes(max(RANKS)) + (
-            self.stock_kv_tokens * self.slot_bytes
-        )
+        kv_bytes = self.stock_kv_tokens * self.slot_bytes
+        return STOCK_DEFAULT_SLOTS * self.adapter_slot_bytes + kv_bytes
 
     @property
     def pool_slots(self) -> int:
@@ -80,7 +89,7 @@ class Sizes:
 
     def kv_tokens(self, num_slots: int) -> int:
         """What ``num_slots`` adapter slots leave for KV; not positive if nothing."""
-        return (self.total_bytes - num_slots * adapter_bytes(max(RANKS))) // self.slot_bytes
+        return (self.total_bytes - num_slots * self.adapter_slot_bytes) // self.slot_bytes
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -89,7 +98,8 @@ class Sizes:
             "stock_kv_tokens": self.stock_kv_tokens,
             "host_kv_tokens": self.host_tokens,
             "slot_bytes": self.slot_bytes,
-            "largest_adapter_bytes": adapter_bytes(max(RANKS)),
+            "largest_adapter_bytes": self.adapter_slot_bytes,
+            "num_layers": self.num_layers,
             "ranks": RANKS,
         }
 
