@@ -80,7 +80,8 @@ COLD = Workload(
 """Nothing to reuse but adapters, and these asked for at random: for what a load costs a request."""
 WORKLOADS: Mapping[str, Workload] = {w.name: w for w in (CHAT, TRANSLATION, AGENT)}
 TURNS_PER_S: Mapping[str, float] = {"chat": 6.0, "translation": 9.0, "agent": 7.0, "cold": 6.0}
-"""What makes stock SGLang, well tuned, take about 200 ms to the first token on two cores."""
+"""What makes stock SGLang, well tuned, take about 200 ms to the first token on two cores; of cold,
+about half of what the server can do."""
 
 
 @dataclass(frozen=True, slots=True)
