@@ -74,7 +74,7 @@ class Bench:
     def play(self, side: Side, trace: Trace, log_path: Path) -> Played:
         """The trace on a fresh server."""
         with self.server(side, log_path) as server:
-            return play(server.url, trace)
+            return play(server.url, trace, names_sessions=side.names_sessions)
 
     def facts(self) -> dict[str, Any]:
         link = None if self.link is None else {"emulated": True, **self.link.env}

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -62,47 +64,73 @@ class Played:
     after: dict[str, Any] | None
 
 
-def play(url: str, trace: Trace) -> Played:
+def play(url: str, trace: Trace, *, names_sessions: bool = False) -> Played:
     """Records are in order of completion. A session ends with its first error.
 
     Turns that are due after the trace's end are not sent.
+
+    Args:
+        names_sessions: Requests name their session, and its last answer closes it.
     """
-    return asyncio.run(_play(url, trace))
+    return asyncio.run(_play(url, trace, names_sessions))
 
 
-async def _play(url: str, trace: Trace) -> Played:
+def play_closed(url: str, sessions: Sequence[Session], num_clients: int) -> Played:
+    """Each client takes the next session when its last one has ended, whatever their starts say."""
+    return asyncio.run(_play_closed(url, sessions, num_clients))
+
+
+async def _play(url: str, trace: Trace, names_sessions: bool) -> Played:
+    async with _client(url) as http:
+        player = _Player(http, trace.duration_s, names_sessions)
+        return await player.play(map(player.hold, trace.sessions))
+
+
+async def _play_closed(url: str, sessions: Sequence[Session], num_clients: int) -> Played:
+    waiting = deque(sessions)
+    async with _client(url) as http:
+        player = _Player(http)
+
+        async def hold_next() -> None:
+            while waiting:
+                session = waiting.popleft()
+                await player.hold(replace(session, start_s=player.now_s()))
+
+        return await player.play(hold_next() for _ in range(num_clients))
+
+
+def _client(url: str) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    async with httpx.AsyncClient(
-        base_url=url, timeout=_TIMEOUT_S, trust_env=False, limits=limits
-    ) as http:
-        before = await _statistics(http)
-        player = _Player(http, trace)
-        records, wall_s = await player.run()
-        return Played(records, wall_s, before, await _statistics(http))
+    return httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_S, trust_env=False, limits=limits)
 
 
 class _Player:
-    def __init__(self, http: httpx.AsyncClient, trace: Trace) -> None:
+    def __init__(
+        self, http: httpx.AsyncClient, duration_s: float = math.inf, names_sessions: bool = False
+    ) -> None:
         self._http = http
-        self._trace = trace
+        self._duration_s = duration_s
+        self._names_sessions = names_sessions
         self._records: list[Record] = []
         self._started_s = 0.0
 
-    async def run(self) -> tuple[tuple[Record, ...], float]:
+    async def play(self, parts: Iterable[Coroutine[Any, Any, None]]) -> Played:
+        before = await _statistics(self._http)
         self._started_s = time.perf_counter()
-        await asyncio.gather(*map(self._hold, self._trace.sessions))
-        return tuple(self._records), self._now_s()
+        await asyncio.gather(*parts)
+        wall_s = self.now_s()
+        return Played(tuple(self._records), wall_s, before, await _statistics(self._http))
 
-    def _now_s(self) -> float:
+    def now_s(self) -> float:
         return time.perf_counter() - self._started_s
 
-    async def _hold(self, session: Session) -> None:
+    async def hold(self, session: Session) -> None:
         history, due_s = list(session.system), session.start_s
         for number, turn in enumerate(session.turns):
             due_s += turn.think_s
-            if due_s >= self._trace.duration_s:
+            if due_s >= self._duration_s:
                 return
-            await asyncio.sleep(due_s - self._now_s())
+            await asyncio.sleep(due_s - self.now_s())
             history += turn.new_tokens
             record = await self._request(session, number, turn, history, due_s)
             self._records.append(record)
@@ -110,11 +138,13 @@ class _Player:
                 return
             history += record.output
             due_s = record.last_s
+        if self._names_sessions:
+            await self._http.post("/close_session", json={"session_id": _name(session)})
 
     async def _request(
         self, session: Session, number: int, turn: Turn, prompt: Sequence[int], due_s: float
     ) -> Record:
-        body = {
+        body: dict[str, Any] = {
             "input_ids": list(prompt),
             "sampling_params": {
                 "temperature": 0,
@@ -124,17 +154,19 @@ class _Player:
             "lora_path": session.adapter,
             "stream": True,
         }
+        if self._names_sessions:
+            body["session_id"] = _name(session)
         first_s = last_s = None
         last_event: dict[str, Any] = {}
         error = None
-        sent_s = self._now_s()
+        sent_s = self.now_s()
         try:
             async with self._http.stream("POST", "/generate", json=body) as stream:
                 if stream.status_code != httpx.codes.OK:
                     error = f"{stream.status_code}: {(await stream.aread())[:300]!r}"
                 async for line in stream.aiter_lines():
                     if line.startswith("data: {"):
-                        last_s = self._now_s()
+                        last_s = self.now_s()
                         first_s = last_s if first_s is None else first_s
                         last_event = json.loads(line[6:])
         except httpx.HTTPError as failure:
@@ -160,6 +192,10 @@ class _Player:
             output=output,
             error=error,
         )
+
+
+def _name(session: Session) -> str:
+    return f"session-{session.number}"
 
 
 async def _statistics(http: httpx.AsyncClient) -> dict[str, Any] | None:

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WINDOW_S = 8.0
+WINDOWS = 20
+"""Of a rise, by equal ratios: from half to five times the rate, each ends 12% above its start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +44,31 @@ class Rise:
         """Where a moment of that trace is in the new one."""
         return (1 - math.exp(-self._growth * time_s)) / (self.low * self._growth)
 
-    def factor_at(self, new_time_s: float) -> float:
-        """At a time of the new trace."""
-        return self.low / (1 - self.low * self._growth * new_time_s)
+    def share_at(self, new_time_s: float) -> float:
+        """How much of the rise is behind at a time of the new trace, 0 to 1, by ratios."""
+        factor = self.low / (1 - self.low * self._growth * min(new_time_s, self.new_duration_s))
+        return math.log(factor / self.low) / math.log(self.high / self.low)
+
+    def factor_behind(self, share: float) -> float:
+        """Inverse of ``share_at``, as a factor."""
+        return self.low * (self.high / self.low) ** share
 
 
 def peak_factor(
-    ttft: Sequence[tuple[float, float]], rise: Rise, bar_s: float, window_s: float = WINDOW_S
+    ttft: Sequence[tuple[float, float]], rise: Rise, bar_s: float, num_windows: int = WINDOWS
 ) -> float | None:
     """The factor up to which mean TTFT stays under the bar, for all windows behind are above it.
 
     Args:
         ttft: (when it was due, seconds to the first token) of each request; infinity for an error.
+        num_windows: Parts of the rise by equal ratios: about as many requests fall into each.
 
     Returns:
-        At the end of the last window whose mean is below the bar, ``rise.high`` at most; None if
-        there is none.
+        At the end of the last window whose mean is below the bar; None if there is none.
     """
     windows: dict[int, list[float]] = {}
     for due_s, ttft_s in ttft:
-        windows.setdefault(int(due_s / window_s), []).append(ttft_s)
+        number = min(int(rise.share_at(due_s) * num_windows), num_windows - 1)
+        windows.setdefault(number, []).append(ttft_s)
     under = [i for i, found in windows.items() if statistics.mean(found) < bar_s]
-    if not under:
-        return None
-    end_s = min((max(under) + 1) * window_s, rise.new_duration_s)
-    return rise.factor_at(end_s)
+    return rise.factor_behind((max(under) + 1) / num_windows) if under else None

@@ -23,6 +23,7 @@ from typing import Any
 
 from driver import Record
 from figures import Spread, counted, figures, medians, ratios, table
+from peak import Rise, peak_factor
 from workload import GROWS_AT, WORKLOADS
 
 TUNED = "stock-tuned:"
@@ -66,11 +67,18 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return list(map(json.loads, itertools.chain(plain, packed)))
 
 
+def peak_of(row: Mapping[str, Any]) -> float | None:
+    """The rate factor up to which mean TTFT stays under the bar."""
+    records = Result.from_row(row).records
+    ttft = [(r.due_s, math.inf if r.ttft_s is None else r.ttft_s) for r in records]
+    return peak_factor(ttft, Rise(**row["rise"]), row["bar_ms"] / 1e3)
+
+
 def peaks(rows: Sequence[Mapping[str, Any]]) -> str:
     """Of runs with --peak: the rate up to which mean TTFT stays under the bar, by workload."""
     lines = []
     for row in rows:
-        workload, factor = row["trace"]["workload"]["name"], row["peak_factor"]
+        workload, factor = row["trace"]["workload"]["name"], peak_of(row)
         rate = "none" if factor is None else f"{factor * row['trace']['turns_per_s']:.1f} turns/s"
         bar = f"mean TTFT under {row['bar_ms']:.0f} ms"
         lines.append(f"{workload} {row['side']} {row['run']}: {rate} with {bar}")
@@ -87,7 +95,6 @@ def summary(results: Sequence[Result]) -> str:
     for (ours, stock), found in compared(results).items():
         figures_of = ", ".join(f"{name} {spread}" for name, spread in found.items())
         lines.append(f"{ours} / {stock}: {figures_of}")
-    lines += filter(None, [adapter_cold(results)])
     return "\n".join(lines)
 
 
@@ -142,38 +149,6 @@ def relative(blocks: Mapping[str, Sequence[Result]], base: str) -> str:
         row = "".join(f"{'-':>13}" if cell is None else f"{cell:>13.2f}" for cell in cells)
         lines.append(f"{side:<{width}}{row}")
     return "\n".join(lines)
-
-
-def adapter_cold(results: Sequence[Result]) -> str:
-    """Of one workload: what adapter loads add to mean TTFT, run by run, for each side that was also
-    played with loads that block and with loads that take no time (variants.py)."""
-    runs, lines = _by_side(results), []
-    for side in runs:
-        by_run = [runs[name] for name in (side, f"{side}+blocking", f"{side}+free") if name in runs]
-        if len(by_run) < 3:
-            continue
-        found = [
-            _cold_ms(*(of[run] for of in by_run)) for run in set.intersection(*map(set, by_run))
-        ]
-        ours, blocking = (statistics.mean(column) for column in zip(*found, strict=True))
-        each = ", ".join(f"{a:.2f} of {b:.2f}" for a, b in found)
-        lines.append(
-            f"{side}: adapter loads add {ours:.2f} ms to mean TTFT, {blocking:.2f} ms where they "
-            f"block: {1 - ours / blocking:.1%} less (ms by run: {each})"
-        )
-    return "\n".join(lines)
-
-
-def _cold_ms(ours: Result, blocking: Result, free: Result) -> tuple[float, float]:
-    """Mean TTFT above that with loads that take no time, over requests that all have answered."""
-    sides = [{r.key: r for r in counted(x.records, x.duration_s)} for x in (ours, blocking, free)]
-    keys = [
-        key
-        for key in sorted(set.intersection(*map(set, sides)))
-        if all(side[key].ttft_s is not None for side in sides)
-    ]
-    means = [1e3 * statistics.mean(side[key].ttft_s or 0.0 for key in keys) for side in sides]
-    return means[0] - means[2], means[1] - means[2]
 
 
 def best_split(runs: Mapping[str, Mapping[int, Result]]) -> str | None:
@@ -270,9 +245,9 @@ def main() -> None:
     parser.add_argument("--relative-to", help="a side: mean TTFT of all others over its")
     options = parser.parse_args()
     rows = read(options.folder)
-    if found := [row for row in rows if "peak_factor" in row]:
+    if found := [row for row in rows if "rise" in row]:
         print(peaks(found))
-    results = [Result.from_row(row) for row in rows if "peak_factor" not in row]
+    results = [Result.from_row(row) for row in rows if "rise" not in row]
     if results:
         print(report(results))
     if options.relative_to is not None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import tempfile
@@ -33,10 +32,10 @@ ensure_torchvision_importable()
 
 from bench import Bench, EmulatedLink  # noqa: E402
 from figures import table  # noqa: E402
-from peak import Rise, peak_factor  # noqa: E402
-from report import TUNED, Result, report  # noqa: E402
+from peak import Rise  # noqa: E402
+from report import TUNED, Result, peak_of, report  # noqa: E402
 from sides import Side, Sizes  # noqa: E402
-from workload import COLD, TURNS_PER_S, WORKLOADS, Trace, make_trace  # noqa: E402
+from workload import TURNS_PER_S, WORKLOADS, Trace, make_trace  # noqa: E402
 
 from bench_radix_cache import machine  # noqa: E402
 
@@ -61,12 +60,9 @@ class Runner:
         """The rate factor up to which mean TTFT stays under the bar, and a file of the run."""
         name = f"peak-{trace.workload.name}-{side.name.replace(':', '_')}-{number}"
         row = self._row(side, trace.rising(rise.low, rise.high), number, f"{name}.log")
-        records = Result.from_row(row).records
-        ttft = [(r.due_s, math.inf if r.ttft_s is None else r.ttft_s) for r in records]
-        factor = peak_factor(ttft, rise, bar_ms / 1e3)
-        found = {"peak_factor": factor, "bar_ms": bar_ms, "rise": asdict(rise), **row}
+        found = {"bar_ms": bar_ms, "rise": asdict(rise), **row}
         (self._out / f"{name}.json").write_text(json.dumps(found) + "\n")
-        return factor
+        return peak_of(found)
 
     def _row(self, side: Side, trace: Trace, number: int, log_name: str) -> dict[str, Any]:
         log_path = self._out / "logs" / log_name
@@ -108,9 +104,7 @@ def feasible(bench: Bench, names: list[str], swept: list[str], trace: Trace) -> 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--workloads", nargs="+", choices=[*WORKLOADS, COLD.name], default=[*WORKLOADS]
-    )
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=[*WORKLOADS])
     parser.add_argument("--sides", nargs="+", default=["stock-default", "elora:elora"])
     parser.add_argument("--sweep-slots", nargs="+", type=int, default=[])
     parser.add_argument("--runs", type=int, default=3)
@@ -141,7 +135,7 @@ def main() -> None:
         for number in range(options.seed, options.seed + options.runs):
             for name in options.workloads:
                 trace = make_trace(
-                    replace({**WORKLOADS, COLD.name: COLD}[name], num_adapters=options.adapters),
+                    replace(WORKLOADS[name], num_adapters=options.adapters),
                     turns_per_s=options.load * TURNS_PER_S[name],
                     duration_s=options.duration,
                     seed=number,

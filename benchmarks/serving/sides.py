@@ -4,7 +4,8 @@
 tier for KV, and adapters loaded beside the batches where stock allows it; with ``+write_through``
 KV is copied to that tier when it is made and not when it is evicted. ``elora:POLICY``: one pool,
 the same host tier. ``elora:POLICY-TERM,TERM`` leaves terms out of the policy, and
-``elora:POLICY+VARIANT`` changes one thing of ELORA (variants.py).
+``elora:POLICY+VARIANT`` changes one thing of ELORA (variants.py). With ``elora:POLICY+sessions``
+requests name their session, and the last of it closes it.
 
 Stock's slots have room for the largest rank. What N of them leave of the bytes is its KV pool.
 """
@@ -112,6 +113,7 @@ class Side:
     program: Sequence[str]
     flags: tuple[str, ...]
     variant: str | None = None
+    names_sessions: bool = False
 
 
 def make_side(name: str, sizes: Sizes, num_adapters: int, longest: int) -> Side:
@@ -125,6 +127,7 @@ def make_side(name: str, sizes: Sizes, num_adapters: int, longest: int) -> Side:
     """
     kind, _, argument = name.partition(":")
     if kind == "elora" and argument:
+        argument, sessions, _ = argument.partition("+sessions")
         argument, _, variant = argument.partition("+")
         policy, _, off = argument.partition("-")
         flags = ("--elora", "--elora-policy", policy)
@@ -133,7 +136,7 @@ def make_side(name: str, sizes: Sizes, num_adapters: int, longest: int) -> Side:
         flags += _host_tier(sizes, sizes.pool_slots)
         if variant and variant not in VARIANTS:
             raise ValueError(f"variant {variant!r} must be one of {', '.join(VARIANTS)}")
-        return Side(name, ELORA_SERVER, flags, variant or None)
+        return Side(name, ELORA_SERVER, flags, variant or None, names_sessions=bool(sessions))
     if name == "stock-default":
         return Side(name, _STOCK, _split(STOCK_DEFAULT_SLOTS, sizes, longest))
     slots, _, write_policy = argument.partition("+")

@@ -4,12 +4,15 @@
 swapper do. ``free``: such copies take no time on the emulated link. What lies between the two is
 all that loads can cost. ``branch``: an adapter leaves with all of its KV, whatever else is less
 worth (the paper's "whole-branch" case). ``late``: KV is copied to the host when it is evicted and
-not beforehand.
+not beforehand. ``timed``: as it is, with moments written to a file; ``timed_without_hints``:
+adapters are not announced.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,35 @@ def free() -> None:
 
 def late() -> None:
     _hook("sglang_elora.host.swapper.Swapper._copy_ahead", lambda self: None, "REPLACE")
+
+
+def timed() -> None:
+    """Moments of each adapter to the file ``MOMENTS``: its request arrived, was received by the
+    scheduler and taken into a batch, and its copy began."""
+    out = open(os.environ["MOMENTS"], "a", buffering=1)
+
+    def note(what: str, uid: str) -> None:
+        out.write(f"{what} {uid} {time.monotonic()}\n")
+
+    def arrived(self: Any, names: Any) -> None:
+        if isinstance(names, str) and (ref := self._ref(names)) is not None:
+            note("arrived", ref.lora_id)
+
+    def received(self: Any, req: Any, *_: Any, **__: Any) -> None:
+        if req.lora_id is not None:
+            note("received", req.lora_id)
+
+    _hook("sglang_elora.host.tokenizer_control.TokenizerControl.announce", arrived, "BEFORE")
+    _hook("sglang.srt.managers.scheduler.Scheduler.handle_generate_request", received, "BEFORE")
+    _hook(
+        f"{_RESIDENCY}.Residency._start_copy", lambda self, uid, *_: note("copied", uid), "BEFORE"
+    )
+    _hook("sglang_elora.host.swapper.Swapper.used", lambda self, uid: note("taken", uid), "BEFORE")
+
+
+def timed_without_hints() -> None:
+    timed()
+    _hook("sglang_elora.control.hint_gate.HintGate.passing", lambda self, adapters: [], "REPLACE")
 
 
 def branch() -> None:
@@ -62,7 +94,9 @@ def branch() -> None:
     _hook(f"{component}._next_leaf", next_leaf, "AROUND")
 
 
-VARIANTS: dict[str, Callable[[], None]] = {f.__name__: f for f in (blocking, free, branch, late)}
+VARIANTS: dict[str, Callable[[], None]] = {
+    f.__name__: f for f in (blocking, free, branch, late, timed, timed_without_hints)
+}
 
 
 def write_plugin(folder: Path, variant: str) -> Path:

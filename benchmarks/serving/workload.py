@@ -74,14 +74,9 @@ TRANSLATION = Workload(
     "translation", (20, 60), 120, 16, (1, 2), 4.0, moves=32, zipf=0.7, active=(29 / 64, 48 / 64)
 )
 AGENT = Workload("agent", (300, 600), 70, 12, (6, 12), 8.0, moves=4)
-COLD = Workload(
-    "cold", (8, 16), 200, 16, (1, 1), 1.0, moves=0, zipf=0.0, user_spread=0.2, start_cv=1.0
-)
-"""Nothing to reuse but adapters, and these asked for at random: for what a load costs a request."""
 WORKLOADS: Mapping[str, Workload] = {w.name: w for w in (CHAT, TRANSLATION, AGENT)}
-TURNS_PER_S: Mapping[str, float] = {"chat": 6.0, "translation": 9.0, "agent": 7.0, "cold": 6.0}
-"""What makes stock SGLang, well tuned, take about 200 ms to the first token on two cores; of cold,
-about half of what the server can do."""
+TURNS_PER_S: Mapping[str, float] = {"chat": 6.0, "translation": 9.0, "agent": 7.0}
+"""What makes stock SGLang, well tuned, take about 200 ms to the first token on two cores."""
 
 
 @dataclass(frozen=True, slots=True)

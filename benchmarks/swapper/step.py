@@ -2,11 +2,12 @@
 
     python benchmarks/swapper/step.py [--nodes 1000 10000 100000] [--out FILE]
 
-The server's own pool, tree, policy, host tier and swapper under steady pressure, without a model:
-before each step the first waiting request whose adapter is there leaves the queue, its KV is
-cached, and another request, often for an adapter that is not there, joins the end. So nearly every
-step evicts, and every few start a copy. On a CPU the bytes of a copy are moved by the step itself,
-where a GPU moves them beside it: here that is put off until the step is over, and timed by itself.
+The server's own pool, tree, policy, host tier and swapper under steady pressure, without a model,
+in the order of a scheduler iteration: requests arrive, often for adapters that are not there; a
+step; the batch, for which the first waiting request whose adapter is there leaves the queue and its
+KV takes room in the full pool; then what is done behind the batch's start. On a CPU the bytes of a
+copy are moved by the step itself, where a GPU moves them beside it: here that is put off until the
+step is over, and timed by itself.
 """
 
 from __future__ import annotations
@@ -72,12 +73,12 @@ class Bench:
         gc.collect()
         gc.freeze()
         for _ in range(num_steps):
-            self._admit()
             while len(self.world.waiting) < LOOKAHEAD:
                 rank = min(int(self._rng.paretovariate(0.6)), NUM_ADAPTERS) - 1
                 self.world.arrive(uid(rank), PROMPT_TOKENS)
             took["step"].append(_microseconds(self.world.step))
             took["copies"].append(_microseconds(self._copy))
+            self._admit()
             took["prepare"].append(_microseconds(self.world.swapper.prepare))
         self.world.check()
         return took

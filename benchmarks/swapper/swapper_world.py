@@ -18,16 +18,26 @@ sglang()
 with warnings.catch_warnings():  # SGLang's
     warnings.simplefilter("ignore")
     from sglang_elora.host.measure import Measure
-    from sglang_elora.host.residency import AdapterSource, Residency
-    from sglang_elora.host.swapper import LOOKAHEAD, ROOM_LEAVES, WORK_PER_STEP, Swapper
+    from sglang_elora.host.residency import AdapterSource, PoolTooSmall, Residency
+    from sglang_elora.host.swapper import (
+        EVICT_LEAVES,
+        EXPECTED_STEPS,
+        LOOKAHEAD,
+        ROOM_LEAVES,
+        WORK_PER_STEP,
+        Swapper,
+    )
 
 __all__ = [
+    "EVICT_LEAVES",
+    "EXPECTED_STEPS",
     "HEAD_DIM",
     "LOOKAHEAD",
     "ROOM_LEAVES",
     "WORK_PER_STEP",
     "AdapterSource",
     "HostTier",
+    "PoolTooSmall",
     "Residency",
     "World",
     "uid",

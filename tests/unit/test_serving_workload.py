@@ -67,7 +67,8 @@ def test_the_factor_of_a_rise_by_hand() -> None:
     rise = Rise(0.5, 2.0, 60.0)
     assert [rise.factor(t) for t in (0, 30, 60, 90)] == pytest.approx([0.5, 1, 2, 2])
     assert rise.new_time(30) == pytest.approx(60 / 2 / math.log(2), abs=0.01)
-    assert [rise.factor_at(rise.new_time(t)) for t in (0, 30, 60)] == pytest.approx([0.5, 1, 2])
+    assert [rise.share_at(rise.new_time(t)) for t in (0, 30, 60)] == pytest.approx([0, 0.5, 1])
+    assert [rise.factor_behind(share) for share in (0, 0.5, 1)] == pytest.approx([0.5, 1, 2])
     with pytest.raises(ValueError, match="low < high"):
         Rise(2.0, 1.0, 60.0)
 
@@ -150,11 +151,13 @@ def test_live_kv_counts_who_comes_back() -> None:
 
 
 def test_the_peak_is_behind_the_last_window_under_the_bar() -> None:
+    """From half to twice the rate in four windows: up to 0.71, 1, 1.41 and 2."""
     rise = Rise(0.5, 2.0, 60.0)
-    slow_at_first = [(1.0, 0.9), (11.0, 0.1), (21.0, 0.3), (29.0, 0.5), (31.0, 0.6), (41.0, 3.0)]
-    found = peak_factor(slow_at_first, rise, bar_s=0.5, window_s=10.0)
-    assert found == pytest.approx(rise.factor_at(30.0))
-    failed = [*slow_at_first[:2], (21.0, math.inf)]
-    assert peak_factor(failed, rise, 0.5, 10.0) == pytest.approx(rise.factor_at(20.0))
-    assert peak_factor([(1.0, 0.9)], rise, 0.5) is None
-    assert peak_factor([(64.0, 0.1)], rise, 0.5) == pytest.approx(2.0)
+    when = [rise.new_time(60.0 * (i + 0.5) / 4) for i in range(4)]
+    slow_at_first = list(zip(when, (0.9, 0.1, 0.3, 3.0), strict=True))
+    assert peak_factor(slow_at_first, rise, 0.5, 4) == pytest.approx(2**0.5)
+    failed = [*slow_at_first[:2], (when[2], math.inf)]
+    assert peak_factor(failed, rise, 0.5, 4) == pytest.approx(1.0)
+    assert peak_factor(slow_at_first[:1], rise, 0.5, 4) is None
+    late = [(rise.new_duration_s + 5, 0.1)]  # a session's last turn
+    assert peak_factor(late, rise, 0.5, 4) == pytest.approx(2.0)

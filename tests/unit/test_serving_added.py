@@ -1,0 +1,38 @@
+"""What the serving benchmark says loads add, against figures by hand."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks/serving"))
+
+from added import Round, added
+
+
+def test_what_is_added_is_above_loads_that_take_no_time() -> None:
+    found = added([Round(ours=12, blocking=30, free=10), Round(ours=11, blocking=25, free=9)])
+    assert (found.ours, found.blocking) == (2.0, 18.0)
+    assert found.less == pytest.approx(1 - 2 / 18)
+
+
+def test_rounds_that_agree_leave_no_doubt_and_others_do() -> None:
+    equal = added([Round(11, 20, 10)] * 8)
+    assert equal.low == equal.less == equal.high == pytest.approx(0.9)
+    unequal = added([Round(11, 20, 10), Round(15, 20, 10)] * 4)
+    assert unequal.low < unequal.less < unequal.high
+    assert 0.5 <= unequal.low and unequal.high <= 0.9
+
+
+def test_same_rounds_same_interval() -> None:
+    rounds = [Round(11, 20, 10), Round(12, 21, 9), Round(10, 25, 10)]
+    assert added(rounds) == added(rounds)
+
+
+def test_the_text_names_both_and_the_share() -> None:
+    text = str(added([Round(11, 20, 10)] * 8))
+    assert text == (
+        "a load adds 1.00 ms to TTFT, 10.00 ms where it blocks: 90.0% less (90.0% to 90.0%)"
+    )
