@@ -48,6 +48,8 @@ class Replay:
     """One policy over one trace."""
 
     def __init__(self, name: str, costs: Costs, num_slots: int) -> None:
+        name, _, told = name.partition("+")
+        self.sessions_are_told = told == "sessions"
         self.cache = Cache("elora", num_slots)
         self.core: Any = self.cache.tree.tree_core
         self.costs = costs
@@ -119,7 +121,15 @@ class Replay:
         self._make_room(len(whole))
         assert self.cache.insert(whole, namespace)
         self.cache.unlock(match.last_device_node, receipt)
+        if self.sessions_are_told:
+            self._tell(session, i, self.cache.match(whole, namespace).last_device_node)
         return loaded, hit, len(tokens)
+
+    def _tell(self, session: Session, i: int, end: Any) -> None:
+        """That the session is alive, and with its last answer that it is over."""
+        self.core.sessions.turn(str(session.number), self.core.node_by_id(end))
+        if i + 1 == len(session.turns):
+            self.core.sessions.over(str(session.number))
 
     def _make_room(self, num_slots: int) -> None:
         if (shortfall := num_slots - self.cache.allocator.available_size()) > 0:
@@ -148,7 +158,8 @@ def main() -> None:
         "--policies",
         nargs="+",
         default=["lru", "gdsf", "elora_paper", "elora"],
-        help="elora_paper:TERM,TERM,tau=T leaves out terms and sets the time constant",
+        help="elora_paper:TERM,TERM,tau=T leaves out terms and sets the time constant; with "
+        "+sessions requests name their session, and the last turn closes it",
     )
     parser.add_argument("--share", type=float, nargs="+", default=[0.2, 0.4])
     parser.add_argument("--runs", type=int, default=3)

@@ -12,11 +12,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="report versions, platform, hooks, and what to do")
     commands.add_parser("demo", help="serve 16 adapters and chat with them", add_help=False)
+    commands.add_parser("top", help="watch a server's pool and adapters", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "demo":
         from sglang_elora.demo.__main__ import main as demo
 
         return demo(rest)
+    if arguments.command == "top":
+        from sglang_elora.top import main as top
+
+        return top(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from sglang_elora.doctor import main as doctor

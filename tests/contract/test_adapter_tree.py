@@ -234,8 +234,16 @@ def test_the_check_finds_kv_without_its_adapter() -> None:
 def test_the_check_finds_a_wrong_count() -> None:
     cache = AdapterCache()
     cache.insert(range(30))
-    cache.forest.base.device_tokens -= 1
+    cache.forest.count_kv(cache.forest.base, device=-1, host=0)
     with pytest.raises(AssertionError, match="holds \\[30, 0\\] tokens"):
+        cache.check()
+
+
+def test_the_check_finds_a_wrong_sum() -> None:
+    cache = AdapterCache()
+    cache.insert(range(30))
+    cache.forest.device_tokens -= 1
+    with pytest.raises(AssertionError, match="'device_tokens': 29"):
         cache.check()
 
 

@@ -142,7 +142,7 @@ def test_special_caches_are_sglangs(
     ctx = SimpleNamespace(params=SimpleNamespace(), tp_worker=worker, **settings)
     monkeypatch.setattr(radix_cache, "get_memory", lambda: ctx)
     monkeypatch.setattr(radix_cache, "default_radix_cache_factory", lambda ctx: "SGLang's")
-    monkeypatch.setattr(radix_cache, "create_unified_radix_cache", lambda ctx: "ours")
+    monkeypatch.setattr(radix_cache, "create_unified_radix_cache", lambda ctx, **_: "ours")
     assert radix_cache.create_cache(ctx) == ("ours" if named is None else "SGLang's")
     assert (named or "") in caplog.text
     assert hasattr(ctx.params, "tree_core_backend") == (named is None)

@@ -6,7 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from swapper_world import LOOKAHEAD, ROOM_LEAVES, WORK_PER_STEP, World, uid
+from swapper_world import (
+    EVICT_LEAVES,
+    EXPECTED_STEPS,
+    LOOKAHEAD,
+    ROOM_LEAVES,
+    WORK_PER_STEP,
+    PoolTooSmall,
+    World,
+    uid,
+)
 
 SLOTS = 64  # of an adapter
 
@@ -275,3 +284,125 @@ def test_a_batch_need_not_wait_for_a_copy_that_its_prefill_hides(
     assert made.swapper.is_hidden(made.residency.copies[uid(0)], req, busy)
     idle = SimpleNamespace(can_run_list=[], running_batch=SimpleNamespace(is_empty=lambda: True))
     assert made.swapper.is_hidden(copy, req, idle)  # there is nothing else to do
+
+
+def test_a_hint_brings_an_adapter_behind_what_waits() -> None:
+    made = world(4 * SLOTS)
+    made.swapper.expect([uid(5)])
+    made.arrive(uid(1))
+    made.step()
+    assert resident(made) == [1]
+    made.waiting.clear()
+    made.step()
+    assert resident(made) == [1, 5]
+    made.check()
+
+
+def test_a_hint_makes_room_but_not_from_what_a_request_needs() -> None:
+    made = world(3 * SLOTS + 10)
+    bring(made, 0, 1, 2)
+    for i in (0, 1):
+        made.arrive(uid(i))
+    made.swapper.expect([uid(7)])
+    made.step()
+    assert resident(made) == [0, 1, 7]
+    made.arrive(uid(2))
+    made.swapper.expect([uid(8)])
+    for _ in range(3):
+        made.step()
+    assert resident(made) == [0, 1, 2], "a request goes before a hint"
+    made.check()
+
+
+def test_a_hint_holds_until_its_request_runs_or_for_some_batches() -> None:
+    made = world(2 * SLOTS + 10)
+    made.swapper.expect([uid(0)])
+    for _ in range(3):
+        made.step()
+    assert made.core.is_held(uid(0))
+    made.swapper.used(uid(0))
+    made.step()
+    assert not made.core.is_held(uid(0))
+    made.swapper.expect([uid(1)])
+    for _ in range(EXPECTED_STEPS):
+        made.step()
+    assert made.core.is_held(uid(1))
+    for _ in range(3):
+        made.step()
+    assert not made.core.is_held(uid(1)) and made.is_resident(uid(1))
+    statistics = made.residency.statistics()
+    assert (statistics["hints"], statistics["hints_used"]) == (2, 1)
+    made.check()
+
+
+def test_hints_that_mean_nothing_are_dropped() -> None:
+    made = world(8 * SLOTS)
+    made.swapper.expect(["nobody", uid(0)])
+    made.swapper.expect(f"x{i}" for i in range(1000))
+    made.residency.retire(uid(3))
+    made.swapper.expect([uid(3)])
+    made.step()
+    assert resident(made) == [0]
+    assert made.residency.statistics()["hints_dropped"] == 1002
+    made.check()
+
+
+def test_an_adapter_that_is_told_to_leave_goes_with_its_kv_a_part_at_a_time() -> None:
+    made = world(8 * SLOTS)
+    bring(made, 0, 1)
+    for i in range(2 * EVICT_LEAVES):
+        made.cache_kv(uid(0), [i])
+    made.cache_kv(uid(1), [0])
+    made.swapper.evict_soon(uid(0))
+    made.swapper.prepare()
+    assert made.residency.forest.get(uid(0)).device_tokens == EVICT_LEAVES
+    made.swapper.prepare()
+    made.swapper.prepare()
+    assert resident(made) == [1] and made.residency.forest.device_tokens == 1
+    made.check()
+
+
+def test_what_is_used_waited_for_or_pinned_is_not_told_to_leave() -> None:
+    made = world(8 * SLOTS)
+    bring(made, 0, 1, 2)
+    receipt = made.cache.lock(made.core.node_of(uid(0)).id)
+    made.arrive(uid(1))
+    made.step()
+    made.residency.pin(uid(2))
+    for i in range(3):
+        with pytest.raises(ValueError, match="uses the adapter"):
+            made.swapper.evict_soon(uid(i))
+    made.cache.unlock(made.core.node_of(uid(0)).id, receipt)
+    made.swapper.evict_soon(uid(0))
+    made.arrive(uid(0))  # comes after all
+    made.step()
+    made.swapper.prepare()
+    assert resident(made) == [0, 1, 2]
+    made.check()
+
+
+def test_a_pinned_adapter_stays_and_an_unpinned_one_goes() -> None:
+    made = world(3 * SLOTS + 10)
+    bring(made, 0)
+    made.residency.pin(uid(0))
+    made.residency.pin(uid(0))
+    bring(made, 1, 2, 3)
+    assert made.is_resident(uid(0))
+    made.residency.unpin(uid(0))
+    made.residency.unpin(uid(0))
+    bring(made, 4, 5, 7, 8)
+    assert not made.is_resident(uid(0))
+    made.residency.pin(uid(6))  # not there yet
+    bring(made, 6)
+    bring(made, 1, 2, 3)
+    assert made.is_resident(uid(6))
+    made.check()
+
+
+def test_pins_leave_room_for_another_adapter() -> None:
+    made = world(3 * SLOTS)
+    made.residency.pin(uid(0))
+    with pytest.raises(PoolTooSmall, match="cannot be pinned: it takes 64 slots"):
+        made.residency.pin(uid(1))
+    assert not made.residency.forest.get(uid(1)).pinned
+    made.check()

@@ -46,7 +46,7 @@ def test_kv_of_an_unknown_adapter_is_of_a_retired_one() -> None:
 def test_only_an_empty_adapter_is_removed() -> None:
     forest = AdapterForest()
     adapter = forest.register("a", num_slots=5, pinned=False, version="v")
-    adapter.device_tokens = 1
+    forest.count_kv(adapter, device=1, host=0)
     forest.retire("a")
     assert forest.retired == (adapter,)
     with pytest.raises(AssertionError):
@@ -56,23 +56,56 @@ def test_only_an_empty_adapter_is_removed() -> None:
 def test_slots() -> None:
     forest = AdapterForest()
     forest.register("a", num_slots=5, pinned=True, version="v")
-    forest.register("b", num_slots=7, pinned=False, version="v").resident = True
-    assert (forest.pinned_slots, forest.resident_slots) == (5, 7)
+    forest.set_resident(forest.register("b", num_slots=7, pinned=False, version="v"), True)
+    assert (forest.pinned_slots, forest.resident_slots, forest.num_resident) == (5, 7, 1)
+    forest.check_invariants()
     forest.retire("a")
     forest.remove("a")
     assert forest.pinned_slots == 0 and "a" not in forest and forest.retired == ()
+    forest.set_resident(forest.get("b"), False)
+    assert (forest.resident_slots, forest.num_resident) == (0, 0)
+
+
+def test_pins_are_counted_once() -> None:
+    forest = AdapterForest()
+    adapter = forest.register("a", num_slots=5, pinned=False, version="v")
+    for _ in range(2):
+        forest.pin(adapter)
+        assert adapter.pinned and forest.pinned_slots == 5
+    for _ in range(2):
+        forest.unpin(adapter)
+        assert not adapter.pinned and forest.pinned_slots == 0
+    forest.check_invariants()
+
+
+def test_what_changed_is_told_once_and_in_order() -> None:
+    forest = AdapterForest()
+    a = forest.register("a", num_slots=5, pinned=False, version="v")
+    forest.register("b", num_slots=7, pinned=False, version="v")
+    assert forest.changed_since(0) == [("a", 1), ("b", 2)]
+    assert forest.changed_since(1) == [("b", 2)]
+    forest.count_kv(a, device=3, host=0)
+    forest.count_kv(forest.base, device=3, host=0)
+    assert forest.changed_since(0) == [("b", 2), ("a", 3)]
+    assert forest.changed_since(forest.num_changes) == []
+    forest.retire("b")
+    forest.remove("b")
+    assert [uid for uid, _ in forest.changed_since(0)] == ["a"]
 
 
 def test_reset_keeps_adapters_and_drops_what_they_hold() -> None:
     forest = AdapterForest()
     adapter = forest.register("a", num_slots=5, pinned=False, version="v")
-    adapter.resident, adapter.device_tokens, adapter.host_tokens = True, 8, 9
-    forest.base.device_tokens = 3
+    forest.set_resident(adapter, True)
+    forest.count_kv(adapter, device=8, host=9)
+    forest.count_kv(forest.base, device=3, host=0)
+    assert (forest.device_tokens, forest.host_tokens) == (11, 9)
     forest.get("gone")
     forest.clear_tree()
     assert list(forest) == [adapter]
     assert (adapter.resident, adapter.device_tokens, adapter.host_tokens) == (False, 0, 0)
-    assert forest.base.device_tokens == 0
+    assert forest.base.device_tokens == forest.device_tokens == forest.host_tokens == 0
+    forest.check_invariants()
 
 
 def test_kv_without_its_adapter_is_invalid() -> None:

@@ -18,11 +18,13 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 ALLOWED = {
     ".": {".", "host", "demo", "platforms"},
     "adapters": {"adapters"},
+    "control": {"control"},
     "demo": {"demo", "platforms"},
     "estimators": {"estimators"},
     "host": {
         ".",
         "adapters",
+        "control",
         "estimators",
         "host",
         "kernels",

@@ -19,7 +19,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from sglang_elora.config import SGLANG_PIN, EloraConfig
-from sglang_elora.host import lora_backend, radix_cache
+from sglang_elora.host import lora_backend, messages, radix_cache
 from sglang_elora.host.hooks import Hook, selected_hooks
 from sglang_elora.host.link import use_emulated_link
 from sglang_elora.host.patching import Patch, apply_patch, is_applied, load_patches
@@ -47,6 +47,7 @@ def install(config: EloraConfig) -> None:
     if config.enabled:
         radix_cache.register_backend()
         lora_backend.register_backends(config.max_adapters_per_batch)
+        messages.register_types()
     for patch in patches:
         apply_patch(patch)
     for hook in hooks:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_elora.control import StateMirror
 from sglang_elora.host.lora_manager import EloraLoRAManager
+from sglang_elora.host.residency import Residency
+from sglang_elora.host.state import adapter_state, changes_since
 from sglang_elora.host.tree_core import EloraTreeCore
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
+
+_COMPARED = 128
+"""Adapters whose state is compared in one check."""
 
 
 def check_step(result: None, self: Scheduler, *arguments: Any) -> None:
@@ -35,6 +42,21 @@ def check_step(result: None, self: Scheduler, *arguments: Any) -> None:
         manager.num_checks += 1
         if manager.residency is not None:
             manager.residency.host.check_invariants()
+            _check_state(manager.residency, self, manager.mirror)
+
+
+def _check_state(residency: Residency, scheduler: Scheduler, mirror: StateMirror) -> None:
+    """Who follows the changes has each adapter as it is."""
+    loaded = {str(adapter.uid) for adapter in residency.forest}
+    while mirror.version < residency.forest.num_changes:
+        changes = changes_since(residency, scheduler, mirror.version)
+        mirror.apply(changes, loaded)
+        if not changes.more:
+            break
+    compared = random.sample(sorted(loaded), min(len(loaded), _COMPARED))
+    truth = {uid: adapter_state(residency, uid) for uid in compared}
+    wrong = [row for uid, row in truth.items() if mirror.adapters.get(uid) != row]
+    assert not wrong, f"not told: {wrong[:8]}"
 
 
 def _live_requests(scheduler: Scheduler, arguments: tuple[Any, ...]) -> list[Req]:

@@ -13,6 +13,7 @@ from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.lora.utils import EMBEDDING_NAMES, generate_sequence_lengths
 
 from sglang_elora.adapters import read_adapter, served_modules
+from sglang_elora.control import StateMirror
 from sglang_elora.host.lora_backend import MAX_RANK, Graph, PagedLoRABackend
 from sglang_elora.host.lora_pool import PagedLoRAPool
 from sglang_elora.host.measure import Measure
@@ -40,7 +41,8 @@ class EloraLoRAManager(LoRAManager):
         self.residency: Residency | None = None
         self._measure: Measure | None = None
         self.max_adapters_in_batch = 0
-        self.num_checks = 0  # counted by --elora-check
+        self.num_checks = 0  # counted by --elora-check, which also keeps
+        self.mirror = StateMirror()
         # A batch holds what fits into memory, and pinning is bounded by memory: no limit on slots.
         super().__init__(*args, max_loras_per_batch=sys.maxsize, **kwargs)
         self._shapes = self.memory_pool.module_shapes(self.lora_modules)

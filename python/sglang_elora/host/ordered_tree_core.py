@@ -20,7 +20,8 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core import (
     UnifiedTreeNode,
 )
 
-from sglang_elora.policy import Item, Policy
+from sglang_elora.host.sessions import NOBODY, Sessions
+from sglang_elora.policy import Expectation, Item, Policy
 from sglang_elora.tree import LeafOrder, adapter_of
 
 _WANTED = "wanted"
@@ -39,12 +40,14 @@ class OrderedTreeCore(UnifiedTreeCore):
         self._next_item = _no_item()  # of the node that is made next
         self.counts: Counter[str] = Counter()
         self.evicted: deque[NodeId] = deque(maxlen=_REMEMBERED)  # backed up; the last was dearest
+        self.sessions = Sessions(self)
         self._node_arena: dict[int, UnifiedTreeNode] = {}
         super().__init__(params, components)
 
     def reset(self) -> None:
         for node in self._node_arena.values():
             self._forget(node)
+        self.sessions.clear()
         super().reset()
         self._make_orders()
         self.evicted.clear()
@@ -79,10 +82,7 @@ class OrderedTreeCore(UnifiedTreeCore):
 
     def visit(self, node_id: NodeId) -> None:
         """A request uses the path that ends here; once per request."""
-        node, path = self.node_by_id(node_id), []
-        while node.parent is not None:
-            path.append(node.item)
-            node = node.parent
+        path = [node.item for node in self.path_of(self.node_by_id(node_id))]
         if self.policy is not None:
             for item in path:
                 if item.prefetched:
@@ -93,6 +93,7 @@ class OrderedTreeCore(UnifiedTreeCore):
     def _new_node(self, priority: int = 0) -> UnifiedTreeNode:
         node = super()._new_node(priority=priority)
         node.item, self._next_item = self._next_item, _no_item()
+        node.sessions, node.num_sessions = NOBODY, 0
         return node
 
     def _split_node(
@@ -101,6 +102,8 @@ class OrderedTreeCore(UnifiedTreeCore):
         first, action = super()._split_node(key, child, split_len)
         if self.policy is not None:
             first.item = self.policy.split(child.item, split_len)
+        if child.num_sessions:
+            self.sessions.split(child, first)
         return first, action
 
     def _unregister_node(self, node: UnifiedTreeNode) -> None:
@@ -108,6 +111,8 @@ class OrderedTreeCore(UnifiedTreeCore):
         self._forget(node)
 
     def _forget(self, node: UnifiedTreeNode) -> None:
+        if node.num_sessions:
+            self.sessions.drop(node)
         if self.policy is not None:
             self.policy.displace(node.item)
             if not node.item.is_adapter:
@@ -118,6 +123,23 @@ class OrderedTreeCore(UnifiedTreeCore):
         node.item.wanted_since = since
         if since is None and node in self.evictable_device_leaves:
             self.evictable_device_leaves.lower(node)
+
+    def path_of(self, node: UnifiedTreeNode) -> list[UnifiedTreeNode]:
+        """From this node up to its adapter, or to the root's child for KV of the base model."""
+        path = []
+        while node.parent is not None:
+            path.append(node)
+            node = node.parent
+        return path
+
+    def expect(self, node: UnifiedTreeNode, expectation: Expectation) -> None:
+        """Those who use the node have said something else of themselves than before."""
+        if self.policy is None or node.item.expectation == expectation:
+            return
+        self.policy.expect(node.item, expectation)
+        for leaves in (self.evictable_device_leaves, self.evictable_host_leaves):
+            if node in leaves:
+                leaves.lower(node)
 
     def learn(self) -> bool:
         """When there is time for it. Whether there was something to learn."""

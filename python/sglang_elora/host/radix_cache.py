@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
+from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache, InsertParams, InsertResult
 from sglang.srt.mem_cache.registry import (
     TreeCacheBuildContext,
     create_unified_radix_cache,
@@ -20,24 +20,54 @@ from sglang.srt.mem_cache.registry import (
 )
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.mem_cache.unified_cache.tree_core_registry import register_tree_core_backend
+from sglang.srt.mem_cache.unified_cache.unified_tree_core import NodeId
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_memory
 
 from sglang_elora.config import EloraConfig
 from sglang_elora.host import compatibility
 from sglang_elora.host.admission import Admission
 from sglang_elora.host.full_component import EloraFullComponent
+from sglang_elora.host.kv_events import AdapterEventRecorder
 from sglang_elora.host.lora_manager import EloraLoRAManager
 from sglang_elora.host.measure import Measure
 from sglang_elora.host.policies import make_policy
 from sglang_elora.host.residency import Residency
+from sglang_elora.host.sessions import Sessions
 from sglang_elora.host.swapper import Swapper
 from sglang_elora.host.tree_core import EloraTreeCore
 from sglang_elora.policy import Term
 from sglang_elora.swapper import HostTier
 
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
 logger = logging.getLogger(__name__)
 
 BACKEND = "elora"
+
+
+class EloraRadixCache(UnifiedRadixCache):
+    """SGLang's cache, which also tells the tree where the turns of a session end."""
+
+    tree_core: EloraTreeCore
+
+    def insert_req(self, req: Req, *, up_to: int, **options: Any) -> None:
+        self._turn_end: NodeId | None = None
+        super().insert_req(req, up_to=up_to, **options)
+        node = None if self._turn_end is None else self.tree_core.find(self._turn_end)
+        if node is not None:
+            self.sessions.turn(str(req.session_id), node)
+
+    def insert(self, params: InsertParams) -> InsertResult:
+        result: InsertResult = super().insert(params)
+        if params.session_id is not None and not params.chunked:
+            self._turn_end = result.last_device_node
+        return result
+
+    @property
+    def sessions(self) -> Sessions:
+        return self.tree_core.sessions
 
 
 def register_backend() -> None:
@@ -58,18 +88,19 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     if manager is not None:
         compatibility.check_pool(ctx)
     use_elora_tree(ctx.params)
-    cache: Any = create_unified_radix_cache(ctx)
+    cache: Any = create_unified_radix_cache(ctx, cache_class=EloraRadixCache)
     if manager is not None:
         assert isinstance(manager, EloraLoRAManager), type(manager)
         config = EloraConfig.from_env(os.environ)
         core: EloraTreeCore = cache.tree_core
+        core.kv_events = AdapterEventRecorder.in_place_of(core.kv_events)
         stream = ctx.tp_worker.model_runner.forward_stream
         is_async = str(ctx.params.token_to_kv_pool_allocator.device) != "cpu"
         cache.measure = Measure(cache, stream if is_async else None)
         policy = make_policy(config, cache.measure, core)
         core.use_policy(policy, pool_slots=ctx.params.token_to_kv_pool_allocator.size)
         core.keeps_dependency = Term.DEPENDENCY.value not in config.policy_terms_off
-        host = HostTier(int(config.host_gb * 1e9), core.adapter_priority)
+        host = HostTier(int(config.host_gb * 1e9), core.adapter_priority, core.forest.touch)
         residency = Residency(cache, manager.dtype, host, stream)
         manager.bind(residency, cache.measure)
         cache.swapper = Swapper(residency, cache.measure)

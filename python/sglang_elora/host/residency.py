@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
+from sglang_elora.control import Histogram
 from sglang_elora.host.link import delay_page_copy, make_copy_stream
 from sglang_elora.host.tree_core import EloraTreeCore
 from sglang_elora.pages import AdapterImage, AdapterLayout, KVPlanes, PagedAdapter, PageTable
@@ -34,11 +35,16 @@ COUNTS = (
     "adapter_slots_from_host",
     "adapter_copies_failed",
     "adapter_reads_failed",
+    "hints",
+    "hints_dropped",
+    "hints_late",
+    "hints_used",
     "kv_slots_copied_ahead",
     "kv_slots_evicted",
     "kv_slots_evicted_ahead",
     "kv_slots_from_host",
     "kv_slots_to_host",
+    "messages_dropped",
     "prefetched_slots",
     "prefetched_slots_used",
     "prefetched_slots_wasted",
@@ -111,6 +117,7 @@ class Residency:
         self._put_off: str | None = None  # adapter whose copy was due in the step before
         self._last_loads: deque[int] = deque(maxlen=_LAST_LOADS)  # their slots
         self._placed_at = 0.0  # the last one, by the policy's clock
+        self.load_s = Histogram()
         self.work_left = sys.maxsize  # for ``place``: evictions of leaves; whoever calls it sets it
 
     @property
@@ -133,25 +140,50 @@ class Residency:
         page_size, name = self.allocator.page_size, source.name
         num_slots = source.layout.num_slots(self.planes.slot_elems, page_size)
         taken = self.forest.pinned_slots
-        room = self.pool_slots - taken - page_size
-        if num_slots > room:
+        if num_slots > self.pool_slots - taken - page_size:
             raise PoolTooSmall(
                 f"LoRA adapter '{name}' takes {num_slots} slots of the KV pool, which has "
                 f"{self.pool_slots}, {taken} of them for pinned adapters, and a request needs "
                 f"{page_size} more: raise --max-total-tokens or --mem-fraction-static"
             )
-        others = self.forest.largest_unpinned
-        if source.pinned and num_slots + others > room:
+        if source.pinned:
+            self._check_pin(name, num_slots, self.forest.largest_unpinned())
+        self.host.add(source.uid, source.num_bytes, source.read, source.image)
+        version = "" if source.image is None else source.image.version
+        self.forest.register(source.uid, num_slots=num_slots, pinned=source.pinned, version=version)
+        self._names[source.uid] = name
+
+    def pin(self, uid: str) -> None:
+        """Keep an adapter on the device from now on, or from when it comes there.
+
+        Raises:
+            PoolTooSmall: Another could not be loaded any more.
+        """
+        adapter = self.forest.get(uid)
+        if not adapter.pinned:
+            others = self.forest.largest_unpinned(without=uid)
+            self._check_pin(self.name_of(uid), adapter.num_slots, others)
+            self.forest.pin(adapter)
+            if adapter.resident:
+                self.core.inc_full_pin(self.core.node_of(uid).id)
+
+    def unpin(self, uid: str) -> None:
+        """It may be evicted again."""
+        adapter = self.forest.get(uid)
+        if adapter.pinned:
+            self.forest.unpin(adapter)
+            if adapter.resident:
+                self.core.dec_full_pin(self.core.node_of(uid).id)
+
+    def _check_pin(self, name: str, num_slots: int, others: int) -> None:
+        taken, page_size = self.forest.pinned_slots, self.allocator.page_size
+        if num_slots + others > self.pool_slots - taken - page_size:
             raise PoolTooSmall(
                 f"LoRA adapter '{name}' cannot be pinned: it takes {num_slots} slots of the KV "
                 f"pool, which has {self.pool_slots}, {taken} of them for other pinned adapters, "
                 f"and another adapter could not be loaded any more ({others} slots): load it "
                 "unpinned, or raise --max-total-tokens or --mem-fraction-static"
             )
-        self.host.add(source.uid, source.num_bytes, source.read, source.image)
-        version = "" if source.image is None else source.image.version
-        self.forest.register(source.uid, num_slots=num_slots, pinned=source.pinned, version=version)
-        self._names[source.uid] = name
 
     def check_content(self, uid: str, image: AdapterImage) -> None:
         """The first image of an adapter gives it its version; later ones must be the same.
@@ -234,6 +266,21 @@ class Residency:
         self.core.counts["kv_slots_evicted_ahead"] += evicted
         return evicted > 0
 
+    def evict_branch(self, uid: str, most_leaves: int) -> bool:
+        """Evict leaves of one adapter, KV before the adapter itself, as far as nothing holds them.
+
+        KV without a copy on the host is dropped, where eviction would copy it first.
+
+        Returns:
+            Whether nothing is left that could go.
+        """
+        tracker: dict[Any, int] = defaultdict(int)
+        device_frees: dict[Any, list[torch.Tensor]] = defaultdict(list)
+        host_frees: dict[Any, list[torch.Tensor]] = defaultdict(list)
+        num_evicted = self.core.evict_branch(uid, most_leaves, tracker, device_frees, host_frees)
+        self.cache._free_values(device_frees, host_frees)
+        return num_evicted < most_leaves
+
     def _make_room(self, num_slots: int, wanted_since: int) -> None:
         """Evict, as far as ``work_left`` goes.
 
@@ -263,7 +310,9 @@ class Residency:
         node = self.core.node_of(uid)
         self.core.dec_full_pin(node.id)
         self.host.release(uid)
+        self.forest.touch(uid)
         if code == Copied.DONE:
+            self.load_s.observe(time.monotonic() - copy.started_s)
             return None
         copy.synchronize()  # nothing writes to these slots any more
         result = self.core.displace(uid)
@@ -321,16 +370,15 @@ class Residency:
 
     def statistics(self) -> dict[str, int]:
         """Counts of now and since the start, all in slots or tokens (one slot holds one token)."""
-        adapters = list(self.forest)
         return {
             **{name: self.core.counts[name] for name in COUNTS},
             "pool_slots": self.pool_slots,
             "adapter_slots": self.forest.resident_slots,
-            "adapters_resident": sum(adapter.resident for adapter in adapters),
+            "adapters_resident": self.forest.num_resident,
             "adapters_on_host": len(self.host),
             "adapter_host_bytes": self.host.num_bytes,
             "adapter_files_read": self.host.num_reads,
-            "kv_tokens_device": sum(a.device_tokens for a in (self.forest.base, *adapters)),
-            "kv_tokens_host": sum(a.host_tokens for a in (self.forest.base, *adapters)),
-            "kv_tokens_invalid": sum(adapter.invalid_tokens for adapter in adapters),
+            "kv_tokens_device": self.forest.device_tokens,
+            "kv_tokens_host": self.forest.host_tokens,
+            "kv_tokens_invalid": sum(adapter.invalid_tokens for adapter in self.forest),
         }

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.managers.scheduler import _make_abort_req
 
+from sglang_elora.host.adapter_node import FULL, AdapterNode
 from sglang_elora.host.measure import Measure
 from sglang_elora.host.residency import AdapterChanged, Residency
-from sglang_elora.host.tree_core import FULL, AdapterNode
 from sglang_elora.pages import AdapterImage
 from sglang_elora.swapper import AdapterCopy, Copied, Read
 from sglang_elora.tree import Adapter
@@ -56,7 +56,7 @@ WORK_PER_STEP = 3
 """What a step may do while batches run, in evictions of leaves; the start of a copy counts as
 ``COPY_WORK``. The rest goes on in the next step. With no batch to delay, all is done at once."""
 
-ROOM_LEAVES = 4
+ROOM_LEAVES = 3
 """Evicted behind the start of a batch, most of them, to have room for the next load."""
 
 COPY_AHEAD_BELOW = 0.1
@@ -64,6 +64,15 @@ COPY_AHEAD_BELOW = 0.1
 
 COPY_AHEAD_LEAVES = 4
 """Looked at and copied at a time."""
+
+MOST_EXPECTED = 64
+"""Adapters that requests are expected for, beside those that wait."""
+
+EXPECTED_STEPS = 512
+"""Iterations with a batch for which a hint holds."""
+
+EVICT_LEAVES = 16
+"""Of an adapter that is to leave, behind the start of a batch."""
 
 _IDLE_S = 200e-6
 
@@ -82,6 +91,9 @@ class Swapper:
         self._measure = measure
         self._wanted: dict[str, int] = {}  # adapter -> position of the first request for it
         self._errors: dict[str, BaseException] = {}  # of this step
+        self._expected: dict[str, int] = {}  # adapter -> step up to which; soonest over first
+        self._leaving: dict[str, None] = {}  # adapters that are to be evicted
+        self._num_busy_steps = 0
         self._all_copied_at = -1.0  # by the policy's clock: nothing was left to copy ahead
 
     def step(self, scheduler: Scheduler, *, is_busy: bool) -> None:
@@ -91,11 +103,12 @@ class Swapper:
             is_busy: Whether batches run.
         """
         self.residency.work_left = WORK_PER_STEP if is_busy else sys.maxsize
+        self._num_busy_steps += is_busy
         if self.residency.copies or self._host.reading:
             self._settle()
             self._fail_waiting(scheduler)
         waiting, under_way = scheduler.waiting_queue, len(self.residency.copies)
-        if waiting or self._wanted:
+        if waiting or self._wanted or self._expected:
             self._bring_wanted(waiting, self._rest_of(scheduler.chunked_req))
         elif self._core.evicted and not under_way and scheduler.chunked_req is None:
             self._prefetch()
@@ -111,7 +124,10 @@ class Swapper:
     def prepare(self) -> None:
         """One of what makes later steps shorter. A batch has just begun, or none is to run."""
         is_done = (
-            self._measure.take_over() or self._core.learn() or self.residency.keep_room(ROOM_LEAVES)
+            self._evict_leaving()
+            or self._measure.take_over()
+            or self._core.learn()
+            or self.residency.keep_room(ROOM_LEAVES)
         )
         if not is_done:
             self._copy_ahead()
@@ -132,9 +148,45 @@ class Swapper:
         copying = slots * costs.load + costs.load_latency
         return copying <= costs.batch + len(req.origin_input_ids) * costs.recompute
 
+    def expect(self, uids: Iterable[str]) -> int:
+        """Requests with these adapters are about to come: what they need is brought in behind what
+        requests wait for, and nothing that these need is given up for it.
+
+        Returns:
+            How many of them are expected now; others are unknown, or there are too many.
+        """
+        counts, forest, num_taken = self._core.counts, self.residency.forest, 0
+        for uid in uids:
+            is_known = uid in forest and not forest.get(uid).retired
+            is_new = uid not in self._expected
+            if not is_known or (is_new and len(self._expected) >= MOST_EXPECTED):
+                counts["hints_dropped"] += 1
+                continue
+            counts["hints"] += 1
+            counts["hints_late"] += self._is_waited_for(uid)
+            self._leaving.pop(uid, None)
+            self._expected.pop(uid, None)
+            self._expected[uid] = self._num_busy_steps + EXPECTED_STEPS
+            num_taken += 1
+        return num_taken
+
+    def evict_soon(self, uid: str) -> None:
+        """Have an adapter and its KV leave the device, a bounded part of it per step.
+
+        Raises:
+            ValueError: A request uses it or waits for it, or it is pinned.
+        """
+        if self._core.is_locked(uid) or self._is_waited_for(uid):
+            raise ValueError("a request uses the adapter or waits for it, or it is pinned")
+        self._expected.pop(uid, None)
+        if self.residency.forest.get(uid).resident:
+            self._leaving[uid] = None
+
     def used(self, uid: str) -> None:
         """A request with this adapter runs."""
         self._measure.popularity.use(uid)
+        self.residency.forest.used(uid, time.monotonic())
+        self._core.counts["hints_used"] += self._expected.pop(uid, None) is not None
 
     @property
     def is_waiting(self) -> bool:
@@ -288,6 +340,8 @@ class Swapper:
                         missing.append(adapter)
             if room < 0:
                 break
+        else:
+            self._add_expected(wanted, missing, room)
         self._forget_unwanted(wanted)
         has_room = True
         for adapter in missing:
@@ -296,6 +350,39 @@ class Swapper:
                 self._host.request(uid)
             elif has_room:  # what is freed for one is not taken by one behind it
                 has_room = self._may_start(adapter) and self.residency.place(uid, wanted[uid])
+
+    def _add_expected(self, wanted: dict[str, int], missing: list[Adapter], room: int) -> None:
+        """What hints named, behind all who wait; they are held to ``room`` as well."""
+        core, forest = self._core, self.residency.forest
+        while self._expected and next(iter(self._expected.values())) < self._num_busy_steps:
+            del self._expected[next(iter(self._expected))]
+        for uid in [uid for uid in self._expected if uid not in wanted]:
+            if uid not in forest or forest.get(uid).retired:
+                del self._expected[uid]
+                continue
+            node = core.node_of(uid)
+            if node.component_data[FULL].lock_ref == 0:
+                room -= node.adapter.num_slots
+            if room < 0:
+                break
+            wanted[uid] = LOOKAHEAD
+            core.set_wanted(node, LOOKAHEAD)
+            if not node.adapter.resident:
+                missing.append(node.adapter)
+
+    def _evict_leaving(self) -> bool:
+        """Some of what was told to leave. Whether there was something."""
+        if not self._leaving:
+            return False
+        uid = next(iter(self._leaving))
+        is_over = uid not in self.residency.forest or self._is_waited_for(uid)
+        if is_over or self.residency.evict_branch(uid, EVICT_LEAVES):
+            del self._leaving[uid]
+        return True
+
+    def _is_waited_for(self, uid: str) -> bool:
+        """By a request, not only expected."""
+        return self._wanted.get(uid, LOOKAHEAD) < LOOKAHEAD
 
     def _forget_unwanted(self, wanted: dict[str, int]) -> None:
         forest = self.residency.forest

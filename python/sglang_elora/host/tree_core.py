@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import time
-from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -36,39 +35,13 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import (
     InsertStepResult,
 )
 
+from sglang_elora.host.adapter_node import FULL, AdapterNode
 from sglang_elora.host.ordered_tree_core import OrderedTreeCore
 from sglang_elora.policy import Item
-from sglang_elora.tree import Adapter, AdapterForest, LeafOrder, adapter_of, namespace_of
+from sglang_elora.tree import AdapterForest, LeafOrder, adapter_of
 
-FULL = ComponentType.FULL
 CHURN_S = 10.0
 """An adapter that comes back within this time of its eviction should not have been evicted."""
-
-
-class AdapterNode(UnifiedTreeNode):
-    """An adapter's node. ``value`` is int64 ``[slots]`` on the pool's device, empty if evicted.
-
-    It counts as backed up (its weights are on the host) with no host slots of its own.
-    """
-
-    def __init__(self, adapter: Adapter, no_slots: torch.Tensor) -> None:
-        super().__init__((FULL,))
-        self.adapter = adapter
-        self.no_slots = no_slots
-        self.key = RadixKey(array("q"), namespace_of(str(adapter.uid)))
-        self.hash_value: list[str] = []
-        self.event_hash_value: list[str] = []
-        self.component_data[FULL].value = no_slots
-        self.component_data[FULL].host_value = no_slots
-
-    @property
-    def item(self) -> Item:
-        return self.adapter.item
-
-    @property
-    def slots(self) -> torch.Tensor:
-        slots: torch.Tensor = self.component_data[FULL].value
-        return slots
 
 
 class EloraTreeCore(OrderedTreeCore):
@@ -211,8 +184,7 @@ class EloraTreeCore(OrderedTreeCore):
             self.counts["kv_slots_evicted"] -= device
             if node.backuped:
                 self.note_eviction(node)
-        adapter.device_tokens += device
-        adapter.host_tokens += host
+        self.forest.count_kv(adapter, device=device, host=host)
         self.recount(node, leaving=device < 0)  # SGLang takes the value away after this
         if uid is not None and had_kv != (adapter.device_tokens > 0):
             self._update_evictable_leaf_sets(self.node_of(uid))
@@ -271,6 +243,49 @@ class EloraTreeCore(OrderedTreeCore):
         assert self._is_device_leaf(leaf), f"node {leaf.id} is not a leaf"
         if self.policy is not None:
             self.policy.evict(leaf.item)
+        is_alone = not isinstance(leaf, AdapterNode) and not leaf.backuped
+        if is_alone and self.is_write_back and self._is_worth_host_copy(leaf):
+            return False
+        self._take_off_device(leaf, tracker, device_frees, host_frees)
+        return True
+
+    def evict_branch(
+        self,
+        uid: str,
+        most_leaves: int,
+        tracker: dict[ComponentType, int],
+        device_frees: dict[ComponentType, list[torch.Tensor]],
+        host_frees: dict[ComponentType, list[torch.Tensor]],
+    ) -> int:
+        """Take leaves of one adapter off the device, the adapter last, unless somebody holds it.
+
+        Returns:
+            How many there were.
+        """
+        node, num_leaves = self.node_of(uid), 0
+        while num_leaves < most_leaves and node.adapter.resident and not self.is_locked(uid):
+            leaf = self._leaf_under(node)
+            assert self._is_device_leaf(leaf), f"node {leaf.id} is not a leaf"
+            self._take_off_device(leaf, tracker, device_frees, host_frees)
+            num_leaves += 1
+        return num_leaves
+
+    def _leaf_under(self, node: UnifiedTreeNode) -> UnifiedTreeNode:
+        """A node without children on the device, ``node`` itself if it has none; O(depth)."""
+        while True:
+            children = node.children.values()
+            below = next((n for n in children if n.component_data[FULL].value is not None), None)
+            if below is None:
+                return node
+            node = below
+
+    def _take_off_device(
+        self,
+        leaf: UnifiedTreeNode,
+        tracker: dict[ComponentType, int],
+        device_frees: dict[ComponentType, list[torch.Tensor]],
+        host_frees: dict[ComponentType, list[torch.Tensor]],
+    ) -> None:
         if isinstance(leaf, AdapterNode):
             tracker[FULL] += len(leaf.slots)
             self._release_slots(leaf, device_frees)
@@ -279,11 +294,8 @@ class EloraTreeCore(OrderedTreeCore):
             self.note_eviction(leaf)
         elif leaf.backuped:
             self._demote(leaf, tracker, device_frees, host_frees)
-        elif self.is_write_back and self._is_worth_host_copy(leaf):
-            return False
         else:
             self._delete_unbacked_device_leaf(leaf, tracker, device_frees, host_frees)
-        return True
 
     def _is_worth_host_copy(self, leaf: UnifiedTreeNode) -> bool:
         """Also against what would have to go for it. KV below a leaf, which is on the host, would
@@ -323,8 +335,7 @@ class EloraTreeCore(OrderedTreeCore):
             self.component_protected_size_ if data.lock_ref > 0 else self.component_evictable_size_
         )
         sizes[FULL] += num_slots
-        adapter.resident = True
-        self.forest.num_resident += 1
+        self.forest.set_resident(adapter, True)
         self.recount(node)
         self.counts["adapter_loads"] += 1
         if time.monotonic() - adapter.evicted_s < CHURN_S:
@@ -382,8 +393,7 @@ class EloraTreeCore(OrderedTreeCore):
             if len(node.slots):
                 device_frees[FULL].append(node.slots)
             node.component_data[FULL].value = node.no_slots
-            node.adapter.resident = False
-            self.forest.num_resident -= 1
+            self.forest.set_resident(node.adapter, False)
             self.recount(node)
             self.on_evicted(str(node.adapter.uid))
         self._update_evictable_leaf_sets(node)
@@ -410,6 +420,7 @@ class EloraTreeCore(OrderedTreeCore):
         for leaves in (self.evictable_device_leaves, self.evictable_host_leaves):
             if isinstance(leaves, LeafOrder):
                 leaves.check_invariants()
+        self.forest.check_invariants()
         if self.policy is not None:
             self.policy.check_invariants(self._items_on_device())
         counted = {uid: [0, 0] for uid in (None, *(adapter.uid for adapter in self.forest))}

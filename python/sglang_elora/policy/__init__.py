@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["GDSF", "LRU", "NEVER", "Costs", "Elora", "EloraPaper", "Item", "Policy", "Term"]
+__all__ = [
+    "GDSF",
+    "LRU",
+    "NEVER",
+    "Costs",
+    "Elora",
+    "EloraPaper",
+    "Expectation",
+    "Item",
+    "Policy",
+    "Term",
+]
 
 from sglang_elora.policy.elora import Elora
 from sglang_elora.policy.elora_paper import EloraPaper, Term
 from sglang_elora.policy.gdsf import GDSF
-from sglang_elora.policy.item import NEVER, Item
+from sglang_elora.policy.item import NEVER, Expectation, Item
 from sglang_elora.policy.lru import LRU
 from sglang_elora.policy.policy import Costs, Policy

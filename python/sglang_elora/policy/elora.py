@@ -1,8 +1,10 @@
 """ELORA's default: seconds saved per slot and turnover, by what is learned and what is measured.
 
 ``value = return index * seconds saved by a return, per slot``. The return index (``returns.py``) is
-learned for adapters and for KV by itself. What a return saves is the time to bring an adapter, or
-KV with a copy on the host, over the link, or to compute other KV anew, at measured rates.
+learned for adapters and for KV by itself, and apart for what living sessions use and for what only
+a session used that is over (where requests name sessions). What a return saves is the time to bring
+an adapter, or KV with a copy on the host, over the link, or to compute other KV anew, at measured
+rates.
 
 An adapter cannot leave before its KV. So a little KV that is worth much can keep an adapter that is
 worth little and takes much space: what has to be compared with others is then not the leaf but the
@@ -21,13 +23,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from sglang_elora.policy.item import NEVER, Item
+from sglang_elora.policy.item import NEVER, Expectation, Item
 from sglang_elora.policy.policy import Costs, Policy
 from sglang_elora.policy.returns import Returns
 
 ADAPTER, KV, KV_ON_HOST = range(3)
-Kind = tuple[str | None, int]
-"""(the adapter, one of the above)"""
+Kind = tuple[str | None, int, int]
+"""(the adapter, one of the above, an ``Expectation``)"""
 
 _ERAS_PER_TURNOVER = 8
 NO_ERA = -1
@@ -38,7 +40,8 @@ class _Group:
     """An adapter on the device and its KV there, by the era of its last visit."""
 
     adapter: Item | None = None
-    slots: dict[tuple[int, int], int] = field(default_factory=dict)  # of KV, by (era, family)
+    slots: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    """Of KV, by (era, family, expectation)."""
     num_slots: int = 0  # their sum
     value: float = 0.0  # of all KV together, summed up in ``valued_in`` and kept up since
     valued_in: int = -1
@@ -61,7 +64,7 @@ class Elora(Policy):
     ) -> None:
         super().__init__(costs)
         self._writes_back = writes_back
-        self._adapters, self._kv = Returns(), Returns()
+        self._adapters, self._kv = ([Returns() for _ in Expectation] for _ in range(2))
         self._is_held = is_held
         self._groups: dict[str, _Group] = {}
 
@@ -75,6 +78,16 @@ class Elora(Policy):
                 self.displace(item)
                 self.place(item)
 
+    def expect(self, item: Item, expectation: Expectation) -> None:
+        """From now on it is one of others; until now it had not come back."""
+        if item.last != NEVER:
+            self._returns(item).end(self.clock - item.last, returned=False)
+        was_counted = item.counted is not None
+        self.displace(item)
+        item.expectation = expectation
+        if was_counted:
+            self.place(item)
+
     def remove(self, item: Item) -> None:
         if item.last != NEVER:
             self._returns(item).end(self.clock - item.last, returned=False)
@@ -83,7 +96,7 @@ class Elora(Policy):
         if item.group is None:
             return
         group = self._groups.setdefault(item.group, _Group())
-        item.counted = (self._era, self.kind(item)[1])
+        item.counted = (self._era, *self.kind(item)[1:])
         if item.is_adapter:
             group.adapter = item
         else:
@@ -102,37 +115,38 @@ class Elora(Policy):
             del self._groups[item.group]
 
     def kind(self, item: Item) -> Kind:
-        if item.is_adapter:
-            return item.group, ADAPTER
-        return item.group, KV_ON_HOST if item.backed else KV
+        family = ADAPTER if item.is_adapter else KV_ON_HOST if item.backed else KV
+        return item.group, family, item.expectation
 
     def priority(self, item: Item) -> float:
         return item.last
 
     def rank(self, kind: Kind, priority: float) -> float:
-        group, family = kind
-        own = self._value(family, priority)
+        group, family, expectation = kind
+        own = self._value(family, expectation, priority)
         if group is None:
             return own
         whole = self._value_of_whole(group)
         return own if own <= whole or self._is_held(group) else whole
 
     def learn(self) -> bool:
-        return self._adapters.learn() or self._kv.learn()
+        return any(returns.learn() for returns in (*self._adapters, *self._kv))
 
-    def host_kind(self, item: Item) -> int:
+    def host_kind(self, item: Item) -> tuple[int, int]:
         """By age: on the host it is not always the oldest that goes, so that long pauses between
         turns are kept through, even where there is no room for all."""
-        return NO_ERA if item.last == NEVER else int(item.last * _ERAS_PER_TURNOVER)
+        era = NO_ERA if item.last == NEVER else int(item.last * _ERAS_PER_TURNOVER)
+        return era, item.expectation
 
-    def host_rank(self, era: int, priority: float) -> float:
+    def host_rank(self, kind: tuple[int, int], priority: float) -> float:
         """A copy on the host saves what computing costs more than loading; all slots alike."""
-        return 0.0 if era == NO_ERA else self._kv.index_at(self.clock - priority)
+        era, expectation = kind
+        return 0.0 if era == NO_ERA else self._kv[expectation].index_at(self.clock - priority)
 
     def worth_host_copy(self, item: Item) -> bool:
         """Copying it there takes the link as long as one load; a later visit saves the rest."""
         load = self.costs.load_of(item)
-        chance = self._kv.chance(self.clock - item.last)
+        chance = self._kv[item.expectation].chance(self.clock - item.last)
         return chance * (self.costs.recompute - load) > load
 
     def check_invariants(self, on_device: Iterable[Item]) -> None:
@@ -153,10 +167,10 @@ class Elora(Policy):
         held = {uid: g.adapter for uid, g in self._groups.items() if g.adapter is not None}
         assert held == adapters, (held, adapters)
 
-    def _value(self, family: int, last: float) -> float:
+    def _value(self, family: int, expectation: int, last: float) -> float:
         if last == NEVER:
             return 0.0
-        returns = self._adapters if family == ADAPTER else self._kv
+        returns = (self._adapters if family == ADAPTER else self._kv)[expectation]
         return returns.index(self.clock - last) * self._saved(family)
 
     def _value_of_whole(self, uid: str) -> float:
@@ -167,16 +181,17 @@ class Elora(Policy):
             group.value = sum(n * self._value_in(*counted) for counted, n in group.slots.items())
         total, num_slots = max(group.value, 0.0), group.num_slots
         if group.adapter is not None:
-            total += group.adapter.num_slots * self._value(ADAPTER, group.adapter.last)
-            num_slots += group.adapter.num_slots
+            adapter = group.adapter
+            total += adapter.num_slots * self._value(ADAPTER, adapter.expectation, adapter.last)
+            num_slots += adapter.num_slots
         return total / num_slots
 
-    def _value_in(self, era: int, family: int) -> float:
+    def _value_in(self, era: int, family: int, expectation: int) -> float:
         """Per slot, of KV that was last used in this era."""
         middle = (era + 0.5) / _ERAS_PER_TURNOVER
-        return self._value(family, min(middle, self.clock))
+        return self._value(family, expectation, min(middle, self.clock))
 
-    def _count(self, group: _Group, counted: tuple[int, int], num_slots: int) -> None:
+    def _count(self, group: _Group, counted: tuple[int, int, int], num_slots: int) -> None:
         left = group.slots.get(counted, 0) + num_slots
         if left:
             group.slots[counted] = left
@@ -199,4 +214,4 @@ class Elora(Policy):
         return min(costs.recompute, 2 * costs.load) if self._writes_back else costs.recompute
 
     def _returns(self, item: Item) -> Returns:
-        return self._adapters if item.is_adapter else self._kv
+        return (self._adapters if item.is_adapter else self._kv)[item.expectation]

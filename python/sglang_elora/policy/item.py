@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import IntEnum
 
 NEVER = float("-inf")
+
+
+class Expectation(IntEnum):
+    """What those who use an item have said of themselves."""
+
+    UNKNOWN = 0
+    ALIVE = 1  # a session that is not over has used it last
+    OVER = 2  # the one session that used it is over
 
 
 @dataclass(slots=True, eq=False)
@@ -21,10 +30,11 @@ class Item:
     backed: bool = False  # a copy of it is on the host: an adapter's always is
     wanted_since: int | None = None  # number of the oldest waiting request that needs it
     prefetched: bool = False  # brought to the device for nobody, and not used since
+    expectation: Expectation = Expectation.UNKNOWN  # set by the policy when it is told
     visits: int = 0  # requests that used it, the one that made it included
     last: float = NEVER  # of its last visit
     score: float = NEVER
-    counted: tuple[int, int] | None = None  # as what it is counted in its group
+    counted: tuple[int, int, int] | None = None  # as what it is counted in its group
 
     def split(self, num_slots: int) -> Item:
         """The first ``num_slots`` of this run as an item of their own; they share a past."""

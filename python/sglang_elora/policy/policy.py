@@ -15,7 +15,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from sglang_elora.policy.item import Item
+from sglang_elora.policy.item import Expectation, Item
 
 
 @dataclass(slots=True)
@@ -64,6 +64,10 @@ class Policy(ABC):
     @abstractmethod
     def visit(self, path: Iterable[Item]) -> None:
         """A request uses these items, the deepest first."""
+
+    def expect(self, item: Item, expectation: Expectation) -> None:
+        """Those who use the item have said something else of themselves than before."""
+        item.expectation = expectation
 
     def split(self, item: Item, num_slots: int) -> Item:
         """The first ``num_slots`` of a run of KV become an item of their own."""

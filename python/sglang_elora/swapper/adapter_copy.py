@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Protocol
@@ -36,6 +37,7 @@ class AdapterCopy:
     begun: StreamEvent  # before the first piece
     pieces: list[tuple[int, StreamEvent]] = field(default_factory=list)
     error: Exception | None = None
+    started_s: float = field(default_factory=time.monotonic)
 
     @property
     def code(self) -> Copied:

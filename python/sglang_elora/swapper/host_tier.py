@@ -55,11 +55,19 @@ class HostTier:
     Args:
         budget_bytes: Of all images together.
         priority: Of an adapter; what is lowest is dropped first, infinity is wanted now.
+        on_moved: Told of an adapter that began to be read, came, or was dropped.
     """
 
-    def __init__(self, budget_bytes: int, priority: Callable[[str], float]) -> None:
+    def __init__(
+        self,
+        budget_bytes: int,
+        priority: Callable[[str], float],
+        on_moved: Callable[[str], None] = lambda uid: None,
+    ) -> None:
         self.budget_bytes = budget_bytes
+        self._on_moved = on_moved
         self.num_bytes = 0
+        self._num_images = 0
         self.num_reads = 0
         self.num_dropped = 0
         self._entries: dict[str, _Entry] = {}
@@ -75,7 +83,10 @@ class HostTier:
         return entry is not None and entry.image is not None
 
     def __len__(self) -> int:
-        return sum(entry.image is not None for entry in self._entries.values())
+        return self._num_images
+
+    def is_reading(self, uid: str) -> bool:
+        return uid in self._reading
 
     @property
     def reading(self) -> tuple[str, ...]:
@@ -120,7 +131,9 @@ class HostTier:
         self.cancel(uid)
         self._droppable.discard(uid)
         if entry.image is not None:
+            self._num_images -= 1
             self.num_bytes -= entry.num_bytes
+            self._on_moved(uid)
 
     def get(self, uid: str) -> AdapterImage:
         image = self._entries[uid].image
@@ -141,6 +154,7 @@ class HostTier:
         if self._executor is None:
             self._executor = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="adapter-reader")
         entry.future = self._executor.submit(_read_unless, cancelled, entry.read)
+        self._on_moved(uid)
 
     def read_ahead(self) -> None:
         """Have one file read that never was, while the budget has room for it."""
@@ -177,6 +191,7 @@ class HostTier:
         entry = self._entries.get(uid)
         if entry is None:
             return None
+        self._on_moved(uid)
         future, entry.future = entry.future, None
         assert future is not None
         self.num_reads += 1
@@ -221,7 +236,9 @@ class HostTier:
         assert entry.image is not None and entry.num_holders == 0 and entry.read is not None, uid
         self._droppable.discard(uid)
         entry.image = None
+        self._num_images -= 1
         self.num_bytes -= entry.num_bytes
+        self._on_moved(uid)
 
     def check_invariants(self) -> None:
         """Raises:
@@ -229,12 +246,14 @@ class HostTier:
         """
         present = [entry for entry in self._entries.values() if entry.image is not None]
         assert self.num_bytes == sum(entry.num_bytes for entry in present), self.num_bytes
+        assert self._num_images == len(present), (self._num_images, len(present))
         droppable = {e.uid for e in present if e.num_holders == 0 and e.read is not None}
         assert self._droppable == droppable, (set(self._droppable), droppable)
         self._droppable.check_invariants()
 
     def _take_in(self, entry: _Entry, image: AdapterImage) -> None:
         entry.image = image
+        self._num_images += 1
         self.num_bytes += entry.num_bytes
         if entry.read is not None and entry.num_holders == 0:
             self._droppable.add(entry.uid)

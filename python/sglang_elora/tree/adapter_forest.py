@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from sglang_elora.policy import Item
 
@@ -45,6 +46,8 @@ class Adapter:
     device_tokens: int = 0
     host_tokens: int = 0
     evicted_s: float = -math.inf  # when it last was, for the count of churn
+    num_requests: int = 0  # that ran with it
+    used_s: float | None = None  # when the last of them began, by the monotonic clock
     item: Item = field(init=False)  # what the eviction policy knows of it
 
     def __post_init__(self) -> None:
@@ -60,14 +63,20 @@ class Adapter:
 class AdapterForest:
     """All adapters by id. Adapters stay known over a reset of the tree; their KV does not.
 
-    ``pinned_slots`` are those that pinned adapters take, or will take once they are loaded.
+    ``pinned_slots`` are those that pinned adapters take, or will take once they are loaded; tokens
+    are those of all adapters and of the base model.
     """
 
     base: Adapter = field(default_factory=lambda: Adapter(uid=None, resident=True))
     pinned_slots: int = 0
     num_resident: int = 0
+    resident_slots: int = 0
+    device_tokens: int = 0
+    host_tokens: int = 0
+    num_changes: int = 0  # of adapters, so far
     _adapters: dict[str, Adapter] = field(default_factory=dict)
     _retired: dict[str, Adapter] = field(default_factory=dict)
+    _changed_at: dict[str, int] = field(default_factory=dict)  # last, in that order
 
     def __iter__(self) -> Iterator[Adapter]:
         """All adapters, without the base model, in the order they were registered."""
@@ -85,7 +94,45 @@ class AdapterForest:
         adapter = Adapter(uid, num_slots=num_slots, pinned=pinned, version=version)
         self._adapters[uid] = adapter
         self.pinned_slots += num_slots * pinned
+        self.touch(uid)
         return adapter
+
+    def count_kv(self, adapter: Adapter, *, device: int, host: int) -> None:
+        """So many tokens came to each tier, or left it."""
+        adapter.device_tokens += device
+        adapter.host_tokens += host
+        self.device_tokens += device
+        self.host_tokens += host
+        if adapter.uid is not None:
+            self.touch(adapter.uid)
+
+    def set_resident(self, adapter: Adapter, resident: bool) -> None:
+        """It came to the device, or left it."""
+        assert adapter.uid is not None and adapter.resident != resident, adapter
+        adapter.resident = resident
+        sign = 1 if resident else -1
+        self.num_resident += sign
+        self.resident_slots += sign * adapter.num_slots
+        self.touch(adapter.uid)
+
+    def used(self, uid: str, moment_s: float) -> None:
+        """A request with it runs from this moment on."""
+        adapter = self._adapters[uid]
+        adapter.num_requests += 1
+        adapter.used_s = moment_s
+        self.touch(uid)
+
+    def touch(self, uid: str) -> None:
+        """Something about this adapter has changed."""
+        self.num_changes += 1
+        self._changed_at.pop(uid, None)
+        self._changed_at[uid] = self.num_changes
+
+    def changed_since(self, num_changes: int) -> list[tuple[str, int]]:
+        """Adapters that have changed since there were so many changes, and at which one each did;
+        O(their number)."""
+        newest_first = reversed(self._changed_at.items())
+        return list(takewhile(lambda changed: changed[1] > num_changes, newest_first))[::-1]
 
     def get(self, uid: str | None) -> Adapter:
         """The adapter of this id.
@@ -112,32 +159,50 @@ class AdapterForest:
         """Retired adapters that still hold something, or have not been looked at."""
         return tuple(self._retired.values())
 
+    def pin(self, adapter: Adapter) -> None:
+        self.pinned_slots += adapter.num_slots * (not adapter.pinned)
+        adapter.pinned = True
+        self.touch(str(adapter.uid))
+
     def unpin(self, adapter: Adapter) -> None:
         self.pinned_slots -= adapter.num_slots * adapter.pinned
         adapter.pinned = False
+        self.touch(str(adapter.uid))
 
     def remove(self, uid: str) -> None:
         """Forget a retired adapter that holds nothing any more."""
         adapter = self._retired.pop(uid)
-        del self._adapters[uid]
         self.unpin(adapter)
+        del self._adapters[uid]
+        del self._changed_at[uid]
         assert not (adapter.resident or adapter.device_tokens or adapter.host_tokens), adapter
 
     def clear_tree(self) -> None:
         """All KV and all pages are gone (the tree was reset)."""
-        self.base.device_tokens = self.base.host_tokens = 0
-        self.num_resident = 0
+        self.count_kv(self.base, device=-self.base.device_tokens, host=-self.base.host_tokens)
         for adapter in self:
-            adapter.resident = False
-            adapter.device_tokens = adapter.host_tokens = 0
+            if adapter.resident:
+                self.set_resident(adapter, False)
+            self.count_kv(adapter, device=-adapter.device_tokens, host=-adapter.host_tokens)
         for adapter in self.retired:
             self.remove(str(adapter.uid))
 
-    @property
-    def largest_unpinned(self) -> int:
-        """Slots of the largest adapter that is not pinned; 0 if there is none."""
-        return max((adapter.num_slots for adapter in self if not adapter.pinned), default=0)
+    def largest_unpinned(self, without: str | None = None) -> int:
+        """Slots of the largest other adapter that is not pinned; 0 if there is none."""
+        others = (a.num_slots for a in self if not a.pinned and a.uid != without)
+        return max(others, default=0)
 
-    @property
-    def resident_slots(self) -> int:
-        return sum(adapter.num_slots for adapter in self if adapter.resident)
+    def check_invariants(self) -> None:
+        """Raises:
+        AssertionError: A sum is not that of the adapters.
+        """
+        everybody = [self.base, *self]
+        sums = {
+            "pinned_slots": sum(a.num_slots for a in self if a.pinned),
+            "num_resident": sum(a.resident for a in self),
+            "resident_slots": sum(a.num_slots for a in self if a.resident),
+            "device_tokens": sum(a.device_tokens for a in everybody),
+            "host_tokens": sum(a.host_tokens for a in everybody),
+        }
+        counted = {name: getattr(self, name) for name in sums}
+        assert counted == sums, (counted, sums)

@@ -1,0 +1,185 @@
+"""What hints are good for: how soon after its arrival a request's adapter begins to move.
+
+    python benchmarks/control/hints.py --link calibration.json --out FILE
+
+Two servers, with hints and without, take turns. On each some clients chat without a pause, with
+adapters that stay; beside them a chat arrives now and then whose adapter is not on the device. Of
+these: the time from arrival to the start of the copy, and the share whose copy had begun, or was
+not needed any more, when the scheduler received the request, and when it took it into a batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks/tree"), str(ROOT / "benchmarks/serving")]
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
+
+ensure_torchvision_importable()
+
+import httpx  # noqa: E402
+from bench import Bench, EmulatedLink  # noqa: E402
+from sides import Sizes, make_side  # noqa: E402
+from workload import adapter_name  # noqa: E402
+
+from bench_radix_cache import machine  # noqa: E402
+
+SIDES = ("elora:lru+timed", "elora:lru+timed_without_hints")
+NUM_ADAPTERS = 64
+STAYING = 3  # adapters of the clients in the background, one each
+BLOCK = 24  # cold chats
+GAP_S = (0.05, 0.35)  # between an answer's end and the next cold chat, uniform
+WORDS = ("harbour", "letter", "noon", "recipe", "compare", "train", "soup", "written")
+
+
+@dataclass(frozen=True, slots=True)
+class Cold:
+    """One cold chat; seconds since its arrival."""
+
+    copied_s: float  # its adapter began to move
+    received_s: float  # by the scheduler
+    taken_s: float  # into a batch
+    ttft_s: float
+
+
+def text(rng: random.Random, num_words: int) -> str:
+    return " ".join(rng.choices(WORDS, k=num_words))
+
+
+async def chat(http: httpx.AsyncClient, adapter: str, content: str, num_tokens: int) -> float:
+    """Seconds to the first token."""
+    body = {
+        "model": f"demo:{adapter}",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": num_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    sent_s, first_s = time.monotonic(), None
+    async with http.stream("POST", "/v1/chat/completions", json=body) as stream:
+        assert stream.status_code == 200, await stream.aread()
+        async for line in stream.aiter_lines():
+            if first_s is None and line.startswith("data: {"):
+                first_s = time.monotonic()
+    assert first_s is not None
+    return first_s - sent_s
+
+
+async def play_block(url: str, number: int, num_words: int, seed: int) -> list[tuple[str, float]]:
+    """(adapter, seconds to the first token) of the cold chats."""
+    rng = random.Random(f"hints/{seed}/{number}")
+    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as http:
+
+        async def stay(i: int) -> None:
+            own = random.Random(f"stay/{seed}/{number}/{i}")
+            while True:
+                await chat(http, adapter_name(i), text(own, 40), 32)
+
+        background = [asyncio.create_task(stay(i)) for i in range(STAYING)]
+        cold = []
+        for i in range(number * BLOCK, (number + 1) * BLOCK):
+            await asyncio.sleep(rng.uniform(*GAP_S))
+            name = adapter_name(STAYING + i % (NUM_ADAPTERS - STAYING))
+            cold.append((name, await chat(http, name, text(rng, num_words), 8)))
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+        return cold
+
+
+def moments(path: Path, start: int) -> tuple[list[tuple[str, str, float]], int]:
+    """What was noted behind this place of the file, and where it ends now."""
+    with path.open() as lines:
+        lines.seek(start)
+        found = [line.split() for line in lines.read().splitlines()]
+        return [(what, uid, float(when)) for what, uid, when in found], lines.tell()
+
+
+def cold_chats(noted: Sequence[tuple[str, str, float]], ttft_s: Sequence[float]) -> list[Cold]:
+    """The chats in the order of the ``ttft_s``: those adapters that were copied, by arrival.
+
+    Raises:
+        RuntimeError: There are not as many of them.
+    """
+    copied = {uid for what, uid, _ in noted if what == "copied"}
+    by_adapter: dict[str, dict[str, float]] = {}
+    for what, uid, when_s in noted:
+        if uid in copied:
+            by_adapter.setdefault(uid, {}).setdefault(what, when_s)
+    chats = sorted(by_adapter.values(), key=lambda at: at["arrived"])
+    if len(chats) != len(ttft_s):
+        raise RuntimeError(f"{len(chats)} adapters were copied for {len(ttft_s)} cold chats")
+    return [
+        Cold(*(at[w] - at["arrived"] for w in ("copied", "received", "taken")), ttft)
+        for at, ttft in zip(chats, ttft_s, strict=True)
+    ]
+
+
+def summary(found: Sequence[Cold]) -> dict[str, float]:
+    wait_ms = sorted(1e3 * chat.copied_s for chat in found)
+    return {
+        "arrival_to_copy_mean_ms": statistics.mean(wait_ms),
+        "arrival_to_copy_p50_ms": statistics.median(wait_ms),
+        "arrival_to_copy_p95_ms": wait_ms[int(0.95 * len(wait_ms))],
+        "moving_when_received": statistics.mean(c.copied_s <= c.received_s for c in found),
+        "moving_before_taken_ms": 1e3 * statistics.mean(c.taken_s - c.copied_s for c in found),
+        "ttft_mean_ms": 1e3 * statistics.mean(c.ttft_s for c in found),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=8, help=f"blocks of {BLOCK} cold chats")
+    parser.add_argument("--words", type=int, nargs="+", default=[100, 600], help="of a cold chat")
+    parser.add_argument("--link", type=Path, required=True, help="what calibrate.py wrote")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="hints-") as folder, ExitStack() as servers:
+        bench = Bench(Path(folder), NUM_ADAPTERS, Sizes(), EmulatedLink.load(options.link))
+        urls, files = [], []
+        for name in SIDES:
+            side = make_side(name, bench.sizes, NUM_ADAPTERS, 2048)
+            files.append(Path(folder) / f"{side.variant}.txt")
+            os.environ["MOMENTS"] = str(files[-1])
+            log = options.out.parent / "logs" / f"hints-{side.variant}.log"
+            urls.append(servers.enter_context(bench.server(side, log)).url)
+        number, ends = 0, [0] * len(SIDES)
+        for num_words in options.words:
+            found: list[list[Cold]] = [[] for _ in SIDES]
+            for i in range(-1, options.rounds):  # the first does not count
+                for turn in range(len(SIDES)):
+                    side = (number + turn) % len(SIDES)
+                    played = play_block(urls[side], number, num_words, options.seed)
+                    ttft_s = [seconds for _, seconds in asyncio.run(played)]
+                    noted, ends[side] = moments(files[side], ends[side])
+                    if i >= 0:
+                        found[side] += cold_chats(noted, ttft_s)
+                number += 1
+            for name, chats in zip(SIDES, found, strict=True):
+                print(f"{num_words} words, {name}: {summary(chats)}", flush=True)
+                rows += [{"words": num_words, "side": name, **asdict(chat)} for chat in chats]
+        facts = {**machine(), **bench.facts(), "seed": options.seed}
+    options.out.write_text("".join(json.dumps(row) + "\n" for row in [facts, *rows]))
+
+
+if __name__ == "__main__":
+    main()

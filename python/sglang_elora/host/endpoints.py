@@ -1,0 +1,207 @@
+"""``/elora/*`` on SGLang's HTTP server, and the tier of each adapter in ``/v1/models``."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from importlib import resources
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, ORJSONResponse
+from pydantic import BaseModel, Field
+from sglang.srt.utils.auth import AuthLevel, auth_level
+from starlette.routing import Mount
+from starlette.types import Receive, Scope, Send
+
+from sglang_elora.control import AdapterState, PoolState
+from sglang_elora.host.messages import AdapterOrderAnswer
+from sglang_elora.host.tokenizer_control import NoAnswer, NotLoaded, TokenizerControl
+
+_MODELS = "/v1/models"
+_Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
+
+
+def _for_admins(endpoint: _Endpoint) -> _Endpoint:
+    """Under the key that SGLang's own control endpoints are under."""
+    auth_level(AuthLevel.ADMIN_OPTIONAL)(endpoint)
+    return endpoint
+
+
+class AdapterNames(BaseModel):
+    """Adapters by the names they are served under."""
+
+    lora_name: str | list[str] = Field(min_length=1)
+
+    def ids(self, control: TokenizerControl) -> list[tuple[str, str]]:
+        """(name, id) of each; raises NotLoaded."""
+        names = [self.lora_name] if isinstance(self.lora_name, str) else self.lora_name
+        return [(name, control.id_of(name)) for name in dict.fromkeys(names)]
+
+
+class AdapterName(BaseModel):
+    """An adapter by the name it is served under."""
+
+    lora_name: str = Field(min_length=1)
+
+
+class Pin(AdapterName):
+    """An adapter, and for how long."""
+
+    lease_s: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="Seconds; without it until unpinned."
+    )
+
+
+def _add_control(app: FastAPI, control: TokenizerControl) -> None:
+    # NOTE: on the app itself. SGLang looks for an endpoint's key among the app's own routes, and
+    # takes those of an included router for open to all.
+    elora: dict[str, Any] = {"tags": ["elora"], "response_class": ORJSONResponse}
+
+    @app.get("/elora/state", **elora)
+    @_for_admins
+    async def state(lora_name: str | None = None) -> ORJSONResponse:
+        """Where each adapter is and what it holds, what the pool is used for, and counts since the
+        start. With ``lora_name`` of one adapter."""
+        mirror = await control.refresh()
+        loaded = control.loaded()
+        if lora_name is not None:
+            control.id_of(lora_name)
+            loaded = {lora_name: loaded[lora_name]}
+        rows = [
+            {
+                "lora_name": name,
+                "lora_path": ref.lora_path,
+                **_row(mirror.adapters[ref.lora_id]),
+                "lease_s": control.lease_left_s(ref.lora_id),
+            }
+            for name, ref in loaded.items()
+            if ref.lora_id in mirror.adapters
+        ]
+        pool = _pool(mirror.pool, control.names())
+        return ORJSONResponse({"adapters": rows, "pool": pool, "hints": control.counts})
+
+    @app.get("/elora/ui", tags=["elora"], response_class=HTMLResponse)
+    async def ui() -> HTMLResponse:
+        """A page that shows the state, live. It asks for the admin key where one is needed."""
+        return HTMLResponse(
+            resources.files("sglang_elora.control").joinpath("page.html").read_text()
+        )
+
+    @app.post("/elora/prefetch", **elora)
+    @_for_admins
+    async def prefetch(body: AdapterNames) -> ORJSONResponse:
+        """Bring adapters to the device, as if requests with them waited behind all that do."""
+        answers = {name: await control.order("prefetch", uid) for name, uid in body.ids(control)}
+        tiers = {name: answer.tier for name, answer in answers.items()}
+        errors = [answer.error for answer in answers.values() if answer.error]
+        if errors:
+            return _failure(errors[0], tiers=tiers)
+        return ORJSONResponse({"success": True, "error_message": "", "tiers": tiers})
+
+    @app.post("/elora/pin", **elora)
+    @_for_admins
+    async def pin(body: Pin) -> ORJSONResponse:
+        """Bring an adapter to the device and keep it there."""
+        return _outcome(await control.pin(control.id_of(body.lora_name), body.lease_s))
+
+    @app.post("/elora/unpin", **elora)
+    @_for_admins
+    async def unpin(body: AdapterName) -> ORJSONResponse:
+        """Let an adapter be evicted again, also one that was loaded as pinned."""
+        return _outcome(await control.unpin(control.id_of(body.lora_name)))
+
+    @app.post("/elora/evict", **elora)
+    @_for_admins
+    async def evict(body: AdapterName) -> ORJSONResponse:
+        """Have an adapter and its KV leave the device within the next iterations. KV without a copy
+        on the host is dropped."""
+        return _outcome(await control.order("evict", control.id_of(body.lora_name)))
+
+
+def add_endpoints(app: FastAPI, control: TokenizerControl) -> None:
+    _add_control(app, control)
+    app.add_exception_handler(NotLoaded, _not_loaded)
+    app.add_exception_handler(NoAnswer, _no_answer)
+    _add_tiers(app, control)
+    if control.serves_metrics:
+        _add_metrics(app, control)
+
+
+def _add_metrics(app: FastAPI, control: TokenizerControl) -> None:
+    """``/metrics`` in front of SGLang's, with all that it has."""
+    # NOTE: on import it looks for the folder that SGLang names when it starts.
+    from prometheus_client import CollectorRegistry, make_asgi_app, multiprocess
+
+    from sglang_elora.control.metrics import StateCollector
+
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    registry.register(
+        StateCollector(control.mirror, control.names, lambda: control.counts, control.model_name)
+    )
+    scrape = make_asgi_app(registry=registry)
+
+    async def fresh(scope: Scope, receive: Receive, send: Send) -> None:
+        await control.glance()
+        await scrape(scope, receive, send)
+
+    route = Mount("/metrics", fresh)
+    route.path_regex = re.compile("^/metrics(?P<path>.*)$")  # as SGLang's: no redirect
+    app.routes.append(route)
+
+
+def _add_tiers(app: FastAPI, control: TokenizerControl) -> None:
+    route: Any = next(route for route in app.routes if getattr(route, "path", None) == _MODELS)
+    original = route.endpoint
+    app.router.routes.remove(route)
+
+    @app.get(_MODELS, response_class=ORJSONResponse)
+    async def available_models() -> ORJSONResponse:
+        """Show available models. OpenAI-compatible endpoint. Adapters carry their tier."""
+        models = (await original()).model_dump()
+        mirror, loaded = await control.glance(), control.loaded()
+        for card in models["data"]:
+            ref = loaded.get(card["id"])
+            if card.get("parent") and ref is not None and ref.lora_id in mirror.adapters:
+                card["tier"] = mirror.adapters[ref.lora_id].tier
+        return ORJSONResponse(models)
+
+
+def _row(state: AdapterState) -> dict[str, Any]:
+    row = msgspec.structs.asdict(state)
+    last_used_s = row.pop("last_used_s")
+    row["lora_id"] = row.pop("id")
+    row["idle_s"] = None if last_used_s is None else time.monotonic() - last_used_s
+    return row
+
+
+def _pool(pool: PoolState | None, names: Mapping[str, str]) -> dict[str, Any]:
+    assert pool is not None, "the state was asked for"
+    found = msgspec.structs.asdict(pool)
+    for which in ("waiting", "running"):
+        found[which] = [names[uid] for uid in found[which] if uid in names]
+    found["load_s"] = {"at_most": dict(pool.load_s.cumulative()), "sum": pool.load_s.sum_s}
+    return found
+
+
+def _outcome(answer: AdapterOrderAnswer) -> ORJSONResponse:
+    if answer.error:
+        return _failure(answer.error, tier=answer.tier)
+    return ORJSONResponse({"success": True, "error_message": "", "tier": answer.tier})
+
+
+def _failure(text: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST, **more: Any) -> ORJSONResponse:
+    body = {"success": False, "error_message": text, **more}
+    return ORJSONResponse(body, status_code=status)
+
+
+def _not_loaded(request: Request, error: Exception) -> ORJSONResponse:
+    return _failure(str(error))
+
+
+def _no_answer(request: Request, error: Exception) -> ORJSONResponse:
+    return _failure(str(error), HTTPStatus.SERVICE_UNAVAILABLE)

@@ -1,0 +1,194 @@
+"""The tokenizer process's end of the control channel: hints and orders out, state in.
+
+It knows first which adapter a request belongs to: at its arrival, before its text is tokenized.
+That is announced to the schedulers at once, so that the adapter is on its way when the request
+comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from sglang.utils import TypeBasedDispatcher
+
+from sglang_elora.control import HintGate, StateMirror
+from sglang_elora.host.messages import (
+    AdapterHint,
+    AdapterOrder,
+    AdapterOrderAnswer,
+    StateAnswer,
+    StateRequest,
+)
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+logger = logging.getLogger(__name__)
+
+FRESH_S = 1.0
+"""State that is no older need not be asked for again, where it is only shown beside something."""
+
+ANSWER_S = 60.0
+"""A scheduler answers between two batches."""
+
+_PATIENCE_S = 0.2
+_SHOWN = 200  # characters of a message that is dropped
+
+
+class NotLoaded(ValueError):
+    """No adapter is served by this name."""
+
+
+class NoAnswer(RuntimeError):
+    """The scheduler is silent."""
+
+
+class TokenizerControl:
+    """One per tokenizer process. Hints never block and never fail."""
+
+    def __init__(self, manager: TokenizerManager) -> None:
+        self._manager = manager
+        self._registry = manager.lora_registry
+        self.gate = HintGate()
+        self.num_hints = 0
+        self.num_dropped = 0  # messages
+        self.mirror = StateMirror()
+        self._mirrored_s = float("-inf")
+        self._leases: dict[str, asyncio.TimerHandle] = {}
+        self._asked: dict[str, asyncio.Future[Any]] = {}  # by request id
+        self._refreshing = asyncio.Lock()
+
+    def add_to(self, dispatcher: TypeBasedDispatcher) -> None:
+        """Have answers come to us."""
+        dispatcher += TypeBasedDispatcher(
+            [(StateAnswer, self._answered), (AdapterOrderAnswer, self._answered)]
+        )
+        dispatcher.add_fallback_fn(self._drop)
+
+    def announce(self, names: Any) -> None:
+        """Requests with an adapter of this name, or of these, have arrived. What is no such name is
+        left alone here: the request will be refused."""
+        listed = names if isinstance(names, list) else [names]
+        refs = (self._ref(name) for name in listed if isinstance(name, str))
+        passing = self.gate.passing(ref.lora_id for ref in refs if ref is not None)
+        if passing:
+            self.num_hints += len(passing)
+            hint = AdapterHint(adapters=passing, named_s=time.monotonic())
+            self._manager._dispatch_to_scheduler(hint)
+
+    async def refresh(self) -> StateMirror:
+        """The schedulers' state as of now. Raises NoAnswer."""
+        async with self._refreshing:
+            more = True
+            while more:
+                answer: StateAnswer = await self._ask(StateRequest(version=self.mirror.version))
+                self.mirror.apply(answer.changes, self.names())
+                more = answer.changes.more
+            self._mirrored_s = time.monotonic()
+        return self.mirror
+
+    async def glance(self) -> StateMirror:
+        """The state as of a moment ago; older if the schedulers take their time to answer."""
+        if time.monotonic() - self._mirrored_s > FRESH_S:
+            with contextlib.suppress(NoAnswer, asyncio.TimeoutError):
+                await asyncio.wait_for(self.refresh(), _PATIENCE_S)
+        return self.mirror
+
+    async def order(self, do: str, uid: str) -> AdapterOrderAnswer:
+        """Have the schedulers do this with an adapter. Raises NoAnswer."""
+        answer: AdapterOrderAnswer = await self._ask(AdapterOrder(do=do, adapter=uid))
+        return answer
+
+    async def pin(self, uid: str, lease_s: float | None) -> AdapterOrderAnswer:
+        """Pin, for so long or until it is unpinned; a new lease replaces an earlier one."""
+        answer = await self.order("pin", uid)
+        if not answer.error:
+            self._end_lease(uid)
+            if lease_s is not None:
+                loop = asyncio.get_running_loop()
+                self._leases[uid] = loop.call_later(lease_s, self._lease_over, uid)
+        return answer
+
+    async def unpin(self, uid: str) -> AdapterOrderAnswer:
+        self._end_lease(uid)
+        return await self.order("unpin", uid)
+
+    def id_of(self, name: str) -> str:
+        """Raises NotLoaded."""
+        ref = self._ref(name)
+        if ref is None:
+            raise NotLoaded(f"LoRA adapter '{name}' is not loaded")
+        return str(ref.lora_id)
+
+    def loaded(self) -> dict[str, Any]:
+        """``LoRARef`` of each adapter by the name it is served under."""
+        return dict(self._registry.get_all_adapters())
+
+    @property
+    def serves_metrics(self) -> bool:
+        return bool(self._manager.enable_metrics)
+
+    @property
+    def model_name(self) -> str:
+        return str(self._manager.served_model_name)
+
+    def names(self) -> dict[str, str]:
+        """Of the adapters that are loaded, by id."""
+        return {ref.lora_id: name for name, ref in self.loaded().items()}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Of hints, by adapter, since the start of this process."""
+        return {
+            "sent": self.num_hints,
+            "repeated": self.gate.num_repeated,
+            "over_rate": self.gate.num_over_rate,
+        }
+
+    def lease_left_s(self, uid: str) -> float | None:
+        timer = self._leases.get(uid)
+        return None if timer is None else max(0.0, timer.when() - asyncio.get_running_loop().time())
+
+    def _ref(self, name: str) -> Any:
+        # NOTE: ``get_all_adapters`` copies the whole table.
+        return self._registry._registry.get(name)
+
+    async def _ask(self, request: StateRequest | AdapterOrder) -> Any:
+        self._manager.auto_create_handle_loop()
+        request.rid = uuid.uuid4().hex
+        future = self._asked[request.rid] = asyncio.get_running_loop().create_future()
+        try:
+            self._manager._dispatch_to_scheduler(request)
+            return await asyncio.wait_for(future, ANSWER_S)
+        except asyncio.TimeoutError:
+            raise NoAnswer(f"the scheduler has not answered within {ANSWER_S:.0f} s") from None
+        finally:
+            del self._asked[request.rid]
+
+    def _answered(self, answer: StateAnswer | AdapterOrderAnswer) -> None:
+        future = self._asked.get(answer.rid or "")
+        if future is None or future.done():
+            self._drop(answer)
+        else:
+            future.set_result(answer)
+
+    def _lease_over(self, uid: str) -> None:
+        self._end_lease(uid)
+        task = asyncio.ensure_future(self.order("unpin", uid))
+        self._manager.asyncio_tasks.add(task)
+        task.add_done_callback(self._manager.asyncio_tasks.discard)
+
+    def _end_lease(self, uid: str) -> None:
+        timer = self._leases.pop(uid, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _drop(self, message: Any) -> None:
+        """What is nobody's, ``Undecodable`` above all."""
+        self.num_dropped += 1
+        logger.warning("message dropped: %s", str(message)[:_SHOWN])

@@ -1,0 +1,114 @@
+"""Messages of the control channel, as both of SGLang's encodings carry them, and as noise."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import warnings
+from typing import Any
+
+import pytest
+from sglang.utils import TypeBasedDispatcher
+
+from run_python import RunPython
+from swapper_world import World, uid
+
+with warnings.catch_warnings():  # SGLang's
+    warnings.simplefilter("ignore")
+    from sglang.utils import TypeBasedDispatcher
+
+    from sglang_elora.host.control import Control
+    from sglang_elora.host.messages import AdapterHint, AdapterOrder, StateRequest, Undecodable
+
+ROUND_TRIP = """
+from sglang.srt.managers import io_struct
+from sglang_elora.control import Changes
+from sglang_elora.host import messages
+messages.register_types()
+sent = [
+    messages.AdapterHint(adapters=["a", "b"], named_s=1.5),
+    messages.StateRequest(rid="r", version=7),
+    messages.AdapterOrder(rid="r", do="pin", adapter="a"),
+    messages.AdapterOrderAnswer(rid="r", error="", tier="host"),
+    messages.Undecodable(reason="x"),
+]
+for message in sent:
+    assert io_struct.msgpack_decode(io_struct.msgpack_encode(message)) == message, message
+    assert messages.valid(message) == message
+print("equal")
+"""
+
+
+def test_messages_are_decoded_as_they_were(run_python: RunPython) -> None:
+    done = run_python("-c", ROUND_TRIP)
+    assert done.returncode == 0 and "equal" in done.stdout, done.stderr
+
+
+def channel() -> tuple[World, TypeBasedDispatcher]:
+    made = World(8 * 64, num_adapters=4, adapter_slots=64)
+    dispatcher = TypeBasedDispatcher([])
+    Control(made.scheduler, made.swapper).add_to(dispatcher)
+    return made, dispatcher
+
+
+def dropped(made: World) -> int:
+    return int(made.residency.statistics()["messages_dropped"])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        7,
+        b"bytes",
+        None,
+        Undecodable(reason="not a message"),
+        AdapterHint(adapters=7, named_s=0.0),
+        AdapterHint(adapters=[["nested"]], named_s=0.0),
+        AdapterHint(adapters=["x"], named_s="soon"),
+        StateRequest(version="new"),
+        AdapterOrder(do=["pin"], adapter=uid(0)),
+        AdapterOrder(do="pin", adapter=None),
+    ],
+    ids=str,
+)
+def test_what_is_no_message_is_counted_and_nothing_else(message: Any) -> None:
+    made, dispatcher = channel()
+    assert dispatcher(message) is None
+    assert dropped(made) == 1
+    made.step()
+    assert made.residency.forest.num_resident == 0
+    made.check()
+
+
+def test_ten_thousand_hints_for_nobody_leave_nothing_behind() -> None:
+    made, dispatcher = channel()
+    for i in range(10_000):
+        dispatcher(AdapterHint(adapters=[f"nobody-{i}"], named_s=0.0))
+    made.step()
+    assert made.residency.statistics()["hints_dropped"] == 10_000
+    assert not made.swapper._expected
+    made.check()
+
+
+def test_orders_of_broken_messages_do_what_whole_ones_may(seed: int = 0) -> None:
+    """Bytes of orders, cut and changed: whatever still decodes is carried out or dropped."""
+    made, dispatcher = channel()
+    rng = random.Random(seed)
+    whole = [
+        pickle.dumps(AdapterOrder(do=do, adapter=uid(i)))
+        for do in ("prefetch", "pin", "unpin", "evict")
+        for i in range(4)
+    ]
+    for i in range(3_000):
+        data = bytearray(rng.choice(whole))
+        for _ in range(rng.randrange(3)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        try:
+            message = pickle.loads(bytes(data))
+        except Exception as error:  # noqa: BLE001  # as ``messages.receive`` has it
+            message = Undecodable(reason=str(error))
+        dispatcher(message)
+        if i % 10 == 0:
+            made.step()
+            made.swapper.prepare()
+    made.check()

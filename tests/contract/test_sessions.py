@@ -1,0 +1,109 @@
+"""What sessions say of themselves, on the server's own tree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_elora.policy import Expectation
+from sglang_elora.tree import namespace_of
+from swapper_world import World, uid
+
+UNKNOWN, ALIVE, OVER = Expectation
+SLOTS = 64
+SYSTEM = [1, 2, 3, 4]
+
+
+def world(policy: str = "elora") -> World:
+    made = World(8 * SLOTS, num_adapters=4, adapter_slots=SLOTS, policy=policy)
+    made.arrive(uid(0))
+    made.step()
+    made.waiting.clear()
+    made.step()
+    return made
+
+
+def end_of(made: World, tokens: list[int]) -> Any:
+    found = made.cache.match(tokens, namespace_of(uid(0)))
+    return made.core.node_by_id(found.last_device_node)
+
+
+def turn(made: World, session: str, tokens: list[int]) -> None:
+    made.cache_kv(uid(0), tokens)
+    made.core.sessions.turn(session, end_of(made, tokens))
+
+
+def expected(made: World, tokens: list[int]) -> list[Expectation]:
+    """From the adapter down."""
+    path = made.core.path_of(end_of(made, tokens))
+    return [node.item.expectation for node in reversed(path)]
+
+
+def test_what_sessions_share_is_alive_while_one_of_them_is() -> None:
+    made = world()
+    first, second = [*SYSTEM, 5, 6], [*SYSTEM, 7, 8, 9]
+    turn(made, "a", first)
+    assert expected(made, first) == [ALIVE, ALIVE]
+    turn(made, "b", second)  # splits what the first has
+    assert expected(made, first) == expected(made, second) == [ALIVE, ALIVE, ALIVE]
+    made.core.sessions.over("a")
+    assert expected(made, first) == [ALIVE, ALIVE, OVER]
+    made.core.sessions.over("b")
+    assert expected(made, second) == [UNKNOWN, UNKNOWN, OVER], "others may begin so as well"
+    made.core.sessions.over("never-heard-of")
+    assert len(made.core.sessions) == 0
+    made.check()
+
+
+def test_the_next_turn_holds_what_the_last_one_did() -> None:
+    made = world()
+    turn(made, "a", SYSTEM)
+    turn(made, "a", [*SYSTEM, 5, 6])
+    assert expected(made, [*SYSTEM, 5, 6]) == [ALIVE, ALIVE, ALIVE]
+    turn(made, "a", [*SYSTEM, 9])  # an answer was taken back
+    assert expected(made, [*SYSTEM, 5, 6]) == [ALIVE, ALIVE, OVER]
+    made.check()
+
+
+def test_a_session_outlives_its_kv_and_the_cache() -> None:
+    made = world()
+    turn(made, "a", [*SYSTEM, 5])
+    made.cache.evict(5)
+    turn(made, "b", [*SYSTEM, 6])
+    made.core.sessions.over("a")
+    assert expected(made, [*SYSTEM, 6]) == [ALIVE, ALIVE]
+    made.cache.tree.reset()
+    assert made.residency.forest.get(uid(0)).item.expectation == UNKNOWN
+    made.core.sessions.over("b")
+    made.check()
+
+
+def test_of_equal_age_what_is_over_goes_first_once_that_is_learned() -> None:
+    """Sessions here go on until they are over, and then nothing comes."""
+    made = world()
+    made.residency.pin(uid(0))
+    room = made.cache.allocator.available_size()
+    for i in range(400):
+        name, tokens = f"s{i}", [1000 + i]
+        turn(made, name, tokens)
+        made.core.visit(end_of(made, tokens).id)
+        made.core.sessions.over(name)
+    made.swapper.prepare()
+    made.cache.evict(room)
+    for i in range(room):
+        turn(made, f"x{i}", [5000 + i])
+    for i in range(room // 2, room):  # the younger half
+        made.core.sessions.over(f"x{i}")
+    made.cache.evict(room // 4)
+    alive = sum(len(end_of(made, [5000 + i]).key) for i in range(room // 2))
+    assert alive == room // 2, "none of the older, living ones went"
+    made.check()
+
+
+def test_policies_that_do_not_care_are_not_disturbed() -> None:
+    for policy in ("lru", "gdsf", "elora_paper"):
+        made = world(policy)
+        turn(made, "a", [*SYSTEM, 5])
+        turn(made, "b", [*SYSTEM, 6])
+        made.core.sessions.over("a")
+        made.cache.evict(3)
+        made.check()

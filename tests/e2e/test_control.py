@@ -1,0 +1,451 @@
+"""Hints, state and orders on a real server: what operators and routers see is what is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+from prometheus_client.parser import text_string_to_metric_families
+from sglang.srt.disaggregation.kv_events import BlockStored, KVEventBatch
+
+from client import Client, run
+from reference import Reference
+from second_plugin import write_plugin
+from server_flags import server_flags
+from sglang_elora.cli import main
+from sglang_elora.demo.server import ServerProcess, free_port
+
+FRESH_S = 1.1  # after which a scrape looks again
+
+NAMES = ("qv-r4", "attention-r8", "attention-r24", "mlp-r24", "all-r4", "rslora-r8")
+ADMIN_KEY = "let-me-in"
+ORDERS = ("prefetch", "pin", "unpin", "evict")
+
+NOISE = """
+import os
+import pickle
+import random
+from sglang_elora.host import tokenizer_control
+from sglang_elora.host.messages import AdapterHint, AdapterOrder, StateRequest
+original = tokenizer_control.TokenizerControl.refresh
+seeds = iter(range(100))
+async def refresh(self):
+    if not os.path.exists(os.environ["NOISE"]):
+        return await original(self)
+    rng = random.Random(next(seeds))
+    whole = [
+        pickle.dumps(AdapterHint(adapters=["nobody", "x" * 999], named_s=0.0)),
+        pickle.dumps(AdapterOrder(do="prefetch", adapter="nobody")),
+        pickle.dumps(StateRequest(version=-5)),
+    ]
+    for _ in range(1000):
+        data = rng.randbytes(rng.randrange(64))
+        if rng.random() < 0.6:
+            data = rng.choice(whole)
+            data = data[: rng.randrange(len(data) + 1)]
+            if data and rng.random() < 0.5:
+                i = rng.randrange(len(data))
+                data = data[:i] + rng.randbytes(1) + data[i + 1 :]
+        await self._manager.send_to_scheduler.send(data)
+    return await original(self)
+tokenizer_control.TokenizerControl.refresh = refresh
+"""
+"""A plugin: asking for the state writes a thousand broken messages first, while a file is there."""
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("switch") / "noise"
+
+
+@pytest.fixture(scope="module")
+def server(
+    checkpoint: Path,
+    adapters: dict[str, Path],
+    noise: Path,
+    logs: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[ServerProcess]:
+    plugins = tmp_path_factory.mktemp("plugins")
+    write_plugin(plugins, "noise", NOISE)
+    given = {name: adapters[name] for name in NAMES}
+    flags = ["--elora", "--elora-check", "--enable-metrics", *server_flags(checkpoint, given)]
+    paths = (str(plugins), os.environ.get("PYTHONPATH"))
+    env = {"NOISE": str(noise), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    log_path = logs / "control.log"
+    with ServerProcess(flags, log_path=log_path, env=env) as server:
+        yield server
+        assert "AssertionError" not in log_path.read_text()
+
+
+async def state(client: Client) -> dict[str, Any]:
+    answer = await client.get("/elora/state")
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+async def adapter(client: Client, name: str) -> dict[str, Any]:
+    answer = await client.get(f"/elora/state?lora_name={name}")
+    assert answer.status_code == 200, answer.text
+    (row,) = answer.json()["adapters"]
+    return dict(row)
+
+
+async def until(condition: Callable[[dict[str, Any]], bool], client: Client, name: str) -> None:
+    deadline = time.monotonic() + 20
+    while not condition(row := await adapter(client, name)):
+        assert time.monotonic() < deadline, row
+        await asyncio.sleep(0.05)
+
+
+async def order(client: Client, what: str, name: str, **more: Any) -> dict[str, Any]:
+    answer = await client.post(f"/elora/{what}", {"lora_name": name, **more})
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    assert found["success"] and found["error_message"] == ""
+    return found
+
+
+async def on_device(client: Client, name: str) -> None:
+    await order(client, "prefetch", name)
+    await until(lambda row: row["tier"] == "device", client, name)
+
+
+async def off_device(client: Client, name: str) -> None:
+    await order(client, "evict", name)
+    await until(lambda row: row["tier"] in ("host", "disk"), client, name)
+
+
+def test_state_has_every_adapter_and_adds_up(
+    server: ServerProcess, prompts: Sequence[list[int]]
+) -> None:
+    async def work(client: Client) -> None:
+        await asyncio.gather(*(client.generate(name, prompts[1]) for name in NAMES[:3]))
+        await client.generate(None, prompts[1])
+        found = await state(client)
+        rows = {row["lora_name"]: row for row in found["adapters"]}
+        assert set(rows) == set(NAMES)
+        for name in NAMES[:3]:
+            row = rows[name]
+            assert row["tier"] == "device" and row["slots"] > 0 and row["host_bytes"] > 0
+            assert row["kv_tokens_device"] >= len(prompts[1])
+            assert row["visits"] >= 1 and 0 <= row["idle_s"] < 60
+        pool = found["pool"]
+        assert pool["adapters"] == sum(row["slots"] for row in rows.values())
+        of_adapters = sum(row["kv_tokens_device"] for row in rows.values())
+        assert pool["kv"] == of_adapters + pool["kv_base"] and pool["kv_base"] > 0
+        assert pool["free"] + pool["adapters"] + pool["kv"] == pool["slots"] == 12000
+        assert pool["num_on_device"] == sum(row["tier"] == "device" for row in rows.values())
+        assert pool["num_waiting"] == pool["num_running"] == 0
+
+    run(server.url, work)
+
+
+def test_prefetched_means_loaded_before_it_is_asked_for(
+    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+) -> None:
+    async def work(client: Client) -> None:
+        await off_device(client, "mlp-r24")
+        await on_device(client, "mlp-r24")
+        before = (await state(client))["pool"]["counts"]
+        answer = await client.generate("mlp-r24", prompts[0])
+        after = (await state(client))["pool"]["counts"]
+        assert list(answer.token_ids) == reference.generate("mlp-r24", prompts[0])
+        assert after["adapter_loads"] == before["adapter_loads"]
+        assert after["hints_used"] == before["hints_used"] + 1
+
+    run(server.url, work)
+
+
+def test_a_list_is_prefetched_together(server: ServerProcess) -> None:
+    async def work(client: Client) -> None:
+        names = ["all-r4", "rslora-r8"]
+        for name in names:
+            await off_device(client, name)
+        answer = await client.post("/elora/prefetch", {"lora_name": names})
+        assert answer.status_code == 200 and set(answer.json()["tiers"]) == set(names)
+        for name in names:
+            await until(lambda row: row["tier"] == "device", client, name)
+
+    run(server.url, work)
+
+
+def test_evicted_is_gone_with_its_kv_and_gives_the_same_again(
+    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+) -> None:
+    async def work(client: Client) -> None:
+        expected = reference.generate("attention-r8", prompts[1])
+        for _ in range(2):
+            answer = await client.generate("attention-r8", prompts[1])
+            assert list(answer.token_ids) == expected
+        assert answer.cached_tokens > 0
+        await off_device(client, "attention-r8")
+        row = await adapter(client, "attention-r8")
+        assert row["slots"] == row["kv_tokens_device"] == 0
+        answer = await client.generate("attention-r8", prompts[1])
+        assert list(answer.token_ids) == expected and answer.cached_tokens == 0
+
+    run(server.url, work)
+
+
+def test_a_pin_ends_with_its_lease(server: ServerProcess) -> None:
+    async def work(client: Client) -> None:
+        await order(client, "pin", "qv-r4", lease_s=1.5)
+        await until(lambda row: row["pinned"] and row["tier"] == "device", client, "qv-r4")
+        assert 0 < (await adapter(client, "qv-r4"))["lease_s"] <= 1.5
+        refused = await client.post("/elora/evict", {"lora_name": "qv-r4"})
+        assert refused.status_code == 400 and "pinned" in refused.json()["error_message"]
+        await until(lambda row: not row["pinned"], client, "qv-r4")
+        await order(client, "pin", "qv-r4", lease_s=0.5)
+        await order(client, "pin", "qv-r4")  # takes the place of the lease
+        await asyncio.sleep(1)
+        row = await adapter(client, "qv-r4")
+        assert row["pinned"] and row["lease_s"] is None
+        await order(client, "unpin", "qv-r4")
+        assert not (await adapter(client, "qv-r4"))["pinned"]
+        await off_device(client, "qv-r4")
+
+    run(server.url, work)
+
+
+def test_an_adapter_in_use_is_not_evicted(
+    server: ServerProcess, prompts: Sequence[list[int]]
+) -> None:
+    async def work(client: Client) -> None:
+        running = await client.begin("all-r4", prompts[0], num_tokens=200)
+        refused = await client.post("/elora/evict", {"lora_name": "all-r4"})
+        assert refused.status_code == 400 and "uses the adapter" in refused.text
+        assert len((await running).token_ids) == 200
+
+    run(server.url, work)
+
+
+@pytest.mark.parametrize("what", ORDERS)
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"lora_name": "no-such-adapter"}, 400),
+        ({"lora_name": ""}, 400),
+        ({"lora_name": 7}, 400),
+        ({}, 400),
+    ],
+)
+def test_wrong_orders_are_refused(
+    server: ServerProcess, what: str, body: dict[str, Any], status: int
+) -> None:
+    async def work(client: Client) -> None:
+        answer = await client.post(f"/elora/{what}", body)
+        assert answer.status_code == status, answer.text
+        assert (await client.get("/health")).status_code == 200
+
+    run(server.url, work)
+
+
+@pytest.mark.parametrize("lease_s", [0, -1, "long", float("1e999")])
+def test_wrong_leases_are_refused(server: ServerProcess, lease_s: Any) -> None:
+    async def work(client: Client) -> None:
+        body = {"lora_name": "qv-r4", "lease_s": lease_s if lease_s != float("inf") else "Infinity"}
+        answer = await client.post("/elora/pin", body)
+        assert answer.status_code == 400, answer.text
+        assert not (await adapter(client, "qv-r4"))["pinned"]
+
+    run(server.url, work)
+
+
+def test_state_of_an_unknown_adapter_is_refused(server: ServerProcess) -> None:
+    async def work(client: Client) -> None:
+        answer = await client.get("/elora/state?lora_name=nobody")
+        assert answer.status_code == 400
+        assert answer.json()["error_message"] == "LoRA adapter 'nobody' is not loaded"
+
+    run(server.url, work)
+
+
+def test_models_carry_their_tier_and_the_schema_has_all(server: ServerProcess) -> None:
+    async def work(client: Client) -> None:
+        await on_device(client, "attention-r24")
+        models = {m["id"]: m for m in (await client.get("/v1/models")).json()["data"]}
+        assert models["attention-r24"]["tier"] == "device"
+        assert "tier" not in models["demo"]
+        paths = (await client.get("/openapi.json")).json()["paths"]
+        assert {"/elora/state", *(f"/elora/{what}" for what in ORDERS)} <= set(paths)
+        assert "/v1/models" in paths
+
+    run(server.url, work)
+
+
+def test_metrics_are_those_of_sglang_and_ours(
+    server: ServerProcess, prompts: Sequence[list[int]]
+) -> None:
+    async def work(client: Client) -> None:
+        await on_device(client, "mlp-r24")
+        await client.generate("mlp-r24", prompts[0])
+        await asyncio.sleep(FRESH_S)
+        answer = await client.get("/metrics")
+        assert answer.status_code == 200
+        found = {
+            (sample.name, sample.labels.get("tier") or sample.labels.get("use")): sample.value
+            for family in text_string_to_metric_families(answer.text)
+            for sample in family.samples
+        }
+        assert ("sglang:num_running_reqs", None) in found, "SGLang's own"
+        now = await state(client)
+        tiers = [row["tier"] for row in now["adapters"]]
+        assert found["sglang:elora_adapters", "device"] == tiers.count("device")
+        assert found["sglang:elora_pool_slots", "adapters"] == now["pool"]["adapters"]
+        loads = now["pool"]["counts"]["adapter_loads"]
+        assert found["sglang:elora_adapter_loads_total", None] == loads > 0
+        assert found["sglang:elora_adapter_load_seconds_count", None] == loads
+        assert ("sglang:lora_requests_info", None) in found
+
+    run(server.url, work)
+
+
+def test_top_shows_the_server_and_the_page_is_served(
+    server: ServerProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["top", "--url", server.url, "--once"]) == 0
+    shown = capsys.readouterr().out
+    assert "12000 slots" in shown and all(name in shown for name in NAMES)
+
+    async def work(client: Client) -> None:
+        page = await client.get("/elora/ui")
+        assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+        assert 'fetch("state"' in page.text and "http" not in page.text, "nothing from elsewhere"
+
+    run(server.url, work)
+
+
+def test_an_adapter_that_is_loaded_and_unloaded_comes_and_goes(
+    server: ServerProcess, adapters: dict[str, Path]
+) -> None:
+    async def work(client: Client) -> None:
+        body = {"lora_name": "late", "lora_path": str(adapters["qv-r4"])}
+        assert (await client.post("/load_lora_adapter", body)).status_code == 200
+        await on_device(client, "late")
+        assert (await client.post("/unload_lora_adapter", {"lora_name": "late"})).is_success
+        rows = (await state(client))["adapters"]
+        assert {row["lora_name"] for row in rows} == set(NAMES)
+
+    run(server.url, work)
+
+
+def test_a_chat_announces_its_adapter(server: ServerProcess, prompts: Sequence[list[int]]) -> None:
+    async def work(client: Client) -> None:
+        await off_device(client, "rslora-r8")
+        before = await state(client)
+        for model in ("demo:rslora-r8", "demo:no-such-adapter"):
+            body = {"model": model, "messages": [{"role": "user", "content": "Hello"}]}
+            await client.post("/v1/chat/completions", {**body, "max_tokens": 4})
+        after = await state(client)
+        assert after["hints"]["sent"] == before["hints"]["sent"] + 1
+        counts = after["pool"]["counts"]
+        assert counts["hints"] == before["pool"]["counts"]["hints"] + 1
+
+    run(server.url, work)
+
+
+def test_a_session_is_alive_from_its_first_turn_until_it_is_closed(
+    server: ServerProcess, prompts: Sequence[list[int]]
+) -> None:
+    async def sessions(client: Client) -> int:
+        return int((await state(client))["pool"]["num_sessions"])
+
+    async def work(client: Client) -> None:
+        await client.generate("qv-r4", prompts[0], session_id="first")
+        await client.generate("qv-r4", prompts[1], session_id="first")
+        await client.chat("demo:all-r4", [{"role": "user", "content": "Hello"}], session_id="other")
+        assert await sessions(client) == 2
+        for left, name in ((1, "first"), (0, "other"), (0, "never-opened")):
+            answer = await client.post("/close_session", {"session_id": name})
+            assert answer.status_code == 200, answer.text
+            assert await sessions(client) == left
+
+    run(server.url, work)
+
+
+def test_noise_on_the_channel_is_dropped_and_harms_nothing(
+    server: ServerProcess, noise: Path, reference: Reference, prompts: Sequence[list[int]]
+) -> None:
+    async def work(client: Client) -> None:
+        before = (await state(client))["pool"]["counts"]["messages_dropped"]
+        noise.touch()
+        asking = [asyncio.create_task(client.generate(name, prompts[0])) for name in NAMES[:3]]
+        for _ in range(5):
+            await state(client)
+        noise.unlink()
+        for name, answer in zip(NAMES, await asyncio.gather(*asking), strict=False):
+            assert list(answer.token_ids) == reference.generate(name, prompts[0])
+        after = (await state(client))["pool"]["counts"]["messages_dropped"]
+        assert after - before > 1000
+
+    run(server.url, work)
+
+
+def test_kv_events_say_whose_kv_it_is(
+    checkpoint: Path, adapters: dict[str, Path], prompts: Sequence[list[int]], logs: Path
+) -> None:
+    given = {name: adapters[name] for name in NAMES[:2]}
+    address = f"tcp://127.0.0.1:{free_port()}"
+    config = {"publisher": "zmq", "endpoint": address.replace("127.0.0.1", "*")}
+    flags = ["--elora", *server_flags(checkpoint, given), "--kv-events-config", json.dumps(config)]
+    context = zmq.Context()
+    events = context.socket(zmq.SUB)
+    events.subscribe("")
+    events.connect(address)
+
+    def stored() -> list[BlockStored]:
+        found = []
+        while events.poll(2000):
+            batch = msgspec.msgpack.decode(events.recv_multipart()[-1], type=KVEventBatch)
+            found += [event for event in batch.events if isinstance(event, BlockStored)]
+        return found
+
+    async def work(client: Client) -> None:
+        ids = {row["lora_name"]: row["lora_id"] for row in (await state(client))["adapters"]}
+        stored()  # of the server's own first request
+        for name in (*given, None):
+            await client.generate(name, prompts[1])
+            blocks = stored()
+            number = None if name is None else int(ids[name][:15], 16)
+            assert blocks and {block.lora_id for block in blocks} == {number}
+            tokens = [token for block in blocks for token in block.token_ids]
+            assert tokens[: len(prompts[1])] == prompts[1]
+
+    try:
+        with ServerProcess(flags, log_path=logs / "events.log") as server:
+            run(server.url, work)
+    finally:
+        context.destroy(linger=0)
+
+
+def test_with_an_admin_key_only_its_owner_may(
+    checkpoint: Path, adapters: dict[str, Path], logs: Path
+) -> None:
+    given = {"qv-r4": adapters["qv-r4"]}
+    flags = ["--elora", *server_flags(checkpoint, given), "--admin-api-key", ADMIN_KEY]
+
+    async def work(client: Client) -> None:
+        for key, status in ((None, 401), ("wrong", 401), (ADMIN_KEY, 200)):
+            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+            got = await client._http.get("/elora/state", headers=headers)
+            assert got.status_code == status
+            for what in ORDERS:
+                body = {"lora_name": "qv-r4"}
+                got = await client._http.post(f"/elora/{what}", json=body, headers=headers)
+                assert got.status_code == status, (what, key, got.text)
+                if what == "prefetch" and status == 200:
+                    await asyncio.sleep(1)
+        assert (await client.get("/v1/models")).status_code == 200
+
+    with ServerProcess(flags, log_path=logs / "admin.log") as server:
+        run(server.url, work)

@@ -1,0 +1,75 @@
+"""Metrics as a Prometheus server reads them."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from sglang_elora.control import Changes, Histogram, StateMirror
+from sglang_elora.control.histogram import SECONDS
+from sglang_elora.control.metrics import LORA_INFO, StateCollector
+from test_state_mirror import POOL, adapter
+
+Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def scraped(mirror: StateMirror) -> Series:
+    registry = CollectorRegistry()
+    registry.register(
+        StateCollector(mirror, lambda: {"a": "law", "b": "art"}, lambda: {"sent": 4}, "demo")
+    )
+    families = text_string_to_metric_families(generate_latest(registry).decode())
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def of(series: Series, name: str, **labels: str) -> float:
+    return series[name, frozenset({"model_name": "demo", **labels}.items())]
+
+
+def test_what_is_mirrored_is_scraped() -> None:
+    mirror = StateMirror()
+    load_s = Histogram()
+    for seconds in (0.0007, 0.003, 9.0):
+        load_s.observe(seconds)
+    pool = msgspec.structs.replace(POOL, load_s=load_s)
+    rows = [adapter("a", "device", 25), adapter("b", "host")]
+    mirror.apply(Changes(2, False, rows, pool), {"a", "b"})
+    series = scraped(mirror)
+    uses = {"free": 50, "adapters": 10, "kv_of_adapters": 25, "kv_of_base": 5, "running": 10}
+    for use, slots in uses.items():
+        assert of(series, "sglang:elora_pool_slots", use=use) == slots
+    for tier, count in {"device": 1, "host": 1, "disk": 0, "loading": 0, "reading": 0}.items():
+        assert of(series, "sglang:elora_adapters", tier=tier) == count
+    assert of(series, "sglang:elora_adapter_loads_total") == 3
+    assert of(series, "sglang:elora_hints_sent_total") == 4
+    assert of(series, "sglang:elora_sessions") == 6
+    assert of(series, "sglang:elora_adapter_load_seconds_bucket", le="0.001") == 1
+    assert of(series, "sglang:elora_adapter_load_seconds_bucket", le="5.0") == 2
+    assert of(series, "sglang:elora_adapter_load_seconds_bucket", le="+Inf") == 3
+    assert of(series, "sglang:elora_adapter_load_seconds_sum") == pytest.approx(9.0037)
+    info = [labels for name, labels in series if name == LORA_INFO]
+    assert dict(info[0]) == {
+        "model_name": "demo",
+        "running_lora_adapters": "art,law",
+        "waiting_lora_adapters": "art",
+        "max_lora": "256",
+    }
+    assert len(info) == 1
+
+
+def test_before_anything_is_known_nothing_is_claimed() -> None:
+    assert scraped(StateMirror()) == {}
+
+
+@pytest.mark.parametrize("bound", SECONDS)
+def test_a_bound_belongs_to_its_range(bound: float) -> None:
+    histogram = Histogram()
+    histogram.observe(bound)
+    assert dict(histogram.cumulative())[str(bound)] == 1
+    assert histogram.cumulative()[-1] == ("+Inf", 1)
