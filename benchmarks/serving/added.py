@@ -1,11 +1,19 @@
-"""What loads of adapters add to the time to first token, from rounds on three servers."""
+"""What loads of adapters add to the time to first token, from rounds on three servers.
+
+python benchmarks/serving/added.py FILE  # that cold.py wrote
+"""
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 RESAMPLES = 2_000
 
@@ -54,3 +62,36 @@ def _means(rounds: Sequence[Round]) -> tuple[float, float]:
 def _less(rounds: Sequence[Round]) -> float:
     ours, blocking = _means(rounds)
     return 1 - ours / blocking
+
+
+def rounds_of(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[Round]]:
+    """From one row per request, with its side, round and number of clients: by clients."""
+    ttft_ms: dict[tuple[int, int], dict[str, list[float]]] = {}
+    for row in rows:
+        by_side = ttft_ms.setdefault((row["clients"], row["round"]), {})
+        kind = row["side"].partition("+")[2] or "ours"
+        by_side.setdefault(kind, []).append(1e3 * (row["first_s"] - row["due_s"]))
+    rounds: dict[int, list[Round]] = {}
+    for (clients, _), by_side in ttft_ms.items():
+        means = {kind: statistics.mean(found) for kind, found in by_side.items()}
+        rounds.setdefault(clients, []).append(Round(**means))
+    return rounds
+
+
+def report(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "\n".join(
+        f"{clients} clients, TTFT {statistics.mean(found.free for found in rounds):.1f} ms without "
+        f"loads: {added(rounds)}"
+        for clients, rounds in rounds_of(rows).items()
+    )
+
+
+def main(path: Path) -> None:
+    packed = path.read_bytes()
+    text = gzip.decompress(packed) if path.suffix == ".gz" else packed
+    _, *rows = map(json.loads, text.splitlines())
+    print(report(rows))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

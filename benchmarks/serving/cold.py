@@ -6,6 +6,7 @@ Three servers that differ in loads only: ELORA's, loads that hold the scheduler 
 take no time on the link (variants.py). Clients ask without a pause, each request for an adapter
 that is not on the device. The servers take turns, block by block of the same requests, so that what
 happens to the machine happens to all three; the intervals are of a bootstrap over these rounds.
+``added.py FILE`` reports again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import json
 import os
 import random
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importabl
 
 ensure_torchvision_importable()
 
-from added import Round, added  # noqa: E402
+from added import report  # noqa: E402
 from bench import Bench, EmulatedLink  # noqa: E402
 from driver import Played, play_closed  # noqa: E402
 from sides import Sizes, make_side  # noqa: E402
@@ -84,10 +84,6 @@ def _check(side: str, played: Played) -> None:
         raise RuntimeError(f"{side}: {loads} loads for {len(played.records)} requests")
 
 
-def mean_ttft_ms(played: Played) -> float:
-    return 1e3 * statistics.mean(record.ttft_s or 0.0 for record in played.records)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 3])
@@ -113,22 +109,17 @@ def main() -> None:
             for _ in range(options.warm_up):
                 play_round(urls, number, clients, options.seed)
                 number += 1
-            rounds = []
             for _ in range(options.rounds):
                 played = play_round(urls, number, clients, options.seed)
-                rounds.append(Round(*map(mean_ttft_ms, played)))
                 rows += [
                     {"clients": clients, "side": side, "round": number, **asdict(record)}
                     for side, of_side in zip(SIDES, played, strict=True)
                     for record in of_side.records
                 ]
                 number += 1
-            free = statistics.mean(found.free for found in rounds)
-            print(
-                f"{clients} clients, TTFT {free:.1f} ms without loads: {added(rounds)}", flush=True
-            )
         facts = {**machine(), **bench.facts(), "seed": options.seed}
     options.out.write_text("".join(json.dumps(row) + "\n" for row in [facts, *rows]))
+    print(report(rows))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks/serving"))
 
-from added import Round, added
+from added import Round, added, report, rounds_of
 
 
 def test_what_is_added_is_above_loads_that_take_no_time() -> None:
@@ -36,3 +36,22 @@ def test_the_text_names_both_and_the_share() -> None:
     assert text == (
         "a load adds 1.00 ms to TTFT, 10.00 ms where it blocks: 90.0% less (90.0% to 90.0%)"
     )
+
+
+def test_rounds_are_put_together_from_requests() -> None:
+    def row(clients: int, number: int, side: str, ttft_ms: float) -> dict[str, object]:
+        due_s = 5.0
+        times = {"due_s": due_s, "first_s": due_s + ttft_ms / 1e3}
+        return {"clients": clients, "round": number, "side": f"elora:lru{side}", **times}
+
+    rows = [
+        *(row(1, 0, "", ms) for ms in (11, 13)),
+        *(row(1, 0, "+blocking", ms) for ms in (30, 34)),
+        *(row(1, 0, "+free", ms) for ms in (9, 11)),
+        *(row(3, 1, side, 10) for side in ("", "+blocking", "+free")),
+    ]
+    found = rounds_of(rows)
+    assert list(found) == [1, 3]
+    (only,) = found[1]
+    assert (only.ours, only.blocking, only.free) == pytest.approx((12, 32, 10))
+    assert report(rows[:6]).startswith("1 clients, TTFT 10.0 ms without loads: a load adds 2.00 ms")
