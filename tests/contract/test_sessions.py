@@ -8,7 +8,7 @@ from sglang_elora.policy import Expectation
 from sglang_elora.tree import namespace_of
 from swapper_world import World, uid
 
-UNKNOWN, ALIVE, OVER = Expectation
+UNKNOWN, ALIVE, OVER, BEGINNING = Expectation
 SLOTS = 64
 SYSTEM = [1, 2, 3, 4]
 
@@ -51,6 +51,17 @@ def test_what_sessions_share_is_alive_while_one_of_them_is() -> None:
     assert expected(made, second) == [UNKNOWN, UNKNOWN, OVER], "others may begin so as well"
     made.core.sessions.over("never-heard-of")
     assert len(made.core.sessions) == 0
+    made.check()
+
+
+def test_the_beginning_of_a_conversation_is_told_from_the_rest() -> None:
+    made = world()
+    turn(made, "a", SYSTEM)
+    turn(made, "a", [*SYSTEM, 5, 6])
+    made.core.sessions.over("a")
+    assert expected(made, [*SYSTEM, 5, 6]) == [UNKNOWN, BEGINNING, OVER]
+    made.cache_kv(uid(0), [1, 2, 9])  # of a request without a session
+    assert expected(made, [*SYSTEM, 5, 6]) == [UNKNOWN, BEGINNING, OVER, OVER]
     made.check()
 
 

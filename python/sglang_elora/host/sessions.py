@@ -2,7 +2,8 @@
 
 A session holds the path that its last turn ended on, from the adapter down. What a living session
 holds is ``ALIVE`` for the policy. When a session is over (``POST /close_session``), what nobody but
-it has ever used is ``OVER``; of the rest nothing is known, as of KV of requests without a session.
+it has ever used is ``OVER``, or the ``BEGINNING`` of a conversation, which others may share; of the
+rest nothing is known, as of KV of requests without a session.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class Sessions:
             above.sessions = set(node.sessions)
             for session in above.sessions:
                 self._paths[session].append(above)
+        self._update(node)  # which begins nothing any more
 
     def drop(self, node: UnifiedTreeNode) -> None:
         """The node leaves the tree."""
@@ -92,7 +94,8 @@ class Sessions:
         if node.sessions:
             expectation = Expectation.ALIVE
         elif node.num_sessions == 1 and not node.item.is_adapter:
-            expectation = Expectation.OVER
+            is_first = node.parent.parent is None or node.parent.item.is_adapter
+            expectation = Expectation.BEGINNING if is_first else Expectation.OVER
         self._core.expect(node, expectation)
 
 

@@ -79,9 +79,8 @@ class Elora(Policy):
                 self.place(item)
 
     def expect(self, item: Item, expectation: Expectation) -> None:
-        """From now on it is one of others; until now it had not come back."""
-        if item.last != NEVER:
-            self._returns(item).end(self.clock - item.last, returned=False)
+        """How it ends is learned of what it is then. To count it as an end of what it was would
+        fill the life tables with items that were that for a moment only."""
         was_counted = item.counted is not None
         self.displace(item)
         item.expectation = expectation

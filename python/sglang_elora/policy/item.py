@@ -14,6 +14,7 @@ class Expectation(IntEnum):
     UNKNOWN = 0
     ALIVE = 1  # a session that is not over has used it last
     OVER = 2  # the one session that used it is over
+    BEGINNING = 3  # so it is, and others may begin in the same way, with the same system prompt
 
 
 @dataclass(slots=True, eq=False)
