@@ -12,8 +12,8 @@ Node = TypeVar("Node")
 _SLACK = 64
 _FEW = 8
 _REFRESHED = 8
-"""Kinds per ``refresh``. Ranks fade with time, and with one at a time those of 200 kinds are too old
-to find the lowest by: it cost a third of the hits (benchmarks/replay)."""
+"""Kinds per ``refresh``. Ranks fade with time, and with one at a time those of 200 kinds are too
+old to find the lowest by: it cost a third of the hits (benchmarks/replay)."""
 
 _MOST_RANKED = 16
 """Kinds per search, some 2 us each."""
