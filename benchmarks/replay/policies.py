@@ -115,6 +115,7 @@ class Replay:
         namespace = namespace_of(uid)
         match = self.cache.match(tokens, namespace)
         hit = len(match.device_indices)
+        self.core.refresh_order()
         receipt = self.cache.lock(match.last_device_node)
         self.core.visit(match.last_device_node)
         whole = tokens + _answer(session, session.turns[i].num_output)

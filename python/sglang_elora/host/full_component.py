@@ -117,7 +117,6 @@ class EloraFullComponent(FullComponent):
             super()._evict_device_start(request_cnt)
             return
         self._tokens_wanted = request_cnt
-        self._order(self.tree_core.evictable_device_leaves).refresh()
 
     def _evict_device_next_node(
         self, tracker: _Tracker, device_frees: _Frees, host_frees: _Frees

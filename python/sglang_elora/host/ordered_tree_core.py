@@ -141,6 +141,11 @@ class OrderedTreeCore(UnifiedTreeCore):
             if node in leaves:
                 leaves.lower(node)
 
+    def refresh_order(self) -> None:
+        """Once per iteration of the scheduler, when there is time: ranks on the device fade."""
+        if self.policy is not None:
+            self.evictable_device_leaves.refresh()
+
     def learn(self) -> bool:
         """When there is time for it. Whether there was something to learn."""
         return self.policy is not None and self.policy.learn()

@@ -122,7 +122,8 @@ class Swapper:
             self.prepare()
 
     def prepare(self) -> None:
-        """One of what makes later steps shorter. A batch has just begun, or none is to run."""
+        """What makes later steps shorter or better. A batch has just begun, or none is to run."""
+        self._core.refresh_order()
         is_done = (
             self._evict_leaving()
             or self._measure.take_over()
