@@ -26,7 +26,7 @@ from sglang_elora.control import Changes
 from sglang_elora.host import messages
 messages.register_types()
 sent = [
-    messages.AdapterHint(adapters=["a", "b"], named_s=1.5),
+    messages.AdapterHint(adapters=["a", "b"]),
     messages.StateRequest(rid="r", version=7),
     messages.AdapterOrder(rid="r", do="pin", adapter="a"),
     messages.AdapterOrderAnswer(rid="r", error="", tier="host"),
@@ -62,9 +62,9 @@ def dropped(made: World) -> int:
         b"bytes",
         None,
         Undecodable(reason="not a message"),
-        AdapterHint(adapters=7, named_s=0.0),
-        AdapterHint(adapters=[["nested"]], named_s=0.0),
-        AdapterHint(adapters=["x"], named_s="soon"),
+        AdapterHint(adapters=7),
+        AdapterHint(adapters=[["nested"]]),
+        AdapterHint(adapters=["x", 7]),
         StateRequest(version="new"),
         AdapterOrder(do=["pin"], adapter=uid(0)),
         AdapterOrder(do="pin", adapter=None),
@@ -83,7 +83,7 @@ def test_what_is_no_message_is_counted_and_nothing_else(message: Any) -> None:
 def test_ten_thousand_hints_for_nobody_leave_nothing_behind() -> None:
     made, dispatcher = channel()
     for i in range(10_000):
-        dispatcher(AdapterHint(adapters=[f"nobody-{i}"], named_s=0.0))
+        dispatcher(AdapterHint(adapters=[f"nobody-{i}"]))
     made.step()
     assert made.residency.statistics()["hints_dropped"] == 10_000
     assert not made.swapper._expected

@@ -42,7 +42,7 @@ async def refresh(self):
         return await original(self)
     rng = random.Random(next(seeds))
     whole = [
-        pickle.dumps(AdapterHint(adapters=["nobody", "x" * 999], named_s=0.0)),
+        pickle.dumps(AdapterHint(adapters=["nobody", "x" * 999])),
         pickle.dumps(AdapterOrder(do="prefetch", adapter="nobody")),
         pickle.dumps(StateRequest(version=-5)),
     ]

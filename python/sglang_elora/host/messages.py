@@ -24,7 +24,6 @@ class AdapterHint(BaseReq, tag="elora.hint", kw_only=True):  # type: ignore[call
     """Requests with these adapters (ids) are about to come. Nothing is answered."""
 
     adapters: list[str]
-    named_s: float  # when the first of them was known to be coming, by the monotonic clock
 
 
 class StateRequest(BaseReq, tag="elora.state", kw_only=True):  # type: ignore[call-arg]

@@ -56,7 +56,6 @@ class TokenizerControl:
         self._registry = manager.lora_registry
         self.gate = HintGate()
         self.num_hints = 0
-        self.num_dropped = 0  # messages
         self.mirror = StateMirror()
         self._mirrored_s = float("-inf")
         self._leases: dict[str, asyncio.TimerHandle] = {}
@@ -78,8 +77,7 @@ class TokenizerControl:
         passing = self.gate.passing(ref.lora_id for ref in refs if ref is not None)
         if passing:
             self.num_hints += len(passing)
-            hint = AdapterHint(adapters=passing, named_s=time.monotonic())
-            self._manager._dispatch_to_scheduler(hint)
+            self._manager._dispatch_to_scheduler(AdapterHint(adapters=passing))
 
     async def refresh(self) -> StateMirror:
         """The schedulers' state as of now. Raises NoAnswer."""
@@ -189,6 +187,5 @@ class TokenizerControl:
             timer.cancel()
 
     def _drop(self, message: Any) -> None:
-        """What is nobody's, ``Undecodable`` above all."""
-        self.num_dropped += 1
+        """What is nobody's, or an answer that nobody waits for any more."""
         logger.warning("message dropped: %s", str(message)[:_SHOWN])
