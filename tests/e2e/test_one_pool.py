@@ -101,9 +101,13 @@ def test_a_batch_holds_the_adapters_that_fit(
     assert sum(SLOTS[name] for name in small) < POOL_SLOTS - 900
 
     async def work(client: Client) -> dict[str, int]:
-        answers = await asyncio.gather(*(client.generate(name, prompts[0]) for name in small))
+        for name in small:  # all are there, and answers last until the last has begun
+            await client.generate(name, prompts[0], num_tokens=1)
+        answers = await asyncio.gather(
+            *(client.generate(name, prompts[0], num_tokens=64) for name in small)
+        )
         for name, answer in zip(small, answers, strict=True):
-            assert list(answer.token_ids) == reference.generate(name, prompts[0])
+            assert list(answer.token_ids) == reference.generate(name, prompts[0], 64)
         return await statistics(client)
 
     assert run(server.url, work)["max_adapters_in_batch"] >= len(small)
