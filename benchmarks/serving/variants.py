@@ -5,11 +5,14 @@ swapper do. ``free``: such copies take no time on the emulated link. What lies b
 all that loads can cost. ``branch``: an adapter leaves with all of its KV, whatever else is less
 worth (the paper's "whole-branch" case). ``late``: KV is copied to the host when it is evicted and
 not beforehand. ``timed``: as it is, with moments written to a file; ``timed_without_hints``:
-adapters are not announced.
+adapters are not announced. ``uncontrolled``: without the control channel's hooks, so without hints,
+state, orders and endpoints. ``flooded``: while a request is there, 10,000 more are announced per
+second, with adapters in turns, some of which nobody has loaded.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import time
@@ -65,6 +68,51 @@ def timed_without_hints() -> None:
     _hook("sglang_elora.control.hint_gate.HintGate.passing", lambda self, adapters: [], "REPLACE")
 
 
+def uncontrolled() -> None:
+    """Has to come before ELORA's own plugin, which registers what is in the table.
+
+    Raises:
+        SystemExit: It did not.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from sglang_elora.host import arrival, control, hooks, messages
+
+    off = {arrival.__name__, control.__name__, messages.__name__}
+    if any(
+        body.__module__ in off for found in HookRegistry._hooks.values() for _, body, _ in found
+    ):
+        raise SystemExit("the hooks of the control channel are registered already")
+    hooks.HOOKS = tuple(hook for hook in hooks.HOOKS if hook.body.__module__ not in off)
+
+
+HINTS_PER_S = 10_000
+UNKNOWN_SHARE = 0.05
+
+
+def flooded() -> None:
+    async def flood(manager: Any) -> None:
+        loaded = [*manager.elora.loaded()]
+        names = loaded + [f"nobody-{i}" for i in range(round(UNKNOWN_SHARE * len(loaded)))]
+        num_announced, last_s = 0, time.monotonic()
+        while True:
+            await asyncio.sleep(0.001)
+            now_s = time.monotonic()
+            due, last_s = round(min(now_s - last_s, 0.1) * HINTS_PER_S), now_s
+            if not manager.rid_to_state:
+                continue
+            for _ in range(due):
+                num_announced += 1
+                manager.elora.announce(names[num_announced % len(names)])
+
+    def begin(result: None, self: Any) -> None:
+        if not hasattr(self, "flood"):
+            self.flood = asyncio.get_running_loop().create_task(flood(self))
+
+    target = "sglang.srt.managers.tokenizer_manager.TokenizerManager.auto_create_handle_loop"
+    _hook(target, begin, "AFTER")
+
+
 def branch() -> None:
     def start(result: None, self: Any, num_tokens: int) -> None:
         self.tokens_asked = num_tokens
@@ -95,7 +143,8 @@ def branch() -> None:
 
 
 VARIANTS: dict[str, Callable[[], None]] = {
-    f.__name__: f for f in (blocking, free, branch, late, timed, timed_without_hints)
+    f.__name__: f
+    for f in (blocking, free, branch, late, timed, timed_without_hints, uncontrolled, flooded)
 }
 
 

@@ -155,7 +155,7 @@ def test_room_for_the_next_load_is_made_behind_a_batch() -> None:
         free = now
     assert SLOTS <= free <= 1.3 * SLOTS
     counts = made.residency.statistics()
-    assert counts["kv_slots_evicted_ahead"] == counts["kv_slots_evicted"] - before == free
+    assert counts["kv_slots_evicted.ahead"] == counts["kv_slots_evicted"] - before == free
     assert resident(made) == there
     made.arrive(uid(25))
     made.step()

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,23 @@ NOISE = """
 import os
 import pickle
 import random
+import zmq
+from sglang.srt.utils.network import get_zmq_socket
 from sglang_elora.host import tokenizer_control
 from sglang_elora.host.messages import AdapterHint, AdapterOrder, StateRequest
 original = tokenizer_control.TokenizerControl.refresh
 seeds = iter(range(100))
 async def refresh(self):
     if not os.path.exists(os.environ["NOISE"]):
+        return await original(self)
+    if open(os.environ["NOISE"]).read() == "die":
+        dead = self._manager.send_to_scheduler
+        for _ in range(100):
+            dead.send_pyobj(AdapterHint(adapters=["nobody"]))
+        endpoint = dead.getsockopt_string(zmq.LAST_ENDPOINT)
+        dead.close(linger=0)
+        back = get_zmq_socket(dead.context, zmq.PUSH, endpoint, True)
+        self._manager.send_to_scheduler = back
         return await original(self)
     rng = random.Random(next(seeds))
     whole = [
@@ -58,7 +70,8 @@ async def refresh(self):
     return await original(self)
 tokenizer_control.TokenizerControl.refresh = refresh
 """
-"""A plugin: asking for the state writes a thousand broken messages first, while a file is there."""
+"""A plugin: asking for the state writes 1,000 broken messages first, while a file is there. With
+"die" in it, the socket is closed with what it has not sent, and another takes its place."""
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +175,29 @@ def test_prefetched_means_loaded_before_it_is_asked_for(
         assert list(answer.token_ids) == reference.generate("mlp-r24", prompts[0])
         assert after["adapter_loads"] == before["adapter_loads"]
         assert after["hints_used"] == before["hints_used"] + 1
+
+    run(server.url, work)
+
+
+def test_counts_tell_where_requests_found_what_they_need(
+    server: ServerProcess, prompts: Sequence[list[int]]
+) -> None:
+    async def work(client: Client) -> None:
+        await off_device(client, "all-r4")
+        found = [(await state(client))["pool"]["counts"]]
+        for _ in range(2):
+            await client.generate("all-r4", prompts[1])
+            found.append((await state(client))["pool"]["counts"])
+        await off_device(client, "all-r4")
+        found.append((await state(client))["pool"]["counts"])
+        cold, warm, gone = ({n: y[n] - x[n] for n in y if y[n] != x[n]} for x, y in pairwise(found))
+        length = len(prompts[1])
+        assert cold["prompt_tokens.computed"] == length and "prompt_tokens.device" not in cold
+        assert cold["adapter_lookups.host"] == cold["adapter_loads"] == 1
+        assert warm["adapter_lookups.device"] == 1 and "adapter_loads" not in warm
+        assert warm["prompt_tokens.device"] == length - 1 and warm["prompt_tokens.computed"] == 1
+        assert gone["adapter_evictions.told"] == gone["adapter_evictions"] == 1
+        assert gone["kv_slots_evicted.told"] == gone["kv_slots_evicted"] >= length
 
     run(server.url, work)
 
@@ -354,6 +390,51 @@ def test_a_chat_announces_its_adapter(server: ServerProcess, prompts: Sequence[l
     run(server.url, work)
 
 
+def kv_hints(payload: Any, kind: str = "elora.prefetch", version: str = "1") -> dict[str, Any]:
+    action = {"action_id": "a", "action_type": kind, "action_version": version, "payload": payload}
+    return {"protocol_version": "1", "message_id": "m", "actions": [action]}
+
+
+def test_a_client_may_name_the_adapters_it_will_ask_for(
+    server: ServerProcess, prompts: Sequence[list[int]]
+) -> None:
+    async def work(client: Client) -> None:
+        names = ["rslora-r8", "attention-r24"]
+        for name in names:
+            await off_device(client, name)
+        hints = kv_hints({"lora_name": [*names, "no-such-adapter"]})
+        await client.generate("qv-r4", prompts[0], kv_hints=hints)
+        for name in names:
+            await until(lambda row: row["tier"] == "device", client, name)
+        await off_device(client, "rslora-r8")
+        await client.generate(None, prompts[0], kv_hints=kv_hints({"lora_name": "rslora-r8"}))
+        await until(lambda row: row["tier"] == "device", client, "rslora-r8")
+        await client.generate(None, prompts[0], kv_hints=kv_hints({"other": 1}, kind="theirs"))
+
+    run(server.url, work)
+
+
+@pytest.mark.parametrize(
+    ("hints", "text"),
+    [
+        (kv_hints({}), "missing required field `lora_name`"),
+        (kv_hints({"lora_name": 7}), "Expected `str | array`"),
+        (kv_hints({"lora_name": "qv-r4", "soon": True}), "unknown field `soon`"),
+        (kv_hints({"lora_name": "qv-r4"}, version="2"), "has version '1' here, not '2'"),
+    ],
+)
+def test_malformed_hints_of_clients_are_refused(
+    server: ServerProcess, prompts: Sequence[list[int]], hints: dict[str, Any], text: str
+) -> None:
+    async def work(client: Client) -> None:
+        body = {"input_ids": prompts[0], "sampling_params": {"max_new_tokens": 1}}
+        answer = await client.post("/generate", {**body, "kv_hints": hints})
+        assert answer.status_code == 400, answer.text
+        assert text in answer.json()["error"]["message"]
+
+    run(server.url, work)
+
+
 def test_a_session_is_alive_from_its_first_turn_until_it_is_closed(
     server: ServerProcess, prompts: Sequence[list[int]]
 ) -> None:
@@ -387,6 +468,22 @@ def test_noise_on_the_channel_is_dropped_and_harms_nothing(
             assert list(answer.token_ids) == reference.generate(name, prompts[0])
         after = (await state(client))["pool"]["counts"]["messages_dropped"]
         assert after - before > 1000
+
+    run(server.url, work)
+
+
+def test_a_peer_that_dies_and_comes_back_is_heard_again(
+    server: ServerProcess, noise: Path, reference: Reference, prompts: Sequence[list[int]]
+) -> None:
+    async def work(client: Client) -> None:
+        for name in NAMES[:3]:
+            running = await client.begin(name, prompts[0], num_tokens=64)
+            noise.write_text("die")
+            await state(client)  # asked for by the one that came back
+            noise.unlink()
+            assert list((await running).token_ids) == reference.generate(name, prompts[0], 64)
+            answer = await client.generate(name, prompts[1])
+            assert list(answer.token_ids) == reference.generate(name, prompts[1])
 
     run(server.url, work)
 

@@ -47,6 +47,9 @@ def test_what_is_mirrored_is_scraped() -> None:
     for tier, count in {"device": 1, "host": 1, "disk": 0, "loading": 0, "reading": 0}.items():
         assert of(series, "sglang:elora_adapters", tier=tier) == count
     assert of(series, "sglang:elora_adapter_loads_total") == 3
+    assert of(series, "sglang:elora_adapter_evictions_total", reason="told") == 1
+    names = [name for name, _ in series]
+    assert names.count("sglang:elora_adapter_evictions_total") == 1, "a sum beside its parts"
     assert of(series, "sglang:elora_hints_sent_total") == 4
     assert of(series, "sglang:elora_sessions") == 6
     assert of(series, "sglang:elora_adapter_load_seconds_bucket", le="0.001") == 1

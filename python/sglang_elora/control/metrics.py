@@ -27,6 +27,14 @@ LORA_INFO = "sglang:lora_requests_info"
 """What the Gateway API inference extension routes by: its protocol for model servers, as vLLM has
 it under ``vllm:lora_requests_info``."""
 
+PART_LABELS = {
+    "adapter_evictions": "reason",
+    "adapter_lookups": "tier",
+    "kv_slots_evicted": "reason",
+    "prompt_tokens": "source",
+}
+"""What a count that is told in parts is told by."""
+
 
 class StateCollector(Collector):
     """
@@ -66,10 +74,9 @@ class StateCollector(Collector):
         yield self._gauge(
             "host_adapter_bytes", "Bytes of adapters in host memory.", pool.adapter_host_bytes
         )
-        for name, count in pool.counts.items():
-            yield self._counter(name, f"{name.replace('_', ' ')}, since the start.", count)
+        yield from self._counters(pool.counts)
         for name, count in self._hints().items():
-            text = f"hints {name.replace('_', ' ')} by the tokenizer process, since the start."
+            text = f"hints {_in_words(name)} by the tokenizer process, since the start."
             yield self._counter(f"hints_{name}", text, count)
         yield self._load_seconds(pool)
         yield self._lora_info(pool)
@@ -84,6 +91,24 @@ class StateCollector(Collector):
         for key, value in values.items():
             family.add_metric([*self._labels.values(), key], value)
         return family
+
+    def _counters(self, counts: Mapping[str, int]) -> Iterator[Metric]:
+        """One per count; parts of a count are one with a label, and their sum is left out."""
+        parts: dict[str, dict[str, int]] = {}
+        for name, count in counts.items():
+            whole, dot, part = name.partition(".")
+            if dot:
+                parts.setdefault(whole, {})[part] = count
+        for name, count in counts.items():
+            if "." not in name and name not in parts:
+                yield self._counter(name, f"{_in_words(name)}, since the start.", count)
+        for name, by_part in parts.items():
+            labels = [*self._labels, PART_LABELS[name]]
+            text = f"{_in_words(name)} by {PART_LABELS[name]}, since the start."
+            family = CounterMetricFamily(PREFIX + name, text, labels=labels)
+            for part, count in by_part.items():
+                family.add_metric([*self._labels.values(), part], count)
+            yield family
 
     def _counter(self, name: str, text: str, value: float) -> Metric:
         family = CounterMetricFamily(PREFIX + name, text, labels=list(self._labels))
@@ -112,6 +137,10 @@ class StateCollector(Collector):
         )
         family.add_metric([*self._labels.values(), *info.values()], time.time())
         return family
+
+
+def _in_words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _uses(pool: PoolState) -> dict[str, int]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_elora.host.lora_manager import EloraLoRAManager
 from sglang_elora.host.residency import Residency
+from sglang_elora.host.state import tier_of
 from sglang_elora.host.swapper import Swapper
 
 if TYPE_CHECKING:
@@ -56,10 +57,19 @@ class Admission:
             self.residency.core.counts["requests_waited_for_adapter"] += 1
             self.residency.core.counts["ms_waited_for_adapter"] += round(1e3 * waited_s)
         self._forget(req)
+        if not req.retracted_stain:
+            self._count_prompt(req)
         self._num_admitted += 1
         self.residency.core.visit(req.last_node)
         if req.lora_id is not None:
             self.swapper.used(req.lora_id)
+
+    def _count_prompt(self, req: Req) -> None:
+        counts, found = self.residency.core.counts, len(req.prefix_indices)
+        from_host = min(found, req.materialized_host_hit_len())
+        counts["prompt_tokens.device"] += found - from_host
+        counts["prompt_tokens.host"] += from_host
+        counts["prompt_tokens.computed"] += len(req.origin_input_ids) - found
 
     def admit(self, req: Req, waiting: list[Req], running: set[str | None]) -> bool:
         """Whether the request may be added now; its adapter has its slots if so.
@@ -77,11 +87,13 @@ class Admission:
             return False
         return True
 
-    def fit(self, req: Req) -> None:
+    def received(self, req: Req) -> None:
         """Clip the answer to what the pool can hold beside the adapter, as SGLang clips it to the
         whole pool; a prompt that can never be held with its adapter ends with HTTP 400.
         """
         residency = self.residency
+        if req.lora_id is not None:
+            residency.core.counts[f"adapter_lookups.{tier_of(residency, req.lora_id)}"] += 1
         adapter, page_size = residency.forest.get(req.lora_id), residency.allocator.page_size
         others = residency.forest.pinned_slots - adapter.num_slots * adapter.pinned
         num_tokens = -(-len(req.origin_input_ids) // page_size) * page_size
@@ -147,7 +159,7 @@ def refuse_too_long(result: None, self: Scheduler, req: Req) -> None:
     """After ``Scheduler.init_req_max_new_tokens``: what the pool holds beside the adapter."""
     admission = getattr(self.tree_cache, "admission", None)
     if admission is not None:
-        admission.fit(req)
+        admission.received(req)
 
 
 def add_statistics(result: Any, self: Scheduler, recv_req: Any) -> Any:

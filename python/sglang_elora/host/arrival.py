@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_elora.host.endpoints import add_endpoints
+from sglang_elora.host.kv_hints import adapters_named
 from sglang_elora.host.tokenizer_control import TokenizerControl
 
 if TYPE_CHECKING:
@@ -48,7 +49,15 @@ def announce_openai(self: OpenAIServingBase, request: Any, raw_request: Any) -> 
 
 def announce_native(self: TokenizerManager, obj: Any) -> None:
     """Before ``TokenizerManager._validate_and_resolve_lora``; without text to tokenize the request
-    itself follows at once."""
+    itself follows at once.
+
+    Raises:
+        ValueError: What the client wants to have announced is malformed.
+    """
     control: TokenizerControl | None = getattr(self, "elora", None)
-    if control is not None and obj.lora_path and getattr(obj, "text", None) is not None:
+    if control is None:
+        return
+    if obj.lora_path and getattr(obj, "text", None) is not None:
         control.announce(obj.lora_path)
+    if (hints := getattr(obj, "kv_hints", None)) is not None:
+        control.announce(adapters_named(hints))

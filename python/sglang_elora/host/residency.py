@@ -8,12 +8,12 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
-from sglang_elora.control import Histogram
+from sglang_elora.control import Histogram, Tier
 from sglang_elora.host.link import delay_page_copy, make_copy_stream
 from sglang_elora.host.tree_core import EloraTreeCore
 from sglang_elora.pages import AdapterImage, AdapterLayout, KVPlanes, PagedAdapter, PageTable
@@ -30,8 +30,9 @@ EXPECTED_WITHIN = 1.0
 
 COUNTS = (
     "adapter_churn",
-    "adapter_evictions",
+    *(f"adapter_evictions.{reason}" for reason in ("room", "told")),
     "adapter_loads",
+    *(f"adapter_lookups.{tier}" for tier in get_args(Tier)),
     "adapter_slots_from_host",
     "adapter_copies_failed",
     "adapter_reads_failed",
@@ -40,19 +41,24 @@ COUNTS = (
     "hints_late",
     "hints_used",
     "kv_slots_copied_ahead",
-    "kv_slots_evicted",
-    "kv_slots_evicted_ahead",
+    *(f"kv_slots_evicted.{reason}" for reason in ("room", "ahead", "told", "unloaded")),
     "kv_slots_from_host",
     "kv_slots_to_host",
     "messages_dropped",
     "prefetched_slots",
     "prefetched_slots_used",
     "prefetched_slots_wasted",
+    *(f"prompt_tokens.{source}" for source in ("device", "host", "computed")),
     "requests_failed",
     "requests_waited_for_adapter",
     "ms_waited_for_adapter",
 )
-"""Counted since the start, by whoever does it, in the tree core's ``counts``."""
+"""Counted since the start, by whoever does it, in the tree core's ``counts``. Parts of a count have
+what they are told by behind a dot: where a request found its adapter when it came, and the tokens
+of its prompt when it was taken; why something was evicted."""
+
+TOTALS = ("adapter_evictions", "kv_slots_evicted")
+"""Of their parts, shown beside them."""
 
 _LAST_LOADS = 8
 """Room is kept for the largest of them."""
@@ -213,7 +219,8 @@ class Residency:
     def purge_retired(self) -> None:
         """Remove what is left of unloaded adapters, as far as nothing holds it."""
         for adapter in self.forest.retired:
-            result = self.core.purge(str(adapter.uid))
+            with self.core.evicting("unloaded"):
+                result = self.core.purge(str(adapter.uid))
             self.cache._free_values(result.device_frees, result.host_frees)
 
     def place(self, uid: str, wanted_since: int) -> bool:
@@ -261,9 +268,9 @@ class Residency:
         shortfall = max(self._last_loads, default=0) - self.allocator.available_size()
         if shortfall <= 0 or self.core.clock - self._placed_at > EXPECTED_WITHIN:
             return False
-        with self.core.full.sparing(sys.maxsize, most_leaves, adapters=True):
+        full = self.core.full
+        with full.sparing(sys.maxsize, most_leaves, adapters=True), self.core.evicting("ahead"):
             evicted, _ = self._evict_without_copies(shortfall)
-        self.core.counts["kv_slots_evicted_ahead"] += evicted
         return evicted > 0
 
     def evict_branch(self, uid: str, most_leaves: int) -> bool:
@@ -277,7 +284,10 @@ class Residency:
         tracker: dict[Any, int] = defaultdict(int)
         device_frees: dict[Any, list[torch.Tensor]] = defaultdict(list)
         host_frees: dict[Any, list[torch.Tensor]] = defaultdict(list)
-        num_evicted = self.core.evict_branch(uid, most_leaves, tracker, device_frees, host_frees)
+        with self.core.evicting("told"):
+            num_evicted = self.core.evict_branch(
+                uid, most_leaves, tracker, device_frees, host_frees
+            )
         self.cache._free_values(device_frees, host_frees)
         return num_evicted < most_leaves
 
@@ -368,10 +378,19 @@ class Residency:
         self._paged.pop(uid, None)
         logger.info("evict %s", self.name_of(uid))
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """``COUNTS``, and ``TOTALS``."""
+        counts = {name: self.core.counts[name] for name in COUNTS}
+        for total in TOTALS:
+            parts = (count for name, count in counts.items() if name.startswith(f"{total}."))
+            counts[total] = sum(parts)
+        return counts
+
     def statistics(self) -> dict[str, int]:
         """Counts of now and since the start, all in slots or tokens (one slot holds one token)."""
         return {
-            **{name: self.core.counts[name] for name in COUNTS},
+            **self.counts,
             "pool_slots": self.pool_slots,
             "adapter_slots": self.forest.resident_slots,
             "adapters_resident": self.forest.num_resident,

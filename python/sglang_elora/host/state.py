@@ -7,7 +7,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from sglang_elora.control import AdapterState, Changes, PoolState, Tier
-from sglang_elora.host.residency import COUNTS, Residency
+from sglang_elora.host.residency import Residency
 from sglang_elora.host.swapper import LOOKAHEAD
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def pool_state(residency: Residency, scheduler: Scheduler) -> PoolState:
         adapter_host_bytes=host.num_bytes,
         num_waiting=len(scheduler.waiting_queue),
         num_running=len(running),
-        counts={name: residency.core.counts[name] for name in COUNTS},
+        counts=residency.counts,
         waiting=_adapters_of(islice(scheduler.waiting_queue, LOOKAHEAD)),
         running=_adapters_of(running),
         most_in_batch=scheduler.tp_worker.model_runner.lora_manager.max_adapters_in_batch,
