@@ -5,8 +5,8 @@ swapper do. ``free``: such copies take no time on the emulated link. What lies b
 all that loads can cost. ``branch``: an adapter leaves with all of its KV, whatever else is less
 worth (the paper's "whole-branch" case). ``late``: KV is copied to the host when it is evicted and
 not beforehand. ``timed``: as it is, with moments written to a file; ``timed_without_hints``:
-adapters are not announced. ``uncontrolled``: without the control channel's hooks, so without hints,
-state, orders and endpoints. ``flooded``: while a request is there, 10,000 more are announced per
+adapters are not announced. ``uncontrolled``: without the control channel, so without hints, state,
+orders and endpoints. ``flooded``: while a request is there, 10,000 more are announced per
 second, with adapters in turns, some of which nobody has loaded.
 """
 
@@ -69,21 +69,15 @@ def timed_without_hints() -> None:
 
 
 def uncontrolled() -> None:
-    """Has to come before ELORA's own plugin, which registers what is in the table.
+    """The hooks are registered by now, or will be: they do nothing."""
+    from sglang_elora.host import arrival, control
 
-    Raises:
-        SystemExit: It did not.
-    """
-    from sglang.srt.plugins.hook_registry import HookRegistry
+    def nothing(*_: Any, **__: Any) -> None:
+        pass
 
-    from sglang_elora.host import arrival, control, hooks, messages
-
-    off = {arrival.__name__, control.__name__, messages.__name__}
-    if any(
-        body.__module__ in off for found in HookRegistry._hooks.values() for _, body, _ in found
-    ):
-        raise SystemExit("the hooks of the control channel are registered already")
-    hooks.HOOKS = tuple(hook for hook in hooks.HOOKS if hook.body.__module__ not in off)
+    hooks = (arrival.attach, arrival.announce_native, arrival.announce_openai)
+    for body in (*hooks, control.add_to_dispatcher):
+        body.__code__ = nothing.__code__
 
 
 HINTS_PER_S = 10_000

@@ -82,6 +82,12 @@ class EloraConfig:
         "Host memory for adapters, in 10^9 bytes per scheduler process. Those beyond it are read "
         "from their files when they are needed; 0 keeps none longer than it takes to copy it.",
     )
+    adapter_events: bool = _option(
+        False,
+        "--elora-adapter-events",
+        "Tell on the stream of --kv-events-config where adapters are, too. Consumers must know "
+        "the event AdapterMoved: decoders of SGLang's events refuse others.",
+    )
     link_gbytes_per_s: float = _option(
         0.0,
         "--elora-link-gbytes-per-s",
@@ -118,6 +124,8 @@ class EloraConfig:
             raise ValueError(
                 "--elora-policy-off (SGLANG_ELORA_POLICY_OFF) needs --elora-policy elora_paper"
             )
+        if self.adapter_events and not self.enabled:
+            raise ValueError("--elora-adapter-events (SGLANG_ELORA_ADAPTER_EVENTS) needs --elora")
         if self.link_latency_us and not self.link_gbytes_per_s:
             raise ValueError(
                 "--elora-link-latency-us (SGLANG_ELORA_LINK_LATENCY_US) needs a bandwidth: "

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -26,11 +26,13 @@ TIERS = {
     "disk": "dim",
 }
 _USES = {
-    "adapters": "green",
-    "KV of adapters": "cyan",
-    "KV of the base model": "magenta",
-    "running": "red",
+    "adapters": ("adapters", "green"),
+    "kv_of_adapters": ("KV of adapters", "cyan"),
+    "kv_of_base": ("KV of the base model", "magenta"),
+    "running": ("running", "red"),
 }
+"""Parts of ``pool["uses"]``, and how they are shown; what is left is free."""
+
 _RATES = ("adapter_loads", "adapter_evictions", "adapter_churn", "kv_slots_evicted")
 _SWAPS_SHOWN = 8
 
@@ -46,20 +48,29 @@ def moves(before: State | None, after: State) -> Iterator[str]:
             yield f"{row['lora_name']}: {tier} -> {row['tier']}"
 
 
-def pool_uses(pool: Mapping[str, Any]) -> dict[str, int]:
-    """Slots by what they hold; what is left is free."""
-    running = max(0, pool["slots"] - pool["free"] - pool["adapters"] - pool["kv"])
-    parts = (pool["adapters"], pool["kv"] - pool["kv_base"], pool["kv_base"], running)
-    return dict(zip(_USES, parts, strict=True))
-
-
 def pool_bar(pool: Mapping[str, Any], width: int) -> Text:
     """The pool as one line, a colour per use and dots for what is free."""
     line, total = Text(), 0
-    for (use, slots), colour in zip(pool_uses(pool).items(), _USES.values(), strict=True):
-        total += slots
-        line.append(use[0] * (round(total / pool["slots"] * width) - len(line)), style=colour)
+    for use, (name, colour) in _USES.items():
+        total += pool["uses"][use]
+        line.append(name[0] * (round(total / pool["slots"] * width) - len(line)), style=colour)
     return line.append("." * (width - len(line)))
+
+
+def shares(counts: Mapping[str, int], whole: str) -> dict[str, float]:
+    """Parts of a count as shares of it; none while it is 0."""
+    parts = {name: count for name, count in counts.items() if name.startswith(f"{whole}.")}
+    total = sum(parts.values())
+    return {name.partition(".")[2]: part / total for name, part in parts.items() if part}
+
+
+def hit_rates(counts: Mapping[str, int]) -> str:
+    """Where requests have found their adapters, and the tokens of their prompts."""
+    return ";  ".join(
+        f"{title} found: {', '.join(f'{part} {share:.0%}' for part, share in found.items())}"
+        for title, whole in (("adapters", "adapter_lookups"), ("prompts", "prompt_tokens"))
+        if (found := shares(counts, whole))
+    )
 
 
 def screen(
@@ -81,8 +92,9 @@ def screen(
             f"{pool['num_waiting']} waiting"
         ),
         pool_bar(pool, width),
-        _listed(pool_uses(pool), _USES),
-        _listed({tier: tiers[tier] for tier in TIERS}, TIERS),
+        _listed((name, pool["uses"][use], colour) for use, (name, colour) in _USES.items()),
+        _listed((tier, tiers[tier], colour) for tier, colour in TIERS.items()),
+        Text(hit_rates(counts)),
         Text(
             ", ".join(
                 f"{n.replace('_', ' ')} {counts[n]} (+{counts[n] - earlier[n]})" for n in _RATES
@@ -94,8 +106,9 @@ def screen(
     return Group(*head, _adapters(state["adapters"], num_rows), *map(Text, shown))
 
 
-def _listed(values: Mapping[str, int], colours: Mapping[str, str]) -> Text:
-    return Text("  ").join(Text(f"{n} {values[n]}", style=c) for n, c in colours.items())
+def _listed(values: Iterable[tuple[str, int, str]]) -> Text:
+    """(name, value, colour) each."""
+    return Text("  ").join(Text(f"{name} {value}", style=colour) for name, value, colour in values)
 
 
 def _adapters(rows: Sequence[Mapping[str, Any]], most: int) -> Table:

@@ -207,6 +207,25 @@ print(json.dumps([problems(resolve(*lora, *flags)), problems(resolve(*flags)),
     assert len(implied) == 1
 
 
+def test_adapter_events_need_a_stream(run_python: RunPython, checkpoint: Path) -> None:
+    code = """
+os.environ.update(SGLANG_ELORA="1", SGLANG_ELORA_ADAPTER_EVENTS="1")
+events = ["--kv-events-config", '{"publisher": "zmq"}']
+lora = json.loads(sys.argv[2])
+found = []
+for flags in (lora, events, [*lora, *events]):
+    try:
+        compatibility.check_compatible(resolve(*flags))
+        found.append("")
+    except ValueError as error:
+        found.append(str(error))
+print(json.dumps(found))
+"""
+    no_stream, no_lora, both = _in_process(run_python, checkpoint, code, json.dumps(LORA))
+    expected = "--elora-adapter-events needs --enable-lora and --kv-events-config"
+    assert no_stream == no_lora == expected and both == ""
+
+
 def test_flags_about_slots_have_no_effect(run_python: RunPython, checkpoint: Path) -> None:
     """One line in the log; and SGLang's own check does not ask for as many adapters as slots."""
     code = """

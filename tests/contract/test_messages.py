@@ -27,6 +27,7 @@ from sglang_elora.host import messages
 messages.register_types()
 sent = [
     messages.AdapterHint(adapters=["a", "b"]),
+    messages.AdapterHint(adapters=[], sessions=["s"]),
     messages.StateRequest(rid="r", version=7),
     messages.AdapterOrder(rid="r", do="pin", adapter="a"),
     messages.AdapterOrderAnswer(rid="r", error="", tier="host"),
@@ -65,6 +66,7 @@ def dropped(made: World) -> int:
         AdapterHint(adapters=7),
         AdapterHint(adapters=[["nested"]]),
         AdapterHint(adapters=["x", 7]),
+        AdapterHint(adapters=[], sessions=[7]),
         StateRequest(version="new"),
         AdapterOrder(do=["pin"], adapter=uid(0)),
         AdapterOrder(do="pin", adapter=None),

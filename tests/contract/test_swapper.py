@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from swapper_world import (
+    CREDIT_STEPS,
     EVICT_LEAVES,
     EXPECTED_STEPS,
     LOOKAHEAD,
+    MOST_CREDIT,
     ROOM_LEAVES,
     WORK_PER_STEP,
     PoolTooSmall,
@@ -332,6 +334,41 @@ def test_a_hint_holds_until_its_request_runs_or_for_some_batches() -> None:
     assert not made.core.is_held(uid(1)) and made.is_resident(uid(1))
     statistics = made.residency.statistics()
     assert (statistics["hints"], statistics["hints_used"]) == (2, 1)
+    made.check()
+
+
+def test_hints_are_followed_as_long_as_they_come_true() -> None:
+    true, false = range(2 * MOST_CREDIT), range(2 * MOST_CREDIT, 3 * MOST_CREDIT)
+    others = (3 * MOST_CREDIT, 3 * MOST_CREDIT + 1)
+    made = world(200 * SLOTS, num_adapters=len(true) + len(false) + len(others))
+
+    def hint(i: int, *, ordered: bool = False) -> bool:
+        made.swapper.expect([uid(i)], ordered=ordered)
+        for _ in range(2):
+            made.step(is_busy=False)  # what was copied is settled in the next one
+        return made.is_resident(uid(i))
+
+    for i in true:
+        assert hint(i)
+        made.swapper.used(uid(i))
+    assert all(map(hint, false))
+    assert not hint(others[0])
+    assert hint(others[1], ordered=True)
+    made.arrive(uid(others[0]))
+    made.step()
+    assert made.is_resident(uid(others[0])), "a request is served"
+    made.check()
+
+
+def test_credit_for_hints_returns_with_time() -> None:
+    made = world(200 * SLOTS, num_adapters=MOST_CREDIT + 2)
+    for i in range(MOST_CREDIT + 1):
+        made.swapper.expect([uid(i)])
+        made.step()
+    assert not made.is_resident(uid(MOST_CREDIT))
+    for _ in range(CREDIT_STEPS):
+        made.step()
+    assert made.is_resident(uid(MOST_CREDIT))
     made.check()
 
 

@@ -15,16 +15,27 @@ import msgspec
 import pytest
 import zmq
 from prometheus_client.parser import text_string_to_metric_families
-from sglang.srt.disaggregation.kv_events import BlockStored, KVEventBatch
+from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 
 from client import Client, run
 from reference import Reference
 from second_plugin import write_plugin
 from server_flags import server_flags
 from sglang_elora.cli import main
+from sglang_elora.control.events import AdapterMoved
+from sglang_elora.control.hint_gate import GAP_S
 from sglang_elora.demo.server import ServerProcess, free_port
 
 FRESH_S = 1.1  # after which a scrape looks again
+
+
+class EventBatch(msgspec.Struct, array_like=True):
+    """What a router that knows our event decodes."""
+
+    ts: float
+    events: list[BlockStored | BlockRemoved | AllBlocksCleared | AdapterMoved]
+    attn_dp_rank: int | None = None
+
 
 NAMES = ("qv-r4", "attention-r8", "attention-r24", "mlp-r24", "all-r4", "rslora-r8")
 ADMIN_KEY = "let-me-in"
@@ -219,12 +230,14 @@ def test_evicted_is_gone_with_its_kv_and_gives_the_same_again(
     server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     async def work(client: Client) -> None:
+        """The pool is not full: what was evicted for room would come back by itself."""
         expected = reference.generate("attention-r8", prompts[1])
         for _ in range(2):
             answer = await client.generate("attention-r8", prompts[1])
             assert list(answer.token_ids) == expected
         assert answer.cached_tokens > 0
         await off_device(client, "attention-r8")
+        await asyncio.sleep(0.5)
         row = await adapter(client, "attention-r8")
         assert row["slots"] == row["kv_tokens_device"] == 0
         answer = await client.generate("attention-r8", prompts[1])
@@ -402,11 +415,13 @@ def test_a_client_may_name_the_adapters_it_will_ask_for(
         names = ["rslora-r8", "attention-r24"]
         for name in names:
             await off_device(client, name)
+        await asyncio.sleep(GAP_S)  # within which nothing is announced again
         hints = kv_hints({"lora_name": [*names, "no-such-adapter"]})
         await client.generate("qv-r4", prompts[0], kv_hints=hints)
         for name in names:
             await until(lambda row: row["tier"] == "device", client, name)
         await off_device(client, "rslora-r8")
+        await asyncio.sleep(GAP_S)
         await client.generate(None, prompts[0], kv_hints=kv_hints({"lora_name": "rslora-r8"}))
         await until(lambda row: row["tier"] == "device", client, "rslora-r8")
         await client.generate(None, prompts[0], kv_hints=kv_hints({"other": 1}, kind="theirs"))
@@ -488,35 +503,47 @@ def test_a_peer_that_dies_and_comes_back_is_heard_again(
     run(server.url, work)
 
 
-def test_kv_events_say_whose_kv_it_is(
+def test_events_say_whose_kv_it_is_and_where_adapters_are(
     checkpoint: Path, adapters: dict[str, Path], prompts: Sequence[list[int]], logs: Path
 ) -> None:
     given = {name: adapters[name] for name in NAMES[:2]}
     address = f"tcp://127.0.0.1:{free_port()}"
     config = {"publisher": "zmq", "endpoint": address.replace("127.0.0.1", "*")}
-    flags = ["--elora", *server_flags(checkpoint, given), "--kv-events-config", json.dumps(config)]
+    flags = ["--elora", "--elora-adapter-events", *server_flags(checkpoint, given)]
+    flags += ["--kv-events-config", json.dumps(config)]
+    decoder = msgspec.msgpack.Decoder(EventBatch)
     context = zmq.Context()
     events = context.socket(zmq.SUB)
     events.subscribe("")
     events.connect(address)
 
-    def stored() -> list[BlockStored]:
-        found = []
-        while events.poll(2000):
-            batch = msgspec.msgpack.decode(events.recv_multipart()[-1], type=KVEventBatch)
-            found += [event for event in batch.events if isinstance(event, BlockStored)]
-        return found
+    def published() -> tuple[list[BlockStored], list[AdapterMoved]]:
+        found: list[Any] = []
+        while events.poll(1000):
+            found += decoder.decode(events.recv_multipart()[-1]).events
+        return (
+            [event for event in found if isinstance(event, BlockStored)],
+            [event for event in found if isinstance(event, AdapterMoved)],
+        )
 
     async def work(client: Client) -> None:
         ids = {row["lora_name"]: row["lora_id"] for row in (await state(client))["adapters"]}
-        stored()  # of the server's own first request
+        numbers = {name: int(uid[:15], 16) for name, uid in ids.items()}
+        published()  # of the start, as far as it was heard
         for name in (*given, None):
             await client.generate(name, prompts[1])
-            blocks = stored()
-            number = None if name is None else int(ids[name][:15], 16)
-            assert blocks and {block.lora_id for block in blocks} == {number}
+            blocks, moved = published()
+            assert blocks and {block.lora_id for block in blocks} == {numbers.get(name or "")}
             tokens = [token for block in blocks for token in block.token_ids]
             assert tokens[: len(prompts[1])] == prompts[1]
+            assert {event.lora_id for event in moved} == {numbers[name]} if name else not moved
+            assert not name or moved[-1].tier == "device"
+        first, second = given
+        await off_device(client, first)
+        await client.post("/unload_lora_adapter", {"lora_name": second})
+        _, moved = published()
+        last = {event.lora_name: event.tier for event in moved}
+        assert last == {first: "host", second: "unloaded"}
 
     try:
         with ServerProcess(flags, log_path=logs / "events.log") as server:

@@ -338,6 +338,52 @@ def test_two_hundred_random_operations(
     run(server.url, work)
 
 
+def test_the_kv_of_a_session_comes_back_when_its_next_turn_is_announced(
+    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+) -> None:
+    """With so much in use that nothing comes back unasked."""
+    name, prompt = "all-r4", prompts[1]
+    assert SLOTS[LARGEST] > 0.7 * POOL_SLOTS > SLOTS[name] + len(prompt)
+
+    async def kv_tokens(client: Client) -> tuple[int, int]:
+        (row,) = (await client.get(f"/elora/state?lora_name={name}")).json()["adapters"]
+        return row["kv_tokens_device"], row["kv_tokens_host"]
+
+    async def until_on_device(client: Client, num_tokens: int) -> None:
+        for _ in range(100):
+            if (await kv_tokens(client))[0] >= num_tokens:
+                return
+            await asyncio.sleep(0.05)
+        raise AssertionError(await kv_tokens(client))
+
+    async def work(client: Client) -> None:
+        assert (await client.post("/flush_cache?timeout=30", {})).status_code == 200
+        await client.generate(LARGEST, prompts[0])
+        await client.generate(name, prompt, session_id="talk")
+        await client.generate(name, prompts[0])
+        assert (await client.post("/elora/evict", {"lora_name": name})).status_code == 200
+        for _ in range(100):
+            if (await kv_tokens(client))[0] == 0:
+                break
+            await asyncio.sleep(0.05)
+        on_device, on_host = await kv_tokens(client)
+        assert on_device == 0 and on_host >= len(prompt)
+        await client.generate(name, prompts[2])  # the adapter is there now, and its KV is not
+        assert (await kv_tokens(client))[0] < len(prompt)
+        answer = await client.post("/elora/prefetch", {"session_id": "talk"})
+        assert answer.status_code == 200 and answer.json()["tiers"] == {}
+        await until_on_device(client, len(prompt))
+        again = await client.generate(name, prompt, session_id="talk")
+        assert list(again.token_ids) == reference.generate(name, prompt)
+        assert again.cached_tokens == len(prompt) - 1
+        refused = await client.post("/elora/prefetch", {"session_id": "nobody's"})
+        assert refused.status_code == 400
+        assert refused.json()["error_message"] == "no session of this name is alive"
+        assert (await client.post("/close_session", {"session_id": "talk"})).status_code == 200
+
+    run(server.url, work)
+
+
 def test_into_room_that_is_free_comes_back_what_was_evicted(
     server: ServerProcess,
     adapters: dict[str, Path],

@@ -39,6 +39,7 @@ def test_environment_carries_every_field() -> None:
         ({"SGLANG_ELORA_LINK_GBYTES_PER_S": "-1"}, "--elora-link-gbytes-per-s"),
         ({"SGLANG_ELORA_LINK_GBYTES_PER_S": "nan"}, "must be finite"),
         ({"SGLANG_ELORA_LINK_LATENCY_US": "5"}, "needs a bandwidth"),
+        ({"SGLANG_ELORA_ADAPTER_EVENTS": "1"}, "--elora-adapter-events"),
         ({"SGLANG_ELORA_BAD_ADAPTER": "ignore"}, "('skip', 'exit')"),
         ({"SGLANG_ELORA_TYPO": "1"}, "unknown environment variable SGLANG_ELORA_TYPO"),
     ],

@@ -11,7 +11,19 @@ from rich.console import Console
 
 from sglang_elora.top import main, moves, pool_bar, screen
 
-COUNTS = {"adapter_loads": 7, "adapter_evictions": 2, "adapter_churn": 1, "kv_slots_evicted": 90}
+COUNTS = {
+    "adapter_loads": 7,
+    "adapter_evictions": 2,
+    "adapter_churn": 1,
+    "kv_slots_evicted": 90,
+    "adapter_lookups.device": 3,
+    "adapter_lookups.host": 1,
+    "adapter_lookups.disk": 0,
+    "prompt_tokens.device": 0,
+    "prompt_tokens.host": 0,
+    "prompt_tokens.computed": 0,
+}
+USES = {"free": 40, "adapters": 20, "kv_of_adapters": 20, "kv_of_base": 10, "running": 10}
 
 
 def row(name: str, tier: str, **more: Any) -> dict[str, Any]:
@@ -36,6 +48,7 @@ def state(*rows: dict[str, Any], **counts: int) -> dict[str, Any]:
         "adapters": 20,
         "kv": 30,
         "kv_base": 10,
+        "uses": USES,
         "adapter_host_bytes": 5_000_000,
         "num_running": 2,
         "num_waiting": 1,
@@ -74,10 +87,11 @@ def test_a_screen_has_pool_tiers_rates_rows_and_swaps() -> None:
     lines = shown(state(*rows, adapter_loads=9), state(*rows), ["12:00:00 law: host -> device"])
     assert lines[0].startswith("100 slots, 40 free; requests: 2 running, 1 waiting")
     assert "device 1  loading 0  host 1  reading 0  disk 1" in lines[3]
-    assert "adapter loads 9 (+2)" in lines[4]
-    names = [line.split()[0] for line in lines[6:9]]
+    assert lines[4] == "adapters found: device 75%, host 25%", "no prompt was looked up"
+    assert "adapter loads 9 (+2)" in lines[5]
+    names = [line.split()[0] for line in lines[7:10]]
     assert names == ["law", "art", "old"], "nearest first"
-    assert "law (pinned)" in lines[6] and lines[-1].endswith("host -> device")
+    assert "law (pinned)" in lines[7] and lines[-1].endswith("host -> device")
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 60)])

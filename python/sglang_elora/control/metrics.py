@@ -62,7 +62,7 @@ class StateCollector(Collector):
         if pool is None:
             return
         yield self._gauges(
-            "pool_slots", "Slots of the KV pool, by what they hold.", "use", _uses(pool)
+            "pool_slots", "Slots of the KV pool, by what they hold.", "use", pool.uses
         )
         tiers = Counter(adapter.tier for adapter in self._mirror.adapters.values())
         by_tier = {tier: tiers[tier] for tier in get_args(Tier)}
@@ -141,17 +141,6 @@ class StateCollector(Collector):
 
 def _in_words(name: str) -> str:
     return name.replace("_", " ")
-
-
-def _uses(pool: PoolState) -> dict[str, int]:
-    cached = pool.kv - pool.kv_base
-    return {
-        "free": pool.free,
-        "adapters": pool.adapters,
-        "kv_of_adapters": cached,
-        "kv_of_base": pool.kv_base,
-        "running": max(0, pool.slots - pool.free - pool.adapters - pool.kv),
-    }
 
 
 def _listed(uids: list[str], names: Mapping[str, str]) -> str:

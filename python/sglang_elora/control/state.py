@@ -53,6 +53,17 @@ class PoolState(msgspec.Struct, frozen=True, array_like=True):
     load_s: Histogram  # how long copies to the device took
     num_sessions: int  # that are not over
 
+    @property
+    def uses(self) -> dict[str, int]:
+        """Slots by what they hold. KV that nobody has put into the tree yet is ``running``."""
+        return {
+            "free": self.free,
+            "adapters": self.adapters,
+            "kv_of_adapters": self.kv - self.kv_base,
+            "kv_of_base": self.kv_base,
+            "running": max(0, self.slots - self.free - self.adapters - self.kv),
+        }
+
 
 class Changes(msgspec.Struct, frozen=True, array_like=True):
     """Adapters that changed after the version that was asked for, up to ``version``.

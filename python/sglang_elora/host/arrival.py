@@ -44,7 +44,8 @@ def announce_openai(self: OpenAIServingBase, request: Any, raw_request: Any) -> 
     control: TokenizerControl | None = getattr(self.tokenizer_manager, "elora", None)
     if control is not None:
         model, explicit = getattr(request, "model", None), getattr(request, "lora_path", None)
-        control.announce(self._resolve_lora_path(model or "", explicit))
+        adapter = self._resolve_lora_path(model or "", explicit)
+        control.announce(adapter, getattr(request, "session_id", None))
 
 
 def announce_native(self: TokenizerManager, obj: Any) -> None:
@@ -57,7 +58,7 @@ def announce_native(self: TokenizerManager, obj: Any) -> None:
     control: TokenizerControl | None = getattr(self, "elora", None)
     if control is None:
         return
-    if obj.lora_path and getattr(obj, "text", None) is not None:
-        control.announce(obj.lora_path)
+    if getattr(obj, "text", None) is not None:
+        control.announce(obj.lora_path, getattr(obj, "session_id", None))
     if (hints := getattr(obj, "kv_hints", None)) is not None:
         control.announce(adapters_named(hints))

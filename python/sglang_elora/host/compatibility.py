@@ -8,6 +8,7 @@ pool is there (``check_pool``).
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from sglang.srt.environ import envs
 from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
 from sglang_elora.adapters import EMBEDDING_MODULES, served_names
+from sglang_elora.config import EloraConfig
 from sglang_elora.host.lora_backend import TORCH, TRITON
 
 logger = logging.getLogger(__name__)
@@ -331,7 +333,8 @@ def check_compatible(server_args: Any) -> None:
     """Before ``check_server_args``, when all arguments are resolved: refuse what cannot run.
 
     Raises:
-        ValueError: Flags or the model do not go with ELORA; one line for each.
+        ValueError: Flags or the model do not go with ELORA; one line for each. Or a flag of ours
+            lacks what it is for.
     """
     cfg = resolving_view(server_args)
     lora = wants_lora(cfg)
@@ -342,6 +345,8 @@ def check_compatible(server_args: Any) -> None:
     ]
     if problems:
         raise ValueError("--elora does not run with:\n" + "\n".join(f"  {p}" for p in problems))
+    if EloraConfig.from_env(os.environ).adapter_events and not (lora and cfg.kv_events_config):
+        raise ValueError("--elora-adapter-events needs --enable-lora and --kv-events-config")
     if lora:
         _ignore_without_effect(server_args)
 

@@ -68,6 +68,7 @@ class Control:
 
     def hint(self, hint: AdapterHint) -> None:
         self._swapper.expect(hint.adapters)
+        self._swapper.expect_turns(hint.sessions)
 
     def state(self, request: StateRequest) -> StateAnswer:
         changes = changes_since(self._residency, self._scheduler, request.version)
@@ -84,7 +85,10 @@ class Control:
             },
         )
         forest, error = self._residency.forest, ""
-        if order.do not in orders:
+        if order.do == "prefetch_session":
+            if not self._swapper.expect_turns([uid]):
+                error = "no session of this name is alive"
+        elif order.do not in orders:
             error = f"unknown order {order.do!r}"
         elif uid not in forest or forest.get(uid).retired:
             error = "the adapter is not loaded"
@@ -97,12 +101,12 @@ class Control:
         return AdapterOrderAnswer(rid=order.rid, error=error, tier=tier)
 
     def _prefetch(self, uid: str) -> None:
-        if not self._swapper.expect([uid]):
+        if not self._swapper.expect([uid], ordered=True):
             raise ValueError(f"{MOST_EXPECTED} adapters are expected already: ask again later")
 
     def _pin(self, uid: str) -> None:
         self._residency.pin(uid)
-        self._swapper.expect([uid])
+        self._swapper.expect([uid], ordered=True)
 
 
 def add_to_dispatcher(result: None, self: Scheduler) -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, ORJSONResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from sglang.srt.utils.auth import AuthLevel, auth_level
 from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
@@ -31,15 +31,17 @@ def _for_admins(endpoint: _Endpoint) -> _Endpoint:
     return endpoint
 
 
-class AdapterNames(BaseModel):
-    """Adapters by the names they are served under."""
+class Prefetch(BaseModel):
+    """Adapters by the names they are served under, sessions by what requests call them."""
 
-    lora_name: str | list[str] = Field(min_length=1)
+    lora_name: str | list[str] = Field(default=[], min_length=1)
+    session_id: str | list[str] = Field(default=[], min_length=1)
 
-    def ids(self, control: TokenizerControl) -> list[tuple[str, str]]:
-        """(name, id) of each; raises NotLoaded."""
-        names = [self.lora_name] if isinstance(self.lora_name, str) else self.lora_name
-        return [(name, control.id_of(name)) for name in dict.fromkeys(names)]
+    @model_validator(mode="after")
+    def _names_something(self) -> Prefetch:
+        if not (self.lora_name or self.session_id):
+            raise ValueError("lora_name or session_id is missing")
+        return self
 
 
 class AdapterName(BaseModel):
@@ -93,11 +95,14 @@ def _add_control(app: FastAPI, control: TokenizerControl) -> None:
 
     @app.post("/elora/prefetch", **elora)
     @_for_admins
-    async def prefetch(body: AdapterNames) -> ORJSONResponse:
-        """Bring adapters to the device, as if requests with them waited behind all that do."""
-        answers = {name: await control.order("prefetch", uid) for name, uid in body.ids(control)}
+    async def prefetch(body: Prefetch) -> ORJSONResponse:
+        """Bring adapters to the device, as if requests with them waited behind all that do; and the
+        KV of sessions whose next request will come, from the host, once their adapter is there."""
+        uids = {name: control.id_of(name) for name in _listed(body.lora_name)}
+        answers = {name: await control.order("prefetch", uid) for name, uid in uids.items()}
         tiers = {name: answer.tier for name, answer in answers.items()}
-        errors = [answer.error for answer in answers.values() if answer.error]
+        told = [await control.order("prefetch_session", s) for s in _listed(body.session_id)]
+        errors = [answer.error for answer in (*answers.values(), *told) if answer.error]
         if errors:
             return _failure(errors[0], tiers=tiers)
         return ORJSONResponse({"success": True, "error_message": "", "tiers": tiers})
@@ -171,6 +176,10 @@ def _add_tiers(app: FastAPI, control: TokenizerControl) -> None:
         return ORJSONResponse(models)
 
 
+def _listed(names: str | list[str]) -> list[str]:
+    return list(dict.fromkeys([names] if isinstance(names, str) else names))
+
+
 def _row(state: AdapterState) -> dict[str, Any]:
     row = msgspec.structs.asdict(state)
     last_used_s = row.pop("last_used_s")
@@ -181,7 +190,7 @@ def _row(state: AdapterState) -> dict[str, Any]:
 
 def _pool(pool: PoolState | None, names: Mapping[str, str]) -> dict[str, Any]:
     assert pool is not None, "the state was asked for"
-    found = msgspec.structs.asdict(pool)
+    found = {**msgspec.structs.asdict(pool), "uses": pool.uses}
     for which in ("waiting", "running"):
         found[which] = [names[uid] for uid in found[which] if uid in names]
     found["load_s"] = {"at_most": dict(pool.load_s.cumulative()), "sum": pool.load_s.sum_s}

@@ -1,4 +1,4 @@
-"""KV events that say whose KV it is, for routers that follow them."""
+"""KV events that say whose KV it is, and events of adapters, for routers that follow them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 from sglang.srt.disaggregation.kv_events import BlockStored
 from sglang.srt.mem_cache.events import KVCacheEventRecorder
 
+from sglang_elora.control.events import AdapterMoved, Moves
+from sglang_elora.host.residency import Residency
+from sglang_elora.host.state import tier_of
 from sglang_elora.tree import adapter_of
 
 
@@ -36,3 +39,28 @@ class AdapterEventRecorder(KVCacheEventRecorder):
         if isinstance(event, BlockStored):
             event.lora_id = self._lora_id
         super().enqueue(event)
+
+
+class AdapterMoves:
+    """Where adapters have gone since the last batch of events."""
+
+    def __init__(self, residency: Residency) -> None:
+        self._residency = residency
+        self._moves = Moves()
+        self._num_changes = 0  # of the forest, that were looked at
+
+    def take(self) -> list[AdapterMoved]:
+        residency = self._residency
+        forest = residency.forest
+        if forest.num_changes == self._num_changes:
+            return []
+        changed = [
+            (uid, residency.name_of(uid), tier_of(residency, uid))
+            for uid, _ in forest.changed_since(self._num_changes)
+            if not forest.get(uid).retired
+        ]
+        self._num_changes = forest.num_changes
+        return [
+            AdapterMoved(lora_number(uid), name, tier)
+            for uid, name, tier in self._moves.of(changed, residency.names)
+        ]

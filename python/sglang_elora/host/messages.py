@@ -21,9 +21,11 @@ _Message: Any = (
 
 
 class AdapterHint(BaseReq, tag="elora.hint", kw_only=True):  # type: ignore[call-arg]
-    """Requests with these adapters (ids) are about to come. Nothing is answered."""
+    """Requests with these adapters (ids), and of these sessions, are about to come. Nothing is
+    answered."""
 
     adapters: list[str]
+    sessions: list[str] = msgspec.field(default_factory=list)
 
 
 class StateRequest(BaseReq, tag="elora.state", kw_only=True):  # type: ignore[call-arg]
@@ -37,7 +39,8 @@ class StateAnswer(BaseReq, tag="elora.state.answer", kw_only=True):  # type: ign
 
 
 class AdapterOrder(BaseReq, tag="elora.order", kw_only=True):  # type: ignore[call-arg]
-    """``do`` this with an adapter: prefetch, pin, unpin or evict. Anything else is refused."""
+    """``do`` this with an adapter: prefetch, pin, unpin or evict; or prefetch_session, with the
+    session's name in its place. Anything else is refused."""
 
     do: str
     adapter: str
@@ -47,7 +50,7 @@ class AdapterOrderAnswer(BaseReq, tag="elora.order.answer", kw_only=True):  # ty
     """``error`` is empty where the order was carried out, or is on its way."""
 
     error: str
-    tier: str  # of the adapter, afterwards
+    tier: str  # of the adapter, afterwards; empty for a session
 
 
 class Undecodable(BaseReq, tag="elora.undecodable", kw_only=True):  # type: ignore[call-arg]

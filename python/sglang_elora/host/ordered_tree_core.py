@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -36,6 +37,7 @@ class OrderedTreeCore(UnifiedTreeCore):
 
     def __init__(self, params: Any, components: Any) -> None:
         self.policy: Policy | None = None
+        self.reason = "room"  # of evictions
         self._pool_slots = 1
         self._next_item = _no_item()  # of the node that is made next
         self.counts: Counter[str] = Counter()
@@ -150,9 +152,21 @@ class OrderedTreeCore(UnifiedTreeCore):
         """When there is time for it. Whether there was something to learn."""
         return self.policy is not None and self.policy.learn()
 
+    @contextmanager
+    def evicting(self, reason: str) -> Iterator[None]:
+        """What is evicted meanwhile is evicted ``ahead``, or as it was ``told``, or ``unloaded``;
+        otherwise it is for the ``room`` of who waits."""
+        self.reason = reason
+        try:
+            yield
+        finally:
+            self.reason = "room"
+
     def note_eviction(self, node: UnifiedTreeNode) -> None:
-        """The node left the device and may come back from the host."""
-        self.evicted.append(node.id)
+        """The node left the device, and comes back from the host when there is room, unless it was
+        told to leave."""
+        if self.reason != "told":
+            self.evicted.append(node.id)
         if node.item.prefetched:
             node.item.prefetched = False
             self.counts["prefetched_slots_wasted"] += node.item.num_slots

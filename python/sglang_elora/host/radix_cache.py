@@ -28,7 +28,7 @@ from sglang_elora.config import EloraConfig
 from sglang_elora.host import compatibility
 from sglang_elora.host.admission import Admission
 from sglang_elora.host.full_component import EloraFullComponent
-from sglang_elora.host.kv_events import AdapterEventRecorder
+from sglang_elora.host.kv_events import AdapterEventRecorder, AdapterMoves
 from sglang_elora.host.lora_manager import EloraLoRAManager
 from sglang_elora.host.measure import Measure
 from sglang_elora.host.policies import make_policy
@@ -51,6 +51,11 @@ class EloraRadixCache(UnifiedRadixCache):
     """SGLang's cache, which also tells the tree where the turns of a session end."""
 
     tree_core: EloraTreeCore
+    adapter_moves: AdapterMoves | None = None  # None: not to be told
+
+    def take_events(self) -> list[Any]:
+        moves = [] if self.adapter_moves is None else self.adapter_moves.take()
+        return [*super().take_events(), *moves]
 
     def insert_req(self, req: Req, *, up_to: int, **options: Any) -> None:
         self._turn_end: NodeId | None = None
@@ -103,6 +108,8 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
         host = HostTier(int(config.host_gb * 1e9), core.adapter_priority, core.forest.touch)
         residency = Residency(cache, manager.dtype, host, stream)
         manager.bind(residency, cache.measure)
+        if config.adapter_events:
+            cache.adapter_moves = AdapterMoves(residency)
         cache.swapper = Swapper(residency, cache.measure)
         cache.admission = Admission(residency, cache.swapper, manager.lora_backend.max_adapters)
     return cache

@@ -119,7 +119,7 @@ class Residency:
         self._device = torch.get_device_module(self.planes.device)
         self._is_cuda = self.planes.device.type == "cuda"
         self._copy_stream = make_copy_stream(self._device)
-        self._names: dict[str, str] = {}
+        self.names: dict[str, str] = {}  # of the loaded adapters, by id
         self._put_off: str | None = None  # adapter whose copy was due in the step before
         self._last_loads: deque[int] = deque(maxlen=_LAST_LOADS)  # their slots
         self._placed_at = 0.0  # the last one, by the policy's clock
@@ -133,7 +133,7 @@ class Residency:
 
     def name_of(self, uid: str) -> str:
         """The name it is served under, for texts."""
-        return self._names.get(uid, uid)
+        return self.names.get(uid, uid)
 
     def register(self, source: AdapterSource) -> None:
         """Make an adapter servable.
@@ -157,7 +157,7 @@ class Residency:
         self.host.add(source.uid, source.num_bytes, source.read, source.image)
         version = "" if source.image is None else source.image.version
         self.forest.register(source.uid, num_slots=num_slots, pinned=source.pinned, version=version)
-        self._names[source.uid] = name
+        self.names[source.uid] = name
 
     def pin(self, uid: str) -> None:
         """Keep an adapter on the device from now on, or from when it comes there.
@@ -213,7 +213,7 @@ class Residency:
         if uid in self.forest:
             self.forest.retire(uid)
             self.host.remove(uid)
-            self._names.pop(uid, None)
+            self.names.pop(uid, None)
             self.purge_retired()
 
     def purge_retired(self) -> None:

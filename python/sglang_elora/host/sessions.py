@@ -30,7 +30,8 @@ class Sessions:
 
     def __init__(self, core: OrderedTreeCore) -> None:
         self._core = core
-        self._paths: OrderedDict[str, list[UnifiedTreeNode]] = OrderedDict()  # longest silent first
+        # Longest silent first; a path has its end first.
+        self._paths: OrderedDict[str, list[UnifiedTreeNode]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -56,6 +57,11 @@ class Sessions:
             for node in forgotten:
                 node.num_sessions += 1  # whether it is over nobody knows
                 self._release(node, silent)
+
+    def end_of(self, session: str) -> UnifiedTreeNode | None:
+        """Where its last turn ended, or what is left of that; None if it is not alive."""
+        path = self._paths.get(session)
+        return None if not path else path[0]
 
     def over(self, session: str) -> None:
         """No turn of it will come."""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.schedule_policy import PrefillAdder
     from sglang.srt.managers.scheduler import Scheduler
-    from sglang.srt.mem_cache.unified_cache.unified_tree_core import UnifiedTreeNode
+    from sglang.srt.mem_cache.unified_cache.unified_tree_core import NodeId, UnifiedTreeNode
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +65,23 @@ COPY_AHEAD_BELOW = 0.1
 COPY_AHEAD_LEAVES = 4
 """Looked at and copied at a time."""
 
-MOST_EXPECTED = 64
+MOST_EXPECTED = 32
 """Adapters that requests are expected for, beside those that wait."""
+
+MOST_CREDIT = 16
+"""Adapters that may come for hints before a hint has come true, which is worth one more."""
+
+CREDIT_STEPS = 64
+"""Iterations with a batch, after which one more may come for a hint in any case."""
 
 EXPECTED_STEPS = 512
 """Iterations with a batch for which a hint holds."""
+
+MOST_TURNS = 64
+"""Sessions whose KV is to come from the host before their next request is taken."""
+
+TURN_LEAVES = 8
+"""Evicted at most for the KV of one of them."""
 
 EVICT_LEAVES = 16
 """Of an adapter that is to leave, behind the start of a batch."""
@@ -92,6 +104,9 @@ class Swapper:
         self._wanted: dict[str, int] = {}  # adapter -> position of the first request for it
         self._errors: dict[str, BaseException] = {}  # of this step
         self._expected: dict[str, int] = {}  # adapter -> step up to which; soonest over first
+        self._ordered: set[str] = set()  # of those: somebody said that they have to come
+        self._credit = MOST_CREDIT
+        self._turns: dict[NodeId, int] = {}  # end of a session -> step up to which
         self._leaving: dict[str, None] = {}  # adapters that are to be evicted
         self._num_busy_steps = 0
         self._all_copied_at = -1.0  # by the policy's clock: nothing was left to copy ahead
@@ -104,6 +119,8 @@ class Swapper:
         """
         self.residency.work_left = WORK_PER_STEP if is_busy else sys.maxsize
         self._num_busy_steps += is_busy
+        if is_busy and self._num_busy_steps % CREDIT_STEPS == 0:
+            self._credit = min(self._credit + 1, MOST_CREDIT)
         if self.residency.copies or self._host.reading:
             self._settle()
             self._fail_waiting(scheduler)
@@ -112,6 +129,8 @@ class Swapper:
             self._bring_wanted(waiting, self._rest_of(scheduler.chunked_req))
         elif self._core.evicted and not under_way and scheduler.chunked_req is None:
             self._prefetch()
+        if self._turns:
+            self._bring_turn()
         if not (waiting or is_busy or self._host.reading):
             self._host.read_ahead()
         if self._has_failed(islice(self.residency.copies.values(), under_way, None)):
@@ -149,9 +168,14 @@ class Swapper:
         copying = slots * costs.load + costs.load_latency
         return copying <= costs.batch + len(req.origin_input_ids) * costs.recompute
 
-    def expect(self, uids: Iterable[str]) -> int:
+    def expect(self, uids: Iterable[str], *, ordered: bool = False) -> int:
         """Requests with these adapters are about to come: what they need is brought in behind what
         requests wait for, and nothing that these need is given up for it.
+
+        Hints are followed as long as they come true, whoever sends them: see ``MOST_CREDIT``.
+
+        Args:
+            ordered: This is no hint, they have to come.
 
         Returns:
             How many of them are expected now; others are unknown, or there are too many.
@@ -168,8 +192,25 @@ class Swapper:
             self._leaving.pop(uid, None)
             self._expected.pop(uid, None)
             self._expected[uid] = self._num_busy_steps + EXPECTED_STEPS
+            if ordered:
+                self._ordered.add(uid)
             num_taken += 1
         return num_taken
+
+    def expect_turns(self, sessions: Iterable[str]) -> int:
+        """Requests of these sessions are about to come: what the host has of their KV is brought in
+        once their adapter is there, and nothing that requests wait for is given up for it.
+
+        Returns:
+            How many of them are alive.
+        """
+        num_alive = 0
+        for session in sessions:
+            end = self._core.sessions.end_of(session)
+            num_alive += end is not None
+            if end is not None and end.evicted and len(self._turns) < MOST_TURNS:
+                self._turns.setdefault(end.id, self._num_busy_steps + EXPECTED_STEPS)
+        return num_alive
 
     def evict_soon(self, uid: str) -> None:
         """Have an adapter and its KV leave the device, a bounded part of it per step.
@@ -179,7 +220,7 @@ class Swapper:
         """
         if self._core.is_locked(uid) or self._is_waited_for(uid):
             raise ValueError("a request uses the adapter or waits for it, or it is pinned")
-        self._expected.pop(uid, None)
+        self._forget_expected(uid)
         if self.residency.forest.get(uid).resident:
             self._leaving[uid] = None
 
@@ -187,7 +228,9 @@ class Swapper:
         """A request with this adapter runs."""
         self._measure.popularity.use(uid)
         self.residency.forest.used(uid, time.monotonic())
-        self._core.counts["hints_used"] += self._expected.pop(uid, None) is not None
+        if self._forget_expected(uid):
+            self._core.counts["hints_used"] += 1
+            self._credit = min(self._credit + 1, MOST_CREDIT)
 
     @property
     def is_waiting(self) -> bool:
@@ -207,6 +250,29 @@ class Swapper:
                 continue
             node.item.prefetched = True
             core.counts["prefetched_slots"] += node.item.num_slots
+            return
+
+    def _bring_turn(self) -> None:
+        """KV of the first session that can have it; one at a time."""
+        cache, core = self.residency.cache, self._core
+        if cache.ongoing_load_back:
+            return
+        for node_id, last_step in [*self._turns.items()]:
+            end = core.find(node_id)
+            if end is None or not end.evicted or last_step < self._num_busy_steps:
+                del self._turns[node_id]
+                continue
+            path = core.path_of(end)
+            if path[-1].item.is_adapter and not path[-1].adapter.resident:
+                continue
+            del self._turns[node_id]
+            missing = [node for node in path if node.evicted]
+            with core.full.sparing(LOOKAHEAD, TURN_LEAVES):
+                if cache.load_back(node_id):
+                    cache.ready_to_load_host_cache()
+                    for node in missing:
+                        node.item.prefetched = True
+                        core.counts["prefetched_slots"] += node.item.num_slots
             return
 
     def _copy_ahead(self) -> None:
@@ -351,15 +417,19 @@ class Swapper:
                 self._host.request(uid)
             elif has_room:  # what is freed for one is not taken by one behind it
                 has_room = self._may_start(adapter) and self.residency.place(uid, wanted[uid])
+                if has_room and wanted[uid] == LOOKAHEAD and uid not in self._ordered:
+                    self._credit -= 1
 
     def _add_expected(self, wanted: dict[str, int], missing: list[Adapter], room: int) -> None:
         """What hints named, behind all who wait; they are held to ``room`` as well."""
         core, forest = self._core, self.residency.forest
         while self._expected and next(iter(self._expected.values())) < self._num_busy_steps:
-            del self._expected[next(iter(self._expected))]
+            self._forget_expected(next(iter(self._expected)))
         for uid in [uid for uid in self._expected if uid not in wanted]:
             if uid not in forest or forest.get(uid).retired:
-                del self._expected[uid]
+                self._forget_expected(uid)
+                continue
+            if not self._credit and uid not in self._ordered:
                 continue
             node = core.node_of(uid)
             if node.component_data[FULL].lock_ref == 0:
@@ -370,6 +440,11 @@ class Swapper:
             core.set_wanted(node, LOOKAHEAD)
             if not node.adapter.resident:
                 missing.append(node.adapter)
+
+    def _forget_expected(self, uid: str) -> bool:
+        """Whether it was expected."""
+        self._ordered.discard(uid)
+        return self._expected.pop(uid, None) is not None
 
     def _evict_leaving(self) -> bool:
         """Some of what was told to leave. Whether there was something."""

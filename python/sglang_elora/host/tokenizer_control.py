@@ -14,6 +14,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.runtime_context import get_memory
 from sglang.utils import TypeBasedDispatcher
 
 from sglang_elora.control import HintGate, StateMirror
@@ -54,7 +55,10 @@ class TokenizerControl:
     def __init__(self, manager: TokenizerManager) -> None:
         self._manager = manager
         self._registry = manager.lora_registry
-        self.gate = HintGate()
+        self.gate = HintGate()  # by adapter
+        self._session_gate = HintGate()
+        # Without a tier for it on the host, KV cannot be brought from there.
+        self._announces_sessions = bool(get_memory().enable_hierarchical_cache)
         self.num_hints = 0
         self.mirror = StateMirror()
         self._mirrored_s = float("-inf")
@@ -69,15 +73,18 @@ class TokenizerControl:
         )
         dispatcher.add_fallback_fn(self._drop)
 
-    def announce(self, names: Any) -> None:
-        """Requests with an adapter of this name, or of these, have arrived. What is no such name is
-        left alone here: the request will be refused."""
+    def announce(self, names: Any, session: Any = None) -> None:
+        """Requests with an adapter of this name, or of these, and of this session, have arrived.
+        What is no such name is left alone here: the request will be refused."""
         listed = names if isinstance(names, list) else [names]
         refs = (self._ref(name) for name in listed if isinstance(name, str))
-        passing = self.gate.passing(ref.lora_id for ref in refs if ref is not None)
-        if passing:
-            self.num_hints += len(passing)
-            self._manager._dispatch_to_scheduler(AdapterHint(adapters=passing))
+        adapters = self.gate.passing(ref.lora_id for ref in refs if ref is not None)
+        sessions: list[str] = []
+        if self._announces_sessions and isinstance(session, str):
+            sessions = self._session_gate.passing([session])
+        if adapters or sessions:
+            self.num_hints += len(adapters)
+            self._manager._dispatch_to_scheduler(AdapterHint(adapters=adapters, sessions=sessions))
 
     async def refresh(self) -> StateMirror:
         """The schedulers' state as of now. Raises NoAnswer."""
@@ -98,7 +105,7 @@ class TokenizerControl:
         return self.mirror
 
     async def order(self, do: str, uid: str) -> AdapterOrderAnswer:
-        """Have the schedulers do this with an adapter. Raises NoAnswer."""
+        """Have the schedulers do this with an adapter, or a session. Raises NoAnswer."""
         answer: AdapterOrderAnswer = await self._ask(AdapterOrder(do=do, adapter=uid))
         return answer
 

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,7 +53,6 @@ class EloraTreeCore(OrderedTreeCore):
         self.forest = AdapterForest()
         self.keeps_dependency = True  # off for measurements: KV stays when its adapter goes
         self.on_evicted: Callable[[str], None] = lambda uid: None
-        self._evicting = "room"
         super().__init__(params, components)
 
     def reset(self) -> None:
@@ -183,7 +181,7 @@ class EloraTreeCore(OrderedTreeCore):
         if device > 0:
             self._fill(device)
         elif device < 0:
-            self.counts[f"kv_slots_evicted.{self._evicting}"] -= device
+            self.counts[f"kv_slots_evicted.{self.reason}"] -= device
             if node.backuped:
                 self.note_eviction(node)
         self.forest.count_kv(adapter, device=device, host=host)
@@ -203,15 +201,6 @@ class EloraTreeCore(OrderedTreeCore):
     ) -> None:
         super()._unevict_node_on_insert(node, fresh_value, session_id)
         self.count_kv(node, device=len(fresh_value))
-
-    @contextmanager
-    def evicting(self, reason: str) -> Iterator[None]:
-        """What is evicted meanwhile is counted as evicted for this, and not for who waits."""
-        self._evicting = reason
-        try:
-            yield
-        finally:
-            self._evicting = "room"
 
     # ==== Adapters as leaves ====
 
@@ -300,7 +289,7 @@ class EloraTreeCore(OrderedTreeCore):
         if isinstance(leaf, AdapterNode):
             tracker[FULL] += len(leaf.slots)
             self._release_slots(leaf, device_frees)
-            self.counts[f"adapter_evictions.{self._evicting}"] += 1
+            self.counts[f"adapter_evictions.{self.reason}"] += 1
             leaf.adapter.evicted_s = time.monotonic()
             self.note_eviction(leaf)
         elif leaf.backuped:

@@ -1,0 +1,28 @@
+"""A router hears of an adapter when it is elsewhere, and not when it only was used."""
+
+from __future__ import annotations
+
+from sglang_elora.control.events import Moves
+
+
+def test_what_has_not_moved_is_not_told_again() -> None:
+    moves, loaded = Moves(), {"a": "law", "b": "art"}
+    assert moves.of([("a", "law", "disk"), ("b", "art", "disk")], loaded) == [
+        ("a", "law", "disk"),
+        ("b", "art", "disk"),
+    ]
+    assert moves.of([("a", "law", "host"), ("b", "art", "disk")], loaded) == [("a", "law", "host")]
+
+
+def test_who_was_unloaded_is_told_once() -> None:
+    moves = Moves()
+    moves.of([("a", "law", "device"), ("b", "art", "host")], {"a": "law", "b": "art"})
+    assert moves.of([], {"b": "art"}) == [("a", "law", "unloaded")]
+    assert moves.of([], {"b": "art"}) == []
+
+
+def test_a_name_that_is_loaded_again_is_another_adapter() -> None:
+    moves = Moves()
+    moves.of([("a", "law", "device")], {"a": "law"})
+    told = moves.of([("c", "law", "disk")], {"c": "law"})
+    assert told == [("a", "law", "unloaded"), ("c", "law", "disk")]
