@@ -80,17 +80,17 @@ def compare(row: dict[str, Any], calibration: Calibration) -> tuple[Found, Found
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folders", nargs="+", default=["load-1", "load-0.7"])
-    parser.add_argument("--calibration", type=Path, default=Path(__file__).parent / "cpu.json")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    calibration = Calibration.load(options.calibration)
+    here = Path(__file__).parent
+    ours, stock = (Calibration.load(here / f"{name}.json") for name in ("cpu", "cpu-stock"))
     rows = []
     for folder in options.folders:
         found: dict[str, dict[str, list[tuple[Found, Found]]]] = {}
         for path in sorted((SERVING / folder).glob("*.json.gz")):
             row = read(path)
             workload, side = row["trace"]["workload"]["name"], row["side"]
-            pair = compare(row, calibration)
+            pair = compare(row, stock if side.startswith("stock") else ours)
             found.setdefault(workload, {}).setdefault(side, []).append(pair)
             rows.append(
                 {

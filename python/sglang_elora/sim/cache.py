@@ -232,7 +232,7 @@ class Cache:
         return lowest is None or rank > lowest
 
     def _to_host(self, leaf: Segment) -> bool:
-        """Copy KV on the device to the host, where the least goes for it. Whether there was room."""
+        """Copy KV to the host, where the least goes for it. Whether there was room."""
         if self.host_free < leaf.num_slots:
             self.host_leaves.refresh()
             while self.host_free < leaf.num_slots:

@@ -210,7 +210,7 @@ class Engine:
         self._cache.policy.visit(segment.item for segment in used)
 
     def _run(self, batch: list[Request], load_s: float) -> None:
-        calibration, cache = self._calibration, self._cache
+        calibration = self._calibration
         lengths = [(r.num_prompt - r.num_cached, r.num_cached) for r in batch]
         took_s = calibration.batch_s + sum(calibration.prefill_s(*pair) for pair in lengths)
         begun_s = self._residence.blocked_s(self._stalled_s(), batch)
