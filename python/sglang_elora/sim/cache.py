@@ -40,6 +40,7 @@ class Cache:
         self.evicted: deque[Segment] = deque(maxlen=_REMEMBERED)
         self.slots_to_host = 0  # copied by evictions since somebody asked last
         self._adapters: dict[str, Segment] = {}
+        self._duplicates: dict[Segment, None] = {}  # KV on both tiers, in order
         self._lowers = isinstance(policy, Clairvoyant)
         self.leaves: LeafOrder[Segment] = LeafOrder(
             lambda segment: policy.priority(segment.item),
@@ -119,6 +120,8 @@ class Cache:
             segment.parent.children[segment] = None
             self._update_leaf(segment.parent)
         self.host_leaves.discard(segment)
+        if segment.on_host:
+            self._duplicates[segment] = None
         self._update_leaf(segment)
 
     def make_room(self, num_slots: int, spared_since: int = -1) -> bool:
@@ -206,6 +209,7 @@ class Cache:
 
     def _leave_device(self, leaf: Segment) -> None:
         self.leaves.discard(leaf)
+        self._duplicates.pop(leaf, None)
         self.policy.displace(leaf.item)
         leaf.on_device = False
         self.free += leaf.num_slots
@@ -234,6 +238,7 @@ class Cache:
     def _to_host(self, leaf: Segment) -> bool:
         """Copy KV to the host, where the least goes for it. Whether there was room."""
         if self.host_free < leaf.num_slots:
+            self._drop_duplicates(leaf.num_slots)
             self.host_leaves.refresh()
             while self.host_free < leaf.num_slots:
                 least = self.host_leaves.take_lowest()
@@ -251,9 +256,23 @@ class Cache:
         self.policy.displace(leaf.item)
         leaf.item.backed = True
         self.policy.place(leaf.item)
+        self._duplicates[leaf] = None
         if leaf in self.leaves:
             self.leaves.lower(leaf)
         return True
+
+    def _drop_duplicates(self, num_slots: int) -> None:
+        """Host copies of what is on the device go first, those of the next to be evicted last: as
+        SGLang's ``_reclaim_full_host_duplicates``."""
+        for spares_leaves in (True, False):
+            for segment in list(self._duplicates):
+                if self.host_free >= num_slots:
+                    return
+                if not (spares_leaves and segment in self.leaves):
+                    del self._duplicates[segment]
+                    self.policy.displace(segment.item)
+                    self._leave_host(segment)
+                    self.policy.place(segment.item)
 
     def _leave_host(self, segment: Segment) -> None:
         self.host_leaves.discard(segment)
