@@ -81,6 +81,16 @@ class Engine:
                 self._idle()
         return self.records
 
+    @property
+    def num_loads(self) -> int:
+        """Of adapters."""
+        return self._residence.num_loads
+
+    @property
+    def slots_to_device(self) -> int:
+        """Moved over the link: adapters and KV, also what was brought for nobody."""
+        return self._link.num_slots
+
     def reserved(self) -> int:
         """Slots that running requests hold for themselves."""
         return sum(request.num_reserved for _, _, request in self._running)
