@@ -7,7 +7,7 @@
 ``table``: TTFT, TPOT, hit rates and hit value of each side at ``RATES``; static splits at several
 shares. ``peak``: the highest rate whose mean TTFT stays below 500 ms, found by doubling and halving
 intervals. ``sensitivity``: mean TTFT with each constant of the calibration halved and doubled. A
-row per result, appended to FILE; report.py of this folder makes tables of them.
+row per result, appended to FILE; tables.py shows them.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class Calibration:
         if name not in SCALABLE:
             raise ValueError(f"{name!r} must be one of {', '.join(SCALABLE)}")
         value = getattr(self, name)
-        scaled = round(value * factor) if isinstance(value, int) else value * factor
+        scaled: Any = round(value * factor) if isinstance(value, int) else value * factor
         return replace(self, **{name: scaled})
 
     def prefill_s(self, num_new: int, num_cached: int) -> float:
