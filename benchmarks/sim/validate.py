@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks/serving"), str(ROOT / "benchmarks/sim")]
+sys.path[:0] = [str(ROOT / "benchmarks" / name) for name in ("serving", "sim", "tree")]
 
 from figures import WARM_UP  # noqa: E402
 from fit import SERVING, read  # noqa: E402
 
+from bench_radix_cache import machine  # noqa: E402
 from sglang_elora.sim import Calibration, make_engine  # noqa: E402
 from sglang_elora.workloads import WORKLOADS, Trace, adapter_name, make_trace  # noqa: E402
 
@@ -84,7 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     here = Path(__file__).parent
     ours, stock = (Calibration.load(here / f"{name}.json") for name in ("cpu", "cpu-stock"))
-    rows = []
+    rows, about = [], machine()
     for folder in options.folders:
         found: dict[str, dict[str, list[tuple[Found, Found]]]] = {}
         for path in sorted((SERVING / folder).glob("*.json.gz")):
@@ -95,6 +96,7 @@ def main() -> None:
             rows.append(
                 {
                     "instrument": "simulated, beside the real CPU server",
+                    **about,
                     "folder": folder,
                     "workload": workload,
                     "side": side,
