@@ -26,12 +26,11 @@ from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importabl
 
 ensure_torchvision_importable()
 
-from workload import WORKLOADS, Session, Trace, make_trace  # noqa: E402
-
 from radix_caches import Cache  # noqa: E402
 from sglang_elora.estimators import Popularity  # noqa: E402
 from sglang_elora.policy import GDSF, LRU, Costs, Elora, EloraPaper, Policy, Term  # noqa: E402
 from sglang_elora.tree import namespace_of  # noqa: E402
+from sglang_elora.workloads import WORKLOADS, Session, Trace, make_trace  # noqa: E402
 
 ADAPTER_SLOTS = (170, 340, 680, 1360)  # ranks 8, 16, 32, 64 of an 8B model, a quarter each
 

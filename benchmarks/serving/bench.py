@@ -11,11 +11,11 @@ from typing import Any
 from driver import Played, play
 from sides import Side, Sizes, adapter_specs, common_flags, make_side
 from variants import write_plugin
-from workload import Trace
 
 from sglang_elora.demo.adapters import make_adapters
 from sglang_elora.demo.checkpoint import make_checkpoint, silence_progress_bars
 from sglang_elora.demo.server import SMALL_MODEL_ENV, ServerProcess
+from sglang_elora.workloads import Trace
 
 
 @dataclass(frozen=True, slots=True)

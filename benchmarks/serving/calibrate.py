@@ -31,9 +31,9 @@ ensure_torchvision_importable()
 import httpx  # noqa: E402
 from bench import Bench  # noqa: E402
 from sides import RANKS, SHAPE, Side, Sizes, adapter_bytes, make_side  # noqa: E402
-from workload import FIRST_TOKEN, adapter_name  # noqa: E402
 
 from bench_radix_cache import machine  # noqa: E402
+from sglang_elora.workloads import FIRST_TOKEN, adapter_name  # noqa: E402
 
 # Assumptions about an H200 with Llama-3-8B in bfloat16; none was measured here.
 RANK = 32

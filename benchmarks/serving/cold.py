@@ -35,9 +35,9 @@ from added import report  # noqa: E402
 from bench import Bench, EmulatedLink  # noqa: E402
 from driver import Played, play_closed  # noqa: E402
 from sides import Sizes, make_side  # noqa: E402
-from workload import CHAT, FIRST_TOKEN, Session, Turn, adapter_name  # noqa: E402
 
 from bench_radix_cache import machine  # noqa: E402
+from sglang_elora.workloads import CHAT, FIRST_TOKEN, Session, Turn, adapter_name  # noqa: E402
 
 POLICY = "lru"  # with adapters asked for in turns, none is there when its turn comes
 SIDES = (f"elora:{POLICY}", f"elora:{POLICY}+blocking", f"elora:{POLICY}+free")

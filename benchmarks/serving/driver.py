@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
-from workload import Session, Trace, Turn
+
+from sglang_elora.workloads import Session, Trace, Turn
 
 _TIMEOUT_S = 300.0
 

@@ -23,8 +23,9 @@ from typing import Any
 
 from driver import Record
 from figures import Spread, counted, figures, medians, ratios, table
-from peak import Rise, peak_factor
-from workload import GROWS_AT, WORKLOADS
+from peak import peak_factor
+
+from sglang_elora.workloads import GROWS_AT, WORKLOADS, Rise
 
 TUNED = "stock-tuned:"
 BEST = "best static split"

@@ -32,12 +32,11 @@ ensure_torchvision_importable()
 
 from bench import Bench, EmulatedLink  # noqa: E402
 from figures import table  # noqa: E402
-from peak import Rise  # noqa: E402
 from report import TUNED, Result, peak_of, report  # noqa: E402
 from sides import Side, Sizes  # noqa: E402
-from workload import TURNS_PER_S, WORKLOADS, Trace, make_trace  # noqa: E402
 
 from bench_radix_cache import machine  # noqa: E402
+from sglang_elora.workloads import TURNS_PER_S, WORKLOADS, Rise, Trace, make_trace  # noqa: E402
 
 
 class Runner:
@@ -108,7 +107,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", default=["stock-default", "elora:elora"])
     parser.add_argument("--sweep-slots", nargs="+", type=int, default=[])
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--load", type=float, default=1.0, help="times workload.TURNS_PER_S")
+    parser.add_argument("--load", type=float, default=1.0, help="times workloads.TURNS_PER_S")
     parser.add_argument("--duration", type=float, default=75.0, help="seconds of trace")
     parser.add_argument("--seed", type=int, default=0, help="and number of the first run; then +1")
     parser.add_argument("--adapters", type=int, default=64)

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from variants import VARIANTS
-from workload import adapter_name
 
 from sglang_elora.demo.adapters import ALL_LINEAR, AdapterSpec
 from sglang_elora.demo.checkpoint import ModelShape
 from sglang_elora.demo.server import ELORA_SERVER, python_module
+from sglang_elora.workloads import adapter_name
 
 STOCK_DEFAULT_SLOTS = 8  # SGLang's --max-loras-per-batch
 RANKS = (8, 16, 24, 32, 48, 64)

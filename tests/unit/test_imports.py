@@ -39,8 +39,10 @@ ALLOWED = {
     "pages": {"kernels", "pages"},
     "platforms": {"platforms"},
     "policy": {"policy"},
+    "sim": {"estimators", "policy", "sim", "tree", "workloads"},
     "swapper": {"pages", "swapper", "tree"},
     "tree": {"policy", "tree"},
+    "workloads": {"workloads"},
 }
 MAY_IMPORT_SGLANG = {"host", "platforms"}
 LINES_MAX = 500
@@ -84,7 +86,9 @@ def test_length(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= LINES_MAX
 
 
-@pytest.mark.parametrize("module", ["sglang_elora", "sglang_elora.plugin", "sglang_elora.cli"])
+@pytest.mark.parametrize(
+    "module", ["sglang_elora", "sglang_elora.plugin", "sglang_elora.cli", "sglang_elora.workloads"]
+)
 def test_import_is_light(module: str) -> None:
     code = (
         f"import sys, {module}; "

@@ -13,13 +13,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks/serving"))
 
-from peak import Rise, peak_factor
-from workload import (
+from peak import peak_factor
+
+from sglang_elora.workloads import (
     AGENT,
     CHAT,
     GROWS_AT,
     TRANSLATION,
     WORKLOADS,
+    Rise,
     Session,
     Trace,
     Turn,
@@ -124,14 +126,14 @@ def test_zipf_with_a_ranking_that_moves(workload: Workload) -> None:
     assert early.most_common(1)[0][0] == 0
     moved = int(workload.moves * 59 / 60)
     assert late.most_common(1)[0][0] == moved
-    assert early[0] / early[3] == pytest.approx(4**workload.zipf, rel=0.3)
+    assert early[0] / early[3] == pytest.approx(4**workload.skew, rel=0.3)
 
 
 def test_active_set_grows_at_two_thirds() -> None:
-    still = replace(TRANSLATION, moves=0, zipf=0.1)
+    still = replace(TRANSLATION, moves=0, skew=0.1)
     assert len(shares(still, 60 * GROWS_AT - 0.1)) == 29
     assert len(shares(still, 60 * GROWS_AT)) == 48
-    assert len(shares(replace(CHAT, zipf=0.1), 0)) == 64
+    assert len(shares(replace(CHAT, skew=0.1), 0)) == 64
 
 
 def test_session_before_the_trace_opens_with_what_it_said() -> None:

@@ -1,0 +1,11 @@
+"""A trace-driven simulator of one server, over the server's own policies, estimators and forest."""
+
+from __future__ import annotations
+
+__all__ = ["Calibration", "Clairvoyant", "Engine", "Record", "kv_slots", "make_engine"]
+
+from sglang_elora.sim.calibration import Calibration
+from sglang_elora.sim.clairvoyant import Clairvoyant
+from sglang_elora.sim.engine import Engine
+from sglang_elora.sim.request import Record
+from sglang_elora.sim.sides import kv_slots, make_engine

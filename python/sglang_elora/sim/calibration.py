@@ -1,0 +1,106 @@
+"""What things take on one machine with one model: the simulator's only numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+SCALABLE = (
+    "batch_s",
+    "prefill_token_s",
+    "prefill_context_s",
+    "decode_step_s",
+    "decode_request_s",
+    "decode_context_s",
+    "link_bytes_per_s",
+    "link_latency_s",
+    "pool_slots",
+    "host_slots",
+)
+"""What a sensitivity analysis multiplies, one at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A slot holds the KV of one token, or as many bytes of an adapter.
+
+    A prefill batch takes ``batch_s + sum over requests of new * (prefill_token_s +
+    prefill_context_s * (cached + new / 2))``, a decode step ``decode_step_s + requests *
+    decode_request_s + tokens in context * decode_context_s``, a transfer to the device of n copies
+    ``n * link_latency_s + bytes / link_bytes_per_s``.
+    """
+
+    name: str
+    sources: Mapping[str, str]  # of each figure, in words
+    batch_s: float
+    prefill_token_s: float
+    prefill_context_s: float  # per new token and token before it
+    decode_step_s: float
+    decode_request_s: float
+    decode_context_s: float
+    link_bytes_per_s: float
+    link_latency_s: float
+    to_host_bytes_per_s: float
+    slot_bytes: int
+    pool_slots: int  # of the device, for adapters and KV together
+    host_slots: int  # for KV; adapters are all on the host
+    adapter_slots: tuple[int, ...]  # by rank; adapter i takes the i-th, and round again
+    split_slot: int  # slots that one slot of a static split takes: the largest rank's
+    copies_per_adapter: int
+    copies_per_adapter_split: int  # stock copies matrix by matrix
+    copies_per_kv_load: int
+    max_running: int
+    prefill_budget: int  # new tokens per prefill batch
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and value < 0:
+                raise ValueError(f"{field.name} of calibration {self.name} is negative: {value}")
+        if max(self.adapter_slots) >= self.pool_slots:
+            raise ValueError(
+                f"the largest adapter takes {max(self.adapter_slots)} of {self.pool_slots} slots"
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """Raises ValueError for a missing or unknown figure."""
+        content: dict[str, Any] = json.loads(path.read_text())
+        names = {field.name for field in fields(cls)}
+        if content.keys() != names:
+            wrong = ", ".join(sorted(content.keys() ^ names))
+            raise ValueError(f"{path}: missing or unknown: {wrong}")
+        return cls(**{**content, "adapter_slots": tuple(content["adapter_slots"])})
+
+    def scaled(self, name: str, factor: float) -> Calibration:
+        """With one of ``SCALABLE`` times ``factor``."""
+        if name not in SCALABLE:
+            raise ValueError(f"{name!r} must be one of {', '.join(SCALABLE)}")
+        value = getattr(self, name)
+        scaled: Any = round(value * factor) if isinstance(value, int) else value * factor
+        return replace(self, **{name: scaled})
+
+    def prefill_s(self, num_new: int, num_cached: int) -> float:
+        """Of one request, without the batch's own ``batch_s``."""
+        context = num_cached + num_new / 2
+        return num_new * (self.prefill_token_s + self.prefill_context_s * context)
+
+    def decode_s(self, num_requests: int, num_context: int) -> float:
+        requests_s = num_requests * self.decode_request_s
+        return self.decode_step_s + requests_s + num_context * self.decode_context_s
+
+    def decode_steps_s(self, steps: int, num_requests: int, num_context: int) -> float:
+        """Of so many in a row, with one token more per request after each."""
+        grown = num_requests * steps * (steps - 1) / 2
+        return steps * self.decode_s(num_requests, num_context) + grown * self.decode_context_s
+
+    def to_device_s(self, num_slots: int, num_copies: int) -> float:
+        return (
+            num_copies * self.link_latency_s + num_slots * self.slot_bytes / self.link_bytes_per_s
+        )
+
+    def to_host_s(self, num_slots: int) -> float:
+        return num_slots * self.slot_bytes / self.to_host_bytes_per_s

@@ -1,0 +1,330 @@
+"""One server with continuous batching, played over a trace, event by event.
+
+A step is a prefill batch of waiting requests, as many as may enter within the token budget, or
+else decode steps of all running ones: as many at once as pass before somebody arrives, ends, or
+gets his adapter. A request holds slots for its whole prompt and answer from the moment it enters.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+
+from sglang_elora.policy import Item
+from sglang_elora.sim.cache import Cache
+from sglang_elora.sim.calibration import Calibration
+from sglang_elora.sim.clairvoyant import Clairvoyant
+from sglang_elora.sim.future import Future
+from sglang_elora.sim.link import Link
+from sglang_elora.sim.measure import Measure
+from sglang_elora.sim.request import Record, Request, Talk
+from sglang_elora.sim.residence import Residence
+from sglang_elora.sim.segment import Segment
+from sglang_elora.workloads import Session, Trace
+
+MOST_LOOKED_AT = 128
+"""Waiting requests that are asked per batch whether they may enter."""
+
+LOAD_BACK_THRESHOLD = 10
+"""Tokens on the host below which computing them is not worth a load: SGLang's."""
+
+
+class Engine:
+    """
+    Args:
+        keeps_kv: False: KV of a request goes with it.
+        touches_at_end: A request's path is used again when it ends, as SGLang dates it.
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        cache: Cache,
+        residence: Residence,
+        link: Link,
+        measure: Measure,
+        *,
+        keeps_kv: bool = True,
+        kv_needs_adapter: bool = True,
+        touches_at_end: bool = False,
+    ) -> None:
+        self._calibration, self._cache, self._residence = calibration, cache, residence
+        self._link, self._measure = link, measure
+        self._keeps_kv, self._kv_needs_adapter = keeps_kv, kv_needs_adapter
+        self._touches_at_end = touches_at_end
+        self._systems: dict[tuple[str, Sequence[int]], Segment] = {}
+        self._arrivals: list[tuple[float, int, Request]] = []
+        self._waiting: list[Request] = []
+        self._running: list[tuple[int, int, Request]] = []  # (last step, number, who)
+        self._num_context = self._num_steps = self._num_requests = 0
+        self._now_s = 0.0
+        self._future: Future | None = None
+        self.records: list[Record] = []
+
+    def play(self, trace: Trace) -> list[Record]:
+        """Records in order of completion.
+
+        Raises:
+            ValueError: A session that the pool cannot hold.
+        """
+        self._duration_s = trace.duration_s
+        if isinstance(self._cache.policy, Clairvoyant):
+            self._future = Future(trace, self._cache.policy)
+        for session in trace.sessions:
+            if session.start_s < trace.duration_s and session.turns:
+                self._arrive(self._begin(session), 0, session.start_s)
+        while self._arrivals or self._waiting or self._running:
+            self._receive()
+            self._residence.step(self._now_s, self._waiting)
+            if not (self._prefill() or self._decode()):
+                self._idle()
+        return self.records
+
+    @property
+    def num_loads(self) -> int:
+        """Of adapters."""
+        return self._residence.num_loads
+
+    @property
+    def slots_to_device(self) -> int:
+        """Moved over the link: adapters and KV, also what was brought for nobody."""
+        return self._link.num_slots
+
+    def reserved(self) -> int:
+        """Slots that running requests hold for themselves."""
+        return sum(request.num_reserved for _, _, request in self._running)
+
+    def check_invariants(self) -> None:
+        self._cache.check_invariants(self.reserved())
+
+    # ==== Sessions ====
+
+    def _begin(self, session: Session) -> Talk:
+        adapter, path = self._cache.adapter(session.adapter), []
+        if session.system and self._keeps_kv:
+            key = (session.adapter, session.system)
+            system = self._systems.get(key)
+            if system is None:
+                system = self._systems[key] = self._kv(len(session.system), adapter, None)
+            path = [system]
+        longest = session.num_tokens + adapter.num_slots * self._kv_needs_adapter
+        if longest > self._cache.pool_slots:
+            raise ValueError(
+                f"session {session.number} takes {longest} slots with its adapter, and the pool "
+                f"has {self._cache.pool_slots}"
+            )
+        return Talk(session, adapter, path, len(session.system))
+
+    def _kv(self, num_slots: int, adapter: Segment, above: Segment | None) -> Segment:
+        if not self._kv_needs_adapter:
+            return Segment(Item(False, num_slots), self._cache.forest.base, above)
+        item = Item(False, num_slots, adapter.adapter.uid)
+        return Segment(item, adapter.adapter, above or adapter)
+
+    def _arrive(self, talk: Talk, turn: int, due_s: float) -> None:
+        said = talk.session.turns[turn]
+        num_prompt = talk.num_tokens + len(said.new_tokens)
+        request = Request(talk, turn, due_s, num_prompt, said.num_output)
+        self._num_requests += 1
+        heapq.heappush(self._arrivals, (due_s, self._num_requests, request))
+
+    def _receive(self) -> None:
+        while self._arrivals and self._arrivals[0][0] <= self._now_s:
+            request = heapq.heappop(self._arrivals)[2]
+            request.was_cold = not self._residence.is_there(request.talk.adapter)
+            self._waiting.append(request)
+
+    def _idle(self) -> None:
+        arrival_s = self._arrivals[0][0] if self._arrivals else math.inf
+        next_s = min(arrival_s, self._residence.next_s)
+        if next_s == math.inf:
+            raise RuntimeError(f"{len(self._waiting)} requests wait for nothing")
+        self._residence.prepare(self._now_s, 1)
+        self._now_s = max(self._now_s, next_s)
+
+    # ==== Prefill ====
+
+    def _prefill(self) -> bool:
+        batch: list[Request] = []
+        room = self._calibration.max_running - len(self._running)
+        if not self._waiting or room <= 0:
+            return False
+        budget = self._calibration.prefill_budget
+        is_idle, passed = not self._running, []
+        load_s = self._now_s
+        for position, request in enumerate(self._waiting):
+            if len(batch) >= room or budget <= 0 or position >= MOST_LOOKED_AT:
+                passed += self._waiting[position:]
+                break
+            if not self._residence.may_enter(request, batch, is_idle):
+                passed.append(request)
+                continue
+            ends_s = self._enter(request, budget if batch else math.inf)
+            if ends_s is None:
+                passed += self._waiting[position:]
+                break
+            load_s = max(load_s, ends_s)
+            budget -= request.num_prompt - request.num_cached
+            batch.append(request)
+        self._waiting = passed
+        if batch:
+            self._run(batch, load_s)
+        return bool(batch)
+
+    def _enter(self, request: Request, budget: float) -> float | None:
+        """When its KV from the host is there; None if it does not fit."""
+        cache, talk = self._cache, request.talk
+        held, loaded, rest = self._find(talk.path)
+        num_held = sum(segment.num_slots for segment in held)
+        num_loaded = sum(segment.num_slots for segment in loaded)
+        if num_loaded < LOAD_BACK_THRESHOLD:
+            rest, loaded, num_loaded = [*loaded, *rest], [], 0
+        if request.num_prompt - num_held - num_loaded > budget:
+            return None
+        self._residence.enter(request)
+        for segment in held:
+            cache.lock(segment)
+        num_needed = request.num_prompt - num_held + request.num_output
+        if cache.free + cache.evictable < num_needed or not cache.make_room(num_needed):
+            for segment in held:
+                cache.unlock(segment)
+            self._residence.leave(request)
+            return None
+        for segment in loaded:
+            cache.place(segment)
+            cache.lock(segment)
+        request.num_reserved = num_needed - num_loaded
+        cache.reserve(request.num_reserved)
+        request.locked, request.missing = [*held, *loaded], rest
+        request.num_cached, request.num_from_host = num_held + num_loaded, num_loaded
+        self._visit(request)
+        if not loaded:
+            return self._now_s
+        return self._link.copy(self._now_s, num_loaded, self._calibration.copies_per_kv_load)
+
+    @staticmethod
+    def _find(path: list[Segment]) -> tuple[list[Segment], list[Segment], list[Segment]]:
+        """What is on the device, on the host behind it, and nowhere."""
+        held = next((i for i, s in enumerate(path) if not s.on_device), len(path))
+        end = next((i for i in range(held, len(path)) if not path[i].on_host), len(path))
+        return path[:held], path[held:end], path[end:]
+
+    def _visit(self, request: Request) -> None:
+        used = request.locked[::-1]
+        if self._kv_needs_adapter:
+            used.append(request.talk.adapter)
+        self._measure.popularity.use(request.talk.session.adapter)
+        if self._future is not None:
+            self._future.used(request, [*request.missing, *used])
+        self._cache.policy.visit(segment.item for segment in used)
+
+    def _run(self, batch: list[Request], load_s: float) -> None:
+        calibration = self._calibration
+        lengths = [(r.num_prompt - r.num_cached, r.num_cached) for r in batch]
+        took_s = calibration.batch_s + sum(calibration.prefill_s(*pair) for pair in lengths)
+        begun_s = self._residence.blocked_s(self._stalled_s(), batch)
+        ready_s = max(load_s, self._residence.ready_s(begun_s, batch))
+        end_s = max(begun_s + took_s, ready_s)
+        self._measure.batch(begun_s, len(batch))
+        if end_s == begun_s + took_s:
+            self._measure.prefill(lengths, took_s)
+        self._residence.prepare(begun_s, 1)
+        self._now_s = end_s
+        for request in batch:
+            request.first_s = end_s
+            for segment in request.missing:
+                self._insert(request, segment)
+            request.missing = []
+            self._num_requests += 1
+            last_step = self._num_steps + request.num_output - 1
+            heapq.heappush(self._running, (last_step, self._num_requests, request))
+            self._num_context += request.num_prompt + 1
+        self._finish()
+
+    def _stalled_s(self) -> float:
+        """Evictions that copied to the host held the scheduler up."""
+        num_slots, self._cache.slots_to_host = self._cache.slots_to_host, 0
+        return self._now_s + (self._calibration.to_host_s(num_slots) if num_slots else 0.0)
+
+    def _insert(self, request: Request, segment: Segment) -> None:
+        """What the request has computed, out of its own slots, unless another was first."""
+        cache = self._cache
+        request.num_reserved -= segment.num_slots
+        cache.release(segment.num_slots)
+        if not segment.on_device:
+            cache.place(segment)
+        cache.lock(segment)
+        request.locked.append(segment)
+
+    # ==== Decode ====
+
+    def _decode(self) -> bool:
+        if not self._running:
+            return False
+        calibration, num = self._calibration, len(self._running)
+        most = self._running[0][0] - self._num_steps
+        arrival_s = self._arrivals[0][0] if self._arrivals else math.inf
+        if self._waiting:
+            arrival_s = min(arrival_s, self._residence.next_s)
+        begun_s = self._stalled_s()
+        steps = most
+        if begun_s + calibration.decode_steps_s(most, num, self._num_context) > arrival_s:
+            one_s = calibration.decode_s(num, self._num_context)
+            steps = max(1, min(most, math.ceil((arrival_s - begun_s) / one_s)))
+        self._now_s = begun_s + calibration.decode_steps_s(steps, num, self._num_context)
+        self._measure.batch(self._now_s, num)
+        self._residence.prepare(begun_s, steps)
+        self._num_steps += steps
+        self._num_context += steps * num
+        self._finish()
+        return True
+
+    def _finish(self) -> None:
+        while self._running and self._running[0][0] <= self._num_steps:
+            self._end(heapq.heappop(self._running)[2])
+
+    def _end(self, request: Request) -> None:
+        cache, talk = self._cache, request.talk
+        self._num_context -= request.num_prompt + request.num_output
+        talk.num_tokens = request.num_prompt + request.num_output
+        if self._keeps_kv:
+            num_kept = sum(segment.num_slots for segment in talk.path)
+            num_slots = talk.num_tokens - 1 - num_kept  # the last token was not computed
+            above = talk.path[-1] if talk.path else None
+            segment = self._kv(num_slots, talk.adapter, above)
+            if self._future is not None:
+                self._future.made(request, segment)
+            cache.release(request.num_reserved)
+            cache.place(segment)
+            talk.path.append(segment)
+        else:
+            cache.release(request.num_reserved)
+        request.num_reserved = 0
+        if self._touches_at_end:
+            cache.policy.visit(segment.item for segment in reversed(talk.path))
+        for segment in reversed(request.locked):
+            cache.unlock(segment)
+        self._residence.leave(request)
+        self._record(request)
+        following = request.turn + 1
+        if following < len(talk.session.turns):
+            due_s = self._now_s + talk.session.turns[following].think_s
+            if due_s < self._duration_s:
+                self._arrive(talk, following, due_s)
+
+    def _record(self, request: Request) -> None:
+        self.records.append(
+            Record(
+                request.talk.session.number,
+                request.turn,
+                request.due_s,
+                request.first_s,
+                self._now_s,
+                request.num_prompt,
+                request.num_cached,
+                request.num_from_host,
+                request.num_output,
+                request.was_cold,
+            )
+        )

@@ -1,0 +1,33 @@
+"""Nodes of the simulator's tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sglang_elora.policy import Item
+from sglang_elora.tree import Adapter
+
+
+@dataclass(slots=True, eq=False)
+class Segment:
+    """An adapter; or KV that comes and goes as a whole: a system prompt, or a turn with its answer.
+
+    Its state is the cache's to change.
+    """
+
+    item: Item
+    adapter: Adapter  # that it is, or hangs under; the base model where KV needs no adapter
+    parent: Segment | None = None  # an adapter has none, nor has a system prompt without one
+    on_device: bool = False
+    on_host: bool = False  # KV only: all adapters are
+    locks: int = 0
+    device_children: int = 0
+    children: dict[Segment, None] = field(default_factory=dict)  # on any tier
+
+    @property
+    def num_slots(self) -> int:
+        return self.item.num_slots
+
+    @property
+    def is_cached(self) -> bool:
+        return self.on_device or self.on_host

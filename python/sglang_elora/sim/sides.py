@@ -1,0 +1,114 @@
+"""The servers that are simulated, by the names of the serving benchmark and some more.
+
+``elora:POLICY`` and ``elora:POLICY-TERM,TERM``: one pool, host tier, adapters beside the batches.
+``stock-default``: eight adapter slots, no host tier for KV. ``stock-tuned:N``: N slots and the host
+tier. Two LRUs, loads in front of the batch. ``slora``: one pool, adapters as in ``elora:lru``, and
+KV goes with its request (Sheng et al., "S-LoRA", MLSys 2024). ``clairvoyant``: ``elora`` with a
+policy that knows the trace.
+"""
+
+from __future__ import annotations
+
+from sglang_elora.policy import GDSF, LRU, Elora, EloraPaper, Policy, Term
+from sglang_elora.sim.cache import Cache
+from sglang_elora.sim.calibration import Calibration
+from sglang_elora.sim.clairvoyant import Clairvoyant
+from sglang_elora.sim.engine import Engine
+from sglang_elora.sim.link import Link
+from sglang_elora.sim.measure import Measure
+from sglang_elora.sim.residence import PoolResidence, SplitResidence
+from sglang_elora.tree import AdapterForest
+
+STOCK_DEFAULT_SLOTS = 8  # SGLang's --max-loras-per-batch
+
+
+def make_engine(side: str, calibration: Calibration, adapters: list[str]) -> Engine:
+    """A server without anything in it.
+
+    Args:
+        adapters: By rank in ``adapter_slots``, in turns.
+
+    Raises:
+        ValueError: No such side, or a split that leaves no room for KV.
+    """
+    forest = AdapterForest()
+    for number, uid in enumerate(adapters):
+        slots = calibration.adapter_slots[number % len(calibration.adapter_slots)]
+        forest.register(uid, num_slots=slots, pinned=False, version="")
+    kind, _, argument = side.partition(":")
+    if side == "stock-default":
+        return _split(calibration, forest, STOCK_DEFAULT_SLOTS, 0)
+    if kind == "stock-tuned" and argument.isdigit():
+        return _split(calibration, forest, int(argument), calibration.host_slots)
+    if side == "slora":
+        return _pool(calibration, forest, LRU.name, keeps_kv=False)
+    if side == Clairvoyant.name or (kind == "elora" and argument):
+        return _pool(calibration, forest, argument or side)
+    raise ValueError(
+        f"side {side!r} must be stock-default, stock-tuned:SLOTS, elora:POLICY, slora or "
+        "clairvoyant"
+    )
+
+
+def kv_slots(calibration: Calibration, num_adapter_slots: int) -> int:
+    """What a static split leaves for KV; not positive if nothing."""
+    return calibration.pool_slots - num_adapter_slots * calibration.split_slot
+
+
+def _split(
+    calibration: Calibration, forest: AdapterForest, num_adapter_slots: int, host_slots: int
+) -> Engine:
+    pool_slots = kv_slots(calibration, num_adapter_slots)
+    if pool_slots <= 0 or num_adapter_slots < 1:
+        raise ValueError(f"{num_adapter_slots} adapter slots leave {pool_slots} slots for KV")
+    measure, link = Measure(), Link(calibration)
+    cache = Cache(LRU(measure.costs), forest, pool_slots, host_slots)
+    residence = SplitResidence(num_adapter_slots, calibration, link)
+    return Engine(
+        calibration,
+        cache,
+        residence,
+        link,
+        measure,
+        kv_needs_adapter=False,
+        touches_at_end=True,
+    )
+
+
+def _pool(
+    calibration: Calibration, forest: AdapterForest, policy: str, *, keeps_kv: bool = True
+) -> Engine:
+    measure, link = Measure(), Link(calibration)
+    host_slots = calibration.host_slots if keeps_kv else 0
+    held: list[Cache] = []  # the policy asks the cache that it orders
+    made = _policy(policy, measure, forest, held, writes_back=host_slots > 0)
+    cache = Cache(made, forest, calibration.pool_slots, host_slots)
+    held.append(cache)
+    residence = PoolResidence(cache, calibration, link, measure)
+    return Engine(calibration, cache, residence, link, measure, keeps_kv=keeps_kv)
+
+
+def _policy(
+    name: str, measure: Measure, forest: AdapterForest, held: list[Cache], *, writes_back: bool
+) -> Policy:
+    name, _, off = name.partition("-")
+    terms = frozenset(map(Term, filter(None, off.split(","))))
+    if Term.DEPENDENCY in terms:
+        raise ValueError("the dependency rule is the simulated tree's and cannot be left out")
+    if name == EloraPaper.name:
+        return EloraPaper(
+            measure.costs,
+            needed_adapters=lambda: measure.needed_adapters,
+            resident_adapters=lambda: forest.num_resident,
+            off=terms,
+        )
+    if terms:
+        raise ValueError(f"policy {name!r} has no terms to leave out")
+    if name == Elora.name:
+        return Elora(measure.costs, lambda uid: held[0].holds(uid), writes_back=writes_back)
+    if name == Clairvoyant.name:
+        return Clairvoyant(measure.costs, writes_back=writes_back)
+    found = {LRU.name: LRU, GDSF.name: GDSF}.get(name)
+    if found is None:
+        raise ValueError(f"policy {name!r} must be elora, elora_paper, gdsf, lru or clairvoyant")
+    return found(measure.costs)

@@ -1,0 +1,138 @@
+"""Seeded sessions of a workload.
+
+A trace begins in the middle of things: sessions that started before it are there at time 0, and
+what they said by then comes as one long first turn. Without that, a trace shorter than a few
+sessions would be all ramp-up.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from sglang_elora.workloads.popularity import draw
+from sglang_elora.workloads.trace import NOMINAL_ANSWER_S, Session, Trace, Turn, due_s
+from sglang_elora.workloads.workload import GROWS_AT, Workload
+
+FIRST_TOKEN = 3  # below are the special ones
+_LEAD_SESSIONS = 3  # mean session lives before the trace, after which few are left
+
+
+def make_trace(
+    workload: Workload,
+    *,
+    turns_per_s: float,
+    duration_s: float,
+    seed: int = 0,
+    with_tokens: bool = True,
+) -> Trace:
+    """``turns_per_s`` on average, from the beginning.
+
+    Args:
+        with_tokens: False for whoever looks at lengths alone: tokens are ranges, which take no
+            memory. The lengths are other ones then, of the same distribution.
+    """
+    rng = random.Random(f"{workload.name}/{seed}")
+    mean_gap_s = workload.mean_turns / turns_per_s
+    shape = workload.start_cv**-2
+    life_s = workload.mean_turns * (workload.think_s + NOMINAL_ANSWER_S)
+    start_s = -_LEAD_SESSIONS * life_s
+    tokens = draw_tokens if with_tokens else _no_tokens
+    sessions: list[Session] = []
+    for number in itertools.count():
+        if start_s >= duration_s:
+            break
+        begun = _session(workload, number, start_s, duration_s, rng, tokens)
+        if (session := _from_zero(begun, rng)) is not None:
+            sessions.append(session)
+        start_s += rng.gammavariate(shape, mean_gap_s / shape)
+    return Trace(workload, seed, turns_per_s, duration_s, in_order(sessions))
+
+
+def in_order(sessions: Iterable[Session]) -> tuple[Session, ...]:
+    """Numbered by their starts."""
+    ordered = sorted(sessions, key=lambda session: session.start_s)
+    return tuple(replace(session, number=i) for i, session in enumerate(ordered))
+
+
+def adapter_name(index: int) -> str:
+    return f"a{index:03}"
+
+
+def popular_adapter(
+    workload: Workload, time_s: float, duration_s: float, rng: random.Random, number: int = 0
+) -> int:
+    """Who is asked for by the session of this number, that starts then."""
+    grown = time_s >= GROWS_AT * duration_s
+    num_active = max(1, round(workload.active[grown] * workload.num_adapters))
+    rank = draw(workload.law, workload.skew, num_active, number, rng)
+    moved = math.floor(workload.moves * max(time_s, 0.0) / duration_s)
+    return (rank + moved) % workload.num_adapters
+
+
+def _session(
+    workload: Workload,
+    number: int,
+    start_s: float,
+    duration_s: float,
+    rng: random.Random,
+    tokens: Callable[[random.Random, int, int], Sequence[int]],
+) -> Session:
+    adapter = popular_adapter(workload, start_s, duration_s, rng, number)
+    own = random.Random(f"system/{workload.name}/{adapter}")
+    system = tokens(own, own.randint(*workload.system_tokens), workload.vocab_size)
+    left = workload.max_tokens - len(system)
+    turns: list[Turn] = []
+    for i in range(rng.randint(*workload.turns)):
+        new = lognormal(rng, workload.user_tokens, workload.user_spread)
+        low, high = workload.output_limits
+        output = max(low, min(lognormal(rng, workload.output_tokens, workload.output_spread), high))
+        scale_s = workload.think_s / workload.think_shape
+        think_s = rng.gammavariate(workload.think_shape, scale_s) if i else 0.0
+        if new + output > left and turns:
+            break
+        new = min(new, left - output)
+        left -= new + output
+        turns.append(Turn(tokens(rng, new, workload.vocab_size), output, think_s))
+    return Session(number, adapter_name(adapter), start_s, system, tuple(turns))
+
+
+def _from_zero(session: Session, rng: random.Random) -> Session | None:
+    """The session with all that came before time 0 in its first turn; None if all of it did.
+
+    Answers that were given by then are random tokens.
+    """
+    moments_s = due_s(session)
+    first = next((i for i, moment_s in enumerate(moments_s) if moment_s >= 0), None)
+    if first is None:
+        return None
+    turn = session.turns[first]
+    opening = Turn(_said(session.turns[:first], turn, rng), turn.num_output, 0.0)
+    turns = (opening, *session.turns[first + 1 :])
+    return replace(session, start_s=moments_s[first], turns=turns)
+
+
+def _said(before: Sequence[Turn], turn: Turn, rng: random.Random) -> Sequence[int]:
+    if isinstance(turn.new_tokens, range):
+        return range(sum(len(t.new_tokens) + t.num_output for t in before) + len(turn.new_tokens))
+    said: list[int] = []
+    for earlier in before:
+        said += earlier.new_tokens
+        said += rng.choices(earlier.new_tokens, k=earlier.num_output)
+    return (*said, *turn.new_tokens)
+
+
+def lognormal(rng: random.Random, mean: float, spread: float) -> int:
+    """A length, 1 at least; ``spread`` is the standard deviation of its logarithm."""
+    return max(1, round(rng.lognormvariate(math.log(mean) - spread**2 / 2, spread)))
+
+
+def draw_tokens(rng: random.Random, count: int, vocab_size: int) -> tuple[int, ...]:
+    return tuple(rng.choices(range(FIRST_TOKEN, vocab_size), k=count))
+
+
+def _no_tokens(rng: random.Random, count: int, vocab_size: int) -> Sequence[int]:
+    return range(count)

@@ -1,0 +1,142 @@
+"""Traces: sessions of one adapter each, that start, say things, think, and come back.
+
+Open-loop in the starts of sessions, closed-loop within one: a turn is sent ``think_s`` after the
+answer before it ended.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sglang_elora.workloads.popularity import Law
+from sglang_elora.workloads.rise import Rise
+from sglang_elora.workloads.workload import Recorded, Workload
+
+NOMINAL_ANSWER_S = 0.5  # assumed only to say what a session has done before a moment
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a turn adds to its session; it is sent ``think_s`` after the answer before it."""
+
+    new_tokens: Sequence[int]
+    num_output: int
+    think_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    number: int
+    adapter: str
+    start_s: float
+    system: Sequence[int]  # shared by sessions of the adapter
+    turns: tuple[Turn, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        said = sum(len(turn.new_tokens) + turn.num_output for turn in self.turns)
+        return len(self.system) + said
+
+    def tokens_at(self, time_s: float) -> int:
+        """Length of its history then, system prompt left out; 0 before its start and when over."""
+        moment_s, tokens, last_s = self.start_s, 0, self.start_s
+        for turn in self.turns:
+            last_s = moment_s = moment_s + turn.think_s
+            if moment_s <= time_s:
+                tokens += len(turn.new_tokens) + turn.num_output
+            moment_s += NOMINAL_ANSWER_S
+        return tokens if time_s < last_s else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Sessions in order of their starts. A turn that is due after ``duration_s`` is not sent."""
+
+    workload: Workload | Recorded
+    seed: int
+    turns_per_s: float
+    duration_s: float
+    sessions: tuple[Session, ...]
+
+    @property
+    def num_turns(self) -> int:
+        """Turns that are due before the end if answers take ``NOMINAL_ANSWER_S``."""
+        return sum(
+            moment_s < self.duration_s for session in self.sessions for moment_s in due_s(session)
+        )
+
+    def live_kv_tokens(self, time_s: float) -> int:
+        """KV of all sessions that will come back, with system prompts counted once."""
+        lengths = {session: session.tokens_at(time_s) for session in self.sessions}
+        alive = {session.adapter: len(session.system) for session, n in lengths.items() if n}
+        return sum(lengths.values()) + sum(alive.values())
+
+    @property
+    def mean_live_kv_tokens(self) -> float:
+        moments = [(0.5 + i) / 20 * self.duration_s for i in range(20)]
+        return sum(map(self.live_kv_tokens, moments)) / len(moments)
+
+    def rising(self, low: float, high: float) -> Trace:
+        """The same sessions, ever faster: what takes time on the client's side is divided by a
+        factor that rises from ``low`` to ``high`` (``peak.Rise``)."""
+        rise = Rise(low, high, self.duration_s)
+        sessions = tuple(
+            replace(
+                session,
+                start_s=rise.new_time(session.start_s),
+                turns=tuple(
+                    replace(turn, think_s=turn.think_s / rise.factor(moment_s))
+                    for turn, moment_s in zip(session.turns, due_s(session), strict=True)
+                ),
+            )
+            for session in self.sessions
+        )
+        return replace(self, duration_s=rise.new_duration_s, sessions=sessions)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "workload": asdict(self.workload),
+            "seed": self.seed,
+            "turns_per_s": self.turns_per_s,
+            "duration_s": self.duration_s,
+        }
+
+    def save(self, path: Path) -> None:
+        """One session a line, behind a line of facts."""
+        rows = [self.facts(), *map(asdict, self.sessions)]
+        path.write_text("".join(json.dumps(row, default=list) + "\n" for row in rows))
+
+    @classmethod
+    def load(cls, path: Path) -> Trace:
+        facts, *rows = [_tuples(json.loads(line)) for line in path.read_text().splitlines()]
+        about = facts.pop("workload")
+        workload = Recorded(**about) if "path" in about else _workload(about)
+        sessions = tuple(
+            Session(**{**row, "turns": tuple(Turn(**turn) for turn in row["turns"])})
+            for row in rows
+        )
+        return cls(workload, sessions=sessions, **facts)
+
+
+def due_s(session: Session) -> list[float]:
+    """When each turn is due if every answer takes ``NOMINAL_ANSWER_S``."""
+    moment_s, found = session.start_s - NOMINAL_ANSWER_S, []
+    for turn in session.turns:
+        moment_s += NOMINAL_ANSWER_S + turn.think_s
+        found.append(moment_s)
+    return found
+
+
+def _workload(about: dict[str, Any]) -> Workload:
+    return Workload(**{**about, "law": Law(about["law"])})
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples they were."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

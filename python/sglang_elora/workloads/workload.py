@@ -1,0 +1,62 @@
+"""What sessions are like: parameters of the generator, or where a recorded trace comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from sglang_elora.workloads.popularity import Law
+
+GROWS_AT = 2 / 3  # of the duration
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What sessions are like.
+
+    Lengths are lognormal (``*_spread``: standard deviation of the logarithm), thinking times Gamma
+    of shape ``think_shape``, gaps between session starts Gamma with coefficient of variation
+    ``start_cv``. Popularity is of the ``active`` share of the adapters (before and after
+    ``GROWS_AT``), and the ranking moves on by one adapter ``moves`` times per trace.
+    """
+
+    name: str
+    system_tokens: tuple[int, int]  # shortest and longest, uniform over adapters
+    user_tokens: float  # mean
+    output_tokens: float  # mean before clipping to output_limits
+    turns: tuple[int, int]  # uniform
+    think_s: float  # mean
+    moves: int
+    law: Law = Law.ZIPF
+    skew: float = 1.0
+    active: tuple[float, float] = (1.0, 1.0)
+    num_adapters: int = 64
+    user_spread: float = 0.6
+    output_spread: float = 0.5
+    output_limits: tuple[int, int] = (8, 32)
+    think_shape: float = 2.0
+    start_cv: float = 1.5
+    max_tokens: int = 2048  # of a session, prompts and answers together
+    vocab_size: int = 2048
+
+    @property
+    def mean_turns(self) -> float:
+        return sum(self.turns) / 2
+
+    def scaled_tokens(self, factor: float) -> Workload:
+        """Prompts ``factor`` times as long, for a larger model."""
+        low, high = self.system_tokens
+        return replace(
+            self,
+            system_tokens=(round(low * factor), round(high * factor)),
+            user_tokens=self.user_tokens * factor,
+            max_tokens=round(self.max_tokens * factor),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What of a trace was not generated: its format, the file, and how it was completed."""
+
+    name: str
+    path: str
+    options: str = ""

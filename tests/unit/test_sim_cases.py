@@ -1,0 +1,154 @@
+"""The simulator on cases that can be worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from sglang_elora.sim import Calibration, Record, make_engine
+from sglang_elora.workloads import CHAT, Session, Trace, Turn
+
+BY_HAND = Calibration(
+    name="by hand",
+    sources={},
+    batch_s=0.010,
+    prefill_token_s=1e-4,
+    prefill_context_s=0.0,
+    decode_step_s=0.005,
+    decode_request_s=0.001,
+    decode_context_s=0.0,
+    link_bytes_per_s=1e6,
+    link_latency_s=0.001,
+    to_host_bytes_per_s=1e9,
+    slot_bytes=1000,
+    pool_slots=200,
+    host_slots=400,
+    adapter_slots=(10,),
+    split_slot=10,
+    copies_per_adapter=1,
+    copies_per_adapter_split=1,
+    copies_per_kv_load=2,
+    max_running=8,
+    prefill_budget=1000,
+)
+"""An adapter loads in 1 + 10 ms, 50 tokens are computed in 10 + 5 ms."""
+
+ADAPTERS = ["a", "b", "c"]
+
+
+def session(
+    adapter: str, start_s: float, *turns: tuple[int, int, float], num_system: int = 20
+) -> Session:
+    said = tuple(Turn(range(new), output, think_s) for new, output, think_s in turns)
+    return Session(0, adapter, start_s, range(num_system), said)
+
+
+def play(side: str, calibration: Calibration, *sessions: Session) -> list[Record]:
+    numbered = tuple(replace(s, number=i) for i, s in enumerate(sessions))
+    return make_engine(side, calibration, ADAPTERS).play(Trace(CHAT, 0, 1.0, 60.0, numbered))
+
+
+def test_a_cold_request_waits_for_the_longer_of_load_and_computation() -> None:
+    (record,) = play("elora:lru", BY_HAND, session("a", 0.0, (30, 5, 0.0)))
+    assert record.was_cold and record.num_cached == 0
+    assert record.ttft_s == pytest.approx(0.015)
+    assert record.last_s == pytest.approx(0.015 + 4 * 0.006)
+
+
+def test_a_slow_load_is_waited_for() -> None:
+    slow = replace(BY_HAND, link_bytes_per_s=1e5)
+    (record,) = play("elora:lru", slow, session("a", 0.0, (30, 5, 0.0)))
+    assert record.ttft_s == pytest.approx(0.101)
+
+
+def test_a_split_loads_in_front_of_the_batch() -> None:
+    (record,) = play("stock-tuned:2", BY_HAND, session("a", 0.0, (30, 5, 0.0)))
+    assert record.ttft_s == pytest.approx(0.011 + 0.015)
+
+
+@pytest.mark.parametrize("side", ["elora:lru", "elora:elora", "elora:elora_paper", "stock-tuned:2"])
+def test_the_second_turn_finds_the_first(side: str) -> None:
+    """All of 20 + 30 + 5 tokens but the answer's last, which was not computed."""
+    talk = session("a", 0.0, (30, 5, 0.0), (10, 2, 1.0))
+    first, second = play(side, BY_HAND, talk)
+    assert second.due_s == pytest.approx(first.last_s + 1.0)
+    assert (second.num_prompt, second.num_cached, second.num_from_host) == (65, 54, 0)
+    assert not second.was_cold
+    assert second.ttft_s == pytest.approx(0.010 + 11e-4)
+
+
+def test_without_history_nothing_is_found() -> None:
+    talk = session("a", 0.0, (30, 5, 0.0), (10, 2, 1.0))
+    assert [record.num_cached for record in play("slora", BY_HAND, talk)] == [0, 0]
+
+
+def test_sessions_of_an_adapter_share_its_system_prompt() -> None:
+    sessions = (session("a", 0.0, (30, 5, 0.0)), session("a", 1.0, (30, 5, 0.0)))
+    assert [record.num_cached for record in play("elora:lru", BY_HAND, *sessions)] == [0, 20]
+
+
+def test_sessions_of_two_adapters_share_nothing() -> None:
+    sessions = (session("a", 0.0, (30, 5, 0.0)), session("b", 1.0, (30, 5, 0.0)))
+    assert [record.num_cached for record in play("elora:lru", BY_HAND, *sessions)] == [0, 0]
+
+
+def test_a_split_without_a_free_slot_makes_wait() -> None:
+    """The first one's answer takes from 26 to 50 ms; then the second's adapter loads."""
+    sessions = (session("a", 0.0, (30, 5, 0.0)), session("b", 0.030, (30, 5, 0.0)))
+    first, second = play("stock-tuned:1", BY_HAND, *sessions)
+    assert first.last_s == pytest.approx(0.050)
+    assert second.first_s == pytest.approx(0.050 + 0.026)
+
+
+def test_kv_comes_back_from_the_host() -> None:
+    """Three sessions of 100 tokens in 200 slots: the first one's KV has left by its second turn,
+    with its adapter, and returns in two copies of 104 slots behind that."""
+    long = (80, 5, 0.0)
+    sessions = (
+        session("a", 0.0, long, (10, 2, 5.0)),
+        session("b", 1.0, long),
+        session("c", 2.0, long),
+    )
+    last = play("elora:lru", BY_HAND, *sessions)[-1]
+    assert (last.num_cached, last.num_from_host) == (104, 104)
+    assert last.ttft_s == pytest.approx(0.011 + 0.002 + 0.104)
+    without = replace(BY_HAND, host_slots=0)
+    assert play("elora:lru", without, *sessions)[-1].num_cached == 0
+
+
+def test_a_session_that_cannot_be_held_is_refused() -> None:
+    with pytest.raises(ValueError, match="session 0 takes 231 slots with its adapter"):
+        play("elora:lru", BY_HAND, session("a", 0.0, (200, 1, 0.0)))
+
+
+@pytest.mark.parametrize(
+    ("side", "what"),
+    [
+        ("stock-tuned:20", "20 adapter slots leave 0 slots"),
+        ("elora:fifo", "policy 'fifo' must be"),
+        ("elora:lru-recency", "no terms to leave out"),
+        ("elora:elora_paper-dependency", "dependency rule"),
+        ("vllm", "side 'vllm' must be"),
+    ],
+)
+def test_a_side_that_is_none_is_refused(side: str, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        make_engine(side, BY_HAND, ADAPTERS)
+
+
+def test_a_calibration_is_saved_loaded_and_scaled(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps(asdict(BY_HAND)))
+    assert Calibration.load(path) == BY_HAND
+    assert BY_HAND.scaled("pool_slots", 0.5).pool_slots == 100
+    with pytest.raises(ValueError, match="'name' must be one of"):
+        BY_HAND.scaled("name", 2.0)
+    path.write_text(json.dumps({**asdict(BY_HAND), "batch_s": -1.0}))
+    with pytest.raises(ValueError, match="batch_s of calibration by hand is negative"):
+        Calibration.load(path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="missing or unknown: adapter_slots"):
+        Calibration.load(path)
