@@ -2,7 +2,7 @@
 
     python docs/images/make.py
 
-Sixteen adapters of the demo and a pool that holds about half of them beside their KV, with 32 chats
+Sixteen adapters of the demo and a pool that does not hold them all beside their KV, with 32 chats
 for a minute and a half. It needs chromium on the path and the extra [browser].
 """
 
@@ -33,9 +33,9 @@ from sglang_elora.top import moves, screen
 
 HERE = Path(__file__).parent
 WATCHED_S = 90
-WIDTH, HEIGHT = 100, 34  # of the terminal
+WIDTH, HEIGHT = 116, 34  # of the terminal
 SERVER_FLAGS = (
-    *("--max-total-tokens", "7000", "--enable-hierarchical-cache", "--hicache-ratio", "2"),
+    *("--max-total-tokens", "12000", "--enable-hierarchical-cache", "--hicache-ratio", "2"),
     *("--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first"),
     *("--hicache-write-policy", "write_back"),
 )
@@ -64,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="images-") as folder, sync_playwright() as playwright:
         checkpoint = make_checkpoint(Path(folder) / "base")
         adapters = make_adapters(checkpoint, Path(folder) / "adapters", demo_adapters())
-        plan = ChatPlan(MODEL, list(adapters), num_turns=20, mean_think_s=5.0)
+        plan = ChatPlan(MODEL, list(adapters), num_turns=20, mean_think_s=7.0)
         with ServerProcess(
             launch_flags(checkpoint, adapters, SERVER_FLAGS),
             log_path=Path(folder) / "server.log",
