@@ -56,7 +56,7 @@ ROUTES: Mapping[str, Route] = {
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What a replica has done. ``adapters``: how many have been asked for there."""
+    """What a replica has done since its start; ``visits`` are requests by adapter."""
 
     requests: int
     adapter_loads: int
@@ -65,6 +65,7 @@ class Counts:
     visits: Mapping[str, int]
 
     def since(self, before: Counts) -> dict[str, int]:
+        """The difference, and how many ``adapters`` were asked for."""
         served = [name for name in self.visits if self.visits[name] > before.visits[name]]
         found = {
             name: getattr(self, name) - getattr(before, name)
@@ -101,6 +102,12 @@ def empty(url: str, adapters: Sequence[str]) -> None:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{url}: adapters do not leave the device")
             time.sleep(0.1)
+
+
+def replica(checkpoint: Path, adapters: Mapping[str, Path], log_path: Path) -> ServerProcess:
+    flags = ("--max-total-tokens", str(POOL_SLOTS), "--enable-metrics")
+    command = launch_flags(checkpoint, adapters, flags)
+    return ServerProcess(command, log_path=log_path, env=SMALL_MODEL_ENV)
 
 
 def router(urls: Sequence[str], route: Route, log_path: Path) -> ServerProcess:
@@ -143,51 +150,60 @@ async def hold_chats(
     return seconds
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def play(
+    urls: Sequence[str],
+    route: Route,
+    adapters: Sequence[str],
+    num_sessions: int,
+    num_turns: int,
+    log_path: Path,
+) -> tuple[list[dict[str, int]], float]:
+    """What each of these replicas did, empty before, and the mean seconds of a turn."""
+    for url in urls:
+        empty(url, adapters)
+    before = [counts(url) for url in urls]
+    with router(urls, route, log_path) as front:
+        seconds = asyncio.run(hold_chats(front.url, route, adapters, num_sessions, num_turns))
+    done = [counts(url).since(was) for url, was in zip(urls, before, strict=True)]
+    return done, statistics.mean(seconds)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--routes", nargs="+", choices=ROUTES, default=list(ROUTES))
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--sessions", type=int, default=32)
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--dir", type=Path, default=Path(".demo"), help="[%(default)s]")
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
     silence_progress_bars()
     folder: Path = options.dir.resolve()
     checkpoint = make_checkpoint(folder / "checkpoint")
     adapters = make_adapters(checkpoint, folder / "adapters", demo_adapters(options.adapters))
-    flags = launch_flags(
-        checkpoint, adapters, ("--max-total-tokens", str(POOL_SLOTS), "--enable-metrics")
-    )
     table = Table("routing", "replica", title=f"{options.sessions} chats of {options.turns} turns")
     for column in ("requests", "adapters", "loads", "prompt tokens", "cached", "mean turn"):
         table.add_column(column, justify="right")
     with ExitStack() as servers:
-        urls = []
-        for i in range(NUM_REPLICAS):
-            log = folder / f"replica-{i}.log"
-            replica = ServerProcess(flags, log_path=log, env=SMALL_MODEL_ENV)
-            urls.append(servers.enter_context(replica).url)
+        urls = [
+            servers.enter_context(
+                replica(checkpoint, adapters, folder / f"replica-{i + 1}.log")
+            ).url
+            for i in range(NUM_REPLICAS)
+        ]
         for name in options.routes:
-            route = ROUTES[name]
-            for url in urls:
-                empty(url, list(adapters))
-            before = [counts(url) for url in urls]
-            with router(urls, route, folder / f"router-{name}.log") as front:
-                chats = hold_chats(
-                    front.url, route, list(adapters), options.sessions, options.turns
-                )
-                seconds = asyncio.run(chats)
-            for i, url in enumerate(urls):
-                done = counts(url).since(before[i])
-                share = done["cached_tokens"] / max(1, done["prompt_tokens"])
+            log_path = folder / f"router-{name}.log"
+            plan = (list(adapters), options.sessions, options.turns)
+            done, mean_s = play(urls, ROUTES[name], *plan, log_path)
+            for i, did in enumerate(done):
+                is_first, is_last = i == 0, i + 1 == len(done)
                 table.add_row(
-                    name if i == 0 else "",
+                    name if is_first else "",
                     str(i + 1),
-                    *(str(done[n]) for n in ("requests", "adapters", "adapter_loads")),
-                    str(done["prompt_tokens"]),
-                    f"{share:.1%}",
-                    f"{statistics.mean(seconds):.3f} s" if i == 0 else "",
-                    end_section=i + 1 == NUM_REPLICAS,
+                    *(str(did[n]) for n in ("requests", "adapters", "adapter_loads")),
+                    str(did["prompt_tokens"]),
+                    f"{did['cached_tokens'] / max(1, did['prompt_tokens']):.1%}",
+                    f"{mean_s:.3f} s" if is_first else "",
+                    end_section=is_last,
                 )
     Console().print(table)
 
