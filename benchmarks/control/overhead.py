@@ -36,9 +36,9 @@ ensure_torchvision_importable()
 import httpx  # noqa: E402
 from bench import Bench, EmulatedLink  # noqa: E402
 from sides import Sizes, make_side  # noqa: E402
-from workload import adapter_name  # noqa: E402
 
 from bench_radix_cache import machine  # noqa: E402
+from sglang_elora.workloads import adapter_name  # noqa: E402
 
 SIDES = ("elora:lru+uncontrolled", "elora:lru", "elora:lru+flooded")
 NUM_ADAPTERS = 64
