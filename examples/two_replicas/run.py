@@ -117,6 +117,18 @@ def router(urls: Sequence[str], route: Route, log_path: Path) -> ServerProcess:
     return ServerProcess([*flags, *ports], log_path=log_path, program=program)
 
 
+def wait_for_workers(url: str) -> None:
+    """The router answers before it knows its replicas."""
+    deadline = time.monotonic() + 60
+    while True:
+        workers = httpx.get(f"{url}/workers", trust_env=False).json()["workers"]
+        if len(workers) == NUM_REPLICAS and all(worker["is_healthy"] for worker in workers):
+            return
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the router has found {len(workers)} of {NUM_REPLICAS} replicas")
+        time.sleep(0.1)
+
+
 async def hold_chats(
     url: str, route: Route, adapters: Sequence[str], num_sessions: int, num_turns: int
 ) -> list[float]:
@@ -136,7 +148,6 @@ async def hold_chats(
                 body = {
                     "model": f"{MODEL}:{adapter}",
                     "messages": messages,
-                    "session_id": session,
                     "max_tokens": NUM_TOKENS,
                     "temperature": 0,
                 }
@@ -163,6 +174,7 @@ def play(
         empty(url, adapters)
     before = [counts(url) for url in urls]
     with router(urls, route, log_path) as front:
+        wait_for_workers(front.url)
         seconds = asyncio.run(hold_chats(front.url, route, adapters, num_sessions, num_turns))
     done = [counts(url).since(was) for url, was in zip(urls, before, strict=True)]
     return done, statistics.mean(seconds)

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import runpy
+import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import combinations
@@ -19,8 +20,11 @@ from prometheus_client import CollectorRegistry
 
 from sglang_elora.control import Changes, HintGate, Histogram, PoolState, StateMirror
 from sglang_elora.control.metrics import StateCollector
-from sglang_elora.host.residency import COUNTS
-from sglang_elora.host.tokenizer_control import TokenizerControl
+
+with warnings.catch_warnings():  # SGLang's
+    warnings.simplefilter("ignore")
+    from sglang_elora.host.residency import COUNTS
+    from sglang_elora.host.tokenizer_control import TokenizerControl
 
 FOLDER = Path(__file__).parents[2] / "docs" / "grafana"
 DASHBOARD: dict[str, Any] = json.loads((FOLDER / "elora.json").read_text())
