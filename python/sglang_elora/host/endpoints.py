@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -95,9 +96,10 @@ def _add_control(app: FastAPI, control: TokenizerControl) -> None:
     @_for_admins
     async def prefetch(body: AdapterNames) -> ORJSONResponse:
         """Bring adapters to the device, as if requests with them waited behind all that do."""
-        answers = {name: await control.order("prefetch", uid) for name, uid in body.ids(control)}
-        tiers = {name: answer.tier for name, answer in answers.items()}
-        errors = [answer.error for answer in answers.values() if answer.error]
+        ids = body.ids(control)
+        answers = await asyncio.gather(*(control.order("prefetch", uid) for _, uid in ids))
+        tiers = {name: answer.tier for (name, _), answer in zip(ids, answers, strict=True)}
+        errors = [answer.error for answer in answers if answer.error]
         if errors:
             return _failure(errors[0], tiers=tiers)
         return ORJSONResponse({"success": True, "error_message": "", "tiers": tiers})
