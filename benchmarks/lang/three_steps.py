@@ -178,8 +178,9 @@ def main() -> None:
             server = servers.enter_context(bench.server(side, log))
             endpoints[name] = sgl.RuntimeEndpoint(server.url)
         numbers = dict.fromkeys(SERVERS, 0)
+        uncounted = len(COLD) // STEPS  # rounds, until adapters have been there and gone
         for clients in options.clients:
-            for i in range(-len(COLD) // STEPS, options.rounds):  # below 0 it does not count
+            for i in range(-uncounted, options.rounds):
                 rng = random.Random(f"three steps/{options.seed}/{clients}/{i}")
                 question = text(rng, options.words)
                 ways = list(WAYS.items())
@@ -190,6 +191,7 @@ def main() -> None:
                     numbers[server_name] += 1
                     if i >= 0:
                         samples.append(Sample(way=way, clients=clients, round=i, **found))
+            uncounted = 2
             report(samples, clients)
         facts = {**machine(), **bench.facts(), "seed": options.seed, "words": options.words}
     rows = [facts, *(asdict(sample) for sample in samples)]

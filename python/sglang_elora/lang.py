@@ -17,7 +17,7 @@ language itself works with any server of SGLang's that serves adapters.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
 
@@ -29,17 +29,14 @@ turn_on()
 
 from sglang_elora.host.lang import announcing, tracing  # noqa: E402
 
-if TYPE_CHECKING:
-    from sglang.lang.interpreter import ProgramState
-
 __all__ = ["hint", "prefetch", "traced"]
 
 _Program = TypeVar("_Program")
 
 
-def hint(state: ProgramState, *adapters: str) -> None:
-    """Announce that the program will soon call these adapters: for what only it can know, as the
-    adapter of a branch that is not decided yet. Never fails, never waits."""
+def hint(state: Any, *adapters: str) -> None:
+    """Announce that the program of this state will soon call these adapters: for what only it can
+    know, as the adapter of a branch that is not decided yet. Never fails, never waits."""
     executor = state.stream_executor
     announcer = announcing.announcer_of(getattr(executor, "backend", None))
     if announcer is not None:

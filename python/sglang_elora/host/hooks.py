@@ -12,6 +12,7 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_elora.config import EloraConfig
 from sglang_elora.host import (
+    adapter_dir,
     adapter_loading,
     adapter_weights,
     admission,
@@ -107,6 +108,15 @@ HOOKS: tuple[Hook, ...] = (
         When.ELORA,
         "SGLang lists its message types in the method; hook_custom_types only makes ours "
         "decodable.",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.auto_create_handle_loop",
+        ("self",),
+        HookType.AFTER,
+        adapter_dir.begin,
+        When.ELORA,
+        "The tokenizer manager is built where no event loop runs yet, and lists its tasks in the "
+        "method.",
     ),
     Hook(
         "sglang.srt.managers.scheduler.Scheduler.init_request_dispatcher",

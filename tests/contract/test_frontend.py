@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,18 +148,21 @@ class _Handler(BaseHTTPRequestHandler):
     def _stream(self, answer: Any) -> None:
         text = answer["text"]
         parts = [{**answer, "text": text[:2]}, answer]
-        lines = "".join(f"data: {json.dumps(part)}\n\n" for part in parts) + "data: [DONE]\n\n"
-        self._send(200, "text/event-stream", lines)
+        events = [f"data: {json.dumps(part)}\n\n" for part in parts] + ["data: [DONE]\n\n"]
+        self._send(200, "text/event-stream", *events)
 
     def _answer(self, status: int, answer: Any) -> None:
         self._send(status, "application/json", json.dumps(answer))
 
-    def _send(self, status: int, kind: str, text: str) -> None:
+    def _send(self, status: int, kind: str, *parts: str) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(text)))
+        self.send_header("Content-Length", str(sum(map(len, parts))))
         self.end_headers()
-        self.wfile.write(text.encode())
+        for part in parts:
+            self.wfile.write(part.encode())
+            if len(parts) > 1:
+                time.sleep(0.05)  # Runtime.async_generate takes what arrives together for one event
 
     def log_message(self, *_: Any) -> None:
         pass
