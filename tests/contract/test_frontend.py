@@ -82,7 +82,7 @@ def test_runtime_passes_adapters_on(found: Any) -> None:
 
 def test_traces(found: Any) -> None:
     assert found["traces"] == {
-        "steps": ["a", "b", None, "default"],
+        "steps": ["a", "b", "", "default"],
         "forks": ["a", "b", "c", "d", "c", "end"],
         "looks": ["a"],
         "measures": ["a"],

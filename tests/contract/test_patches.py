@@ -80,6 +80,7 @@ CHANGED = {  # patch -> module and functions
         [
             "RuntimeEndpoint.__init__",
             "RuntimeEndpoint.cache_prefix",
+            "RuntimeEndpoint.generate_stream",
             "RuntimeEndpoint._add_images",
             "Runtime.cache_prefix",
             "Runtime.async_generate",

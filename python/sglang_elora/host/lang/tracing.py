@@ -40,7 +40,7 @@ def adapters(
 ) -> list[str | None]:
     """The adapter of each call, in order, as far as it does not depend on what the model says.
 
-    None is the base model. The trace goes on where an answer is only put into the text. It ends
+    None and "" are the base model. The trace goes on where an answer is only put into the text. It ends
     where the program looks at one.
     """
     keywords = {**keywords, **program.bind_arguments}
@@ -93,6 +93,9 @@ class _State(TracerProgramState):
     def _execute_select(self, expr: SglSelect) -> None:
         self._note(expr)
         super()._execute_select(expr)
+
+    def _execute_var_scope_begin(self, expr: SglExpr) -> None:
+        """SGLang's tracer knows the end of a scope only, which makes the variable."""
 
     def _note(self, expr: SglGen | SglSelect) -> None:
         self.calls.append(self.lora_path if expr.lora_path is None else expr.lora_path)
