@@ -40,8 +40,8 @@ def adapters(
 ) -> list[str | None]:
     """The adapter of each call, in order, as far as it does not depend on what the model says.
 
-    None and "" are the base model. The trace goes on where an answer is only put into the text. It ends
-    where the program looks at one.
+    None and "" are the base model. The trace goes on where an answer is only put into the text. It
+    ends where the program looks at one.
     """
     keywords = {**keywords, **program.bind_arguments}
     own = "lora_path" in inspect.signature(program.func).parameters
