@@ -50,6 +50,12 @@ class EloraConfig:
         "(log the reason, serve the others, answer HTTP 400 to requests that name it) or 'exit'.",
         choices=("skip", "exit"),
     )
+    adapter_dir: str = _option(
+        "",
+        "--elora-adapter-dir",
+        "Serve the adapters of this folder, one per subfolder and by its name, those that come "
+        "while the server runs too. Links that lead out of the folder are refused.",
+    )
     check: bool = _option(
         False,
         "--elora-check",
@@ -112,6 +118,8 @@ class EloraConfig:
                 "--elora-max-adapters-per-batch (SGLANG_ELORA_MAX_ADAPTERS_PER_BATCH) must be 1 to "
                 f"32767, got {self.max_adapters_per_batch}"
             )
+        if self.adapter_dir and not self.enabled:
+            raise ValueError("--elora-adapter-dir (SGLANG_ELORA_ADAPTER_DIR) needs --elora")
         if self.check and not self.enabled:
             raise ValueError("--elora-check (SGLANG_ELORA_CHECK) needs --elora")
         unknown = set(self.policy_terms_off) - set(POLICY_TERMS)

@@ -10,7 +10,8 @@ from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importabl
 ensure_torchvision_importable()
 from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry
-from sglang_elora.host.hooks import HOOKS
+from sglang_elora.host.hooks import HOOKS as SERVER
+from sglang_elora.host.lang.hooks import HOOKS as LANG
 from sglang_elora.host.patching import is_applied, load_patches
 
 def raw(target):
@@ -20,10 +21,11 @@ def raw(target):
 def code(function):
     return getattr(function, "__code__", None)  # a class has none
 
+HOOKS = SERVER + LANG
 before = {hook.target: (raw(hook.target), code(raw(hook.target))) for hook in HOOKS}
 apply_hooks = vars(HookRegistry)["apply_hooks"]
 load_plugins()
-assert HOOKS and load_patches(), "the tables are empty: nothing was tested"
+assert SERVER and LANG and load_patches(), "the tables are empty: nothing was tested"
 for target, (function, own_code) in before.items():
     assert raw(target) is function, target
     assert code(function) is own_code, target

@@ -36,6 +36,58 @@ FOLDER = Path(__file__).parents[2] / "patches"
 PATCHES = load_patches(FOLDER)
 NAMESPACE = "01-cache-namespace.patch"
 
+CHANGED = {  # patch -> module and functions
+    NAMESPACE: ("srt.managers.schedule_batch", ["Req.__init__", "Req.build_rebootstrap_payload"]),
+    "02-lang-api.patch": ("lang.api", ["gen", "gen_int", "gen_string", "select"]),
+    "03-lang-ir.patch": (
+        "lang.ir",
+        [
+            "SglFunction.run_batch",
+            "SglGen.__init__",
+            "SglSelect.__init__",
+            "SglCommitLazy.__init__",
+        ],
+    ),
+    "04-lang-interpreter.patch": (
+        "lang.interpreter",
+        [
+            "run_program",
+            "run_program_batch",
+            "cache_program",
+            "StreamExecutor.__init__",
+            "StreamExecutor.get_var",
+            "StreamExecutor.fork",
+            "StreamExecutor._thread_worker_func",
+            "StreamExecutor._execute",
+            "ProgramState.fork",
+        ],
+    ),
+    "05-lang-tracer.patch": (
+        "lang.tracer",
+        [
+            "extract_prefix_by_tracing",
+            "trace_program",
+            "TracerProgramState.__init__",
+            "TracerProgramState.fork",
+        ],
+    ),
+    "06-lang-base-backend.patch": (
+        "lang.backend.base_backend",
+        ["BaseBackend.__init__", "BaseBackend.cache_prefix"],
+    ),
+    "07-lang-runtime-endpoint.patch": (
+        "lang.backend.runtime_endpoint",
+        [
+            "RuntimeEndpoint.__init__",
+            "RuntimeEndpoint.cache_prefix",
+            "RuntimeEndpoint.generate_stream",
+            "RuntimeEndpoint._add_images",
+            "Runtime.cache_prefix",
+            "Runtime.async_generate",
+        ],
+    ),
+}
+
 # Small alphabets make concatenations meet; the rest is what a caller may try on purpose.
 ADAPTERS = (None, "a", "b", "ab", "ba", "aab")
 KEYS = (
@@ -133,10 +185,15 @@ def test_preflight_apply_verify(patch: Patch, seen: Any) -> None:
 
 
 def test_functions_changed(seen: Any) -> None:
-    request = "sglang.srt.managers.schedule_batch.Req"
     assert seen["changed"] == {
-        NAMESPACE: [f"{request}.__init__", f"{request}.build_rebootstrap_payload"]
+        name: [f"sglang.{module}.{function}" for function in functions]
+        for name, (module, functions) in CHANGED.items()
     }
+
+
+def test_the_frontends_patches_are_not_the_servers() -> None:
+    assert {patch.name for patch in PATCHES if patch.when == "--elora"} == {NAMESPACE}
+    assert {patch.when for patch in PATCHES} == {"--elora", "sglang_elora.lang"}
 
 
 def test_classes_and_functions_keep_their_identity(seen: Any) -> None:

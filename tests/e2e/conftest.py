@@ -52,13 +52,20 @@ def prompts(reference: Reference) -> Sequence[list[int]]:
 
 
 @pytest.fixture(scope="session")
+def adapter_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``elora_server`` watches; empty at its start."""
+    return tmp_path_factory.mktemp("adapter-dir")
+
+
+@pytest.fixture(scope="session")
 def elora_server(
-    checkpoint: Path, adapters: dict[str, Path], logs: Path, models: Path
+    checkpoint: Path, adapters: dict[str, Path], logs: Path, models: Path, adapter_dir: Path
 ) -> Iterator[ServerProcess]:
     """ELORA on, all adapters given at start, and bad ones of every kind among them."""
     bad = make_bad_adapters(adapters["attention-r8"], models / "bad")
     given = {**adapters, **bad, "missing": models / "no-such-adapter"}
     flags = ["--elora", "--elora-check", *server_flags(checkpoint, given)]
+    flags += ["--elora-adapter-dir", str(adapter_dir)]
     with ServerProcess(flags, log_path=logs / "elora.log") as server:
         yield server
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,14 @@ class Reference:
         )
         return answer
 
+    def logprobs(self, adapter: str | None, ids: Sequence[int]) -> list[float]:
+        """Log-probability of each of the tokens but the first."""
+        tokens = torch.tensor([list(ids)])
+        with torch.inference_mode():
+            logits = self._with_adapter(adapter, lambda: self._model(tokens).logits[0, :-1])
+        chosen: torch.Tensor = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])
+        return [float(value) for value in chosen[:, 0]]
+
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         ids: list[int] = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False
@@ -69,11 +77,13 @@ class Reference:
             "pad_token_id": 0,
         }
         with torch.inference_mode():
-            if adapter is None:
-                with self._model.disable_adapter():
-                    output = self._model.generate(ids, **options)
-            else:
-                self._model.set_adapter(adapter)
-                output = self._model.generate(ids, **options)
+            output = self._with_adapter(adapter, lambda: self._model.generate(ids, **options))
         generated: list[int] = output[0, ids.shape[1] :].tolist()
         return generated
+
+    def _with_adapter(self, adapter: str | None, work: Callable[[], Any]) -> Any:
+        if adapter is None:
+            with self._model.disable_adapter():
+                return work()
+        self._model.set_adapter(adapter)
+        return work()

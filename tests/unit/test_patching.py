@@ -241,20 +241,32 @@ double = lambda x: 2 * x
 """
 
 REFUSED = {
-    "module level": ("import functools", "import functools as tools", "more than function bodies"),
-    "class level": ("limit = 1", "limit = 2", "more than function bodies"),
-    "signature": ("(self, x, y=2)", "(self, x, w, y=2)", "more than function bodies"),
-    "default": ("y=2", "y=5", "more than function bodies"),
-    "annotation": ("(self, x,", "(self, x: int,", "more than function bodies"),
-    "decorator": ("    @property\n", "    @functools.cached_property\n", "more than function"),
-    "module lambda": ("2 * x", "3 * x", "more than function bodies"),
-    "new function": ("double =", "def g(): ...\ndouble =", "more than function bodies"),
+    "module level": (
+        "import functools",
+        "import functools as tools",
+        "changes more than functions",
+    ),
+    "class level": ("limit = 1", "limit = 2", "changes more than functions"),
+    "signature": ("(self, x, y=2)", "(self, x, w, y=2)", "the signature of C.f"),
+    "default": ("y=2", "y=5", "the signature of C.f"),
+    "annotation": ("(self, x,", "(self, x: int,", "the signature of C.f"),
+    "new parameter in front": ("x, y=2)", "w=1, x=1, y=2)", "the signature of C.f"),
+    "new parameter without default": ("y=2)", "y=2, *, w)", "the signature of C.f"),
+    "new default that is computed": ("y=2)", "y=2, w=len(''))", "the signature of C.f"),
+    "new parameters by number": ("y=2)", "y=2, *w)", "the signature of C.f"),
+    "decorator": (
+        "    @property\n",
+        "    @functools.cached_property\n",
+        "changes more than functions",
+    ),
+    "module lambda": ("2 * x", "3 * x", "changes more than functions"),
+    "new function": ("double =", "def g(): ...\ndouble =", "changes more than functions"),
     "removed function": (
         "    def f(self, x, y=2):\n        z = 3\n        return x + y + z\n",
         "    pass\n",
-        "more than function bodies",
+        "changes more than functions",
     ),
-    "made async": ("    def f(", "    async def f(", "more than function bodies"),
+    "made async": ("    def f(", "    async def f(", "changes more than functions"),
     "made a generator": ("return x + y + z", "yield x", "or a generator"),
     "twice defined": ("return 'get'", "return 'got'", "C.p is defined more than once"),
     "new closure": ("z = 3", "z = __class__ and 3", "what C.f closes over"),
@@ -277,6 +289,49 @@ def test_what_code_objects_cannot_change_is_refused(case: str, folder: Path) -> 
         apply_patch(patch)
     assert not is_applied(patch)
     assert target.module.C.f.__code__ is code
+
+
+ADDED = """\
+def f(x, y=2):
+    return x, y
+
+
+def g(x, *rest, y=2):
+    return x, rest, y
+
+
+class C:
+    def h(self):
+        return None
+"""
+
+
+def test_new_last_parameters_have_their_defaults(folder: Path) -> None:
+    target = Target(folder, ADDED)
+    f, g, h = target.module.f, target.module.g, target.module.C.h
+    after = (
+        ADDED.replace(
+            "y=2):\n    return x, y", "y=2, z: int = 3, *, w=None):\n    return x, y, z, w"
+        )
+        .replace(
+            "*rest, y=2):\n    return x, rest, y", "*rest, y=2, z='z'):\n    return x, rest, y, z"
+        )
+        .replace("self):\n        return None", "self, z=None):\n        return z")
+    )
+    patch = target.with_diff(target.diff(after))
+    assert preflight(patch) == [] and not is_applied(patch)
+    assert len(apply_patch(patch)) == 3
+    assert apply_patch(patch) == () and is_applied(patch) and preflight(patch) == []
+    assert (f(1), f(1, 5, w=6), f(1, z=4)) == ((1, 2, 3, None), (1, 5, 3, 6), (1, 2, 4, None))
+    assert (g(1, 7), g(1, z=4, y=5)) == ((1, (7,), 2, "z"), (1, (), 5, 4))
+    assert h(target.module.C(), 8) == target.module.C().h(z=8) == 8
+    assert list(inspect.signature(f).parameters) == ["x", "y", "z", "w"]
+
+
+def test_positional_parameters_do_not_go_in_front_of_a_rest(folder: Path) -> None:
+    target = Target(folder, ADDED)
+    (problem,) = preflight(target.patch("(x, *rest", "(x, z=1, *rest"))
+    assert "the signature of g" in problem
 
 
 def test_an_inner_function_may_close_over_more(folder: Path) -> None:
@@ -477,7 +532,14 @@ def test_load_patches_in_order_of_names(tmp_path: Path) -> None:
     assert [patch.name for patch in patches] == ["01-a.patch", "02-b.patch"]
     (first, _) = patches
     assert (first.target, first.sha256, first.why) == ("a/b.py", "12ab", "Because.")
+    assert first.when == "--elora"
     assert first.module == "a.b"
+
+
+def test_a_header_line_may_say_when(tmp_path: Path) -> None:
+    header = f"{HEADER}# when: sglang_elora.lang\n"
+    (tmp_path / "01-a.patch").write_text(f"{header}--- a/a/b.py\n+++ b/a/b.py\n")
+    assert [patch.when for patch in load_patches(tmp_path)] == ["sglang_elora.lang"]
 
 
 @pytest.mark.parametrize("field", ["target", "sha256", "why"])

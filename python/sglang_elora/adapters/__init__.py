@@ -10,6 +10,8 @@ __all__ = [
     "AdapterError",
     "AdapterFacts",
     "BaseShapes",
+    "FolderScan",
+    "FoundAdapter",
     "check_adapter",
     "check_tensors",
     "read_adapter",
@@ -26,4 +28,5 @@ from sglang_elora.adapters.check import (
     served_modules,
 )
 from sglang_elora.adapters.errors import AdapterError
+from sglang_elora.adapters.folder_scan import FolderScan, FoundAdapter
 from sglang_elora.adapters.module_names import EMBEDDING_MODULES, served_names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -98,11 +99,13 @@ def _add_control(app: FastAPI, control: TokenizerControl) -> None:
     async def prefetch(body: Prefetch) -> ORJSONResponse:
         """Bring adapters to the device, as if requests with them waited behind all that do; and the
         KV of sessions whose next request will come, from the host, once their adapter is there."""
-        uids = {name: control.id_of(name) for name in _listed(body.lora_name)}
-        answers = {name: await control.order("prefetch", uid) for name, uid in uids.items()}
-        tiers = {name: answer.tier for name, answer in answers.items()}
-        told = [await control.order("prefetch_session", s) for s in _listed(body.session_id)]
-        errors = [answer.error for answer in (*answers.values(), *told) if answer.error]
+        names, sessions = _listed(body.lora_name), _listed(body.session_id)
+        answers = await asyncio.gather(
+            *(control.order("prefetch", uid) for uid in map(control.id_of, names)),
+            *(control.order("prefetch_session", session) for session in sessions),
+        )
+        tiers = {name: answer.tier for name, answer in zip(names, answers, strict=False)}
+        errors = [answer.error for answer in answers if answer.error]
         if errors:
             return _failure(errors[0], tiers=tiers)
         return ORJSONResponse({"success": True, "error_message": "", "tiers": tiers})

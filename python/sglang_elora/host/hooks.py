@@ -1,4 +1,5 @@
-"""Every hook this package puts on SGLang, in one table.
+"""Every hook this package puts on SGLang's server, in one table. (Those on its frontend language,
+of which a server knows nothing, are in ``host/lang/hooks.py``.)
 
 A hook is the third rung of the ladder (registry, subclass, hook, patch): each
 row says why the rungs above do not reach. ``host/install.py`` applies the rows
@@ -7,15 +8,11 @@ that the configuration selects; without a selection none is applied.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
-from typing import Any
-
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_elora.config import EloraConfig
 from sglang_elora.host import (
+    adapter_dir,
     adapter_loading,
     adapter_weights,
     admission,
@@ -31,36 +28,7 @@ from sglang_elora.host import (
     sessions,
     swapper,
 )
-
-
-class When(Enum):
-    """What in the configuration selects a hook or a patch."""
-
-    ELORA = "--elora"
-    CHECK = "--elora-check"
-    LINK = "--elora-link-gbytes-per-s"
-    STOCK_LINK = "--elora-link-gbytes-per-s without --elora"
-
-    def selected_by(self, config: EloraConfig) -> bool:
-        return {
-            When.ELORA: config.enabled,
-            When.CHECK: config.check,
-            When.LINK: config.emulates_link,
-            When.STOCK_LINK: config.emulates_link and not config.enabled,
-        }[self]
-
-
-@dataclass(frozen=True, slots=True)
-class Hook:
-    """One hook: where, what, and why it has to be a hook."""
-
-    target: str  # dotted path in sglang
-    parameters: tuple[str, ...]  # the target's leading parameters in the pinned version
-    kind: HookType
-    body: Callable[..., Any]
-    when: When
-    why_not_registry: str
-
+from sglang_elora.host.hook import Hook, When
 
 HOOKS: tuple[Hook, ...] = (
     Hook(
@@ -140,6 +108,15 @@ HOOKS: tuple[Hook, ...] = (
         When.ELORA,
         "SGLang lists its message types in the method; hook_custom_types only makes ours "
         "decodable.",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.auto_create_handle_loop",
+        ("self",),
+        HookType.AFTER,
+        adapter_dir.begin,
+        When.ELORA,
+        "The tokenizer manager is built where no event loop runs yet, and lists its tasks in the "
+        "method.",
     ),
     Hook(
         "sglang.srt.managers.scheduler.Scheduler.init_request_dispatcher",

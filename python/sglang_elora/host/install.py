@@ -8,28 +8,28 @@ and functions that another plugin replaced after ours.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import multiprocessing
-import pkgutil
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry
 
-from sglang_elora.config import SGLANG_PIN, EloraConfig
+from sglang_elora.config import EloraConfig
 from sglang_elora.host import lora_backend, messages, radix_cache
-from sglang_elora.host.hooks import Hook, selected_hooks
+from sglang_elora.host.hook import Hook, When
+from sglang_elora.host.hooks import selected_hooks
 from sglang_elora.host.link import use_emulated_link
-from sglang_elora.host.patching import Patch, apply_patch, is_applied, load_patches
+from sglang_elora.host.patching import Patch, apply_patch, load_patches
 from sglang_elora.host.patching import preflight as preflight_patch
+from sglang_elora.host.seams import (
+    SeamError,
+    hook_problems,
+    not_in_effect,
+    report,
+    version_problems,
+)
 
 logger = logging.getLogger(__name__)
-
-
-class SeamError(RuntimeError):
-    """SGLang is not as the pinned version has it, or something took one of our places."""
 
 
 def install(config: EloraConfig) -> None:
@@ -40,7 +40,7 @@ def install(config: EloraConfig) -> None:
     """
     problems = preflight(config)
     if problems:
-        raise SeamError(_report("cannot be installed", problems))
+        raise SeamError(report("cannot be installed", problems))
     hooks, patches = selected_hooks(config), selected_patches(config)
     if config.emulates_link:
         use_emulated_link(config)
@@ -61,44 +61,22 @@ def install(config: EloraConfig) -> None:
 
 
 def selected_patches(config: EloraConfig) -> tuple[Patch, ...]:
-    return load_patches() if config.enabled else ()
+    return tuple(patch for patch in load_patches() if When(patch.when).selected_by(config))
 
 
 def preflight(config: EloraConfig) -> list[str]:
     """What would keep the selection from being installed; empty if nothing."""
-    problems = _version_problems()
+    problems = version_problems()
     for patch in selected_patches(config):
         problems += preflight_patch(patch)
     for hook in selected_hooks(config):
-        problems += _hook_problems(hook)
+        problems += hook_problems(hook)
     return problems
 
 
 def missing(config: EloraConfig) -> list[str]:
     """Which selected hooks and patches are not in effect in this process."""
-    return _not_in_effect(selected_hooks(config), selected_patches(config))
-
-
-def _version_problems() -> list[str]:
-    try:
-        installed = version("sglang")
-    except PackageNotFoundError:
-        installed = "none"
-    if installed == SGLANG_PIN:
-        return []
-    return [f"sglang {installed} is installed, this package is for sglang=={SGLANG_PIN}"]
-
-
-def _hook_problems(hook: Hook) -> list[str]:
-    try:
-        target = pkgutil.resolve_name(hook.target)
-        names = tuple(inspect.signature(target).parameters)
-    except (AttributeError, ImportError, TypeError, ValueError) as error:
-        return [f"hook target {hook.target} is not there: {error}"]
-    expected = hook.parameters
-    if names[: len(expected)] != expected and names[:1] != ("args",):
-        return [f"hook target {hook.target} takes {names}, expected {expected} first"]
-    return []
+    return not_in_effect(selected_hooks(config), selected_patches(config))
 
 
 def _verify_once_applied(hooks: tuple[Hook, ...], patches: tuple[Patch, ...]) -> None:
@@ -108,47 +86,8 @@ def _verify_once_applied(hooks: tuple[Hook, ...], patches: tuple[Patch, ...]) ->
     def apply_hooks() -> None:
         HookRegistry.apply_hooks = upstream
         HookRegistry.apply_hooks()
-        problems = _not_in_effect(hooks, patches)
+        problems = not_in_effect(hooks, patches)
         if problems:
-            raise SystemExit(f"sglang_elora: {_report('is not in effect', problems)}")
+            raise SystemExit(f"sglang_elora: {report('is not in effect', problems)}")
 
     HookRegistry.apply_hooks = apply_hooks
-
-
-def _not_in_effect(hooks: tuple[Hook, ...], patches: tuple[Patch, ...]) -> list[str]:
-    problems = []
-    for hook in hooks:
-        try:
-            target = pkgutil.resolve_name(hook.target)
-        except AttributeError as error:
-            problems.append(f"hook target {hook.target} is not there: {error}")
-            continue
-        if target is not hook.body and not any(
-            function is hook.body for function in _functions_around(target)
-        ):
-            problems.append(
-                f"hook target {hook.target} runs without our hook (another plugin replaced it?)"
-            )
-    problems += [
-        f"patch {patch.name} of {patch.target} is not in effect (another plugin replaced it?)"
-        for patch in patches
-        if not is_applied(patch)
-    ]
-    return problems
-
-
-def _functions_around(target: Any) -> Iterator[Any]:
-    """What the wrapper chain that ``HookRegistry`` builds around a target closes over."""
-    while target is not None:
-        for cell in getattr(target, "__closure__", None) or ():
-            yield cell.cell_contents
-        target = getattr(target, "__wrapped__", None)
-
-
-def _report(what: str, problems: list[str]) -> str:
-    lines = "\n".join(f"  - {problem}" for problem in problems)
-    return (
-        f"ELORA {what} on this SGLang:\n{lines}\n"
-        f"Install sglang=={SGLANG_PIN} unmodified, remove the plugin that is in the way, "
-        "or start without --elora."
-    )

@@ -4,13 +4,14 @@ By the time SGLang calls a plugin, the target module is imported, its classes
 and functions are bound in other modules, and a spawned scheduler is unpickled
 from it. So nothing is re-imported or rebound: the diff is applied to the text
 of the target's file, both texts are compiled, and each function whose body
-differs gets the new ``__code__``. The function object stays the same, and with
-it its class, closure, wrappers and every reference to it. Calls that already
-run finish in the old code.
+differs gets the new ``__code__``, and the defaults of parameters that it adds at
+the end. The function object stays the same, and with it its class, closure,
+wrappers and every reference to it. Calls that already run finish in the old code.
 
 What replacing code objects cannot do is refused: a change of module or class
-level statements, signatures, defaults, decorators, closures, or a new function.
-So is every doubt: a file, a line or a live function that is not the pinned one.
+level statements, decorators, closures, what there is of a signature, or a new
+function. So is every doubt: a file, a line or a live function that is not the
+pinned one.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ from typing import Any
 from sglang_elora.config import SGLANG_PIN
 
 _HUNK = re.compile(r"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
+_NO_PARAMETERS = ast.arguments([], [], None, [], [], None, [])
 _KIND = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _PINNED = f"Install sglang=={SGLANG_PIN} unmodified."
 _OURS = "The patch is wrong; patches/README.md says how to make one."
 _OTHER = "Remove the plugin that changes it, or start without --elora."
+SERVER = "--elora"
 
 
 class PatchError(RuntimeError):
@@ -52,6 +55,7 @@ class Patch:
     sha256: str  # of the target as the pinned wheel has it
     why: str
     diff: str
+    when: str = SERVER  # what puts it in effect: --elora, or importing sglang_elora.lang
 
     @property
     def module(self) -> str:
@@ -69,6 +73,8 @@ class _Change:
     qualname: str
     original: CodeType
     patched: CodeType
+    added: tuple[object, ...] = ()  # defaults of new last parameters
+    added_by_keyword: tuple[tuple[str, object], ...] = ()  # the same of keyword-only ones, by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +120,7 @@ def apply_patch(patch: Patch) -> tuple[str, ...]:
     linecache.cache[compiled.filename] = (len(compiled.source), None, lines, compiled.filename)
     pending = [(function, change) for function, change in plan if not _runs(function, change)]
     for function, change in pending:
-        function.__code__ = change.patched
+        _set_code(function, change)
     return tuple(f"{patch.module}.{change.qualname}" for _, change in pending)
 
 
@@ -160,7 +166,8 @@ def _read(name: str, diff: str) -> Patch:
     missing = {"target", "sha256", "why"} - header.keys()
     if missing:
         raise PatchError(f"patch {name} has no header line for {sorted(missing)}. {_OURS}")
-    return Patch(name, header["target"], header["sha256"], header["why"], diff)
+    when = header.get("when", SERVER)
+    return Patch(name, header["target"], header["sha256"], header["why"], diff, when)
 
 
 def _plan(patch: Patch) -> tuple[_Compiled, list[tuple[FunctionType, _Change]]]:
@@ -194,37 +201,47 @@ def _compile(patch: Patch, path: str, source: str) -> _Compiled:
         codes.append(compile(text, filename, "exec", dont_inherit=True))
     except SyntaxError as error:
         raise patch.error(f"the patched file does not compile: {error}", _OURS) from error
-    (old_rest, old_bodies), (new_rest, new_bodies) = map(_outline, trees)
+    (old_rest, old_functions), (new_rest, new_functions) = map(_outline, trees)
     if old_rest != new_rest:
         raise patch.error(
-            "it changes more than function bodies: module or class level, a signature, a default, "
-            "a decorator, or the set of functions",
+            "it changes more than functions: module or class level, a decorator, or the set of "
+            "functions",
             _OURS,
         )
     changes = []
-    for qualname in (name for name in old_bodies if old_bodies[name] != new_bodies[name]):
-        if len(old_bodies[qualname]) > 1:
+    for qualname, old in old_functions.items():
+        new = new_functions[qualname]
+        if [function.dumped for function in old] == [function.dumped for function in new]:
+            continue
+        if len(old) > 1:
             raise patch.error(f"{qualname} is defined more than once", _OURS)
+        added = _added_defaults(patch, qualname, old[0].parameters, new[0].parameters)
         original, patched = (_function_code(patch, code, qualname) for code in codes)
         if original.co_freevars != patched.co_freevars:
             raise patch.error(f"it changes what {qualname} closes over", _OURS)
         if original.co_flags & _KIND != patched.co_flags & _KIND:
             raise patch.error(f"it makes {qualname} (not) async or a generator", _OURS)
-        changes.append(_Change(qualname, original, patched))
+        changes.append(_Change(qualname, original, patched, *added))
     if not changes:
         raise patch.error("it changes no function", _OURS)
     return _Compiled(filename, text, tuple(changes))
 
 
-def _outline(tree: ast.Module) -> tuple[str, dict[str, list[str]]]:
-    """A module without the bodies of its outermost functions, and those bodies by qualname."""
-    bodies: dict[str, list[str]] = {}
+@dataclass(frozen=True, slots=True)
+class _Function:
+    parameters: ast.arguments
+    dumped: str  # parameters and body
+
+
+def _outline(tree: ast.Module) -> tuple[str, dict[str, list[_Function]]]:
+    """A module without its outermost functions' parameters and bodies, and those by qualname."""
+    functions: dict[str, list[_Function]] = {}
 
     def cut(node: ast.AST, scope: str) -> None:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            body = ast.dump(ast.Module(node.body, []))
-            bodies.setdefault(scope + node.name, []).append(body)
-            node.body = []
+            dumped = ast.dump(node.args) + ast.dump(ast.Module(node.body, []))
+            functions.setdefault(scope + node.name, []).append(_Function(node.args, dumped))
+            node.args, node.body = _NO_PARAMETERS, []
             return
         if isinstance(node, ast.ClassDef):
             scope += f"{node.name}."
@@ -232,7 +249,41 @@ def _outline(tree: ast.Module) -> tuple[str, dict[str, list[str]]]:
             cut(child, scope)
 
     cut(tree, "")
-    return ast.dump(tree), bodies
+    return ast.dump(tree), functions
+
+
+def _added_defaults(
+    patch: Patch, qualname: str, old: ast.arguments, new: ast.arguments
+) -> tuple[tuple[object, ...], tuple[tuple[str, object], ...]]:
+    """Defaults of the parameters that ``new`` has behind those of ``old``, positional and
+    keyword-only ones. Raises PatchError where it differs in anything else."""
+    num, num_defaults, num_by_keyword = len(old.args), len(old.defaults), len(old.kwonlyargs)
+    names = [parameter.arg for parameter in new.args[num:]]
+    keywords = [parameter.arg for parameter in new.kwonlyargs[num_by_keyword:]]
+    defaults = [*new.defaults[num_defaults:], *new.kw_defaults[num_by_keyword:]]
+    rest = ast.arguments(
+        new.posonlyargs,
+        new.args[:num],
+        new.vararg,
+        new.kwonlyargs[:num_by_keyword],
+        new.kw_defaults[:num_by_keyword],
+        new.kwarg,
+        new.defaults[:num_defaults],
+    )
+    if (
+        ast.dump(rest) != ast.dump(old)
+        or len(defaults) != len(names) + len(keywords)
+        or not all(isinstance(default, ast.Constant) for default in defaults)
+        or (names and new.vararg)
+    ):
+        raise patch.error(
+            f"it changes the signature of {qualname} by more than new last parameters with a "
+            "constant as default",
+            _OURS,
+        )
+    values = [default.value for default in defaults if isinstance(default, ast.Constant)]
+    by_keyword = zip(keywords, values[len(names) :], strict=True)
+    return tuple(values[: len(names)]), tuple(by_keyword)
 
 
 def _function_code(patch: Patch, code: CodeType, qualname: str) -> CodeType:
@@ -274,6 +325,17 @@ def _closes_over(wrapper: FunctionType, function: object) -> bool:
             if cell.cell_contents is function:
                 return True
     return False
+
+
+def _set_code(function: FunctionType, change: _Change) -> None:
+    function.__code__ = change.patched
+    if change.added:
+        function.__defaults__ = (function.__defaults__ or ()) + change.added
+    if change.added_by_keyword:
+        function.__kwdefaults__ = {
+            **(function.__kwdefaults__ or {}),
+            **dict(change.added_by_keyword),
+        }
 
 
 def _runs(function: FunctionType, change: _Change) -> bool:

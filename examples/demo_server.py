@@ -1,0 +1,46 @@
+"""The demo's server for the examples, or one that is up already (``--url``)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from sglang_elora.demo.__main__ import launch_flags
+from sglang_elora.demo.server import SMALL_MODEL_ENV, ServerProcess
+
+FOLDER = Path(".demo")
+
+
+@contextmanager
+def demo_server(description: str | None) -> Iterator[tuple[str, Sequence[str]]]:
+    """Address of a server, and the names of the adapters it has.
+
+    Without ``--url`` it is the server of ``make demo``, with its model of random weights: what it
+    says is gibberish, and each adapter's is its own.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--url", help="a server that is up, for example that of `make serve`")
+    parser.add_argument("--adapters", nargs="+", help="its adapters [the demo's]")
+    options = parser.parse_args()
+
+    from sglang_elora.demo.adapters import demo_adapters, make_adapters
+    from sglang_elora.demo.checkpoint import make_checkpoint, silence_progress_bars
+
+    specs = demo_adapters()
+    names = options.adapters or [spec.name for spec in specs]
+    if options.url:
+        yield options.url, names
+        return
+    silence_progress_bars()
+    print("starting the demo's server (some 40 s) ...", flush=True)
+    checkpoint = make_checkpoint(FOLDER.resolve() / "checkpoint")
+    paths = make_adapters(checkpoint, FOLDER.resolve() / "adapters", specs)
+    flags = launch_flags(checkpoint, paths)
+    env = {name: value for name, value in SMALL_MODEL_ENV.items() if name not in os.environ}
+    with tempfile.TemporaryDirectory(prefix="example-") as logs:
+        with ServerProcess(flags, log_path=Path(logs) / "server.log", env=env) as server:
+            yield server.url, names

@@ -1,0 +1,94 @@
+"""Telling a server which adapters are about to be asked for, without ever waiting for it."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from sglang_elora.control.hint_gate import HintGate
+
+logger = logging.getLogger(__name__)
+
+_MOST_QUEUED = 256
+_QUIET_S = 5.0  # after a server could not be reached
+_NOT_FOR_US = {401: "it wants an admin key", 403: "it wants an admin key", 404: "it has none"}
+
+
+class Announcer:
+    """Posts names of adapters from a thread of its own, in order; lossy by design.
+
+    Nothing that goes wrong reaches the caller. Names beyond what the queue holds are dropped, and
+    so are those of a server that cannot be reached, and names that the server does not know. A
+    server that has no such endpoint, or keeps it for others, is left alone from then on.
+
+    Args:
+        post: Sends names and returns the HTTP status; raises OSError where there is none.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self, post: Callable[[Sequence[str]], int], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._post = post
+        self._clock = clock
+        self._gate = HintGate(clock)
+        self._queue: queue.Queue[str] = queue.Queue(_MOST_QUEUED)
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._quiet_until_s = float("-inf")
+        self.enabled = True
+        self.num_announced = 0  # of adapters; only manipulated by the thread
+        self.num_dropped = 0
+
+    def announce(self, names: Iterable[str | None]) -> None:
+        """Requests with these adapters will follow. Returns at once; the base model is left out."""
+        wanted = [name for name in names if name]
+        if not wanted or not self.enabled or self._clock() < self._quiet_until_s:
+            return
+        with self._lock:
+            for name in self._gate.passing(wanted):
+                try:
+                    self._queue.put_nowait(name)
+                except queue.Full:
+                    self.num_dropped += 1
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="elora-announcer", daemon=True
+                )
+                self._thread.start()
+
+    def drain(self) -> None:
+        """Wait until all that was queued has been sent or dropped."""
+        self._queue.join()
+
+    def _run(self) -> None:
+        while True:
+            names = [self._queue.get()]
+            while not self._queue.empty():
+                names.append(self._queue.get())
+            try:
+                if self.enabled:
+                    self._send(names)
+            except OSError as error:
+                logger.debug("adapters not announced: %s", error)
+                self._quiet_until_s = self._clock() + _QUIET_S
+                self.num_dropped += len(names)
+            finally:
+                for _ in names:
+                    self._queue.task_done()
+
+    def _send(self, names: Sequence[str]) -> None:
+        status = self._post(names)
+        if status in _NOT_FOR_US:
+            logger.info("no adapters are announced to this server: %s", _NOT_FOR_US[status])
+            self.enabled = False
+        elif status < 300:
+            self.num_announced += len(names)
+        elif status == 400 and len(names) > 1:
+            for name in names:  # one that is not known keeps the others from being heard
+                self._send([name])
+        else:
+            self.num_dropped += len(names)

@@ -1,0 +1,58 @@
+"""Adapters of a folder that is watched (``--elora-adapter-dir``), loaded while the server runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput
+
+from sglang_elora.adapters import FolderScan, FoundAdapter
+from sglang_elora.config import EloraConfig
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+logger = logging.getLogger(__name__)
+
+SCAN_S = 0.5
+
+
+def begin(result: None, self: TokenizerManager) -> None:
+    """After ``TokenizerManager.auto_create_handle_loop``, which the first request calls (the
+    server's own, at its start): there is an event loop now."""
+    if hasattr(self, "elora_watches"):
+        return
+    folder = EloraConfig.from_env(os.environ).adapter_dir
+    self.elora_watches = bool(folder) and self.enable_lora
+    if self.elora_watches:
+        self.asyncio_tasks.add(self.event_loop.create_task(_watch(self, Path(folder))))
+
+
+async def _watch(manager: TokenizerManager, folder: Path) -> None:
+    scan = FolderScan(folder)
+    while True:
+        for found in await asyncio.to_thread(scan.scan):
+            await _load(manager, found)
+        await asyncio.sleep(SCAN_S)
+
+
+async def _load(manager: TokenizerManager, found: FoundAdapter) -> None:
+    """Through the way of ``POST /load_lora_adapter``, with all that is checked there."""
+    problem = found.problem
+    if found.name in manager.lora_registry.get_all_adapters():
+        problem = "an adapter of this name is loaded already; unload it first"
+    if not problem:
+        request = LoadLoRAAdapterReqInput(lora_name=found.name, lora_path=str(found.path))
+        try:
+            output = await manager.load_lora_adapter(request)
+            problem = "" if output.success else output.error_message
+        except Exception as error:  # noqa: BLE001  # the next one may be in order
+            problem = repr(error)
+    if problem:
+        logger.error("Not served: adapter %r of %s: %s", found.name, found.path.parent, problem)
+    else:
+        logger.info("adapter %r of %s is served", found.name, found.path.parent)

@@ -1,0 +1,43 @@
+"""What a hook of ours is: where, what, when, and why it has to be one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from sglang_elora.config import EloraConfig
+
+
+class When(Enum):
+    """What in the configuration selects a hook or a patch."""
+
+    ELORA = "--elora"
+    CHECK = "--elora-check"
+    LINK = "--elora-link-gbytes-per-s"
+    STOCK_LINK = "--elora-link-gbytes-per-s without --elora"
+    LANG = "sglang_elora.lang"
+
+    def selected_by(self, config: EloraConfig) -> bool:
+        return {
+            When.ELORA: config.enabled,
+            When.CHECK: config.check,
+            When.LINK: config.emulates_link,
+            When.STOCK_LINK: config.emulates_link and not config.enabled,
+            When.LANG: False,  # the import says so, not the configuration
+        }[self]
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """One hook: where, what, and why it has to be a hook."""
+
+    target: str  # dotted path in sglang
+    parameters: tuple[str, ...]  # the target's leading parameters in the pinned version
+    kind: HookType
+    body: Callable[..., Any]
+    when: When
+    why_not_registry: str
