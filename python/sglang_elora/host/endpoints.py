@@ -100,8 +100,9 @@ def _add_control(app: FastAPI, control: TokenizerControl) -> None:
         """Bring adapters to the device, as if requests with them waited behind all that do; and the
         KV of sessions whose next request will come, from the host, once their adapter is there."""
         names, sessions = _listed(body.lora_name), _listed(body.session_id)
+        uids = [control.id_of(name) for name in names]
         answers = await asyncio.gather(
-            *(control.order("prefetch", uid) for uid in map(control.id_of, names)),
+            *(control.order("prefetch", uid) for uid in uids),
             *(control.order("prefetch_session", session) for session in sessions),
         )
         tiers = {name: answer.tier for name, answer in zip(names, answers, strict=False)}
