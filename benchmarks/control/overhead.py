@@ -1,11 +1,12 @@
-"""What the control channel costs requests that need nothing of it.
+"""What hints cost requests that need none: their adapters are on the device and stay.
 
     python benchmarks/control/overhead.py --link calibration.json --out FILE
 
-Servers that differ in one thing take turns, block by block of the same chats: without the channel's
-hooks, with them, and with them under 10,000 announced requests per second (variants.py). Adapters
-are on the device and stay; prompts are new. Of each round the ratio of a server's mean time to the
-first server's; the interval of their median is of a bootstrap over rounds.
+One server changes its mode from block to block of the same chats (``switched`` of variants.py):
+nothing is announced, each request is, and 10,000 others per second are as well. What it takes to
+come up with so many is a mode of its own, for it is the server's own thread that does it here. Of
+each round the ratio of the mean times in two modes; the interval of their median is of a bootstrap
+over rounds.
 """
 
 from __future__ import annotations
@@ -40,11 +41,14 @@ from sides import Sizes, make_side  # noqa: E402
 from bench_radix_cache import machine  # noqa: E402
 from sglang_elora.workloads import adapter_name  # noqa: E402
 
-SIDES = ("elora:lru+uncontrolled", "elora:lru", "elora:lru+flooded")
+SIDE = "elora:lru+switched"
+MODES = ("off", "on", "idle", "flood")
+PAIRS = (("on", "off"), ("flood", "idle"))  # whose ratio is reported
 NUM_ADAPTERS = 64
 WARM = 4  # adapters that are asked for
 BLOCK = 16  # chats of each client
 NUM_WORDS = 60
+SETTLE_S = 0.1  # for the server to look at its mode
 NUM_TOKENS = 16
 WORDS = ("harbour", "letter", "noon", "recipe", "compare", "train", "soup", "written")
 
@@ -91,10 +95,11 @@ async def play_block(url: str, number: int, clients: int, seed: int) -> list[Cha
 
 
 async def hints(url: str) -> dict[str, int]:
-    """What the tokenizer process counted; nothing without a control channel."""
+    """What became of hints so far, in the tokenizer process and in the scheduler."""
     async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as http:
-        answer = await http.get("/elora/state")
-        return answer.json()["hints"] if answer.status_code == 200 else {}
+        state = (await http.get("/elora/state")).json()
+    counts = {n: count for n, count in state["pool"]["counts"].items() if n.startswith("hints")}
+    return {**state["hints"], **counts, "adapter_loads": state["pool"]["counts"]["adapter_loads"]}
 
 
 def interval(ratios: Sequence[float], rng: random.Random) -> tuple[float, float]:
@@ -106,22 +111,21 @@ def interval(ratios: Sequence[float], rng: random.Random) -> tuple[float, float]
 def report(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for clients in sorted({row["clients"] for row in rows}):
-        means: dict[str, dict[str, list[float]]] = {}
-        for row in rows:
-            if row["clients"] == clients:
-                for what in ("ttft_s", "latency_s"):
-                    by_side = means.setdefault(what, {})
-                    by_side.setdefault(row["side"], []).append(
-                        statistics.mean(chat[what] for chat in row["chats"])
-                    )
-        for what, by_side in means.items():
-            (_, base), *others = by_side.items()
-            lines.append(f"{clients} clients, {what}: {1e3 * statistics.median(base):.2f} ms")
-            for side, found in others:
-                ratios = [mine / theirs for mine, theirs in zip(found, base, strict=True)]
+        for what in ("ttft_s", "latency_s"):
+            means: dict[str, list[float]] = {mode: [] for mode in MODES}
+            for row in rows:
+                if row["clients"] == clients:
+                    mean = statistics.mean(chat[what] for chat in row["chats"])
+                    means[row["mode"]].append(mean)
+            lines.append(
+                f"{clients} clients, {what}: off {1e3 * statistics.median(means['off']):.2f} ms"
+            )
+            for mode, base in PAIRS:
+                both = zip(means[mode], means[base], strict=True)
+                ratios = [mine / theirs for mine, theirs in both]
                 low, high = interval(ratios, random.Random(0))
                 median = statistics.median(ratios)
-                lines.append(f"  {side}: {median:.4f} ({low:.4f} to {high:.4f})")
+                lines.append(f"  {mode} / {base}: {median:.4f} ({low:.4f} to {high:.4f})")
     return "\n".join(lines)
 
 
@@ -137,34 +141,35 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="overhead-") as folder, ExitStack() as servers:
         bench = Bench(Path(folder), NUM_ADAPTERS, Sizes(), EmulatedLink.load(options.link))
-        urls = []
-        for name in SIDES:
-            log = options.out.parent / "logs" / f"overhead-{name.rpartition('+')[2]}.log"
-            side = make_side(name, bench.sizes, NUM_ADAPTERS, 2048)
-            urls.append(servers.enter_context(bench.server(side, log)).url)
+        switch = Path(folder) / "mode"
+        switch.write_text("on")
+        os.environ["MODE"] = str(switch)
+        side = make_side(SIDE, bench.sizes, NUM_ADAPTERS, 2048)
+        log = options.out.parent / "logs" / "overhead.log"
+        url = servers.enter_context(bench.server(side, log)).url
         number = 0
         for clients in options.clients:
             for i in range(-options.warm_up, options.rounds):
-                for turn in range(len(SIDES)):
-                    side = (number + turn) % len(SIDES)
-                    started_s = time.monotonic()
-                    before = asyncio.run(hints(urls[side]))
-                    chats = asyncio.run(play_block(urls[side], number, clients, options.seed))
-                    after = asyncio.run(hints(urls[side]))
+                for turn in range(len(MODES)):
+                    mode = MODES[(number + turn) % len(MODES)]
+                    switch.write_text(mode)
+                    before = asyncio.run(hints(url))
+                    time.sleep(SETTLE_S)
+                    chats = asyncio.run(play_block(url, number, clients, options.seed))
+                    after = asyncio.run(hints(url))
                     if i >= 0:
                         rows.append(
                             {
                                 "clients": clients,
-                                "side": SIDES[side],
+                                "mode": mode,
                                 "round": number,
-                                "wall_s": time.monotonic() - started_s,
-                                "hints": {k: after[k] - before[k] for k in after},
+                                "counts": {name: after[name] - before[name] for name in after},
                                 "chats": [asdict(chat) for chat in chats],
                             }
                         )
                 number += 1
         facts = {**machine(), **bench.facts(), "seed": options.seed}
-    rows.sort(key=lambda row: (row["clients"], row["round"], SIDES.index(row["side"])))
+    rows.sort(key=lambda row: (row["clients"], row["round"]))
     options.out.write_text("".join(json.dumps(row) + "\n" for row in [facts, *rows]))
     print(report(rows))
 

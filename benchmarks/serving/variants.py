@@ -5,9 +5,7 @@ swapper do. ``free``: such copies take no time on the emulated link. What lies b
 all that loads can cost. ``branch``: an adapter leaves with all of its KV, whatever else is less
 worth (the paper's "whole-branch" case). ``late``: KV is copied to the host when it is evicted and
 not beforehand. ``timed``: as it is, with moments written to a file; ``timed_without_hints``:
-adapters are not announced. ``uncontrolled``: without the control channel, so without hints, state,
-orders and endpoints. ``flooded``: while a request is there, 10,000 more are announced per
-second, with adapters in turns, some of which nobody has loaded.
+adapters are not announced. ``switched``: announced or not, or far too many, as a file says.
 """
 
 from __future__ import annotations
@@ -68,43 +66,49 @@ def timed_without_hints() -> None:
     _hook("sglang_elora.control.hint_gate.HintGate.passing", lambda self, adapters: [], "REPLACE")
 
 
-def uncontrolled() -> None:
-    """The hooks are registered by now, or will be: they do nothing."""
-    from sglang_elora.host import arrival, control
-
-    def nothing(*_: Any, **__: Any) -> None:
-        pass
-
-    hooks = (arrival.attach, arrival.announce_native, arrival.announce_openai)
-    for body in (*hooks, control.add_to_dispatcher):
-        body.__code__ = nothing.__code__
-
-
 HINTS_PER_S = 10_000
 UNKNOWN_SHARE = 0.05
 
 
-def flooded() -> None:
+def switched() -> None:
+    """What the file ``MODE`` says of adapters of requests while the server runs: they are not
+    announced (``off``); they are (``on``); and while a request is there others are as well, 10,000
+    per second (``flood``). ``idle`` is ``flood`` without doing anything with these."""
+    mode = "on"
+
+    def read() -> str:
+        return Path(os.environ["MODE"]).read_text()
+
+    def announce(original: Callable[..., Any], self: Any, *arguments: Any) -> None:
+        if mode != "off":
+            original(self, *arguments)
+
     async def flood(manager: Any) -> None:
+        nonlocal mode
         loaded = [*manager.elora.loaded()]
         names = loaded + [f"nobody-{i}" for i in range(round(UNKNOWN_SHARE * len(loaded)))]
         num_announced, last_s = 0, time.monotonic()
         while True:
-            await asyncio.sleep(0.001)
-            now_s = time.monotonic()
-            due, last_s = round(min(now_s - last_s, 0.1) * HINTS_PER_S), now_s
-            if not manager.rid_to_state:
-                continue
-            for _ in range(due):
-                num_announced += 1
-                manager.elora.announce(names[num_announced % len(names)])
+            mode = read()
+            for _ in range(50):
+                await asyncio.sleep(0.001 if mode in ("idle", "flood") else 0.02)
+                now_s = time.monotonic()
+                due, last_s = round(min(now_s - last_s, 0.1) * HINTS_PER_S), now_s
+                if not manager.rid_to_state:
+                    break
+                if mode == "flood":
+                    for _ in range(due):
+                        num_announced += 1
+                        manager.elora.announce(names[num_announced % len(names)])
 
     def begin(result: None, self: Any) -> None:
         if not hasattr(self, "flood"):
             self.flood = asyncio.get_running_loop().create_task(flood(self))
 
-    target = "sglang.srt.managers.tokenizer_manager.TokenizerManager.auto_create_handle_loop"
-    _hook(target, begin, "AFTER")
+    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+    _hook(f"{manager}.auto_create_handle_loop", begin, "AFTER")
+    control = "sglang_elora.host.tokenizer_control.TokenizerControl"
+    _hook(f"{control}.announce", announce, "AROUND")
 
 
 def branch() -> None:
@@ -137,8 +141,7 @@ def branch() -> None:
 
 
 VARIANTS: dict[str, Callable[[], None]] = {
-    f.__name__: f
-    for f in (blocking, free, branch, late, timed, timed_without_hints, uncontrolled, flooded)
+    f.__name__: f for f in (blocking, free, branch, late, timed, timed_without_hints, switched)
 }
 
 

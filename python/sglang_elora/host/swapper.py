@@ -69,10 +69,10 @@ MOST_EXPECTED = 32
 """Adapters that requests are expected for, beside those that wait."""
 
 MOST_CREDIT = 16
-"""Adapters that may come for hints before a hint has come true, which is worth one more."""
+"""Adapters that came for hints alone and have not been used yet, most of them."""
 
 CREDIT_STEPS = 64
-"""Iterations with a batch, after which one more may come for a hint in any case."""
+"""Iterations with a batch, after which one more may come, whatever became of them."""
 
 EXPECTED_STEPS = 512
 """Iterations with a batch for which a hint holds."""
@@ -106,6 +106,7 @@ class Swapper:
         self._expected: dict[str, int] = {}  # adapter -> step up to which; soonest over first
         self._ordered: set[str] = set()  # of those: somebody said that they have to come
         self._credit = MOST_CREDIT
+        self._on_credit: set[str] = set()
         self._turns: dict[NodeId, int] = {}  # end of a session -> step up to which
         self._leaving: dict[str, None] = {}  # adapters that are to be evicted
         self._num_busy_steps = 0
@@ -228,8 +229,9 @@ class Swapper:
         """A request with this adapter runs."""
         self._measure.popularity.use(uid)
         self.residency.forest.used(uid, time.monotonic())
-        if self._forget_expected(uid):
-            self._core.counts["hints_used"] += 1
+        self._core.counts["hints_used"] += self._forget_expected(uid)
+        if uid in self._on_credit:
+            self._on_credit.remove(uid)
             self._credit = min(self._credit + 1, MOST_CREDIT)
 
     @property
@@ -419,6 +421,7 @@ class Swapper:
                 has_room = self._may_start(adapter) and self.residency.place(uid, wanted[uid])
                 if has_room and wanted[uid] == LOOKAHEAD and uid not in self._ordered:
                     self._credit -= 1
+                    self._on_credit.add(uid)
 
     def _add_expected(self, wanted: dict[str, int], missing: list[Adapter], room: int) -> None:
         """What hints named, behind all who wait; they are held to ``room`` as well."""
