@@ -47,6 +47,7 @@ PAIRS = (("on", "off"), ("flood", "idle"))  # whose ratio is reported
 NUM_ADAPTERS = 64
 WARM = 4  # adapters that are asked for
 BLOCK = 16  # chats of each client
+SETTLING = 6  # before them, which do not count: what the mode before has left behind
 NUM_WORDS = 60
 SETTLE_S = 0.1  # for the server to look at its mode
 NUM_TOKENS = 16
@@ -80,13 +81,13 @@ async def chat(http: httpx.AsyncClient, adapter: str, content: str) -> Chat:
     return Chat(first_s - sent_s, time.monotonic() - sent_s)
 
 
-async def play_block(url: str, number: int, clients: int, seed: int) -> list[Chat]:
+async def play_block(url: str, number: int, clients: int, seed: int, length: int) -> list[Chat]:
     async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as http:
 
         async def hold(client: int) -> list[Chat]:
-            rng = random.Random(f"overhead/{seed}/{number}/{client}")
+            rng = random.Random(f"overhead/{seed}/{number}/{client}/{length}")
             found = []
-            for i in range(BLOCK):
+            for i in range(length):
                 content = " ".join(rng.choices(WORDS, k=NUM_WORDS))
                 found.append(await chat(http, adapter_name((client + i) % WARM), content))
             return found
@@ -132,8 +133,8 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 3])
-    parser.add_argument("--rounds", type=int, default=40, help=f"blocks of {BLOCK} chats a client")
-    parser.add_argument("--warm-up", type=int, default=4, help="rounds that do not count")
+    parser.add_argument("--rounds", type=int, default=20, help=f"blocks of {BLOCK} chats a client")
+    parser.add_argument("--warm-up", type=int, default=2, help="rounds that do not count")
     parser.add_argument("--link", type=Path, required=True, help="what calibrate.py wrote")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
@@ -150,12 +151,14 @@ def main() -> None:
         number = 0
         for clients in options.clients:
             for i in range(-options.warm_up, options.rounds):
-                for turn in range(len(MODES)):
-                    mode = MODES[(number + turn) % len(MODES)]
+                for mode in random.Random(f"modes/{options.seed}/{number}").sample(
+                    MODES, len(MODES)
+                ):
                     switch.write_text(mode)
-                    before = asyncio.run(hints(url))
                     time.sleep(SETTLE_S)
-                    chats = asyncio.run(play_block(url, number, clients, options.seed))
+                    asyncio.run(play_block(url, number, clients, options.seed, SETTLING))
+                    before = asyncio.run(hints(url))
+                    chats = asyncio.run(play_block(url, number, clients, options.seed, BLOCK))
                     after = asyncio.run(hints(url))
                     if i >= 0:
                         rows.append(

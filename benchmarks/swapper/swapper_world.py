@@ -20,23 +20,17 @@ with warnings.catch_warnings():  # SGLang's
     from sglang_elora.host.measure import Measure
     from sglang_elora.host.residency import AdapterSource, PoolTooSmall, Residency
     from sglang_elora.host.swapper import (
-        CREDIT_STEPS,
         EVICT_LEAVES,
-        EXPECTED_STEPS,
         LOOKAHEAD,
-        MOST_CREDIT,
         ROOM_LEAVES,
         WORK_PER_STEP,
         Swapper,
     )
 
 __all__ = [
-    "CREDIT_STEPS",
     "EVICT_LEAVES",
-    "EXPECTED_STEPS",
     "HEAD_DIM",
     "LOOKAHEAD",
-    "MOST_CREDIT",
     "ROOM_LEAVES",
     "WORK_PER_STEP",
     "AdapterSource",

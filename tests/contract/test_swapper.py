@@ -6,12 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from sglang_elora.swapper.expected import CREDIT_STEPS, HINT_STEPS, HINTED_SHARE, MOST_CREDIT
 from swapper_world import (
-    CREDIT_STEPS,
     EVICT_LEAVES,
-    EXPECTED_STEPS,
     LOOKAHEAD,
-    MOST_CREDIT,
     ROOM_LEAVES,
     WORK_PER_STEP,
     PoolTooSmall,
@@ -326,7 +324,7 @@ def test_a_hint_holds_until_its_request_runs_or_for_some_batches() -> None:
     made.step()
     assert not made.core.is_held(uid(0))
     made.swapper.expect([uid(1)])
-    for _ in range(EXPECTED_STEPS):
+    for _ in range(HINT_STEPS):
         made.step()
     assert made.core.is_held(uid(1))
     for _ in range(3):
@@ -369,6 +367,22 @@ def test_credit_for_hints_returns_with_time() -> None:
     for _ in range(CREDIT_STEPS):
         made.step()
     assert made.is_resident(uid(MOST_CREDIT))
+    made.check()
+
+
+def test_what_came_for_hints_alone_holds_a_small_part_of_the_pool() -> None:
+    made = world(int(3 * SLOTS / HINTED_SHARE) + 10, num_adapters=40)
+    for _ in range(2):
+        for i in range(6):
+            made.swapper.expect([uid(i)])
+        for _ in range(3):
+            made.step()
+    assert len(resident(made)) == 3
+    assert [i for i in range(40) if made.core.is_held(uid(i))] == resident(made)
+    bring(made, 30)
+    made.swapper.expect([uid(30)])
+    made.step()
+    assert not made.core.is_held(uid(30)), "nothing is to be done for what is there"
     made.check()
 
 

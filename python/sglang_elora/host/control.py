@@ -26,7 +26,8 @@ from sglang_elora.host.messages import (
 )
 from sglang_elora.host.residency import Residency
 from sglang_elora.host.state import changes_since, tier_of
-from sglang_elora.host.swapper import MOST_EXPECTED, Swapper
+from sglang_elora.host.swapper import Swapper
+from sglang_elora.swapper import MOST_EXPECTED
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler

@@ -29,7 +29,7 @@ from sglang_elora.host.adapter_node import FULL, AdapterNode
 from sglang_elora.host.measure import Measure
 from sglang_elora.host.residency import AdapterChanged, Residency
 from sglang_elora.pages import AdapterImage
-from sglang_elora.swapper import AdapterCopy, Copied, Read
+from sglang_elora.swapper import ORDER_STEPS, AdapterCopy, Copied, Expected, Read
 from sglang_elora.tree import Adapter
 
 if TYPE_CHECKING:
@@ -65,18 +65,6 @@ COPY_AHEAD_BELOW = 0.1
 COPY_AHEAD_LEAVES = 4
 """Looked at and copied at a time."""
 
-MOST_EXPECTED = 32
-"""Adapters that requests are expected for, beside those that wait."""
-
-MOST_CREDIT = 16
-"""Adapters that came for hints alone and have not been used yet, most of them."""
-
-CREDIT_STEPS = 64
-"""Iterations with a batch, after which one more may come, whatever became of them."""
-
-EXPECTED_STEPS = 512
-"""Iterations with a batch for which a hint holds."""
-
 MOST_TURNS = 64
 """Sessions whose KV is to come from the host before their next request is taken."""
 
@@ -103,10 +91,7 @@ class Swapper:
         self._measure = measure
         self._wanted: dict[str, int] = {}  # adapter -> position of the first request for it
         self._errors: dict[str, BaseException] = {}  # of this step
-        self._expected: dict[str, int] = {}  # adapter -> step up to which; soonest over first
-        self._ordered: set[str] = set()  # of those: somebody said that they have to come
-        self._credit = MOST_CREDIT
-        self._on_credit: set[str] = set()
+        self._expected = Expected(residency.pool_slots)
         self._turns: dict[NodeId, int] = {}  # end of a session -> step up to which
         self._leaving: dict[str, None] = {}  # adapters that are to be evicted
         self._num_busy_steps = 0
@@ -120,8 +105,8 @@ class Swapper:
         """
         self.residency.work_left = WORK_PER_STEP if is_busy else sys.maxsize
         self._num_busy_steps += is_busy
-        if is_busy and self._num_busy_steps % CREDIT_STEPS == 0:
-            self._credit = min(self._credit + 1, MOST_CREDIT)
+        if is_busy:
+            self._expected.step()
         if self.residency.copies or self._host.reading:
             self._settle()
             self._fail_waiting(scheduler)
@@ -173,10 +158,8 @@ class Swapper:
         """Requests with these adapters are about to come: what they need is brought in behind what
         requests wait for, and nothing that these need is given up for it.
 
-        Hints are followed as long as they come true, whoever sends them: see ``MOST_CREDIT``.
-
         Args:
-            ordered: This is no hint, they have to come.
+            ordered: This is no hint, they have to come and to stay for a while (``Expected``).
 
         Returns:
             How many of them are expected now; others are unknown, or there are too many.
@@ -184,17 +167,12 @@ class Swapper:
         counts, forest, num_taken = self._core.counts, self.residency.forest, 0
         for uid in uids:
             is_known = uid in forest and not forest.get(uid).retired
-            is_new = uid not in self._expected
-            if not is_known or (is_new and len(self._expected) >= MOST_EXPECTED):
+            if not is_known or not self._expected.add(uid, ordered=ordered):
                 counts["hints_dropped"] += 1
                 continue
             counts["hints"] += 1
             counts["hints_late"] += self._is_waited_for(uid)
             self._leaving.pop(uid, None)
-            self._expected.pop(uid, None)
-            self._expected[uid] = self._num_busy_steps + EXPECTED_STEPS
-            if ordered:
-                self._ordered.add(uid)
             num_taken += 1
         return num_taken
 
@@ -210,7 +188,7 @@ class Swapper:
             end = self._core.sessions.end_of(session)
             num_alive += end is not None
             if end is not None and end.evicted and len(self._turns) < MOST_TURNS:
-                self._turns.setdefault(end.id, self._num_busy_steps + EXPECTED_STEPS)
+                self._turns.setdefault(end.id, self._num_busy_steps + ORDER_STEPS)
         return num_alive
 
     def evict_soon(self, uid: str) -> None:
@@ -221,7 +199,7 @@ class Swapper:
         """
         if self._core.is_locked(uid) or self._is_waited_for(uid):
             raise ValueError("a request uses the adapter or waits for it, or it is pinned")
-        self._forget_expected(uid)
+        self._expected.forget(uid)
         if self.residency.forest.get(uid).resident:
             self._leaving[uid] = None
 
@@ -229,10 +207,7 @@ class Swapper:
         """A request with this adapter runs."""
         self._measure.popularity.use(uid)
         self.residency.forest.used(uid, time.monotonic())
-        self._core.counts["hints_used"] += self._forget_expected(uid)
-        if uid in self._on_credit:
-            self._on_credit.remove(uid)
-            self._credit = min(self._credit + 1, MOST_CREDIT)
+        self._core.counts["hints_used"] += self._expected.used(uid)
 
     @property
     def is_waiting(self) -> bool:
@@ -419,35 +394,31 @@ class Swapper:
                 self._host.request(uid)
             elif has_room:  # what is freed for one is not taken by one behind it
                 has_room = self._may_start(adapter) and self.residency.place(uid, wanted[uid])
-                if has_room and wanted[uid] == LOOKAHEAD and uid not in self._ordered:
-                    self._credit -= 1
-                    self._on_credit.add(uid)
+                if has_room and wanted[uid] == LOOKAHEAD:
+                    self._expected.came(uid)
 
     def _add_expected(self, wanted: dict[str, int], missing: list[Adapter], room: int) -> None:
-        """What hints named, behind all who wait; they are held to ``room`` as well."""
-        core, forest = self._core, self.residency.forest
-        while self._expected and next(iter(self._expected.values())) < self._num_busy_steps:
-            self._forget_expected(next(iter(self._expected)))
-        for uid in [uid for uid in self._expected if uid not in wanted]:
-            if uid not in forest or forest.get(uid).retired:
-                self._forget_expected(uid)
+        """What hints and orders named, behind all who wait; they are held to ``room`` as well."""
+        hinted_slots, expected = 0, self._expected
+        for uid in expected.due():
+            if uid in wanted:
                 continue
-            if not self._credit and uid not in self._ordered:
+            if uid not in self.residency.forest or self.residency.forest.get(uid).retired:
+                expected.forget(uid)
                 continue
-            node = core.node_of(uid)
+            node = self._core.node_of(uid)
+            num_slots, is_there = node.adapter.num_slots, node.adapter.resident
+            if not expected.is_followed(uid, num_slots, hinted_slots, is_there=is_there):
+                continue
+            hinted_slots += num_slots * expected.is_hint(uid)
             if node.component_data[FULL].lock_ref == 0:
-                room -= node.adapter.num_slots
+                room -= num_slots
             if room < 0:
                 break
             wanted[uid] = LOOKAHEAD
-            core.set_wanted(node, LOOKAHEAD)
-            if not node.adapter.resident:
+            self._core.set_wanted(node, LOOKAHEAD)
+            if not is_there:
                 missing.append(node.adapter)
-
-    def _forget_expected(self, uid: str) -> bool:
-        """Whether it was expected."""
-        self._ordered.discard(uid)
-        return self._expected.pop(uid, None) is not None
 
     def _evict_leaving(self) -> bool:
         """Some of what was told to leave. Whether there was something."""

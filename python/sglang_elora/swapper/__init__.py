@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["AdapterCopy", "Copied", "HostTier", "HostTierFull", "Read"]
+__all__ = [
+    "MOST_EXPECTED",
+    "ORDER_STEPS",
+    "AdapterCopy",
+    "Copied",
+    "Expected",
+    "HostTier",
+    "HostTierFull",
+    "Read",
+]
 
 from sglang_elora.swapper.adapter_copy import AdapterCopy, Copied
+from sglang_elora.swapper.expected import MOST_EXPECTED, ORDER_STEPS, Expected
 from sglang_elora.swapper.host_tier import HostTier, HostTierFull, Read
