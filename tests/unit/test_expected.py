@@ -1,0 +1,83 @@
+"""Hints are followed as long as they come true; orders are."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_elora.swapper import Expected
+from sglang_elora.swapper.expected import (
+    CREDIT_STEPS,
+    HINT_STEPS,
+    HINTED_SHARE,
+    MOST_CREDIT,
+    MOST_EXPECTED,
+    ORDER_STEPS,
+)
+
+
+def follows(expected: Expected, uid: str, num_slots: int = 1) -> bool:
+    """Of a hint for an adapter that is not there; it comes if it may."""
+    expected.add(uid, ordered=False)
+    may_come = expected.is_followed(uid, num_slots, 0, is_there=False)
+    if may_come:
+        expected.came(uid)
+    return may_come
+
+
+@pytest.mark.parametrize(("ordered", "steps"), [(False, HINT_STEPS), (True, ORDER_STEPS)])
+def test_they_hold_for_some_steps(ordered: bool, steps: int) -> None:
+    expected = Expected(1000)
+    expected.add("a", ordered=ordered)
+    for _ in range(steps):
+        expected.step()
+        assert expected.due() == ["a"]
+    expected.step()
+    assert expected.due() == [] and not expected
+
+
+def test_there_are_not_too_many_and_orders_come_first() -> None:
+    expected = Expected(1000)
+    taken = [expected.add(f"h{i}", ordered=False) for i in range(MOST_EXPECTED + 3)]
+    assert taken == [True] * MOST_EXPECTED + [False] * 3
+    assert expected.add("h5", ordered=True), "an order for what a hint named"
+    due = expected.due()
+    assert due[0] == "h5" and len(due) == MOST_EXPECTED == len(set(due))
+
+
+def test_credit_is_used_up_by_what_nobody_uses_and_not_by_what_somebody_does() -> None:
+    expected = Expected(1000)
+    for i in range(5 * MOST_CREDIT):
+        assert follows(expected, f"true-{i}")
+        assert expected.used(f"true-{i}")
+    for i in range(MOST_CREDIT):
+        assert follows(expected, f"false-{i}")
+        assert not expected.forget("nobody")
+    assert not follows(expected, "one more")
+    expected.add("told", ordered=True)
+    assert expected.is_followed("told", 1, 0, is_there=False)
+    for _ in range(CREDIT_STEPS):
+        expected.step()
+    assert follows(expected, "later") and not follows(expected, "and another")
+
+
+def test_what_is_there_is_kept_only_if_it_came_for_a_hint() -> None:
+    expected = Expected(1000)
+    expected.add("mine", ordered=False)
+    expected.add("theirs", ordered=False)
+    expected.came("mine")
+    assert expected.is_followed("mine", 1, 0, is_there=True)
+    assert not expected.is_followed("theirs", 1, 0, is_there=True)
+    expected.used("mine")
+    expected.add("mine", ordered=False)
+    assert not expected.is_followed("mine", 1, 0, is_there=True)
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=40))
+def test_hints_hold_their_share_or_one_adapter(sizes: list[int]) -> None:
+    expected, held = Expected(1000), []
+    for i, num_slots in enumerate(sizes):
+        if expected.is_followed(f"a{i}", num_slots, sum(held), is_there=False):
+            held.append(num_slots)
+    assert held and (len(held) == 1 or sum(held) <= HINTED_SHARE * 1000)
