@@ -88,7 +88,7 @@ def expressions() -> Iterator[tuple[str, str]]:
 EXPORTED = {**of_sglang(), **of_elora()}
 
 
-@pytest.mark.parametrize(("query", "legend"), expressions())
+@pytest.mark.parametrize(("query", "legend"), list(expressions()))
 def test_metrics_and_labels_are_exported(query: str, legend: str) -> None:
     metrics = re.findall(r"sglang:\w+", query)
     assert metrics
