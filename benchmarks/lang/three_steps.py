@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=42, help="programs of each way")
     parser.add_argument("--words", type=int, default=60, help="of the first prompt")
+    parser.add_argument(
+        "--host-gb", type=float, help="--elora-host-gb of the servers; with 0 adapters are on disk"
+    )
     parser.add_argument("--clients", type=int, nargs="+", default=[0, 2], help="beside it")
     parser.add_argument("--link", type=Path, required=True, help="what calibrate.py wrote")
     parser.add_argument("--seed", type=int, default=0)
@@ -173,6 +176,9 @@ def main() -> None:
         endpoints = {}
         for name, side_name in SERVERS.items():
             side = make_side(side_name, bench.sizes, NUM_ADAPTERS, 2048)
+            if options.host_gb is not None:
+                flags = (*side.flags, "--elora-host-gb", str(options.host_gb))
+                side = replace(side, flags=flags)
             os.environ["MOMENTS"] = os.devnull
             log = Path(folder) / f"{side.variant}.log"
             server = servers.enter_context(bench.server(side, log))
@@ -194,6 +200,7 @@ def main() -> None:
             uncounted = 2
             report(samples, clients)
         facts = {**machine(), **bench.facts(), "seed": options.seed, "words": options.words}
+        facts["host_gb"] = options.host_gb
     rows = [facts, *(asdict(sample) for sample in samples)]
     options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

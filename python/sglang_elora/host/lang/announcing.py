@@ -41,7 +41,8 @@ def set_admin_key(announcer: Announcer, key: str) -> None:
 
 def announce_queued(self: StreamExecutor, expr: Any) -> None:
     """Before ``StreamExecutor.submit``: calls that wait for an earlier one, with another adapter
-    than that one's, are announced. One that can run at once announces itself."""
+    than that one's, are announced, and that one's ahead of it: its request may come later than
+    this, and its adapter must not. A call that can run at once announces itself."""
     names = list(_adapters(expr, self.lora_path))
     if not names or not self.use_thread:
         return
@@ -51,7 +52,8 @@ def announce_queued(self: StreamExecutor, expr: Any) -> None:
     setattr(self, _LAST, names[-1])
     announcer = announcer_of(self.backend)
     if announcer is not None:
-        announcer.announce(names[i] for i in ahead if names[i] != before[i])
+        pairs = ((before[i], names[i]) for i in ahead if names[i] != before[i])
+        announcer.announce(name for pair in pairs for name in pair)
 
 
 def announce_branches(
@@ -68,15 +70,15 @@ def announce_branches(
 def announce_traced(
     program: Any, backend: Any, func_args: Any, func_kwargs: Any, *more: Any, **rest: Any
 ) -> None:
-    """Before ``run_program``: of a program that may be traced, all adapters behind the first
-    call's, in the order in which they are used."""
+    """Before ``run_program``: of a program that may be traced, all adapters in the order in which
+    they are used. The first one's too: its request comes later than this, its adapter must not."""
     tracing.refuse_inside()
     if not tracing.is_traced(program):
         return
     announcer = announcer_of(backend)
     if announcer is not None and announcer.enabled:
         names = tracing.adapters(program, backend, func_args, func_kwargs)
-        announcer.announce(name for name in dict.fromkeys(names) if name != names[0])
+        announcer.announce(dict.fromkeys(names))
 
 
 class _Post:
