@@ -5,8 +5,8 @@
 One server changes its mode from block to block of the same chats (``switched`` of variants.py):
 nothing is announced, each request is, and 10,000 others per second are as well. What it takes to
 come up with so many is a mode of its own, for it is the server's own thread that does it here. Of
-each round the ratio of the mean times in two modes; the interval of their median is of a bootstrap
-over rounds.
+each round the ratio of the median times in two modes; the interval of the ratios' median is of a
+bootstrap over rounds.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ from bench_radix_cache import machine  # noqa: E402
 from sglang_elora.workloads import adapter_name  # noqa: E402
 
 SIDE = "elora:lru+switched"
-MODES = ("off", "on", "idle", "flood")
-PAIRS = (("on", "off"), ("flood", "idle"))  # whose ratio is reported
+COMPARED = (("on", "off", 1), ("flood", "idle", 1), ("flood", "idle", 3))
+"""Two modes, and clients."""
+
 NUM_ADAPTERS = 64
 WARM = 4  # adapters that are asked for
 BLOCK = 16  # chats of each client
-SETTLING = 6  # before them, which do not count: what the mode before has left behind
+SETTLING = 4  # before them, which do not count: what the mode before has left behind
 NUM_WORDS = 60
 SETTLE_S = 0.1  # for the server to look at its mode
 NUM_TOKENS = 16
@@ -111,29 +112,29 @@ def interval(ratios: Sequence[float], rng: random.Random) -> tuple[float, float]
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
-    for clients in sorted({row["clients"] for row in rows}):
+    for *modes, clients in COMPARED:
         for what in ("ttft_s", "latency_s"):
-            means: dict[str, list[float]] = {mode: [] for mode in MODES}
-            for row in rows:
-                if row["clients"] == clients:
-                    mean = statistics.mean(chat[what] for chat in row["chats"])
-                    means[row["mode"]].append(mean)
-            lines.append(
-                f"{clients} clients, {what}: off {1e3 * statistics.median(means['off']):.2f} ms"
+            mine, theirs = (
+                [
+                    statistics.median(chat[what] for chat in row["chats"])
+                    for row in rows
+                    if (row["mode"], row["clients"]) == (mode, clients)
+                ]
+                for mode in modes
             )
-            for mode, base in PAIRS:
-                both = zip(means[mode], means[base], strict=True)
-                ratios = [mine / theirs for mine, theirs in both]
-                low, high = interval(ratios, random.Random(0))
-                median = statistics.median(ratios)
-                lines.append(f"  {mode} / {base}: {median:.4f} ({low:.4f} to {high:.4f})")
+            ratios = [m / t for m, t in zip(mine, theirs, strict=True)]
+            low, high = interval(ratios, random.Random(0))
+            lines.append(
+                f"{clients} clients, {what[:-2]}: {modes[1]} {1e3 * statistics.median(theirs):.2f} "
+                f"ms, {modes[0]} / {modes[1]} {statistics.median(ratios):.4f} "
+                f"({low:.4f} to {high:.4f})"
+            )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clients", nargs="+", type=int, default=[1, 3])
-    parser.add_argument("--rounds", type=int, default=20, help=f"blocks of {BLOCK} chats a client")
+    parser.add_argument("--rounds", type=int, default=24, help=f"blocks of {BLOCK} chats a client")
     parser.add_argument("--warm-up", type=int, default=2, help="rounds that do not count")
     parser.add_argument("--link", type=Path, required=True, help="what calibrate.py wrote")
     parser.add_argument("--seed", type=int, default=0)
@@ -149,11 +150,9 @@ def main() -> None:
         log = options.out.parent / "logs" / "overhead.log"
         url = servers.enter_context(bench.server(side, log)).url
         number = 0
-        for clients in options.clients:
+        for *modes, clients in COMPARED:
             for i in range(-options.warm_up, options.rounds):
-                for mode in random.Random(f"modes/{options.seed}/{number}").sample(
-                    MODES, len(MODES)
-                ):
+                for mode in modes if number % 2 else modes[::-1]:
                     switch.write_text(mode)
                     time.sleep(SETTLE_S)
                     asyncio.run(play_block(url, number, clients, options.seed, SETTLING))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
 
+from sglang_elora.pages import AdapterImage
 from sglang_elora.swapper.expected import CREDIT_STEPS, HINT_STEPS, HINTED_SHARE, MOST_CREDIT
 from swapper_world import (
     EVICT_LEAVES,
     LOOKAHEAD,
     ROOM_LEAVES,
     WORK_PER_STEP,
+    AdapterSource,
     PoolTooSmall,
     World,
     uid,
@@ -367,6 +370,29 @@ def test_credit_for_hints_returns_with_time() -> None:
     for _ in range(CREDIT_STEPS):
         made.step()
     assert made.is_resident(uid(MOST_CREDIT))
+    made.check()
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_what_cannot_be_read_is_not_tried_again_for_a_hint(ordered: bool) -> None:
+    def read() -> AdapterImage:
+        raise OSError("gone")
+
+    made = world()
+    image = made.host.get(uid(0))
+    made.residency.register(
+        AdapterSource("bad", "bad", image.layout, image.nbytes, False, read=read)
+    )
+    made.swapper.expect(["bad"], ordered=ordered)
+    deadline = time.monotonic() + 10
+    while not made.residency.statistics()["adapter_reads_failed"]:
+        assert time.monotonic() < deadline
+        made.step(is_busy=False)
+    for _ in range(50):
+        made.step(is_busy=False)
+        time.sleep(0.001)
+    assert made.residency.statistics()["adapter_reads_failed"] == 1
+    assert not made.swapper.is_waiting
     made.check()
 
 

@@ -320,6 +320,7 @@ class Swapper:
             logger.error("LoRA adapter %s: %s", self.residency.name_of(uid), found)
             self._core.counts[counted] += 1
             self._errors[uid] = found
+            self._expected.forget(uid)  # or it would be tried again and again
 
     def _agree(self, codes: list[int]) -> list[int]:
         """The least of all ranks, one by one."""
