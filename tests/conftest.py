@@ -36,6 +36,7 @@ SERVERS = frozenset({"elora_server", "stock_server"})
 """Fixtures that many files share."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """For several workers: a file stays whole, and files that share servers stay together."""
     if not config.pluginmanager.hasplugin("xdist"):

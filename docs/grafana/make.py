@@ -109,6 +109,17 @@ def elora_rates(**metrics: str) -> dict[str, str]:
     }
 
 
+def elora_shares(metric: str, label: str) -> dict[str, str]:
+    """Parts of a count per second, as shares of all of them."""
+    return {
+        f"{{{{{label}}}}}": f"{rates_by(metric, label)} / scalar({rate(f'sglang:elora_{metric}')})"
+    }
+
+
+def rates_by(metric: str, label: str) -> str:
+    return f"sum by ({label}) (rate(sglang:elora_{metric}_total{{MODEL}}[$__rate_interval]))"
+
+
 ROWS: list[list[Panel]] = [
     [
         chart(
@@ -134,6 +145,28 @@ ROWS: list[list[Panel]] = [
                 "/ scalar(sum(rate(sglang:prompt_tokens_total{MODEL}[$__rate_interval])))"
             },
             unit="percentunit",
+            stacked=True,
+        ),
+    ],
+    [
+        chart(
+            "Adapters found, by where",
+            "Where requests found their adapter when they came to the scheduler.",
+            elora_shares("adapter_lookups", "tier"),
+            unit="percentunit",
+            stacked=True,
+        ),
+        chart(
+            "Prompt tokens, by where their KV was",
+            "When the request was taken into a batch; the rest was computed.",
+            elora_shares("prompt_tokens", "source"),
+            unit="percentunit",
+            stacked=True,
+        ),
+        chart(
+            "KV evicted, tokens per second",
+            "Room: for who waits; ahead of a load; told: by an order; unloaded with its adapter.",
+            {"{{reason}}": rates_by("kv_slots_evicted", "reason")},
             stacked=True,
         ),
     ],
@@ -172,9 +205,10 @@ ROWS: list[list[Panel]] = [
         chart(
             "Adapters per second",
             "Churn: loads within 10 s of the eviction.",
-            elora_rates(
-                loads="adapter_loads", evictions="adapter_evictions", churn="adapter_churn"
-            ),
+            {
+                **elora_rates(loads="adapter_loads", churn="adapter_churn"),
+                "evictions, {{reason}}": rates_by("adapter_evictions", "reason"),
+            },
         ),
     ],
     [
@@ -201,13 +235,8 @@ ROWS: list[list[Panel]] = [
     [
         chart(
             "KV moved, tokens per second",
-            "Ahead: by the swapper, before the room was needed.",
-            elora_rates(
-                evicted="kv_slots_evicted",
-                evicted_ahead="kv_slots_evicted_ahead",
-                to_host="kv_slots_to_host",
-                from_host="kv_slots_from_host",
-            ),
+            "Between device and host.",
+            elora_rates(to_host="kv_slots_to_host", from_host="kv_slots_from_host"),
         ),
         chart(
             "Prefetched, slots per second",

@@ -358,7 +358,7 @@ def test_a_traced_program_announces_all_its_adapters_at_its_start(
     @elora.traced
     @sgl.function
     def steps(s: Any) -> None:
-        s += START + sgl.gen("first", max_tokens=200, lora_path=THREE[0])
+        s += START + sgl.gen("first", max_tokens=500, lora_path=THREE[0])
         s += "\n" + s["first"] + sgl.gen("second", lora_path=THREE[1])
         s += f"\n{s['second']}" + sgl.gen("third", lora_path=THREE[2])
 
