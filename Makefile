@@ -17,8 +17,8 @@ install: $(READY)  ## make .venv with everything in it
 demo: $(READY)  ## 16 adapters, 32 chats, one server: watch it work
 	$(BIN)/python -m sglang_elora.demo $(DEMO)
 
-test: $(READY)  ## all tests, two at a time
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+test: $(READY)  ## all tests
+	$(BIN)/python -m pytest
 
 serve: $(READY)  ## the demo's server, left up for you to try
 	$(BIN)/python -m sglang_elora.demo --serve $(DEMO)

@@ -32,21 +32,6 @@ from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importabl
 ensure_torchvision_importable()
 
 
-SERVERS = frozenset({"elora_server", "stock_server"})
-"""Fixtures that many files share."""
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For several workers: a file stays whole, and files that share servers stay together."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    sharing = {item.path for item in items if SERVERS & set(getattr(item, "fixturenames", ()))}
-    for item in items:
-        group = "servers" if item.path in sharing else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder for generated checkpoints and adapters."""
