@@ -21,6 +21,7 @@ from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -192,8 +193,10 @@ def main() -> None:
     folder: Path = options.dir.resolve()
     checkpoint = make_checkpoint(folder / "checkpoint")
     adapters = make_adapters(checkpoint, folder / "adapters", demo_adapters(options.adapters))
-    table = Table("routing", "replica", title=f"{options.sessions} chats of {options.turns} turns")
-    for column in ("requests", "adapters", "loads", "prompt tokens", "cached", "mean turn"):
+    table = Table(
+        "routing", "replica", box=SIMPLE, title=f"{options.sessions} chats of {options.turns} turns"
+    )
+    for column in ("requests", "adapters", "loads", "prompt", "cached", "turn"):
         table.add_column(column, justify="right")
     with ExitStack() as servers:
         urls = [

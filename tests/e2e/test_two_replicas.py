@@ -45,6 +45,7 @@ def test_requests_of_a_key_stay_together(
     if name == "round_robin":
         assert sum(places) > NUM_ADAPTERS, "adapters are on both"
     else:
-        assert places == [NUM_ADAPTERS / 2, NUM_ADAPTERS / 2]
-        assert all(replica["adapter_loads"] == NUM_ADAPTERS / 2 for replica in did)
+        assert sum(places) == NUM_ADAPTERS and all(places)
+        assert [replica["adapter_loads"] for replica in did] == places
+        assert [replica["requests"] for replica in did] == [NUM_TURNS * n for n in places]
         assert all(replica["cached_tokens"] > 0 for replica in did)
