@@ -13,6 +13,7 @@ from sglang_elora.control.hint_gate import HintGate
 logger = logging.getLogger(__name__)
 
 _MOST_QUEUED = 256
+_GAP_S = 0.05  # a program that names an adapter again means it
 _QUIET_S = 5.0  # after a server could not be reached
 _NOT_FOR_US = {401: "it wants an admin key", 403: "it wants an admin key", 404: "it has none"}
 
@@ -34,7 +35,7 @@ class Announcer:
     ) -> None:
         self._post = post
         self._clock = clock
-        self._gate = HintGate(clock)
+        self._gate = HintGate(clock, gap_s=_GAP_S)
         self._queue: queue.Queue[str] = queue.Queue(_MOST_QUEUED)
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None

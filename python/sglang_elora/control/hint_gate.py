@@ -22,10 +22,13 @@ class HintGate:
 
     Args:
         clock: Seconds, monotonic.
+        gap_s: Between two hints about one adapter.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, *, gap_s: float = GAP_S
+    ) -> None:
+        self._clock, self._gap_s = clock, gap_s
         self._said_s: dict[str, float] = {}  # in the order in which it was said
         self._allowance, self._allowed_s = MOST_PER_S, clock()
         self.num_repeated = 0
@@ -38,7 +41,7 @@ class HintGate:
         self._allowance, self._allowed_s = min(MOST_PER_S, self._allowance + earned), now_s
         passing = []
         for adapter in dict.fromkeys(adapters):
-            if now_s - self._said_s.get(adapter, float("-inf")) < GAP_S:
+            if now_s - self._said_s.get(adapter, float("-inf")) < self._gap_s:
                 self.num_repeated += 1
             elif self._allowance < 1:
                 self.num_over_rate += 1
