@@ -18,7 +18,6 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -35,6 +34,7 @@ ensure_torchvision_importable()
 
 import httpx  # noqa: E402
 from bench import Bench, EmulatedLink  # noqa: E402
+from chats import chat, text  # noqa: E402
 from sides import Sizes, make_side  # noqa: E402
 
 from bench_radix_cache import machine  # noqa: E402
@@ -45,7 +45,6 @@ NUM_ADAPTERS = 64
 STAYING = 3  # adapters of the clients in the background, one each
 BLOCK = 24  # cold chats
 GAP_S = (0.05, 0.35)  # between an answer's end and the next cold chat, uniform
-WORDS = ("harbour", "letter", "noon", "recipe", "compare", "train", "soup", "written")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,30 +55,6 @@ class Cold:
     received_s: float  # by the scheduler
     taken_s: float  # into a batch
     ttft_s: float
-
-
-def text(rng: random.Random, num_words: int) -> str:
-    return " ".join(rng.choices(WORDS, k=num_words))
-
-
-async def chat(http: httpx.AsyncClient, adapter: str, content: str, num_tokens: int) -> float:
-    """Seconds to the first token."""
-    body = {
-        "model": f"demo:{adapter}",
-        "messages": [{"role": "user", "content": content}],
-        "max_tokens": num_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-    }
-    sent_s, first_s = time.monotonic(), None
-    async with http.stream("POST", "/v1/chat/completions", json=body) as stream:
-        assert stream.status_code == 200, await stream.aread()
-        async for line in stream.aiter_lines():
-            if first_s is None and line.startswith("data: {"):
-                first_s = time.monotonic()
-    assert first_s is not None
-    return first_s - sent_s
 
 
 async def play_block(url: str, number: int, num_words: int, seed: int) -> list[tuple[str, float]]:
@@ -97,7 +72,8 @@ async def play_block(url: str, number: int, num_words: int, seed: int) -> list[t
         for i in range(number * BLOCK, (number + 1) * BLOCK):
             await asyncio.sleep(rng.uniform(*GAP_S))
             name = adapter_name(STAYING + i % (NUM_ADAPTERS - STAYING))
-            cold.append((name, await chat(http, name, text(rng, num_words), 8)))
+            played = await chat(http, name, text(rng, num_words), 8)
+            cold.append((name, played.ttft_s))
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importabl
 ensure_torchvision_importable()
 
 import httpx  # noqa: E402
+import psutil  # noqa: E402
 from bench import Bench, EmulatedLink  # noqa: E402
+from chats import Chat, chat, text  # noqa: E402
 from sides import Sizes, make_side  # noqa: E402
 
 from bench_radix_cache import machine  # noqa: E402
@@ -52,34 +54,16 @@ SETTLING = 4  # before them, which do not count: what the mode before has left b
 NUM_WORDS = 60
 SETTLE_S = 0.1  # for the server to look at its mode
 NUM_TOKENS = 16
-WORDS = ("harbour", "letter", "noon", "recipe", "compare", "train", "soup", "written")
 
 
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """Seconds from sending it."""
-
-    ttft_s: float
-    latency_s: float
-
-
-async def chat(http: httpx.AsyncClient, adapter: str, content: str) -> Chat:
-    body = {
-        "model": f"demo:{adapter}",
-        "messages": [{"role": "user", "content": content}],
-        "max_tokens": NUM_TOKENS,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-    }
-    sent_s, first_s = time.monotonic(), None
-    async with http.stream("POST", "/v1/chat/completions", json=body) as stream:
-        assert stream.status_code == 200, await stream.aread()
-        async for line in stream.aiter_lines():
-            if first_s is None and line.startswith("data: {"):
-                first_s = time.monotonic()
-    assert first_s is not None
-    return Chat(first_s - sent_s, time.monotonic() - sent_s)
+def keep_apart(cpus: Sequence[int]) -> None:
+    """The scheduler on the last processor and all others on the first ones: where threads happen to
+    run makes a TTFT of 18 or of 26 ms here, for seconds on end."""
+    own = psutil.Process()
+    for process in (own, *own.children(recursive=True)):
+        is_scheduler = process.name().startswith("sglang::sched")
+        for thread in process.threads():  # an affinity is a thread's
+            os.sched_setaffinity(thread.id, cpus[-1:] if is_scheduler else cpus[:-1])
 
 
 async def play_block(url: str, number: int, clients: int, seed: int, length: int) -> list[Chat]:
@@ -89,8 +73,8 @@ async def play_block(url: str, number: int, clients: int, seed: int, length: int
             rng = random.Random(f"overhead/{seed}/{number}/{client}/{length}")
             found = []
             for i in range(length):
-                content = " ".join(rng.choices(WORDS, k=NUM_WORDS))
-                found.append(await chat(http, adapter_name((client + i) % WARM), content))
+                adapter = adapter_name((client + i) % WARM)
+                found.append(await chat(http, adapter, text(rng, NUM_WORDS), NUM_TOKENS))
             return found
 
         return [c for held in await asyncio.gather(*map(hold, range(clients))) for c in held]
@@ -149,6 +133,7 @@ def main() -> None:
         side = make_side(SIDE, bench.sizes, NUM_ADAPTERS, 2048)
         log = options.out.parent / "logs" / "overhead.log"
         url = servers.enter_context(bench.server(side, log)).url
+        keep_apart(sorted(os.sched_getaffinity(0)))
         number = 0
         for *modes, clients in COMPARED:
             for i in range(-options.warm_up, options.rounds):

@@ -25,6 +25,8 @@ MOST_CREDIT = 16
 CREDIT_STEPS = 64
 """Iterations with a batch, after which one more may come, whatever became of them."""
 
+_MOST_REMEMBERED = 256
+
 
 class Expected:
     """One per swapper. Each call is O(1), ``due`` apart, which is O(``MOST_EXPECTED``).
@@ -40,7 +42,7 @@ class Expected:
         self._hinted: dict[str, int] = {}
         self._ordered: dict[str, int] = {}
         self._credit = MOST_CREDIT
-        self._unused: set[str] = set()  # came for hints
+        self._unused: dict[str, None] = {}  # came for hints, the last ones
 
     def __bool__(self) -> bool:
         return bool(self._hinted or self._ordered)
@@ -68,7 +70,7 @@ class Expected:
     def used(self, uid: str) -> bool:
         """A request with it runs. Whether it was expected."""
         if uid in self._unused:
-            self._unused.remove(uid)
+            del self._unused[uid]
             self._credit = min(self._credit + 1, MOST_CREDIT)
         return self.forget(uid)
 
@@ -76,7 +78,9 @@ class Expected:
         """It has its slots now, and no request waited for it."""
         if uid not in self._ordered:
             self._credit -= 1
-            self._unused.add(uid)
+            self._unused[uid] = None
+            if len(self._unused) > _MOST_REMEMBERED:  # most of them have gone long ago
+                del self._unused[next(iter(self._unused))]
 
     def due(self) -> list[str]:
         """Those of orders first."""
