@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
-import zmq
 from prometheus_client.parser import text_string_to_metric_families
-from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 
 from client import Client, run
+from control import adapter, off_device, on_device, order, state, until
 from reference import Reference
 from second_plugin import write_plugin
 from server_flags import server_flags
 from sglang_elora.cli import main
-from sglang_elora.control.events import AdapterMoved
 from sglang_elora.control.hint_gate import GAP_S
-from sglang_elora.demo.server import ServerProcess, free_port
+from sglang_elora.demo.server import ServerProcess
 
 FRESH_S = 1.1  # after which a scrape looks again
-
-
-class EventBatch(msgspec.Struct, array_like=True):
-    """What a router that knows our event decodes."""
-
-    ts: float
-    events: list[BlockStored | BlockRemoved | AllBlocksCleared | AdapterMoved]
-    attn_dp_rank: int | None = None
 
 
 NAMES = ("qv-r4", "attention-r8", "attention-r24", "mlp-r24", "all-r4", "rslora-r8")
@@ -108,45 +95,6 @@ def server(
     with ServerProcess(flags, log_path=log_path, env=env) as server:
         yield server
         assert "AssertionError" not in log_path.read_text()
-
-
-async def state(client: Client) -> dict[str, Any]:
-    answer = await client.get("/elora/state")
-    assert answer.status_code == 200, answer.text
-    found: dict[str, Any] = answer.json()
-    return found
-
-
-async def adapter(client: Client, name: str) -> dict[str, Any]:
-    answer = await client.get(f"/elora/state?lora_name={name}")
-    assert answer.status_code == 200, answer.text
-    (row,) = answer.json()["adapters"]
-    return dict(row)
-
-
-async def until(condition: Callable[[dict[str, Any]], bool], client: Client, name: str) -> None:
-    deadline = time.monotonic() + 20
-    while not condition(row := await adapter(client, name)):
-        assert time.monotonic() < deadline, row
-        await asyncio.sleep(0.05)
-
-
-async def order(client: Client, what: str, name: str, **more: Any) -> dict[str, Any]:
-    answer = await client.post(f"/elora/{what}", {"lora_name": name, **more})
-    assert answer.status_code == 200, answer.text
-    found: dict[str, Any] = answer.json()
-    assert found["success"] and found["error_message"] == ""
-    return found
-
-
-async def on_device(client: Client, name: str) -> None:
-    await order(client, "prefetch", name)
-    await until(lambda row: row["tier"] == "device", client, name)
-
-
-async def off_device(client: Client, name: str) -> None:
-    await order(client, "evict", name)
-    await until(lambda row: row["tier"] in ("host", "disk"), client, name)
 
 
 def test_state_has_every_adapter_and_adds_up(
@@ -501,55 +449,6 @@ def test_a_peer_that_dies_and_comes_back_is_heard_again(
             assert list(answer.token_ids) == reference.generate(name, prompts[1])
 
     run(server.url, work)
-
-
-def test_events_say_whose_kv_it_is_and_where_adapters_are(
-    checkpoint: Path, adapters: dict[str, Path], prompts: Sequence[list[int]], logs: Path
-) -> None:
-    given = {name: adapters[name] for name in NAMES[:2]}
-    address = f"tcp://127.0.0.1:{free_port()}"
-    config = {"publisher": "zmq", "endpoint": address.replace("127.0.0.1", "*")}
-    flags = ["--elora", "--elora-adapter-events", *server_flags(checkpoint, given)]
-    flags += ["--kv-events-config", json.dumps(config)]
-    decoder = msgspec.msgpack.Decoder(EventBatch)
-    context = zmq.Context()
-    events = context.socket(zmq.SUB)
-    events.subscribe("")
-    events.connect(address)
-
-    def published() -> tuple[list[BlockStored], list[AdapterMoved]]:
-        found: list[Any] = []
-        while events.poll(1000):
-            found += decoder.decode(events.recv_multipart()[-1]).events
-        return (
-            [event for event in found if isinstance(event, BlockStored)],
-            [event for event in found if isinstance(event, AdapterMoved)],
-        )
-
-    async def work(client: Client) -> None:
-        ids = {row["lora_name"]: row["lora_id"] for row in (await state(client))["adapters"]}
-        numbers = {name: int(uid[:15], 16) for name, uid in ids.items()}
-        published()  # of the start, as far as it was heard
-        for name in (*given, None):
-            await client.generate(name, prompts[1])
-            blocks, moved = published()
-            assert blocks and {block.lora_id for block in blocks} == {numbers.get(name or "")}
-            tokens = [token for block in blocks for token in block.token_ids]
-            assert tokens[: len(prompts[1])] == prompts[1]
-            assert {event.lora_id for event in moved} == {numbers[name]} if name else not moved
-            assert not name or moved[-1].tier == "device"
-        first, second = given
-        await off_device(client, first)
-        await client.post("/unload_lora_adapter", {"lora_name": second})
-        _, moved = published()
-        last = {event.lora_name: event.tier for event in moved}
-        assert last == {first: "host", second: "unloaded"}
-
-    try:
-        with ServerProcess(flags, log_path=logs / "events.log") as server:
-            run(server.url, work)
-    finally:
-        context.destroy(linger=0)
 
 
 def test_with_an_admin_key_only_its_owner_may(

@@ -11,22 +11,18 @@ import itertools
 import re
 import textwrap
 import traceback
-from difflib import unified_diff
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from patch_files import unified
 from sglang_elora.config import SGLANG_PIN
 from sglang_elora.host.patching import (
     Patch,
     PatchError,
     apply_patch,
     is_applied,
-    load_patches,
-    patched_source,
     preflight,
 )
 
@@ -45,20 +41,15 @@ class Target:
         self.module: Any = importlib.import_module(self.name)
 
     def diff(self, after: str) -> str:
-        return _diff(self.path.name, self.source, after)
+        return unified(self.path.name, self.source, after)
 
     def patch(self, old: str, new: str, name: str = "01-test.patch") -> Patch:
         assert self.source.count(old) == 1, old
-        return self.with_diff(self.diff(self.source.replace(old, new)), name)
+        return self.withunified(self.diff(self.source.replace(old, new)), name)
 
-    def with_diff(self, diff: str, name: str = "01-test.patch") -> Patch:
+    def withunified(self, diff: str, name: str = "01-test.patch") -> Patch:
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
         return Patch(name, self.path.name, digest, "a test", "# a header\n" + diff)
-
-
-def _diff(target: str, before: str, after: str) -> str:
-    lines = before.splitlines(keepends=True), after.splitlines(keepends=True)
-    return "".join(unified_diff(*lines, f"a/{target}", f"b/{target}"))
 
 
 @pytest.fixture
@@ -318,7 +309,7 @@ def test_new_last_parameters_have_their_defaults(folder: Path) -> None:
         )
         .replace("self):\n        return None", "self, z=None):\n        return z")
     )
-    patch = target.with_diff(target.diff(after))
+    patch = target.withunified(target.diff(after))
     assert preflight(patch) == [] and not is_applied(patch)
     assert len(apply_patch(patch)) == 3
     assert apply_patch(patch) == () and is_applied(patch) and preflight(patch) == []
@@ -344,7 +335,7 @@ def test_an_inner_function_may_close_over_more(folder: Path) -> None:
 
 def test_all_functions_or_none(folder: Path) -> None:
     target = Target(folder, "def f():\n    return 'old'\n\n\ndef g():\n    return 'old'\n")
-    patch = target.with_diff(target.diff(target.source.replace("'old'", "'new'")))
+    patch = target.withunified(target.diff(target.source.replace("'old'", "'new'")))
     target.module.g = lambda: "theirs"
     with pytest.raises(PatchError, match="another plugin or patch changed g"):
         apply_patch(patch)
@@ -428,132 +419,3 @@ def test_another_file_is_refused(folder: Path) -> None:
 def test_an_absent_module_is_refused() -> None:
     (problem,) = preflight(Patch("01-test.patch", "patch_target_absent/x.py", "0", "a test", ""))
     assert "cannot be imported and read" in problem
-
-
-NUMBERED = "".join(f"line {n}\n" for n in range(1, 31))
-
-
-def _edit(*changes: tuple[str, str]) -> Patch:
-    after = NUMBERED
-    for old, new in changes:
-        after = after.replace(old, new)
-    return Patch("01-test.patch", "t.py", "", "", "\n" + _diff("t.py", NUMBERED, after))
-
-
-def test_hunks_apply_in_order() -> None:
-    patch = _edit(("line 3\n", ""), ("line 20\n", "line 20\nnew\n"), ("line 30\n", "end\n"))
-    after = patched_source(patch, NUMBERED).splitlines()
-    assert "line 3" not in after and after[19] == "new" and after[-1] == "end"
-    assert len(after) == 30
-
-
-@pytest.mark.parametrize("number", [17, 18, 19, 20, 21, 22, 23])
-def test_every_context_line_counts(number: int) -> None:
-    source = NUMBERED.replace(f"line {number}\n", f"line {number} \n")
-    with pytest.raises(PatchError, match=f"line {number} of the target is not 'line {number}'"):
-        patched_source(_edit(("line 20\n", "new\n")), source)
-
-
-def test_lines_elsewhere_do_not() -> None:
-    """Their part is the hash."""
-    patch = _edit(("line 20\n", "new\n"))
-    assert "other" in patched_source(patch, NUMBERED.replace("line 2\n", "other\n"))
-
-
-def test_no_offset() -> None:
-    with pytest.raises(PatchError, match="line 17 of the target is not 'line 17'"):
-        patched_source(_edit(("line 20\n", "new\n")), "one more\n" + NUMBERED)
-
-
-def test_a_target_that_ends_early() -> None:
-    with pytest.raises(PatchError, match="line 3 of the target"):
-        patched_source(_edit(("line 1\n", "new\n")), "line 1\nline 2")
-
-
-MALFORMED = {
-    "other path": (lambda d: d.replace("a/t.py", "a/u.py"), "no hunks behind"),
-    "no hunk": (lambda d: d.partition("@@")[0], "no hunks behind"),
-    "count": (lambda d: d.replace("-2,7", "-2,8"), "other line counts"),
-    "cut short": (lambda d: d.rpartition(" line 23")[0], "other line counts"),
-    "new line number": (lambda d: d.replace("+17,", "+18,"), "out of place"),
-    "order": (lambda d: re.sub(r"(?s)(@@ -2.*)(@@ -17.*)", r"\2\1", d), "out of place"),
-    "line zero": (lambda d: d.replace("@@ -2,7 +2,7", "@@ -0,7 +0,7"), "out of place"),
-    "stray line": (lambda d: d.replace(" line 4\n", "line 4\n"), "not of a unified diff"),
-    "no newline": (lambda d: d + "\\ No newline at end of file\n", "not of a unified diff"),
-    "header": (lambda d: d.replace("@@ -2,7 ", "@@ 2 "), "not of a unified diff"),
-    "second file": (lambda d: d + "--- a/u.py\n+++ b/u.py\n", "other line counts"),
-}
-
-
-@pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_diffs_are_refused(case: str) -> None:
-    change, reason = MALFORMED[case]
-    good = _edit(("line 5\n", "five\n"), ("line 20\n", "twenty\n"))
-    assert change(good.diff) != good.diff
-    bad = Patch(good.name, good.target, "", "", change(good.diff))
-    with pytest.raises(PatchError, match=reason):
-        patched_source(bad, NUMBERED)
-
-
-def test_no_context_at_all_is_refused() -> None:
-    diff = "\n--- a/t.py\n+++ b/t.py\n@@ -3,0 +4,1 @@\n+new\n"
-    with pytest.raises(PatchError, match="no context"):
-        patched_source(Patch("01-test.patch", "t.py", "", "", diff), NUMBERED)
-
-
-def test_an_editor_may_have_stripped_blank_context_lines() -> None:
-    before, after = "a\n\nb\n", "a\n\nc\n"
-    diff = _diff("t.py", before, after).replace("\n \n", "\n\n")
-    assert patched_source(Patch("01.patch", "t.py", "", "", "\n" + diff), before) == after
-
-
-_texts = st.lists(
-    st.sampled_from(["a", "b", " ", "", "@@ -1 +1 @@", "-- a/t.py", "++"]), min_size=1
-)
-
-
-@given(_texts, _texts)
-def test_every_diff_leads_from_one_text_to_the_other(old: list[str], new: list[str]) -> None:
-    before, after = ("".join(f"{line}\n" for line in lines) for lines in (old, new))
-    if before != after:
-        patch = Patch("01.patch", "t.py", "", "", "\n" + _diff("t.py", before, after))
-        assert patched_source(patch, before) == after
-
-
-# The folder.
-
-HEADER = "# target: a/b.py\n# sha256: 12ab\n# why: Because.\n"
-
-
-def test_load_patches_in_order_of_names(tmp_path: Path) -> None:
-    for name in ("02-b.patch", "01-a.patch", "README.md", "__init__.py"):
-        (tmp_path / name).write_text(f"{HEADER}--- a/a/b.py\n+++ b/a/b.py\n")
-    patches = load_patches(tmp_path)
-    assert [patch.name for patch in patches] == ["01-a.patch", "02-b.patch"]
-    (first, _) = patches
-    assert (first.target, first.sha256, first.why) == ("a/b.py", "12ab", "Because.")
-    assert first.when == "--elora"
-    assert first.module == "a.b"
-
-
-def test_a_header_line_may_say_when(tmp_path: Path) -> None:
-    header = f"{HEADER}# when: sglang_elora.lang\n"
-    (tmp_path / "01-a.patch").write_text(f"{header}--- a/a/b.py\n+++ b/a/b.py\n")
-    assert [patch.when for patch in load_patches(tmp_path)] == ["sglang_elora.lang"]
-
-
-@pytest.mark.parametrize("field", ["target", "sha256", "why"])
-def test_a_missing_header_line_is_named(field: str, tmp_path: Path) -> None:
-    header = "".join(line for line in HEADER.splitlines(True) if field not in line)
-    (tmp_path / "01-a.patch").write_text(f"{header}--- a/a/b.py\n+++ b/a/b.py\n# {field}: late\n")
-    with pytest.raises(PatchError, match=rf"01-a\.patch .*'{field}'"):
-        load_patches(tmp_path)
-
-
-def test_an_empty_folder_is_an_installation_without_its_data(tmp_path: Path) -> None:
-    with pytest.raises(PatchError, match="install sglang_elora again"):
-        load_patches(tmp_path)
-
-
-def test_a_package_is_a_target_by_its_init_file() -> None:
-    assert Patch("01.patch", "a/b/__init__.py", "", "", "").module == "a.b"
