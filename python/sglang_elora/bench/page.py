@@ -106,8 +106,8 @@ def _notes(results: Sequence[Result]) -> str:
     if silent:
         sides = escape(", ".join(dict.fromkeys(silent)))
         notes.append(
-            f"Not told by the servers of {sides}: what their caches hold, and whose it is. So their "
-            "cached and invalid KV are left out. A probe in the scheduler has measured stock's: "
+            f"Not told by the servers of {sides}: what their caches hold, and whose it is, so that "
+            "this is left out. A probe in the scheduler has measured stock's invalid KV: "
             "benchmarks/results/invalid_kv."
         )
     return "<ul>\n" + "\n".join(f"<li>{note}</li>" for note in notes) + "\n</ul>"

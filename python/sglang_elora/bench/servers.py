@@ -51,9 +51,9 @@ class Bench:
         variants: Path | None = None,
     ) -> None:
         silence_progress_bars()
-        self._checkpoint = make_checkpoint(folder / "base", shape=sizes.shape)
+        self.checkpoint = make_checkpoint(folder / "base", shape=sizes.shape)
         self._adapters = make_adapters(
-            self._checkpoint, folder / "adapters", adapter_specs(num_adapters)
+            self.checkpoint, folder / "adapters", adapter_specs(num_adapters)
         )
         self._folder = folder
         self._variants = variants
@@ -79,7 +79,7 @@ class Bench:
             paths = (*map(str, added), os.environ.get("PYTHONPATH"))
             env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         return ServerProcess(
-            [*common_flags(self._checkpoint, self._adapters), *side.flags],
+            [*common_flags(self.checkpoint, self._adapters), *side.flags],
             log_path=log_path,
             program=side.program,
             env={**SMALL_MODEL_ENV, **env},
