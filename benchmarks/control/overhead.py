@@ -128,7 +128,9 @@ def main() -> None:
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 3])
     parser.add_argument("--rounds", type=int, default=40, help=f"blocks of {BLOCK} chats a client")
     parser.add_argument("--warm-up", type=int, default=4, help="rounds that do not count")
-    parser.add_argument("--link", type=Path, required=True, help="what calibrate.py wrote")
+    parser.add_argument(
+        "--link", type=Path, required=True, help="what sglang_elora.bench.calibrate wrote"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

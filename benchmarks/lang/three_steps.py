@@ -161,7 +161,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=42, help="programs of each way")
     parser.add_argument("--words", type=int, default=60, help="of the first prompt")
     parser.add_argument("--clients", type=int, nargs="+", default=[0, 2], help="beside it")
-    parser.add_argument("--link", type=Path, required=True, help="what calibrate.py wrote")
+    parser.add_argument(
+        "--link", type=Path, required=True, help="what sglang_elora.bench.calibrate wrote"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

@@ -89,7 +89,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help=f"blocks of {BLOCK} requests")
     parser.add_argument("--warm-up", type=int, default=4, help="rounds that do not count")
     parser.add_argument("--layers", type=int, default=Sizes().num_layers, help="of the model")
-    parser.add_argument("--link", type=Path, required=True, help="what calibrate.py wrote")
+    parser.add_argument(
+        "--link", type=Path, required=True, help="what sglang_elora.bench.calibrate wrote"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

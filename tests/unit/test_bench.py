@@ -217,7 +217,7 @@ def test_endpoints_that_speak_another_language() -> None:
         find(url, "openai", None, None)
     with answering(200, {}) as url, pytest.raises(EndpointError, match="is not the OpenAI API's"):
         find(url, "openai", None, None)
-    with pytest.raises(EndpointError, match="no server at http://127.0.0.1:1"):
+    with pytest.raises(EndpointError, match="no server at"):
         find("http://127.0.0.1:1", "openai", None, None)
 
 

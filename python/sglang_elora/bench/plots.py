@@ -12,6 +12,7 @@ from sglang_elora.bench.result import Result, by_block, by_side
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 COLOURS = ("#8a9099", "#3b6ea5", "#4b9b6e", "#d98032", "#8a5aa8", "#b8474b", "#5fa8b5", "#a5893b")
 _INK = "#20242b"
@@ -31,7 +32,7 @@ Draw = Callable[["Axes", Sequence[Result], Mapping[str, str]], None]
 
 def save_plots(results: Sequence[Result], folder: Path) -> dict[str, Path]:
     """Titles and files of all plots that these results have something for. Needs no display."""
-    names = dict.fromkeys(result.side for result in results)
+    names = sorted({result.side for result in results}, key=_stock_first)
     colours = {side: COLOURS[i % len(COLOURS)] for i, side in enumerate(names)}
     blocks, busiest = by_block(results), _busiest(results)
     saved = {}
@@ -62,6 +63,10 @@ def save_plots(results: Sequence[Result], folder: Path) -> dict[str, Path]:
         _save(folder / "pool.png", composed, colours)
         saved["What the pool holds"] = folder / "pool.png"
     return saved
+
+
+def _stock_first(side: str) -> tuple[bool, str]:
+    return side.startswith("elora"), side
 
 
 def _busiest(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -116,7 +121,6 @@ def _latency(axes: Axes, block: Sequence[Result], colours: Mapping[str, str]) ->
         heights = [row[column] or 0.0 for column in columns.values()]
         axes.bar(places, heights, width=0.92 * width, color=colours[side], label=side)
     axes.set_xticks(range(len(columns)), list(columns))
-    axes.set_yscale("log")
     axes.set_ylabel("milliseconds")
     axes.legend(fontsize=7, frameon=False)
 
@@ -128,6 +132,7 @@ def _distribution(axes: Axes, block: Sequence[Result], colours: Mapping[str, str
         shares = [(i + 1) / len(mine) for i in range(len(times))]
         axes.plot(times, shares, color=colours[side], label=side, drawstyle="steps-post")
     axes.set_xscale("log")
+    _plain_numbers(axes.xaxis)
     axes.set_xlabel("milliseconds")
     axes.set_ylim(0, 1.01)
     axes.legend(fontsize=7, frameon=False)
@@ -158,9 +163,19 @@ def _rates(axes: Axes, block: Sequence[Result], colours: Mapping[str, str]) -> N
         axes.plot(list(rows), means, "o-", color=colours[side], label=side)
         axes.plot(list(rows), tails, "o--", color=colours[side], alpha=0.5, markersize=3)
     axes.set_yscale("log")
+    _plain_numbers(axes.yaxis)
     axes.set_xlabel("turns per second (dashed: P95)")
     axes.set_ylabel("milliseconds")
     axes.legend(fontsize=7, frameon=False)
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """1, 2, 5, 10, ... along an axis of logarithms."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _invalid_kv(axes: Axes, block: Sequence[Result], colours: Mapping[str, str]) -> None:
