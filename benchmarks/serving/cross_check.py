@@ -130,7 +130,7 @@ def summary(rows: Sequence[dict[str, float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--rate", type=float, default=4.0, help="requests per second")
     parser.add_argument("--rounds", type=int, default=2)

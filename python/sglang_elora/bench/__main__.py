@@ -39,7 +39,14 @@ from sglang_elora.workloads import WORKLOADS
 SIDES = ("stock-default", "elora:lru", "elora:elora")
 SWEEP = (6, 8, 10)
 QUICK_SIDES = ("stock-default", f"{TUNED}8", "elora:elora")
-QUICK = Plan(("chat", "agent"), QUICK_SIDES, runs=1, loads=(0.4, 0.7), duration_s=35.0)
+QUICK = Plan(
+    workloads=("chat", "agent"),
+    sides=QUICK_SIDES,
+    runs=1,
+    loads=(0.4, 0.7),
+    duration_s=35.0,
+    shares_servers=True,
+)
 """Below the rates at which stock is overloaded. 8 was the best split of most workloads."""
 
 QUICK_ROUNDS = 3  # of calibration

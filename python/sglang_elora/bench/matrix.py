@@ -1,8 +1,9 @@
 """The same traces on stock SGLang and on ELORA, with the same bytes on the device and on the host.
 
-A server is started for each (run, workload, side); the sides of a run follow each other, and their
-order rotates from run to run. At several loads a server plays one trace after the other, from an
-empty cache each. A file per trace holds all requests and what the pool held meanwhile.
+A server is started for each (run, workload, side), or for each (run, side) to save time; the sides
+of a run follow each other, and their order rotates from run to run. A server plays one trace after
+the other, from an empty cache each. A file per trace holds all requests and what the pool held
+meanwhile.
 """
 
 from __future__ import annotations
@@ -41,18 +42,28 @@ class Plan:
     num_adapters: int = 64
     bars: Bars = BARS
     rise: tuple[float, float] | None = None  # the first and the last rate factor
+    shares_servers: bool = False  # one plays all workloads
 
-    def traces(self, workload: str, number: int) -> list[Trace]:
-        """One per load."""
+    def traces(self, workloads: Sequence[str], number: int) -> list[tuple[float, Trace]]:
+        """With their loads, which rise within a workload."""
         return [
-            make_trace(
-                replace(WORKLOADS[workload], num_adapters=self.num_adapters),
-                turns_per_s=load * TURNS_PER_S[workload],
-                duration_s=self.duration_s,
-                seed=number,
+            (
+                load,
+                make_trace(
+                    replace(WORKLOADS[workload], num_adapters=self.num_adapters),
+                    turns_per_s=load * TURNS_PER_S[workload],
+                    duration_s=self.duration_s,
+                    seed=number,
+                ),
             )
-            for load in self.loads
+            for workload in workloads
+            for load in sorted(self.loads)
         ]
+
+    @property
+    def groups(self) -> Sequence[Sequence[str]]:
+        """Workloads that one server plays."""
+        return [self.workloads] if self.shares_servers else [[name] for name in self.workloads]
 
     @property
     def numbers(self) -> range:
@@ -61,7 +72,7 @@ class Plan:
 
     @property
     def num_servers(self) -> int:
-        return self.runs * len(self.workloads) * (len(self.sides) + len(self.swept_sides))
+        return self.runs * len(self.groups) * (len(self.sides) + len(self.swept_sides))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +103,9 @@ class Matrix:
         """
         rows: list[Row] = []
         for number in self._plan.numbers:
-            for workload in self._plan.workloads:
-                traces = self._plan.traces(workload, number)
-                for side in rotated(self._feasible(traces), number):
+            for workloads in self._plan.groups:
+                traces = self._plan.traces(workloads, number)
+                for side in rotated(self._feasible([trace for _, trace in traces]), number):
                     rows += self._play(side, traces, number)
                     self._watcher.ended()
         return rows
@@ -111,23 +122,26 @@ class Matrix:
                 self._watcher.left_out(f"{name}: {error}")
         return sides
 
-    def _play(self, side: Side, traces: Sequence[Trace], number: int) -> list[Row]:
-        workload = traces[0].workload.name
-        stem = f"{workload}-{side.name.replace(':', '_')}-{number}"
-        rows = []
-        self._watcher.starts(f"{workload} {side.name} {number}: starting its server")
-        with self._bench.server(side, self._out / "logs" / f"{stem}.log") as server:
-            for i, (load, trace) in enumerate(zip(self._plan.loads, traces, strict=True)):
-                if i:
+    def _play(self, side: Side, traces: Sequence[tuple[float, Trace]], number: int) -> list[Row]:
+        rows: list[Row] = []
+        first = self._stem(side, *traces[0], number)
+        self._watcher.starts(f"{side.name}: starting its server")
+        with self._bench.server(side, self._out / "logs" / f"{first}.log") as server:
+            for load, trace in traces:
+                if rows:
                     _empty(server.url)
-                self._watcher.starts(f"{workload} {side.name} {number}, load {load:g}")
+                self._watcher.starts(f"{side.name}: {trace.workload.name} {number}, load {load:g}")
                 row = {**self._facts, **self._row(server.url, side, trace, number), "load": load}
-                prefix = "" if self._plan.rise is None else "peak-"
-                suffix = "" if len(traces) == 1 else f"-load-{load:g}"
-                path = self._out / f"{prefix}{stem}{suffix}.json"
+                path = self._out / f"{self._stem(side, load, trace, number)}.json"
                 path.write_text(json.dumps(row) + "\n")
                 rows.append(row)
         return rows
+
+    def _stem(self, side: Side, load: float, trace: Trace, number: int) -> str:
+        """Of file names."""
+        peak = "" if self._plan.rise is None else "peak-"
+        at = "" if len(self._plan.loads) == 1 else f"-load-{load:g}"
+        return f"{peak}{trace.workload.name}-{side.name.replace(':', '_')}-{number}{at}"
 
     def _row(self, url: str, side: Side, trace: Trace, number: int) -> Row:
         more: Row = {}

@@ -42,7 +42,7 @@ def play_running(
     rows: list[Row] = []
     for number in plan.numbers:
         for workload in plan.workloads:
-            for load, trace in zip(plan.loads, plan.traces(workload, number), strict=True):
+            for load, trace in plan.traces([workload], number):
                 watcher.starts(f"{workload} {number}, load {load:g}")
                 row = {**facts, **_row(endpoint, trace, number, watcher), "load": load}
                 path = out / f"{workload}-{endpoint.api}-{number}-load-{load:g}.json"
