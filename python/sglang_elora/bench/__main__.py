@@ -75,7 +75,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="chat and agent, two loads, one run: some 12 minutes")
+    add("--quick", action="store_true", help="chat and agent at two loads, one run")
     add("--workloads", nargs="+", choices=WORKLOADS)
     add("--sides", nargs="+", help="stock-default, stock-tuned:SLOTS, elora:POLICY")
     add(
