@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 DEMO ?=
+BENCH ?=
 
-.PHONY: help install demo test serve check doctor clean
+.PHONY: help install demo bench test serve check doctor clean
 
 help:  ## this text
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -16,6 +17,9 @@ install: $(READY)  ## make .venv with everything in it
 
 demo: $(READY)  ## 16 adapters, 32 chats, one server: watch it work
 	$(BIN)/python -m sglang_elora.demo $(DEMO)
+
+bench: $(READY)  ## stock and ELORA on the same traces: tables, plots, a page
+	$(BIN)/sglang-elora bench --quick $(BENCH)
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest
@@ -33,7 +37,7 @@ doctor: $(READY)  ## is this machine ready, and what would a start select
 	$(BIN)/sglang-elora doctor
 
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) .demo build
+	rm -rf $(VENV) .demo .bench build
 
 # On a CUDA machine SGLang and its CUDA packages come whole. Elsewhere they do not build, so the
 # locks list what SGLang needs to run on a CPU and pip is told not to look at dependencies. Where that

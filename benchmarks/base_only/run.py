@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks/tree"), str(ROOT / "tests/e2e")]
+sys.path.insert(0, str(ROOT / "tests/e2e"))
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
@@ -32,9 +32,9 @@ ensure_torchvision_importable()
 
 import httpx  # noqa: E402
 
-from bench_radix_cache import machine  # noqa: E402
 from pressure import PRESSURE_SPECS  # noqa: E402
 from server_flags import server_flags  # noqa: E402
+from sglang_elora.bench.machine import machine  # noqa: E402
 from sglang_elora.demo.adapters import make_adapters  # noqa: E402
 from sglang_elora.demo.checkpoint import ModelShape, make_checkpoint  # noqa: E402
 from sglang_elora.demo.server import ELORA_SERVER, ServerProcess, python_module  # noqa: E402

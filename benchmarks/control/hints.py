@@ -16,7 +16,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -24,8 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks/tree"), str(ROOT / "benchmarks/serving")]
+VARIANTS = Path(__file__).resolve().parents[1] / "serving/variants.py"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
@@ -33,11 +31,11 @@ from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importabl
 ensure_torchvision_importable()
 
 import httpx  # noqa: E402
-from bench import Bench, EmulatedLink  # noqa: E402
 from chats import chat, text  # noqa: E402
-from sides import Sizes, make_side  # noqa: E402
 
-from bench_radix_cache import machine  # noqa: E402
+from sglang_elora.bench.machine import machine  # noqa: E402
+from sglang_elora.bench.servers import Bench, EmulatedLink  # noqa: E402
+from sglang_elora.bench.sides import Sizes, make_side  # noqa: E402
 from sglang_elora.workloads import adapter_name  # noqa: E402
 
 SIDES = ("elora:lru+timed", "elora:lru+timed_without_hints")
@@ -124,13 +122,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=8, help=f"blocks of {BLOCK} cold chats")
     parser.add_argument("--words", type=int, nargs="+", default=[100, 600], help="of a cold chat")
-    parser.add_argument("--link", type=Path, required=True, help="what calibrate.py wrote")
+    parser.add_argument(
+        "--link", type=Path, required=True, help="what sglang_elora.bench.calibrate wrote"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="hints-") as folder, ExitStack() as servers:
-        bench = Bench(Path(folder), NUM_ADAPTERS, Sizes(), EmulatedLink.load(options.link))
+        bench = Bench(
+            Path(folder), NUM_ADAPTERS, Sizes(), EmulatedLink.load(options.link), VARIANTS
+        )
         urls, files = [], []
         for name in SIDES:
             side = make_side(name, bench.sizes, NUM_ADAPTERS, 2048)

@@ -17,7 +17,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,8 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks/tree"), str(ROOT / "benchmarks/serving")]
+VARIANTS = Path(__file__).resolve().parents[1] / "serving/variants.py"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
@@ -36,11 +34,11 @@ ensure_torchvision_importable()
 
 import httpx  # noqa: E402
 import psutil  # noqa: E402
-from bench import Bench, EmulatedLink  # noqa: E402
 from chats import Chat, chat, text  # noqa: E402
-from sides import Sizes, make_side  # noqa: E402
 
-from bench_radix_cache import machine  # noqa: E402
+from sglang_elora.bench.machine import machine  # noqa: E402
+from sglang_elora.bench.servers import Bench, EmulatedLink  # noqa: E402
+from sglang_elora.bench.sides import Sizes, make_side  # noqa: E402
 from sglang_elora.workloads import adapter_name  # noqa: E402
 
 SIDE = "elora:lru+switched"
@@ -120,13 +118,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=24, help=f"blocks of {BLOCK} chats a client")
     parser.add_argument("--warm-up", type=int, default=2, help="rounds that do not count")
-    parser.add_argument("--link", type=Path, required=True, help="what calibrate.py wrote")
+    parser.add_argument(
+        "--link", type=Path, required=True, help="what sglang_elora.bench.calibrate wrote"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="overhead-") as folder, ExitStack() as servers:
-        bench = Bench(Path(folder), NUM_ADAPTERS, Sizes(), EmulatedLink.load(options.link))
+        bench = Bench(
+            Path(folder), NUM_ADAPTERS, Sizes(), EmulatedLink.load(options.link), VARIANTS
+        )
         switch = Path(folder) / "mode"
         switch.write_text("on")
         os.environ["MODE"] = str(switch)

@@ -34,8 +34,8 @@ ensure_torchvision_importable()
 
 import torch  # noqa: E402
 
-from bench_radix_cache import machine  # noqa: E402
 from radix_caches import Cache  # noqa: E402
+from sglang_elora.bench.machine import machine  # noqa: E402
 from sglang_elora.pages import AdapterImage, AdapterLayout, ModuleShape  # noqa: E402
 from swapper_world import AdapterSource, HostTier, Residency  # noqa: E402
 

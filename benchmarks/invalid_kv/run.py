@@ -23,10 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [
-    str(ROOT / "benchmarks/tree"),
-    *(str(ROOT / "tests" / t) for t in ("e2e", "contract")),
-]
+sys.path[:0] = [str(ROOT / "tests" / t) for t in ("e2e", "contract")]
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
@@ -36,7 +33,6 @@ ensure_torchvision_importable()
 import httpx  # noqa: E402
 import probe  # noqa: E402
 
-from bench_radix_cache import machine  # noqa: E402
 from pressure import (  # noqa: E402
     PRESSURE_SPECS,
     Record,
@@ -48,6 +44,7 @@ from pressure import (  # noqa: E402
 )
 from second_plugin import write_plugin  # noqa: E402
 from server_flags import server_flags  # noqa: E402
+from sglang_elora.bench.machine import machine  # noqa: E402
 from sglang_elora.demo.adapters import ALL_LINEAR, make_adapters  # noqa: E402
 from sglang_elora.demo.checkpoint import ModelShape, make_checkpoint  # noqa: E402
 from sglang_elora.demo.server import ELORA_SERVER, ServerProcess, python_module  # noqa: E402

@@ -16,7 +16,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -26,8 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks/tree"), str(ROOT / "benchmarks/serving")]
+VARIANTS = Path(__file__).resolve().parents[1] / "serving/variants.py"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
@@ -36,12 +34,12 @@ ensure_torchvision_importable()
 
 import requests  # noqa: E402
 import sglang as sgl  # noqa: E402
-from bench import Bench, EmulatedLink  # noqa: E402
-from sides import Sizes, make_side  # noqa: E402
-from workload import adapter_name  # noqa: E402
 
 import sglang_elora.lang as elora  # noqa: E402
-from bench_radix_cache import machine  # noqa: E402
+from sglang_elora.bench.machine import machine  # noqa: E402
+from sglang_elora.bench.servers import Bench, EmulatedLink  # noqa: E402
+from sglang_elora.bench.sides import Sizes, make_side  # noqa: E402
+from sglang_elora.workloads import adapter_name  # noqa: E402
 
 SERVERS = {"hints": "elora:lru+timed", "no hints": "elora:lru+timed_without_hints"}
 WAYS = {"program": "hints", "arrival": "hints", "none": "no hints"}  # and their servers
@@ -166,13 +164,17 @@ def main() -> None:
         "--host-gb", type=float, help="--elora-host-gb of the servers; with 0 adapters are on disk"
     )
     parser.add_argument("--clients", type=int, nargs="+", default=[0, 2], help="beside it")
-    parser.add_argument("--link", type=Path, required=True, help="what calibrate.py wrote")
+    parser.add_argument(
+        "--link", type=Path, required=True, help="what sglang_elora.bench.calibrate wrote"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     samples: list[Sample] = []
     with tempfile.TemporaryDirectory(prefix="three-steps-") as folder, ExitStack() as servers:
-        bench = Bench(Path(folder), NUM_ADAPTERS, Sizes(), EmulatedLink.load(options.link))
+        bench = Bench(
+            Path(folder), NUM_ADAPTERS, Sizes(), EmulatedLink.load(options.link), VARIANTS
+        )
         endpoints = {}
         for name, side_name in SERVERS.items():
             side = make_side(side_name, bench.sizes, NUM_ADAPTERS, 2048)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks/tree"), str(ROOT / "benchmarks/serving")]
+sys.path.insert(0, str(ROOT / "benchmarks/tree"))
 
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
 

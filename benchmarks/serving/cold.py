@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import random
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -23,8 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks/tree"))
+VARIANTS = Path(__file__).with_name("variants.py")
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
@@ -32,11 +30,12 @@ from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importabl
 ensure_torchvision_importable()
 
 from added import report  # noqa: E402
-from bench import Bench, EmulatedLink  # noqa: E402
-from driver import Played, play_closed  # noqa: E402
-from sides import Sizes, make_side  # noqa: E402
 
-from bench_radix_cache import machine  # noqa: E402
+from sglang_elora.bench.driver import play_closed  # noqa: E402
+from sglang_elora.bench.machine import machine  # noqa: E402
+from sglang_elora.bench.record import Played  # noqa: E402
+from sglang_elora.bench.servers import Bench, EmulatedLink  # noqa: E402
+from sglang_elora.bench.sides import Sizes, make_side  # noqa: E402
 from sglang_elora.workloads import CHAT, FIRST_TOKEN, Session, Turn, adapter_name  # noqa: E402
 
 POLICY = "lru"  # with adapters asked for in turns, none is there when its turn comes
@@ -90,14 +89,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help=f"blocks of {BLOCK} requests")
     parser.add_argument("--warm-up", type=int, default=4, help="rounds that do not count")
     parser.add_argument("--layers", type=int, default=Sizes().num_layers, help="of the model")
-    parser.add_argument("--link", type=Path, required=True, help="what calibrate.py wrote")
+    parser.add_argument(
+        "--link", type=Path, required=True, help="what sglang_elora.bench.calibrate wrote"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     sizes = Sizes(num_layers=options.layers)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="cold-") as folder, ExitStack() as servers:
-        bench = Bench(Path(folder), NUM_ADAPTERS, sizes, EmulatedLink.load(options.link))
+        bench = Bench(Path(folder), NUM_ADAPTERS, sizes, EmulatedLink.load(options.link), VARIANTS)
         sides = [make_side(name, sizes, NUM_ADAPTERS, sum(PROMPT_TOKENS)) for name in SIDES]
         logs = options.out.parent / "logs"
         urls = [

@@ -140,21 +140,6 @@ def branch() -> None:
     _hook(f"{component}._next_leaf", next_leaf, "AROUND")
 
 
-VARIANTS: dict[str, Callable[[], None]] = {
-    f.__name__: f for f in (blocking, free, branch, late, timed, timed_without_hints, switched)
-}
-
-
-def write_plugin(folder: Path, variant: str) -> Path:
-    """A distribution with that plugin; the folder it returns goes to PYTHONPATH with this one's."""
-    name = f"variant_{variant}"
-    info = folder / variant / f"{name}-1.0.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = variants:{variant}\n")
-    return info.parent
-
-
 def _leaf_under(core: Any, uid: str) -> Any:
     """Of the adapter's part of the tree, the adapter itself last; None if what is left is held."""
     nodes = [core.node_of(uid)]

@@ -17,7 +17,6 @@ import argparse
 import gzip
 import json
 import statistics
-import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -28,12 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from sglang_elora.bench.record import Record
+from sglang_elora.sim import Calibration
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks/serving"))
-
-from driver import Record  # noqa: E402
-
-from sglang_elora.sim import Calibration  # noqa: E402
 
 SERVING = ROOT / "benchmarks/results/serving"
 RUNS = {
@@ -49,7 +46,7 @@ FEATURES = ("steps", "requests", "context", "batches", "new", "attended")
 
 def read(path: Path) -> dict[str, Any]:
     row: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
-    row["records"] = [Record(**{**r, "output": tuple(r["output"])}) for r in row["records"]]
+    row["records"] = list(map(Record.from_row, row["records"]))
     return row
 
 

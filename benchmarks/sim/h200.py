@@ -17,7 +17,6 @@ import json
 import math
 import os
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -25,13 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks/tree"))
-
-from bench_radix_cache import machine  # noqa: E402
-from sglang_elora.sim import Calibration, Record, kv_slots, make_engine  # noqa: E402
-from sglang_elora.sim.calibration import SCALABLE  # noqa: E402
-from sglang_elora.workloads import FULL_SIZE, Trace, adapter_name, make_trace  # noqa: E402
+from sglang_elora.bench.machine import machine
+from sglang_elora.sim import Calibration, Record, kv_slots, make_engine
+from sglang_elora.sim.calibration import SCALABLE
+from sglang_elora.workloads import FULL_SIZE, Trace, adapter_name, make_trace
 
 RATES = {
     "h200-8b": {"chat": 24.0, "translation": 40.0, "agent": 30.0},

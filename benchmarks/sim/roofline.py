@@ -15,7 +15,7 @@ from sglang_elora.sim import Calibration
 OPERATIONS_PER_S = 989e12  # H200 data sheet: bfloat16, dense
 MEMORY_BYTES_PER_S = 4.8e12  # the same
 USED_OPERATIONS, USED_BANDWIDTH = 0.41, 0.7
-LINK_BYTES_PER_S = 55e9  # benchmarks/serving/calibrate.py
+LINK_BYTES_PER_S = 55e9  # sglang_elora.bench.calibrate
 MEMORY_BYTES, STATIC_SHARE = 141e9, 0.88
 RANKS = (32, 64)  # the paper's
 
@@ -28,7 +28,7 @@ SOURCES = {
     "none shares its adapter",
     "decode_context_s": "KV of a token read once, at 70% of 4.8 TB/s per GPU",
     "batch_s": "chosen: 1 ms of scheduling and launches, as policy.Costs assumes",
-    "link_bytes_per_s, link_latency_s": "benchmarks/serving/calibrate.py: PCIe 5 x16 at 55e9 of "
+    "link_bytes_per_s, link_latency_s": "sglang_elora.bench.calibrate: PCIe 5 x16 at 55e9 of "
     "64e9 per GPU, 10 us per copy",
     "to_host_bytes_per_s": "the other direction of the same link",
     "slot_bytes": "keys and values of a token in bfloat16: 2 * layers * 8 heads * 128 * 2 bytes",
@@ -120,7 +120,7 @@ def main() -> None:
     small = Model(8.03e9, 32, 4096, 14336)
     large = Model(70.6e9, 80, 8192, 28672)
     source = (
-        "25,000 tokens/s as in benchmarks/serving/calibrate.py: 41% of 989e12 operations/s (H200 "
+        "25,000 tokens/s as in sglang_elora.bench.calibrate: 41% of 989e12 operations/s (H200 "
         "data sheet, bfloat16, dense) for 2 * 8.03e9 per token"
     )
     one = calibration("h200-llama-3-8b", small, 1, 40e-6, source)

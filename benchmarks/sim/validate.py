@@ -12,21 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks" / name) for name in ("serving", "sim", "tree")]
+from fit import SERVING, read
 
-from figures import WARM_UP  # noqa: E402
-from fit import SERVING, read  # noqa: E402
-
-from bench_radix_cache import machine  # noqa: E402
-from sglang_elora.sim import Calibration, make_engine  # noqa: E402
-from sglang_elora.workloads import WORKLOADS, Trace, adapter_name, make_trace  # noqa: E402
+from sglang_elora.bench.figures import WARM_UP
+from sglang_elora.bench.machine import machine
+from sglang_elora.sim import Calibration, make_engine
+from sglang_elora.workloads import WORKLOADS, Trace, adapter_name, make_trace
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importabl
 
 ensure_torchvision_importable()
 
-from bench_radix_cache import machine  # noqa: E402
+from sglang_elora.bench.machine import machine  # noqa: E402
 from swapper_world import LOOKAHEAD, World, uid  # noqa: E402
 
 NUM_ADAPTERS = 256

@@ -14,15 +14,11 @@ import argparse
 import gc
 import json
 import os
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +29,7 @@ from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importabl
 ensure_torchvision_importable()
 
 from radix_caches import Cache  # noqa: E402
+from sglang_elora.bench.machine import machine  # noqa: E402
 
 CORES = ("elora", "python", "rust")
 EVICT_TOKENS = 1000
@@ -125,28 +122,6 @@ def report(num_leaves: int, samples: Samples) -> None:
         if ratios:
             row += f"   times slower than ours: python {ratios[0]:.2f}, rust {ratios[1]:.2f}"
         print(f"{num_leaves:>7} leaves  {name:<13} {row}", flush=True)
-
-
-def machine() -> dict[str, str]:
-    cpu = next(
-        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        ": unknown",
-    )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return {
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": f"{os.cpu_count()} x {cpu.partition(':')[2].strip()}",
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "sglang": version("sglang"),
-        "commit": commit.stdout.strip(),
-    }
 
 
 def main() -> None:

@@ -12,12 +12,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="report versions, platform, hooks, and what to do")
     commands.add_parser("demo", help="serve 16 adapters and chat with them", add_help=False)
+    commands.add_parser("bench", help="measure stock and ELORA, or any server", add_help=False)
     commands.add_parser("top", help="watch a server's pool and adapters", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "demo":
         from sglang_elora.demo.__main__ import main as demo
 
         return demo(rest)
+    if arguments.command == "bench":
+        from sglang_elora.bench.__main__ import main as bench
+
+        return bench(rest)
     if arguments.command == "top":
         from sglang_elora.top import main as top
 

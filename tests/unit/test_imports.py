@@ -16,8 +16,9 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
 # Folder -> folders of this package it may import from. Top-level modules are ".".
 ALLOWED = {
-    ".": {".", "host", "demo", "platforms"},
+    ".": {".", "bench", "demo", "host", "platforms"},
     "adapters": {"adapters"},
+    "bench": {"bench", "demo", "platforms", "workloads"},
     "control": {"control"},
     "demo": {"demo", "platforms"},
     "estimators": {"estimators"},

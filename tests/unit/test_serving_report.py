@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks/serving"))
-
-from driver import Record
-from report import Result, after_growth
+from sglang_elora.bench.record import Record
+from sglang_elora.bench.report import after_growth
+from sglang_elora.bench.result import Result
 
 DURATION_S = 100.0
 

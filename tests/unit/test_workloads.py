@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks/serving"))
-
-from peak import peak_factor
-
+from sglang_elora.bench.peak import peak_factor
 from sglang_elora.workloads import (
     AGENT,
     CHAT,

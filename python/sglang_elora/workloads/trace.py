@@ -82,7 +82,7 @@ class Trace:
 
     def rising(self, low: float, high: float) -> Trace:
         """The same sessions, ever faster: what takes time on the client's side is divided by a
-        factor that rises from ``low`` to ``high`` (``peak.Rise``)."""
+        factor that rises from ``low`` to ``high`` (``Rise``)."""
         rise = Rise(low, high, self.duration_s)
         sessions = tuple(
             replace(

@@ -1,6 +1,6 @@
 """The emulated link: as slow beside this machine's prefill as a GPU's link is beside the GPU's.
 
-    python benchmarks/serving/calibrate.py --out calibration.json
+    python -m sglang_elora.bench.calibrate --out calibration.json
 
 On a CPU a copy from host to device costs next to nothing. The link's bandwidth is chosen so that
 one adapter of rank 32 loads in the same share of the prefill time of 1,000 tokens as on an H200.
@@ -10,30 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks/tree"))
-os.environ["OMP_NUM_THREADS"] = "1"
+import httpx
 
-from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
-
-ensure_torchvision_importable()
-
-import httpx  # noqa: E402
-from bench import Bench  # noqa: E402
-from sides import RANKS, SHAPE, Side, Sizes, adapter_bytes, make_side  # noqa: E402
-
-from bench_radix_cache import machine  # noqa: E402
-from sglang_elora.workloads import FIRST_TOKEN, adapter_name  # noqa: E402
+from sglang_elora.bench.machine import machine
+from sglang_elora.bench.servers import Bench
+from sglang_elora.bench.sides import RANKS, SHAPE, Side, Sizes, adapter_bytes, make_side
+from sglang_elora.workloads import FIRST_TOKEN, adapter_name
 
 # Assumptions about an H200 with Llama-3-8B in bfloat16; none was measured here.
 RANK = 32
@@ -80,7 +70,7 @@ def measure(bench: Bench, side: Side, log_path: Path, rounds: int) -> dict[int, 
     return samples
 
 
-def fit(samples: dict[int, list[float]]) -> tuple[float, float]:
+def fit(samples: Mapping[int, Sequence[float]]) -> tuple[float, float]:
     """Least squares a + b * tokens through the medians, in seconds."""
     fitted = statistics.linear_regression(
         list(samples), [statistics.median(found) for found in samples.values()]
@@ -100,21 +90,15 @@ def link(token_s: float, adapter_bytes: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=Sizes().num_layers, help="of the model")
-    options = parser.parse_args()
-    sizes = Sizes(num_layers=options.layers)
-    with tempfile.TemporaryDirectory(prefix="calibrate-") as name:
-        num_adapters = len(RANKS)
-        bench = Bench(Path(name), num_adapters, sizes, link=None)
-        side = make_side("stock-default", sizes, num_adapters, max(LENGTHS))
-        samples = measure(bench, side, Path(name) / "server.log", options.rounds)
+def calibrate(sizes: Sizes, folder: Path, rounds: int) -> dict[str, Any]:
+    """Starts a server of its own, with its files in ``folder``; about 40 s on two cores."""
+    num_adapters = len(RANKS)
+    bench = Bench(folder, num_adapters, sizes, link=None)
+    side = make_side("stock-default", sizes, num_adapters, max(LENGTHS))
+    samples = measure(bench, side, folder / "calibration.log", rounds)
     step_s, token_s = fit(samples)
     num_bytes = adapter_bytes(RANK, sizes.shape)
-    found: dict[str, Any] = {
+    return {
         **machine(),
         "link": link(token_s, num_bytes),
         "prefill": {"a_ms": 1e3 * step_s, "b_ms_per_1000_tokens": 1e6 * token_s},
@@ -124,6 +108,16 @@ def main() -> None:
         "rank": RANK,
         "samples_s": samples,
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=Sizes().num_layers, help="of the model")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="calibrate-") as folder:
+        found = calibrate(Sizes(num_layers=options.layers), Path(folder), options.rounds)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({key: found[key] for key in ("link", "prefill", "load_share")}, indent=1))

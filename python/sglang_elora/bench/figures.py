@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from driver import Record
+from sglang_elora.bench.record import Record
 
 WARM_UP = 0.2  # of the trace's duration, at its beginning
 COLUMNS = (
@@ -19,12 +19,32 @@ COLUMNS = (
     "ttft_p95_ms",
     "ttft_p99_ms",
     "tpot_mean_ms",
+    "goodput",
     "cached_device",
     "cached_host",
     "adapter_loads",
     "late_p99_ms",
 )
+TTFT_BAR_MS = 500.0
+TPOT_BAR_MS = 50.0
 _RATIOS = ("ttft_mean_ms", "ttft_p95_ms", "tpot_mean_ms", "requests_per_s")
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """What a request must stay under to count for goodput."""
+
+    ttft_ms: float = TTFT_BAR_MS
+    tpot_ms: float = TPOT_BAR_MS
+
+    def met(self, record: Record) -> bool:
+        """An answer of one token has no TPOT, and meets that bar."""
+        if record.error is not None or record.ttft_s is None:
+            return False
+        return 1e3 * record.ttft_s <= self.ttft_ms and 1e3 * (record.tpot_s or 0) <= self.tpot_ms
+
+
+BARS = Bars()
 
 
 def counted(records: Sequence[Record], duration_s: float) -> list[Record]:
@@ -37,10 +57,12 @@ def figures(
     duration_s: float,
     before: Mapping[str, Any] | None = None,
     after: Mapping[str, Any] | None = None,
+    bars: Bars = BARS,
 ) -> dict[str, float | None]:
     """Figures of the counted requests; adapter loads are of the whole run, None if not known.
 
-    ``requests_per_s`` is answers over the time from the end of the warm-up to the last of them.
+    ``requests_per_s`` is answers over the time from the end of the warm-up to the last of them,
+    ``goodput`` the share of the requests that met both bars; those without an answer did not.
     ``late`` is how long after it was due the client sent a request.
     """
     mine = counted(records, duration_s)
@@ -62,6 +84,7 @@ def figures(
         "ttft_p95_ms": _quantile(ttft, 0.95),
         "ttft_p99_ms": _quantile(ttft, 0.99),
         "tpot_mean_ms": _mean(tpot),
+        "goodput": sum(map(bars.met, mine)) / len(mine) if mine else None,
         "cached_device": (sum(record.num_cached for record in good) - from_host) / prompt,
         "cached_host": from_host / prompt,
         "adapter_loads": loads,
@@ -110,7 +133,7 @@ def table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
     width = max(map(len, rows), default=0)
     lines = [" " * width + "".join(f" {name:>{_width(name)}}" for name in COLUMNS)]
     for label, row in rows.items():
-        cells = (f" {_cell(row[name]):>{_width(name)}}" for name in COLUMNS)
+        cells = (f" {cell(row[name]):>{_width(name)}}" for name in COLUMNS)
         lines.append(f"{label:<{width}}{''.join(cells)}")
     return "\n".join(lines)
 
@@ -126,7 +149,7 @@ def _width(name: str) -> int:
     return max(len(name), 7)
 
 
-def _cell(value: float | None) -> str:
+def cell(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"

@@ -1,6 +1,6 @@
-"""Tables and ratios from the files that run.py wrote.
+"""Tables and ratios from the files that ``sglang-elora bench`` wrote.
 
-    python benchmarks/serving/report.py DIR [--window 5] [--relative-to SIDE]
+    python -m sglang_elora.bench.report DIR [--window 5] [--relative-to SIDE]
 
 Per workload: a row per side, medians over its runs; then each side of ELORA over each stock one,
 run by run. Of several static splits the one with the lowest mean TTFT is named the best. With
@@ -11,68 +11,20 @@ long a side takes to get over a step in the number of active adapters.
 from __future__ import annotations
 
 import argparse
-import gzip
-import itertools
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from driver import Record
-from figures import Spread, counted, figures, medians, ratios, table
-from peak import peak_factor
-
-from sglang_elora.workloads import GROWS_AT, WORKLOADS, Rise
+from sglang_elora.bench.figures import Spread, counted, medians, ratios, table
+from sglang_elora.bench.record import Record
+from sglang_elora.bench.result import Result, by_block, by_side, peak_of, read
+from sglang_elora.workloads import GROWS_AT, WORKLOADS
 
 TUNED = "stock-tuned:"
 BEST = "best static split"
 RECOVERED = 1.5
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One run of one side."""
-
-    workload: str
-    side: str
-    run: int
-    duration_s: float
-    records: tuple[Record, ...]
-    before: Mapping[str, Any] | None
-    after: Mapping[str, Any] | None
-
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> Result:
-        records = tuple(Record(**{**r, "output": tuple(r["output"])}) for r in row["records"])
-        return cls(
-            workload=row["trace"]["workload"]["name"],
-            side=row["side"],
-            run=row["run"],
-            duration_s=row["trace"]["duration_s"],
-            records=records,
-            before=row["elora_before"],
-            after=row["elora_after"],
-        )
-
-    def figures(self) -> dict[str, float | None]:
-        return figures(self.records, self.duration_s, self.before, self.after)
-
-
-def read(folder: Path) -> list[dict[str, Any]]:
-    """All files of run.py in the folder, packed ones too."""
-    plain = (path.read_bytes() for path in sorted(folder.glob("*.json")))
-    packed = (gzip.decompress(path.read_bytes()) for path in sorted(folder.glob("*.json.gz")))
-    return list(map(json.loads, itertools.chain(plain, packed)))
-
-
-def peak_of(row: Mapping[str, Any]) -> float | None:
-    """The rate factor up to which mean TTFT stays under the bar."""
-    records = Result.from_row(row).records
-    ttft = [(r.due_s, math.inf if r.ttft_s is None else r.ttft_s) for r in records]
-    return peak_factor(ttft, Rise(**row["rise"]), row["bar_ms"] / 1e3)
 
 
 def peaks(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -88,7 +40,7 @@ def peaks(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def summary(results: Sequence[Result]) -> str:
     """Of one workload, all sides and what ELORA's are beside stock's."""
-    runs = _by_side(results)
+    runs = by_side(results)
     lines = [table(_rows(runs))]
     best = best_split(runs)
     if best is not None:
@@ -101,7 +53,7 @@ def summary(results: Sequence[Result]) -> str:
 
 def compared(results: Sequence[Result]) -> dict[tuple[str, str], dict[str, Spread]]:
     """Of one workload, the ratios of each side of ELORA to stock's default and best split."""
-    runs = _by_side(results)
+    runs = by_side(results)
     stocks = {side: side for side in runs if not side.startswith(("elora", TUNED))}
     best = best_split(runs)
     if best is not None:
@@ -135,7 +87,7 @@ def relative(blocks: Mapping[str, Sequence[Result]], base: str) -> str:
     """
     found: dict[str, dict[str, float]] = {}
     for name, results in blocks.items():
-        runs = _by_side(results)
+        runs = by_side(results)
         for side in runs:
             ratio = ratios(_records(runs[side]), _records(runs[base]), results[0].duration_s)
             if "ttft_mean_ms" in ratio:
@@ -163,8 +115,8 @@ def best_split(runs: Mapping[str, Mapping[int, Result]]) -> str | None:
 
 
 def report(results: Sequence[Result]) -> str:
-    """Of each workload, and their mean."""
-    blocks = _by_workload(results)
+    """Of each workload and rate, and their mean."""
+    blocks = by_block(results)
     texts = [f"{name}\n{summary(block)}" for name, block in blocks.items()]
     return "\n\n".join([*texts, *([across(blocks)] if len(blocks) > 1 else [])])
 
@@ -194,7 +146,7 @@ def after_growth(results: Sequence[Result], window_s: float) -> str:
     duration_s = results[0].duration_s
     grows_s = GROWS_AT * duration_s
     lines = [f"active adapters grow at {grows_s:.0f} s: mean TTFT in ms"]
-    for side, by_run in _by_side(results).items():
+    for side, by_run in by_side(results).items():
         records = [r for result in by_run.values() for r in counted(result.records, duration_s)]
         ttft = [(r.due_s, 1e3 * r.ttft_s) for r in records if r.ttft_s is not None]
         before = statistics.mean(ms for due_s, ms in ttft if due_s < grows_s)
@@ -214,20 +166,6 @@ def after_growth(results: Sequence[Result], window_s: float) -> str:
     return "\n".join(lines)
 
 
-def _by_workload(results: Sequence[Result]) -> dict[str, list[Result]]:
-    blocks: dict[str, list[Result]] = {}
-    for result in results:
-        blocks.setdefault(result.workload, []).append(result)
-    return blocks
-
-
-def _by_side(results: Sequence[Result]) -> dict[str, dict[int, Result]]:
-    runs: dict[str, dict[int, Result]] = {}
-    for result in results:
-        runs.setdefault(result.side, {})[result.run] = result
-    return runs
-
-
 def _rows(runs: Mapping[str, Mapping[int, Result]]) -> dict[str, dict[str, float | None]]:
     return {
         side: medians([result.figures() for result in by_run.values()])
@@ -240,7 +178,7 @@ def _records(by_run: Mapping[int, Result]) -> dict[int, Sequence[Record]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--window", type=float, help="seconds")
     parser.add_argument("--relative-to", help="a side: mean TTFT of all others over its")
@@ -252,11 +190,12 @@ def main() -> None:
     if results:
         print(report(results))
     if options.relative_to is not None:
-        print(f"\n{relative(_by_workload(results), options.relative_to)}")
+        print(f"\n{relative(by_block(results), options.relative_to)}")
     if options.window is not None:
-        for name, mine in _by_workload(results).items():
+        for name, mine in by_block(results).items():
             print(f"\n{name}: {over_time(mine, options.window)}")
-            first, last = WORKLOADS[name].active if name in WORKLOADS else (1.0, 1.0)
+            workload = WORKLOADS.get(mine[0].workload)
+            first, last = (1.0, 1.0) if workload is None else workload.active
             if first != last:
                 print(f"\n{name}: {after_growth(mine, options.window)}")
 

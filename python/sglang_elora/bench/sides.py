@@ -4,8 +4,8 @@
 tier for KV, and adapters loaded beside the batches where stock allows it; with ``+write_through``
 KV is copied to that tier when it is made and not when it is evicted. ``elora:POLICY``: one pool,
 the same host tier. ``elora:POLICY-TERM,TERM`` leaves terms out of the policy, and
-``elora:POLICY+VARIANT`` changes one thing of ELORA (variants.py). With ``elora:POLICY+sessions``
-requests name their session, and the last of it closes it.
+``elora:POLICY+VARIANT`` changes one thing of ELORA by a plugin (``variant``). With
+``elora:POLICY+sessions`` requests name their session, and the last of it closes it.
 
 Stock's slots have room for the largest rank. What N of them leave of the bytes is its KV pool.
 """
@@ -16,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from variants import VARIANTS
 
 from sglang_elora.demo.adapters import ALL_LINEAR, AdapterSpec
 from sglang_elora.demo.checkpoint import ModelShape
@@ -130,12 +128,10 @@ def make_side(name: str, sizes: Sizes, num_adapters: int, longest: int) -> Side:
         argument, sessions, _ = argument.partition("+sessions")
         argument, _, variant = argument.partition("+")
         policy, _, off = argument.partition("-")
-        flags = ("--elora", "--elora-policy", policy)
+        flags: tuple[str, ...] = ("--elora", "--elora-policy", policy)
         flags += ("--elora-policy-off", off) if off else ()
         flags += ("--max-total-tokens", str(sizes.pool_slots))
         flags += _host_tier(sizes, sizes.pool_slots)
-        if variant and variant not in VARIANTS:
-            raise ValueError(f"variant {variant!r} must be one of {', '.join(VARIANTS)}")
         return Side(name, ELORA_SERVER, flags, variant or None, names_sessions=bool(sessions))
     if name == "stock-default":
         return Side(name, _STOCK, _split(STOCK_DEFAULT_SLOTS, sizes, longest))

@@ -1,4 +1,4 @@
-"""Checkpoint and adapters of the serving benchmark, and a server over them for each run."""
+"""Checkpoint and adapters of the benchmark, and a server over them for each side."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from driver import Played, play
-from sides import Side, Sizes, adapter_specs, common_flags, make_side
-from variants import write_plugin
-
+from sglang_elora.bench.sides import Side, Sizes, adapter_specs, common_flags, make_side
+from sglang_elora.bench.variant import write_plugin
 from sglang_elora.demo.adapters import make_adapters
 from sglang_elora.demo.checkpoint import make_checkpoint, silence_progress_bars
 from sglang_elora.demo.server import SMALL_MODEL_ENV, ServerProcess
@@ -20,7 +18,7 @@ from sglang_elora.workloads import Trace
 
 @dataclass(frozen=True, slots=True)
 class EmulatedLink:
-    """Host to device, for both sides. See calibrate.py for where the figures come from."""
+    """Host to device, for all sides. ``calibrate`` says where the figures come from."""
 
     gbytes_per_s: float
     latency_us: float
@@ -28,7 +26,7 @@ class EmulatedLink:
     @classmethod
     def load(cls, path: Path) -> EmulatedLink:
         link = json.loads(path.read_text())["link"]
-        return cls(link["gbytes_per_s"], link["latency_us"])
+        return cls(**link)
 
     @property
     def env(self) -> dict[str, str]:
@@ -39,17 +37,26 @@ class EmulatedLink:
 
 
 class Bench:
-    """Servers over one checkpoint and ``num_adapters`` adapters, which are kept in ``folder``."""
+    """Servers over one checkpoint and ``num_adapters`` adapters, which are kept in ``folder``.
+
+    ``variants`` is the file that the variants of sides are in, for those that have one.
+    """
 
     def __init__(
-        self, folder: Path, num_adapters: int, sizes: Sizes, link: EmulatedLink | None
+        self,
+        folder: Path,
+        num_adapters: int,
+        sizes: Sizes,
+        link: EmulatedLink | None,
+        variants: Path | None = None,
     ) -> None:
         silence_progress_bars()
-        self._checkpoint = make_checkpoint(folder / "base", shape=sizes.shape)
+        self.checkpoint = make_checkpoint(folder / "base", shape=sizes.shape)
         self._adapters = make_adapters(
-            self._checkpoint, folder / "adapters", adapter_specs(num_adapters)
+            self.checkpoint, folder / "adapters", adapter_specs(num_adapters)
         )
         self._folder = folder
+        self._variants = variants
         self.sizes = sizes
         self.link = link
 
@@ -59,22 +66,24 @@ class Bench:
         return make_side(name, self.sizes, len(self._adapters), longest)
 
     def server(self, side: Side, log_path: Path) -> ServerProcess:
+        """Not started yet.
+
+        Raises:
+            ValueError: The side's variant is not there.
+        """
         env: dict[str, str] = dict(self.link.env) if self.link is not None else {}
         if side.variant is not None:
-            plugin = write_plugin(self._folder / "plugins", side.variant)
-            paths = (str(plugin), str(Path(__file__).parent), os.environ.get("PYTHONPATH"))
+            if self._variants is None:
+                raise ValueError(f"side {side.name!r} needs the file that {side.variant!r} is in")
+            added = write_plugin(self._folder / "plugins", self._variants, side.variant)
+            paths = (*map(str, added), os.environ.get("PYTHONPATH"))
             env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         return ServerProcess(
-            [*common_flags(self._checkpoint, self._adapters), *side.flags],
+            [*common_flags(self.checkpoint, self._adapters), *side.flags],
             log_path=log_path,
             program=side.program,
             env={**SMALL_MODEL_ENV, **env},
         )
-
-    def play(self, side: Side, trace: Trace, log_path: Path) -> Played:
-        """The trace on a fresh server."""
-        with self.server(side, log_path) as server:
-            return play(server.url, trace, names_sessions=side.names_sessions)
 
     def facts(self) -> dict[str, Any]:
         link = None if self.link is None else {"emulated": True, **self.link.env}

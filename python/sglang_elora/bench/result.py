@@ -1,0 +1,86 @@
+"""One run of one side, as it was written to a file."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_elora.bench.figures import BARS, Bars, figures
+from sglang_elora.bench.peak import peak_factor
+from sglang_elora.bench.record import PoolSample, Record
+from sglang_elora.workloads import Rise
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    workload: str
+    side: str
+    run: int
+    duration_s: float
+    records: tuple[Record, ...]
+    before: Mapping[str, Any] | None
+    after: Mapping[str, Any] | None
+    turns_per_s: float = 0.0  # of the trace
+    pool: tuple[PoolSample, ...] = ()
+    bars: Bars = BARS
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Result:
+        return cls(
+            workload=row["trace"]["workload"]["name"],
+            side=row["side"],
+            run=row["run"],
+            duration_s=row["trace"]["duration_s"],
+            records=tuple(map(Record.from_row, row["records"])),
+            before=row["elora_before"],
+            after=row["elora_after"],
+            turns_per_s=row["trace"]["turns_per_s"],
+            pool=tuple(PoolSample(**sample) for sample in row.get("pool", ())),
+            bars=Bars(**row.get("bars", {})),
+        )
+
+    def figures(self) -> dict[str, float | None]:
+        return figures(self.records, self.duration_s, self.before, self.after, self.bars)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All files of runs in the folder, packed ones too."""
+    plain = (path.read_bytes() for path in sorted(folder.glob("*.json")))
+    packed = (gzip.decompress(path.read_bytes()) for path in sorted(folder.glob("*.json.gz")))
+    rows = map(json.loads, itertools.chain(plain, packed))
+    return [row for row in rows if "records" in row]
+
+
+def peak_of(row: Mapping[str, Any]) -> float | None:
+    """The rate factor up to which mean TTFT stays under the bar."""
+    records = Result.from_row(row).records
+    ttft = [(r.due_s, math.inf if r.ttft_s is None else r.ttft_s) for r in records]
+    return peak_factor(ttft, Rise(**row["rise"]), row["bar_ms"] / 1e3)
+
+
+def by_block(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """What may be compared: of one workload, and of one rate where it has several."""
+    rates: dict[str, set[float]] = {}
+    for result in results:
+        rates.setdefault(result.workload, set()).add(result.turns_per_s)
+    blocks: dict[str, list[Result]] = {}
+    for result in results:
+        name = result.workload
+        if len(rates[name]) > 1:
+            name = f"{name} at {result.turns_per_s:g} turns/s"
+        blocks.setdefault(name, []).append(result)
+    return blocks
+
+
+def by_side(results: Sequence[Result]) -> dict[str, dict[int, Result]]:
+    """By side and run, of one block."""
+    runs: dict[str, dict[int, Result]] = {}
+    for result in results:
+        runs.setdefault(result.side, {})[result.run] = result
+    return runs

@@ -1,0 +1,67 @@
+"""The traces on one server that is already there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from sglang_elora.bench.driver import Manner, play
+from sglang_elora.bench.endpoint import Api, Endpoint, find
+from sglang_elora.bench.machine import machine
+from sglang_elora.bench.matrix import SAMPLE_S, Plan, Row, Watcher
+from sglang_elora.workloads import Trace
+
+
+def play_running(
+    where: tuple[str, Api, str | None, Sequence[str] | None],
+    plan: Plan,
+    out: Path,
+    watcher: Watcher,
+) -> list[Row]:
+    """All rows, with a file each.
+
+    Args:
+        where: URL, API, model and adapters, as ``endpoint.find`` takes them.
+
+    Raises:
+        EndpointError: The server is not there, or cannot be asked like this.
+    """
+    endpoint = find(*where)
+    watcher.starts(f"trying out {endpoint.model} with {len(endpoint.adapters)} adapters")
+    endpoint.try_out()
+    facts = {
+        **machine(),
+        "url": endpoint.url,
+        "api": endpoint.api,
+        "model": endpoint.model,
+        "num_adapters": len(endpoint.adapters),
+        "bars": asdict(plan.bars),
+    }
+    rows: list[Row] = []
+    for number in plan.numbers:
+        for workload in plan.workloads:
+            for load, trace in plan.traces([workload], number):
+                watcher.starts(f"{workload} {number}, load {load:g}")
+                row = {**facts, **_row(endpoint, trace, number, watcher), "load": load}
+                path = out / f"{workload}-{endpoint.api}-{number}-load-{load:g}.json"
+                path.write_text(json.dumps(row) + "\n")
+                rows.append(row)
+            watcher.ended()
+    return rows
+
+
+def _row(endpoint: Endpoint, trace: Trace, number: int, watcher: Watcher) -> Row:
+    manner = Manner(endpoint.open, sample_s=SAMPLE_S, on_record=watcher.answered)
+    played = play(endpoint.url, endpoint.assigned(trace), manner)
+    return {
+        "side": f"{endpoint.model} ({endpoint.api})",
+        "run": number,
+        "trace": trace.facts(),
+        "wall_s": played.wall_s,
+        "elora_before": played.before,
+        "elora_after": played.after,
+        "pool": [asdict(sample) for sample in played.pool],
+        "records": [asdict(record) for record in played.records],
+    }
