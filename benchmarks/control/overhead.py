@@ -2,7 +2,7 @@
 
     python benchmarks/control/overhead.py --link calibration.json --out FILE
 
-One server changes its mode from block to block of the same chats (``switched`` of variants.py):
+One server changes its mode from block to block of chats (``switched`` of variants.py):
 nothing is announced, each request is, and 10,000 others per second are as well. What it takes to
 come up with so many is a mode of its own, for it is the server's own thread that does it here. Of
 each round the ratio of the median times in two modes; the interval of the ratios' median is of a
@@ -55,8 +55,7 @@ NUM_TOKENS = 16
 
 
 def keep_apart(cpus: Sequence[int]) -> None:
-    """The scheduler on the last processor and all others on the first ones: where threads happen to
-    run makes a TTFT of 18 or of 26 ms here, for seconds on end."""
+    """The scheduler on the last processor and all others on the first ones."""
     own = psutil.Process()
     for process in (own, *own.children(recursive=True)):
         is_scheduler = process.name().startswith("sglang::sched")
@@ -64,7 +63,7 @@ def keep_apart(cpus: Sequence[int]) -> None:
             os.sched_setaffinity(thread.id, cpus[-1:] if is_scheduler else cpus[:-1])
 
 
-async def play_block(url: str, number: int, clients: int, seed: int, length: int) -> list[Chat]:
+async def play_block(url: str, number: str, clients: int, seed: int, length: int) -> list[Chat]:
     async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as http:
 
         async def hold(client: int) -> list[Chat]:
@@ -142,9 +141,10 @@ def main() -> None:
                 for mode in modes if number % 2 else modes[::-1]:
                     switch.write_text(mode)
                     time.sleep(SETTLE_S)
-                    asyncio.run(play_block(url, number, clients, options.seed, SETTLING))
+                    block = f"{number}/{mode}"  # chats of its own: none finds the other's KV
+                    asyncio.run(play_block(url, block, clients, options.seed, SETTLING))
                     before = asyncio.run(hints(url))
-                    chats = asyncio.run(play_block(url, number, clients, options.seed, BLOCK))
+                    chats = asyncio.run(play_block(url, block, clients, options.seed, BLOCK))
                     after = asyncio.run(hints(url))
                     if i >= 0:
                         rows.append(

@@ -56,6 +56,14 @@ class EloraConfig:
         "Serve the adapters of this folder, one per subfolder and by its name, those that come "
         "while the server runs too. Links that lead out of the folder are refused.",
     )
+    adapter_sources: str = _option(
+        "",
+        "--elora-adapter-sources",
+        "Places that adapters may come from, folders and URLs (s3://bucket/adapters, hf://org; "
+        "whatever fsspec knows), separated by commas. A request that names an adapter which is "
+        "not loaded loads the folder of that name from the first place that has it; "
+        "/load_lora_adapter takes nothing from elsewhere.",
+    )
     check: bool = _option(
         False,
         "--elora-check",
@@ -120,6 +128,8 @@ class EloraConfig:
             )
         if self.adapter_dir and not self.enabled:
             raise ValueError("--elora-adapter-dir (SGLANG_ELORA_ADAPTER_DIR) needs --elora")
+        if self.adapter_sources and not self.enabled:
+            raise ValueError("--elora-adapter-sources (SGLANG_ELORA_ADAPTER_SOURCES) needs --elora")
         if self.check and not self.enabled:
             raise ValueError("--elora-check (SGLANG_ELORA_CHECK) needs --elora")
         unknown = set(self.policy_terms_off) - set(POLICY_TERMS)
@@ -147,7 +157,11 @@ class EloraConfig:
 
     @property
     def policy_terms_off(self) -> tuple[str, ...]:
-        return tuple(term.strip() for term in self.policy_off.split(",") if term.strip())
+        return _listed(self.policy_off)
+
+    @property
+    def adapter_places(self) -> tuple[str, ...]:
+        return _listed(self.adapter_sources)
 
     @property
     def emulates_link(self) -> bool:
@@ -195,6 +209,10 @@ class EloraConfig:
     @classmethod
     def from_args(cls, namespace: argparse.Namespace) -> EloraConfig:
         return cls(**{item.name: getattr(namespace, item.name) for item in fields(cls)})
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
 def _variable(item: Any) -> str:

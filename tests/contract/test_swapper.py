@@ -368,6 +368,7 @@ def test_credit_for_hints_returns_with_time() -> None:
         made.step()
     assert not made.is_resident(uid(MOST_CREDIT))
     for _ in range(CREDIT_STEPS):
+        made.swapper.expect([uid(MOST_CREDIT)])
         made.step()
     assert made.is_resident(uid(MOST_CREDIT))
     made.check()

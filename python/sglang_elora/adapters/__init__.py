@@ -9,16 +9,19 @@ __all__ = [
     "EMBEDDING_MODULES",
     "AdapterError",
     "AdapterFacts",
+    "AllowedSources",
     "BaseShapes",
     "FolderScan",
     "FoundAdapter",
     "check_adapter",
     "check_tensors",
+    "is_url",
     "read_adapter",
     "served_modules",
     "served_names",
 ]
 
+from sglang_elora.adapters.allowed_sources import AllowedSources
 from sglang_elora.adapters.base_shapes import BaseShapes
 from sglang_elora.adapters.check import (
     AdapterFacts,
@@ -30,3 +33,4 @@ from sglang_elora.adapters.check import (
 from sglang_elora.adapters.errors import AdapterError
 from sglang_elora.adapters.folder_scan import FolderScan, FoundAdapter
 from sglang_elora.adapters.module_names import EMBEDDING_MODULES, served_names
+from sglang_elora.adapters.remote import is_url

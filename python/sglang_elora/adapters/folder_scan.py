@@ -48,7 +48,7 @@ class FolderScan:
             if signature == self._seen.get(name) and signature != self._told.get(name):
                 self._told[name] = signature
                 path = self._root / name
-                found.append(FoundAdapter(name, path, self._leads_out(path)))
+                found.append(FoundAdapter(name, path, leads_out(self._root, path)))
         self._seen = seen
         self._told = {name: self._told[name] for name in self._told if name in seen}
         return found
@@ -68,15 +68,17 @@ class FolderScan:
             if any(name == CONFIG_FILE for name, _, _ in files):
                 yield entry.name, tuple(sorted(files))
 
-    def _leads_out(self, path: Path) -> str:
-        root = self._root.resolve()
-        try:
-            for inner in (path, *path.iterdir()):
-                if not inner.resolve().is_relative_to(root):
-                    return f"{inner} is a link that leads out of {root}"
-        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-            return f"it cannot be read: {error}"
-        return ""
+
+def leads_out(root: Path, path: Path) -> str:
+    """Why this adapter's folder, or a file in it, does not lie in ``root``; empty if all do."""
+    inside = root.resolve()
+    try:
+        for inner in (path, *path.iterdir()):
+            if not inner.resolve().is_relative_to(inside):
+                return f"{inner} is a link that leads out of {inside}"
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        return f"it cannot be read: {error}"
+    return ""
 
 
 def _files(entry: os.DirEntry[str]) -> list[os.DirEntry[str]]:

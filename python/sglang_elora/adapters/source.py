@@ -1,4 +1,4 @@
-"""From what the user gave (a folder or a Hugging Face id) to a local folder."""
+"""From what the user gave (a folder, a URL or a Hugging Face id) to a local folder."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from sglang_elora.adapters.errors import AdapterError, AdapterFolder
-from sglang_elora.adapters.weight_files import CONFIG_FILE
+from sglang_elora.adapters.remote import download, is_url
+from sglang_elora.adapters.weight_files import CONFIG_FILE, WEIGHT_SUFFIXES
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-_GIVE_A_FOLDER = f"Give the folder that holds {CONFIG_FILE}, or the id of a Hugging Face repository"
+_GIVE_A_FOLDER = (
+    f"Give the folder that holds {CONFIG_FILE}, its URL, or the id of a Hugging Face repository"
+)
 
 
 def find_folder(name: str, path: str) -> AdapterFolder:
-    """Return the local folder of an adapter, downloading it if ``path`` is a Hub id.
+    """Return the local folder of an adapter, downloading it if ``path`` is a URL or a Hub id.
 
     As SGLang does, anything that is not a local folder and can be a Hub id is asked for there
     (network, blocking; a snapshot already in the cache is used offline).
     """
+    if is_url(path):
+        return AdapterFolder(name, download(name, path))
     local = Path(path)
     try:
         is_folder, exists = local.is_dir(), local.exists()
@@ -39,8 +44,8 @@ def _download(name: str, path: str) -> Path:
     hub: Any = importlib.import_module("huggingface_hub")
     fetched = None
     try:
-        # In SGLang's order of preference: formats that would not be read are not downloaded.
-        for pattern in ("*.safetensors", "*.bin", "*.pt"):
+        for suffix in WEIGHT_SUFFIXES:  # formats that would not be read are not downloaded
+            pattern = f"*{suffix}"
             wanted = ["*.json", pattern]
             fetched = Path(
                 hub.snapshot_download(path, allow_patterns=wanted, ignore_patterns="*/*")

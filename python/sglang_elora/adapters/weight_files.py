@@ -17,6 +17,8 @@ from sglang_elora.adapters.errors import AdapterFolder, Problem
 CONFIG_FILE = "adapter_config.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 WEIGHT_FILE = "adapter_model.safetensors"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
+"""In SGLang's order of preference: of an adapter the first that is there is read."""
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
@@ -58,8 +60,8 @@ class TensorInfo:
 
 def find_weight_files(folder: AdapterFolder) -> list[Path]:
     """The files SGLang's loader would read: all *.safetensors, else all *.bin, else all *.pt."""
-    for pattern in ("*.safetensors", "*.bin", "*.pt"):
-        found = sorted(p for p in folder.path.glob(pattern) if p.name not in _NOT_WEIGHTS)
+    for suffix in WEIGHT_SUFFIXES:
+        found = sorted(p for p in folder.path.glob(f"*{suffix}") if p.name not in _NOT_WEIGHTS)
         if found:
             return found
     raise folder.error(

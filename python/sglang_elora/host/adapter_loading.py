@@ -7,8 +7,10 @@ import functools
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import (
@@ -26,8 +28,10 @@ from sglang_elora.adapters import (
     BaseShapes,
     check_adapter,
     check_tensors,
+    is_url,
 )
 from sglang_elora.config import EloraConfig
+from sglang_elora.host.adapter_sources import allowed_sources, refusal
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +52,7 @@ def drop_bad_start_adapters(result: None, server_args: Any) -> None:
         AdapterError: One cannot, and ``--elora-bad-adapter exit`` is set.
         ValueError: None can, and the flags do not say which shapes to expect of later ones.
     """
+    allowed_sources()  # an error in the flag ends the start
     settings = resolving_view(server_args)
     if not settings.enable_lora or not settings.lora_paths:
         return
@@ -55,8 +60,9 @@ def drop_bad_start_adapters(result: None, server_args: Any) -> None:
     kept = []
     for adapter in settings.lora_paths:
         try:
-            _check(adapter.lora_name, adapter.lora_path, settings, settings, read_weights=False)
-            kept.append(adapter)
+            name, path = adapter.lora_name, adapter.lora_path
+            folder = _check(name, path, settings, settings, read_weights=False)
+            kept.append(_at(adapter, folder) if is_url(path) else adapter)
         except AdapterError as error:
             if config.bad_adapter == "exit":
                 raise
@@ -66,24 +72,33 @@ def drop_bad_start_adapters(result: None, server_args: Any) -> None:
             "no adapter of --lora-paths can be served (reasons above); to start without any, "
             "give --max-lora-rank and --lora-target-modules"
         )
-    if len(kept) < len(settings.lora_paths):
+    if kept != settings.lora_paths:
         declare_resolution(server_args, "sglang_elora", lora_paths=kept)
 
 
 async def check_before_load(
     original: _Load, self: TokenizerManager, obj: LoadLoRAAdapterReqInput, _: Any = None
 ) -> LoadLoRAAdapterReqOutput:
-    """Around ``load_lora_adapter``: refuse what cannot be served, and name it in every error."""
+    """Around ``load_lora_adapter``: refuse what cannot be served, and name it in every error.
+
+    SGLang gets a local folder. When it loads an evicted adapter again, a URL is asked anew.
+    """
+    name, path = obj.lora_name, obj.lora_path
     if get_lora().enable_lora:
+        if problem := refusal(path):
+            error = f"LoRA adapter {name!r} ({path}): {problem}."
+            return LoadLoRAAdapterReqOutput(success=False, error_message=error)
         try:
-            await asyncio.to_thread(_check, obj.lora_name, obj.lora_path, get_model(), get_lora())
+            folder = await asyncio.to_thread(_check, name, path, get_model(), get_lora())
         except AdapterError as error:
             return LoadLoRAAdapterReqOutput(success=False, error_message=str(error))
+        if is_url(path):
+            obj.lora_path = str(folder)
     output = await original(self, obj, _)
-    if not output.success and obj.lora_path not in (output.error_message or ""):
-        output.error_message = (
-            f"LoRA adapter '{obj.lora_name}' ({obj.lora_path}): {output.error_message}"
-        )
+    if output.success and is_url(path) and (ref := self.lora_ref_cache.get(name)):
+        self.lora_ref_cache[name] = msgspec.structs.replace(ref, lora_path=path)
+    if not output.success and path not in (output.error_message or ""):
+        output.error_message = f"LoRA adapter '{name}' ({path}): {output.error_message}"
     return output
 
 
@@ -120,8 +135,16 @@ def refuse_adapter_ids(self: TokenizerManager, obj: GenerateReqInput | Embedding
         raise ValueError("lora_id is internal to SGLang: name the adapter with lora_path")
 
 
-def _check(name: str, path: str, model: Any, lora: Any, *, read_weights: bool = True) -> None:
-    check_adapter(name, path, _base_of(model), **_limits_of(lora), read_weights=read_weights)
+def _check(name: str, path: str, model: Any, lora: Any, *, read_weights: bool = True) -> Path:
+    base, limits = _base_of(model), _limits_of(lora)
+    return check_adapter(name, path, base, **limits, read_weights=read_weights).folder
+
+
+def _at(adapter: LoRARef, folder: Path) -> LoRARef:
+    """The same in a local folder, with the id that SGLang would give it (equal on all nodes)."""
+    name, path = adapter.lora_name or "", str(folder)
+    lora_id = LoRARef.deterministic_id(name, path)
+    return msgspec.structs.replace(adapter, lora_id=lora_id, lora_path=path)
 
 
 def _limits_of(lora: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from sglang_elora.config import EloraConfig
 from sglang_elora.host import (
     adapter_dir,
     adapter_loading,
+    adapter_sources,
     adapter_weights,
     admission,
     arrival,
@@ -90,6 +91,14 @@ HOOKS: tuple[Hook, ...] = (
         arrival.announce_native,
         When.ELORA,
         "As above; this is the last step before a prompt is tokenized.",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._resolve_lora_path",
+        ("self", "obj"),
+        HookType.AROUND,
+        adapter_sources.find_named,
+        When.ELORA,
+        "The registry of adapters knows only what was loaded, and takes no resolver.",
     ),
     Hook(
         "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.handle_request",

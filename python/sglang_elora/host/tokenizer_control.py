@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 FRESH_S = 1.0
 """State that is no older need not be asked for again, where it is only shown beside something."""
 
+COLLECT_S = 0.002
+"""Behind a hint the next ones are sent together. The first of a burst goes at once."""
+
 ANSWER_S = 60.0
 """A scheduler answers between two batches."""
 
@@ -60,6 +63,9 @@ class TokenizerControl:
         # Without a tier for it on the host, KV cannot be brought from there.
         self._announces_sessions = bool(get_memory().enable_hierarchical_cache)
         self.num_hints = 0
+        self._adapters: list[str] = []  # hints that have not been sent yet
+        self._sessions: list[str] = []
+        self._collecting: asyncio.TimerHandle | None = None
         self.mirror = StateMirror()
         self._mirrored_s = float("-inf")
         self._leases: dict[str, asyncio.TimerHandle] = {}
@@ -82,9 +88,20 @@ class TokenizerControl:
         sessions: list[str] = []
         if self._announces_sessions and isinstance(session, str):
             sessions = self._session_gate.passing([session])
-        if adapters or sessions:
-            self.num_hints += len(adapters)
-            self._manager._dispatch_to_scheduler(AdapterHint(adapters=adapters, sessions=sessions))
+        self.num_hints += len(adapters)
+        self._adapters += adapters
+        self._sessions += sessions
+        if self._collecting is None:
+            self._send_hints()
+
+    def _send_hints(self) -> None:
+        """What is there, and collect for a moment what comes behind it. Ends when nothing did."""
+        self._collecting = None
+        if self._adapters or self._sessions:
+            hint = AdapterHint(adapters=self._adapters, sessions=self._sessions)
+            self._adapters, self._sessions = [], []
+            self._manager._dispatch_to_scheduler(hint)
+            self._collecting = asyncio.get_running_loop().call_later(COLLECT_S, self._send_hints)
 
     async def refresh(self) -> StateMirror:
         """The schedulers' state as of now. Raises NoAnswer."""

@@ -22,7 +22,7 @@ HINTED_SHARE = 0.125
 MOST_CREDIT = 16
 """Adapters that came for hints alone and have not been used yet, most of them."""
 
-CREDIT_STEPS = 64
+CREDIT_STEPS = 128
 """Iterations with a batch, after which one more may come, whatever became of them."""
 
 _MOST_REMEMBERED = 256

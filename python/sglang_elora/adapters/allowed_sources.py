@@ -1,0 +1,79 @@
+"""Where adapters may come from (``--elora-adapter-sources``), and which of them has a name."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from sglang_elora.adapters.folder_scan import leads_out
+from sglang_elora.adapters.remote import has_adapter, is_url
+from sglang_elora.adapters.weight_files import CONFIG_FILE
+
+_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")  # no part begins with a dot: neither . nor ..
+_MISSING_S = 5.0
+_MISSING_MOST = 4096
+
+
+class AllowedSources:
+    """Folders and URLs under which each adapter is a folder by its name.
+
+    Args:
+        places: Local folders and URLs, in the order in which they are asked.
+
+    Raises:
+        ValueError: A place is neither an absolute folder nor a URL.
+    """
+
+    def __init__(self, places: Iterable[str]) -> None:
+        self._places = [place.rstrip("/") for place in places]
+        self._missing: dict[str, float] = {}  # oldest first; until when it is not asked for again
+        for place in self._places:
+            if not is_url(place) and not Path(place).is_absolute():
+                raise ValueError(f"a source must be an absolute folder or a URL, got {place!r}")
+
+    def __bool__(self) -> bool:
+        return bool(self._places)
+
+    def find(self, name: str) -> str | None:
+        """Folder or URL of the adapter of this name. Blocks, on the network where a place is a URL.
+
+        A name is one or more parts of letters, digits, ``_``, ``-`` and ``.``, joined by ``/``, so
+        it leads to nothing outside of the places; nor do links there. What was not found is not
+        looked for again for 5 s, so that nobody can make a server ask without end.
+
+        Raises:
+            Exception: Of a file system's own kinds, if a URL cannot be asked.
+        """
+        now_s = time.monotonic()
+        if not _NAME.fullmatch(name) or self._missing.get(name, 0.0) > now_s:
+            return None
+        for place in self._places:
+            path = f"{place}/{name}"
+            if has_adapter(path) if is_url(place) else _is_inside(place, Path(path)):
+                return path
+        self._missing.pop(name, None)
+        self._missing[name] = now_s + _MISSING_S
+        if len(self._missing) > _MISSING_MOST:
+            del self._missing[next(iter(self._missing))]
+        return None
+
+    def allows(self, path: str) -> bool:
+        """Whether the adapter at this path (folder, URL or Hugging Face id) lies in one of them."""
+        if not is_url(path) and not Path(path).exists():
+            path = f"hf://{path}"  # SGLang takes what is no folder for an id
+        for place in self._places:
+            inside = path.removeprefix(f"{place}/")
+            if is_url(place) and inside != path and _NAME.fullmatch(inside.rstrip("/")):
+                return True
+            if not is_url(place) and not is_url(path) and not leads_out(Path(place), Path(path)):
+                return True
+        return False
+
+    def __str__(self) -> str:
+        return ", ".join(self._places)
+
+
+def _is_inside(place: str, path: Path) -> bool:
+    return (path / CONFIG_FILE).is_file() and not leads_out(Path(place), path)
