@@ -43,13 +43,14 @@ clean:  ## remove what the targets above made
 # locks list what SGLang needs to run on a CPU and pip is told not to look at dependencies. Where that
 # brings a torch built for CUDA, which does not import without CUDA's libraries, the CPU build from
 # PyTorch's own index takes its place.
-$(READY): pyproject.toml requirements/cpu.lock requirements/dev.lock
+$(READY): pyproject.toml requirements/cpu.lock requirements/dev.lock requirements/clients.lock
 	$(PYTHON) -m venv $(VENV)
 	if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then \
-	  $(BIN)/pip install --quiet --editable '.[cuda,dev]'; \
+	  $(BIN)/pip install --quiet --editable '.[cuda,clients,dev]'; \
 	else \
 	  $(BIN)/pip install --quiet --no-deps \
-	    --requirement requirements/cpu.lock --requirement requirements/dev.lock && \
+	    --requirement requirements/cpu.lock --requirement requirements/dev.lock \
+	    --requirement requirements/clients.lock && \
 	  { $(BIN)/python -c 'import torch' || $(BIN)/pip install --quiet --no-deps --force-reinstall \
 	      --index-url $(TORCH_CPU_INDEX) $$(grep '^torch==' requirements/cpu.lock); } && \
 	  $(BIN)/pip install --quiet --no-deps --editable .; \

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
+import httpx
 from demo_server import demo_server, parser
 from openai import OpenAI
 
@@ -20,26 +22,28 @@ LINES = (
 
 
 def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--talk", action="store_true", help="ask for lines; an empty one ends it")
+    arguments = parser(__doc__)
+    arguments.add_argument(
+        "--talk", action="store_true", help="ask for lines; an empty one ends it"
+    )
+    options = arguments.parse_args()
     with demo_server(options) as (url, names):
         client = OpenAI(base_url=f"{url}/v1", api_key="none")
         model = f"{client.models.list().data[0].id}:{names[0]}"
-        session = {"session_id": uuid.uuid4().hex}  # the cache knows that it will be continued
-        messages = []
-        for line in spoken() if options.parse_args().talk else LINES:
+        session = {"session_id": uuid.uuid4().hex}  # the cache knows that there is more to come
+        messages: list[Any] = []
+        for line in spoken() if options.talk else LINES:
             messages.append({"role": "user", "content": line})
             answer = client.chat.completions.create(
                 model=model, messages=messages, temperature=0, max_tokens=48, extra_body=session
             )
-            said = answer.choices[0].message.content
+            said, usage = answer.choices[0].message.content, answer.usage
             messages.append({"role": "assistant", "content": said})
-            usage = answer.usage
-            print(f"\n> {line}\n{said}")
-            print(
-                f"  ({usage.prompt_tokens_details.cached_tokens} of {usage.prompt_tokens} cached)"
-            )
-        client.post("/../close_session", body=session, cast_to=object)  # it will not
+            details = usage.prompt_tokens_details
+            cached = details.cached_tokens if details else 0
+            print(f"\n> {line}\n{names[0]}: {said!r}")
+            print(f"  {cached} of {usage.prompt_tokens} prompt tokens came from the cache")
+        httpx.post(f"{url}/close_session", json=session, trust_env=False).raise_for_status()
 
 
 def spoken() -> Iterator[str]:

@@ -15,18 +15,21 @@ from sglang_elora.demo.server import SMALL_MODEL_ENV, ServerProcess
 FOLDER = Path(".demo")
 
 
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """For an example's command line."""
+    made = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    made.add_argument("--url", help="a server that is up, for example that of `make serve`")
+    made.add_argument("--adapters", nargs="+", help="its adapters [the demo's]")
+    return made
+
+
 @contextmanager
-def demo_server(description: str | None) -> Iterator[tuple[str, Sequence[str]]]:
+def demo_server(options: argparse.Namespace) -> Iterator[tuple[str, Sequence[str]]]:
     """Address of a server, and the names of the adapters it has.
 
     Without ``--url`` it is the server of ``make demo``, with its model of random weights: what it
     says is gibberish, and each adapter's is its own.
     """
-    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--url", help="a server that is up, for example that of `make serve`")
-    parser.add_argument("--adapters", nargs="+", help="its adapters [the demo's]")
-    options = parser.parse_args()
-
     from sglang_elora.demo.adapters import demo_adapters, make_adapters
     from sglang_elora.demo.checkpoint import make_checkpoint, silence_progress_bars
 

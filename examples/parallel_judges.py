@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import sglang as sgl
-from demo_server import demo_server
+from demo_server import demo_server, parser
 
 import sglang_elora.lang as elora
 
@@ -32,7 +32,7 @@ def panel(s: Any, draft: str, judges: Sequence[str], chair: str) -> None:
 
 
 def main() -> None:
-    with demo_server(__doc__) as (url, names):
+    with demo_server(parser(__doc__).parse_args()) as (url, names):
         *judges, chair = names[:4]
         backend = sgl.RuntimeEndpoint(url)
         state = panel.run(DRAFT, judges, chair, backend=backend, temperature=0, ignore_eos=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import sglang as sgl
-from demo_server import demo_server
+from demo_server import demo_server, parser
 
 import sglang_elora.lang as elora
 
@@ -28,7 +28,7 @@ def agent(s: Any, question: str, router: str, experts: Sequence[str], writer: st
 
 
 def main() -> None:
-    with demo_server(__doc__) as (url, names):
+    with demo_server(parser(__doc__).parse_args()) as (url, names):
         router, writer, *experts = names[:5]
         backend = sgl.RuntimeEndpoint(url)
         for question in ("Where does the train to the harbour leave?", "How do I cook soup?"):

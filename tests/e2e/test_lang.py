@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import runpy
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +19,6 @@ from reference import Reference
 from sglang_elora.demo.server import ServerProcess
 from sglang_elora.host.lang.announcing import announcer_of
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 # As an error, SGLang's warning would end the thread that gives it, and all would wait for that.
 pytestmark = pytest.mark.filterwarnings("ignore:Error in stream_executor")
 
@@ -390,19 +386,3 @@ def test_queued_calls_are_announced(backend: sgl.RuntimeEndpoint) -> None:
     announcer.drain()
     assert announcer.num_announced == before + 3
     elora.prefetch(backend, True)
-
-
-@pytest.mark.parametrize("example", ["router_agent", "parallel_judges"])
-def test_examples(
-    example: str,
-    elora_server: ServerProcess,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    names = (*THREE, "all-r4", "qv-r4")
-    arguments = ["--url", elora_server.url, "--adapters", *names]
-    monkeypatch.setattr(sys, "argv", [example, *arguments])
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in names[: 5 if example == "router_agent" else 4])

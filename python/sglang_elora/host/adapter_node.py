@@ -9,9 +9,9 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.mem_cache.unified_cache.unified_tree_core import UnifiedTreeNode
 
-from sglang_elora.host.sessions import NOBODY
 from sglang_elora.policy import Item
 from sglang_elora.tree import Adapter, namespace_of
+from sglang_elora.tree.sessions import NOBODY
 
 FULL = ComponentType.FULL
 

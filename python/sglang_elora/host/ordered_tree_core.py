@@ -21,9 +21,9 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core import (
     UnifiedTreeNode,
 )
 
-from sglang_elora.host.sessions import NOBODY, Sessions
 from sglang_elora.policy import Expectation, Item, Policy
 from sglang_elora.tree import LeafOrder, adapter_of
+from sglang_elora.tree.sessions import NOBODY, Sessions
 
 _WANTED = "wanted"
 """Kind of all that waiting requests need: behind everything else."""
@@ -42,7 +42,7 @@ class OrderedTreeCore(UnifiedTreeCore):
         self._next_item = _no_item()  # of the node that is made next
         self.counts: Counter[str] = Counter()
         self.evicted: deque[NodeId] = deque(maxlen=_REMEMBERED)  # backed up; the last was dearest
-        self.sessions = Sessions(self)
+        self.sessions = Sessions[UnifiedTreeNode](self.path_of, self.expect)
         self._node_arena: dict[int, UnifiedTreeNode] = {}
         super().__init__(params, components)
 

@@ -33,14 +33,15 @@ from sglang_elora.host.lora_manager import EloraLoRAManager
 from sglang_elora.host.measure import Measure
 from sglang_elora.host.policies import make_policy
 from sglang_elora.host.residency import Residency
-from sglang_elora.host.sessions import Sessions
 from sglang_elora.host.swapper import Swapper
 from sglang_elora.host.tree_core import EloraTreeCore
 from sglang_elora.policy import Term
 from sglang_elora.swapper import HostTier
+from sglang_elora.tree.sessions import Sessions
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.unified_cache.unified_tree_core import UnifiedTreeNode
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class EloraRadixCache(UnifiedRadixCache):
         return result
 
     @property
-    def sessions(self) -> Sessions:
+    def sessions(self) -> Sessions[UnifiedTreeNode]:
         return self.tree_core.sessions
 
 

@@ -13,10 +13,10 @@ from collections import Counter, deque
 from collections.abc import Hashable
 from typing import Any
 
-from sglang_elora.policy import Item, Policy
+from sglang_elora.policy import Expectation, Item, Policy
 from sglang_elora.sim.clairvoyant import Clairvoyant
 from sglang_elora.sim.segment import Segment
-from sglang_elora.tree import AdapterForest, LeafOrder
+from sglang_elora.tree import AdapterForest, LeafOrder, Sessions
 
 _WANTED = "wanted"
 _REMEMBERED = 8192  # evictions that prefetching may undo, as in the server
@@ -39,6 +39,7 @@ class Cache:
         self.counts: Counter[str] = Counter()
         self.evicted: deque[Segment] = deque(maxlen=_REMEMBERED)
         self.slots_to_host = 0  # copied by evictions since somebody asked last
+        self.sessions = Sessions[Segment](self._path_of, self._expect)
         self._adapters: dict[str, Segment] = {}
         self._duplicates: dict[Segment, None] = {}  # KV on both tiers, in order
         self._lowers = isinstance(policy, Clairvoyant)
@@ -169,6 +170,22 @@ class Cache:
         if since is None and segment in self.leaves:
             self.leaves.lower(segment)
 
+    @staticmethod
+    def _path_of(segment: Segment) -> list[Segment]:
+        path = [segment]
+        while path[-1].parent is not None:
+            path.append(path[-1].parent)
+        return path
+
+    def _expect(self, segment: Segment, expectation: Expectation) -> None:
+        """As ``OrderedTreeCore.expect``."""
+        if segment.item.expectation == expectation:
+            return
+        self.policy.expect(segment.item, expectation)
+        for order in (self.leaves, self.host_leaves):
+            if segment in order:
+                order.lower(segment)
+
     def _kind(self, segment: Segment) -> Hashable:
         item = segment.item
         return _WANTED if item.wanted_since is not None else self.policy.kind(item)
@@ -292,6 +309,8 @@ class Cache:
             self._leave_host(child)
             self._drop(child)
         self.policy.remove(segment.item)
+        self.sessions.drop(segment)
+        segment.num_sessions = 0
         segment.item = Item(False, segment.num_slots, segment.item.group)  # if it comes back
         if segment.parent is not None:
             segment.parent.children.pop(segment, None)

@@ -35,6 +35,7 @@ class Engine:
     Args:
         keeps_kv: False: KV of a request goes with it.
         touches_at_end: A request's path is used again when it ends, as SGLang dates it.
+        names_sessions: Requests name their session, and the end of its last one closes it.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class Engine:
         keeps_kv: bool = True,
         kv_needs_adapter: bool = True,
         touches_at_end: bool = False,
+        names_sessions: bool = False,
     ) -> None:
         self._calibration, self._cache, self._residence = calibration, cache, residence
         self._link, self._measure = link, measure
         self._keeps_kv, self._kv_needs_adapter = keeps_kv, kv_needs_adapter
-        self._touches_at_end = touches_at_end
+        self._touches_at_end, self._names_sessions = touches_at_end, names_sessions
         self._systems: dict[tuple[str, Sequence[int]], Segment] = {}
         self._arrivals: list[tuple[float, int, Request]] = []
         self._waiting: list[Request] = []
@@ -308,10 +310,19 @@ class Engine:
         self._residence.leave(request)
         self._record(request)
         following = request.turn + 1
+        if self._names_sessions:
+            self._tell(talk, is_last=following == len(talk.session.turns))
         if following < len(talk.session.turns):
             due_s = self._now_s + talk.session.turns[following].think_s
             if due_s < self._duration_s:
                 self._arrive(talk, following, due_s)
+
+    def _tell(self, talk: Talk, *, is_last: bool) -> None:
+        name, sessions = f"session-{talk.session.number}", self._cache.sessions
+        if talk.path[-1].is_cached:
+            sessions.turn(name, talk.path[-1])
+        if is_last:
+            sessions.over(name)
 
     def _record(self, request: Request) -> None:
         self.records.append(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 from sglang_elora.policy import Item
-from sglang_elora.tree import Adapter
+from sglang_elora.tree import NOBODY, Adapter
 
 
 @dataclass(slots=True, eq=False)
@@ -23,6 +24,8 @@ class Segment:
     locks: int = 0
     device_children: int = 0
     children: dict[Segment, None] = field(default_factory=dict)  # on any tier
+    sessions: Set[str] = NOBODY
+    num_sessions: int = 0
 
     @property
     def num_slots(self) -> int:

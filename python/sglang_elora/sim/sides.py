@@ -4,7 +4,8 @@
 ``stock-default``: eight adapter slots, no host tier for KV. ``stock-tuned:N``: N slots and the host
 tier. Two LRUs, loads in front of the batch. ``slora``: one pool, adapters as in ``elora:lru``, and
 KV goes with its request (Sheng et al., "S-LoRA", MLSys 2024). ``clairvoyant``: ``elora`` with a
-policy that knows the trace.
+policy that knows the trace. With ``elora:POLICY+sessions`` requests name their session, and the
+last of it closes it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def make_engine(side: str, calibration: Calibration, adapters: list[str]) -> Eng
     if side == "slora":
         return _pool(calibration, forest, LRU.name, keeps_kv=False)
     if side == Clairvoyant.name or (kind == "elora" and argument):
-        return _pool(calibration, forest, argument or side)
+        policy, sessions, _ = (argument or side).partition("+sessions")
+        return _pool(calibration, forest, policy, names_sessions=bool(sessions))
     raise ValueError(
         f"side {side!r} must be stock-default, stock-tuned:SLOTS, elora:POLICY, slora or "
         "clairvoyant"
@@ -76,7 +78,12 @@ def _split(
 
 
 def _pool(
-    calibration: Calibration, forest: AdapterForest, policy: str, *, keeps_kv: bool = True
+    calibration: Calibration,
+    forest: AdapterForest,
+    policy: str,
+    *,
+    keeps_kv: bool = True,
+    names_sessions: bool = False,
 ) -> Engine:
     measure, link = Measure(), Link(calibration)
     host_slots = calibration.host_slots if keeps_kv else 0
@@ -85,7 +92,15 @@ def _pool(
     cache = Cache(made, forest, calibration.pool_slots, host_slots)
     held.append(cache)
     residence = PoolResidence(cache, calibration, link, measure)
-    return Engine(calibration, cache, residence, link, measure, keeps_kv=keeps_kv)
+    return Engine(
+        calibration,
+        cache,
+        residence,
+        link,
+        measure,
+        keeps_kv=keeps_kv,
+        names_sessions=names_sessions,
+    )
 
 
 def _policy(

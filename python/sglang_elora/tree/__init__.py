@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["Adapter", "AdapterForest", "LeafOrder", "adapter_of", "namespace_of"]
+__all__ = [
+    "NOBODY",
+    "Adapter",
+    "AdapterForest",
+    "LeafOrder",
+    "Sessions",
+    "adapter_of",
+    "namespace_of",
+]
 
 from sglang_elora.tree.adapter_forest import Adapter, AdapterForest, adapter_of, namespace_of
 from sglang_elora.tree.leaf_order import LeafOrder
+from sglang_elora.tree.sessions import NOBODY, Sessions

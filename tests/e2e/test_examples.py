@@ -1,0 +1,95 @@
+"""The examples, against a server that is up. (``two_replicas`` has a test of its own.)"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+import warnings
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from reference import Reference
+from sglang_elora.demo.server import ServerProcess
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NAMES = ("attention-r8", "mlp-r24", "rslora-r8", "all-r4", "qv-r4")
+# As an error, SGLang's warning would end the thread that gives it, and all would wait for that.
+pytestmark = pytest.mark.filterwarnings("ignore:Error in stream_executor")
+
+
+def shown_by(
+    example: str,
+    server: ServerProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> str:
+    monkeypatch.setattr(sys, "argv", [example, "--url", server.url, "--adapters", *NAMES])
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("example", "num_adapters"), [("router_agent", 5), ("parallel_judges", 4)])
+def test_programs(
+    example: str,
+    num_adapters: int,
+    elora_server: ServerProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shown = shown_by(example, elora_server, monkeypatch, capsys)
+    assert all(name in shown for name in NAMES[:num_adapters])
+
+
+def test_a_chat_finds_its_history_in_the_cache(
+    elora_server: ServerProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shown = shown_by("chat", elora_server, monkeypatch, capsys)
+    counts = [line.split() for line in shown.splitlines() if line.endswith("from the cache")]
+    cached, prompts = ([int(words[i]) for words in counts] for i in (0, 2))
+    assert len(counts) == 4
+    # The model says anything, also what its tokenizer would write otherwise: answers may be missed.
+    assert all(now > before for before, now in pairwise(cached))
+    assert all(now > before for before, now in pairwise(prompts))
+
+
+def test_tenants_get_their_own_adapter(
+    elora_server: ServerProcess,
+    reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shown = shown_by("tenant_gateway", elora_server, monkeypatch, capsys)
+    *answered, refused = shown.splitlines()
+    assert refused.startswith("a wrong key: 401")
+    question = [{"role": "user", "content": "Where is the harbour?"}]
+    ids = reference.tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_dict=False
+    )
+    for name, first in zip(NAMES[:2], answered[::2], strict=True):
+        assert first.startswith(f"{name}: {reference.text(name, ids, 32)!r}")
+
+
+@pytest.mark.parametrize(
+    ("example", "package", "num_adapters"),
+    [("langchain_chain", "langchain_openai", 2), ("litellm_calls", "litellm", 3)],
+)
+def test_clients(
+    example: str,
+    package: str,
+    num_adapters: int,
+    elora_server: ServerProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with warnings.catch_warnings():  # theirs
+        warnings.simplefilter("ignore")
+        pytest.importorskip(package, reason="needs the extra [clients]")
+        shown = shown_by(example, elora_server, monkeypatch, capsys)
+    answers = [line.split(": ", 1)[1] for line in shown.splitlines() if line.startswith("  ")]
+    assert len(set(answers)) == num_adapters
+    assert all(f"  {name}: " in shown for name in NAMES[:num_adapters])
