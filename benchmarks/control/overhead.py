@@ -94,6 +94,8 @@ def interval(ratios: Sequence[float], rng: random.Random) -> tuple[float, float]
 def report(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for *modes, clients in COMPARED:
+        if not any((row["mode"], row["clients"]) == (modes[0], clients) for row in rows):
+            continue
         for what in ("ttft_s", "latency_s"):
             mine, theirs = (
                 [
@@ -120,6 +122,7 @@ def main() -> None:
     parser.add_argument(
         "--link", type=Path, required=True, help="what sglang_elora.bench.calibrate wrote"
     )
+    parser.add_argument("--only", choices=("on", "flood"), help="leave the other out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -137,6 +140,8 @@ def main() -> None:
         keep_apart(sorted(os.sched_getaffinity(0)))
         number = 0
         for *modes, clients in COMPARED:
+            if options.only not in (None, modes[0]):
+                continue
             for i in range(-options.warm_up, options.rounds):
                 for mode in modes if number % 2 else modes[::-1]:
                     switch.write_text(mode)
