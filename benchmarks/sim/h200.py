@@ -37,7 +37,7 @@ RATES = {
 """Turns per second of the tables."""
 
 OURS = ("elora:lru", "elora:elora_paper", "elora:elora", "elora:elora+sessions")
-SIDES = ("stock-default", "slora", *OURS, "clairvoyant")
+SIDES = ("stock-default", "slora", "chameleon", *OURS, "clairvoyant")
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6)
 """Of the device's bytes, that adapter slots take in a static split."""
 

@@ -22,7 +22,9 @@ SIDES = (
     "elora:elora_paper",
     "elora:elora_paper-recency,swap_cost",
     "elora:elora",
+    "elora:elora+sessions",
     "slora",
+    "chameleon",
     "clairvoyant",
 )
 EACH_WORKLOAD = pytest.mark.parametrize("workload", WORKLOADS)
@@ -107,3 +109,24 @@ def test_a_faster_machine_is_no_slower() -> None:
 
     for name in ("batch_s", "prefill_token_s", "decode_step_s"):
         assert mean_ttft_s(CPU.scaled(name, 0.5)) < mean_ttft_s(CPU)
+
+
+def test_named_sessions_are_forgotten_when_they_end() -> None:
+    trace = trace_of("chat")
+    engine = make_engine("elora:elora+sessions", CPU, NAMES)
+    turns = {record.session: record.turn + 1 for record in engine.play(trace)}
+    alive = sum(n < len(trace.sessions[number].turns) for number, n in turns.items())
+    assert 0 < alive < len(turns)
+    assert len(engine._cache.sessions) == alive
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_who_names_sessions_finds_more(seed: int) -> None:
+    trace = make_trace(
+        WORKLOADS["chat"], turns_per_s=6.0, duration_s=120.0, seed=seed, with_tokens=False
+    )
+    found = {}
+    for side in ("elora:elora", "elora:elora+sessions"):
+        records = make_engine(side, CPU, NAMES).play(trace)
+        found[side] = sum(r.num_cached for r in records) / sum(r.num_prompt for r in records)
+    assert found["elora:elora+sessions"] > found["elora:elora"] + 0.02

@@ -210,4 +210,4 @@ def _composition(axes: Axes, block: Sequence[Result], colours: Mapping[str, str]
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel("seconds")
-    axes.legend(fontsize=7, frameon=False, loc="upper right")
+    axes.legend(fontsize=7, framealpha=0.85, edgecolor="none", loc="upper right")

@@ -3,7 +3,8 @@
 ``elora:POLICY`` and ``elora:POLICY-TERM,TERM``: one pool, host tier, adapters beside the batches.
 ``stock-default``: eight adapter slots, no host tier for KV. ``stock-tuned:N``: N slots and the host
 tier. Two LRUs, loads in front of the batch. ``slora``: one pool, adapters as in ``elora:lru``, and
-KV goes with its request (Sheng et al., "S-LoRA", MLSys 2024). ``clairvoyant``: ``elora`` with a
+KV goes with its request (Sheng et al., "S-LoRA", MLSys 2024). ``chameleon``: ``slora`` with
+another order of adapters. ``clairvoyant``: ``elora`` with a
 policy that knows the trace. With ``elora:POLICY+sessions`` requests name their session, and the
 last of it closes it.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 from sglang_elora.policy import GDSF, LRU, Elora, EloraPaper, Policy, Term
 from sglang_elora.sim.cache import Cache
 from sglang_elora.sim.calibration import Calibration
+from sglang_elora.sim.chameleon import Chameleon
 from sglang_elora.sim.clairvoyant import Clairvoyant
 from sglang_elora.sim.engine import Engine
 from sglang_elora.sim.link import Link
@@ -43,12 +45,14 @@ def make_engine(side: str, calibration: Calibration, adapters: list[str]) -> Eng
         return _split(calibration, forest, int(argument), calibration.host_slots)
     if side == "slora":
         return _pool(calibration, forest, LRU.name, keeps_kv=False)
+    if side == Chameleon.name:
+        return _pool(calibration, forest, Chameleon.name, keeps_kv=False)
     if side == Clairvoyant.name or (kind == "elora" and argument):
         policy, sessions, _ = (argument or side).partition("+sessions")
         return _pool(calibration, forest, policy, names_sessions=bool(sessions))
     raise ValueError(
-        f"side {side!r} must be stock-default, stock-tuned:SLOTS, elora:POLICY, slora or "
-        "clairvoyant"
+        f"side {side!r} must be stock-default, stock-tuned:SLOTS, elora:POLICY, slora, "
+        "chameleon or clairvoyant"
     )
 
 
@@ -123,7 +127,7 @@ def _policy(
         return Elora(measure.costs, lambda uid: held[0].holds(uid), writes_back=writes_back)
     if name == Clairvoyant.name:
         return Clairvoyant(measure.costs, writes_back=writes_back)
-    found = {LRU.name: LRU, GDSF.name: GDSF}.get(name)
+    found = {LRU.name: LRU, GDSF.name: GDSF, Chameleon.name: Chameleon}.get(name)
     if found is None:
         raise ValueError(f"policy {name!r} must be elora, elora_paper, gdsf, lru or clairvoyant")
     return found(measure.costs)

@@ -1,0 +1,55 @@
+"""Chameleon's order of adapters, on a server that keeps no KV of the past."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sglang_elora.policy import NEVER, Costs, Item, Policy
+
+FREQUENCY, RECENCY, SIZE = 0.45, 0.10, 0.45
+_WINDOW = 16.0  # turnovers of the pool over which uses are counted, the older the less
+
+
+class Chameleon(Policy):
+    """``0.45 frequency + 0.10 recency + 0.45 size``, each over the largest there is; the adapter
+    with the lowest score goes.
+
+    Source: Iliakopoulou et al., "Chameleon: Adaptive Caching and Scheduling for Many-Adapter LLM
+    Inference Environments", MICRO 2025. The weights are as we know them from the paper, whose text
+    was not at hand; how it scales the three, and over which time it counts uses, is our reading.
+    Its scheduler, and how it sizes its cache by predicted load, are not here: adapters stay in
+    whatever room running requests leave.
+    """
+
+    name = "chameleon"
+
+    def __init__(self, costs: Costs) -> None:
+        super().__init__(costs)
+        self._most_uses, self._largest = 1.0, 1
+
+    def visit(self, path: Iterable[Item]) -> None:
+        for item in path:
+            item.score = self._uses(item) + 1
+            item.visits += 1
+            item.last = self.clock
+            self._most_uses = max(self._most_uses, item.score)
+            self._largest = max(self._largest, item.num_slots)
+
+    def kind(self, item: Item) -> Item:
+        """Each its own: with time their scores change at different rates."""
+        return item
+
+    def priority(self, item: Item) -> float:
+        return item.last
+
+    def rank(self, kind: Item, priority: float) -> float:
+        if kind.last == NEVER:
+            return 0.0
+        recency = 1 / (1 + self.clock - kind.last)
+        frequency, size = self._uses(kind) / self._most_uses, kind.num_slots / self._largest
+        return FREQUENCY * frequency + RECENCY * recency + SIZE * size
+
+    def _uses(self, item: Item) -> float:
+        if item.last == NEVER:
+            return 0.0
+        return float(item.score * 0.5 ** ((self.clock - item.last) / _WINDOW))
