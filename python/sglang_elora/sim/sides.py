@@ -127,7 +127,10 @@ def _policy(
         return Elora(measure.costs, lambda uid: held[0].holds(uid), writes_back=writes_back)
     if name == Clairvoyant.name:
         return Clairvoyant(measure.costs, writes_back=writes_back)
-    found = {LRU.name: LRU, GDSF.name: GDSF, Chameleon.name: Chameleon}.get(name)
-    if found is None:
-        raise ValueError(f"policy {name!r} must be elora, elora_paper, gdsf, lru or clairvoyant")
-    return found(measure.costs)
+    if name == GDSF.name:
+        return GDSF(measure.costs)
+    if name == Chameleon.name:
+        return Chameleon(measure.costs)
+    if name == LRU.name:
+        return LRU(measure.costs)
+    raise ValueError(f"policy {name!r} must be elora, elora_paper, gdsf, lru or clairvoyant")
