@@ -54,7 +54,8 @@ def test_another_adapter_within_a_chat_computes_its_own_kv_once(
         for adapter in (first, first, second, first, second, second):
             answer = await client.generate(adapter, history, session_id="changing")
             assert list(answer.token_ids) == reference.generate(adapter, history)
-            assert answer.cached_tokens == known[adapter]
+            # KV of an answer's last token may be there or not.
+            assert answer.cached_tokens in {known[adapter], known[adapter] + bool(known[adapter])}
             history = [*history, *answer.token_ids]
             known[adapter] = len(history) - 1
             history += prompts[2]
