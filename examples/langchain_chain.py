@@ -1,7 +1,6 @@
 """LangChain: two adapters of one server in one chain, the second one answers the first.
 
-pip install langchain-openai
-python examples/langchain_chain.py
+It needs ``pip install 'sglang-elora[clients]'``; run it by ``python examples/langchain_chain.py``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """LiteLLM: the same question to several adapters, streamed.
 
-pip install litellm
-python examples/litellm_calls.py
+It needs ``pip install 'sglang-elora[clients]'``; run it by ``python examples/litellm_calls.py``.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -232,15 +231,9 @@ def main() -> None:
         tiny=tiny,
     )
     options.out.mkdir(parents=True, exist_ok=True)
-    watcher = Watcher(
-        starts=lambda what: print(what, file=sys.stderr, flush=True),
-        answered=lambda record: None,
-        ended=lambda: None,
-        left_out=lambda why: print(why, file=sys.stderr),
-    )
     with tempfile.TemporaryDirectory(prefix="serve-") as folder:
         bench: Any = GpuBench(Path(folder), sizes, flags)
-        rows = Matrix(bench, plan, options.out, watcher).play()
+        rows = Matrix(bench, plan, options.out, Watcher.plain()).play()
     text = report(list(map(Result.from_row, rows)))
     (options.out / "tables.txt").write_text(f"{text}\n")
     print(text)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -96,12 +95,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    watcher = Watcher(
-        starts=lambda what: print(what, file=sys.stderr, flush=True),
-        answered=lambda record: None,
-        ended=lambda: None,
-        left_out=lambda why: print(why, file=sys.stderr),
-    )
     rows: list[Row] = []
     for name in options.cases:
         case = CASES[name]
@@ -118,7 +111,7 @@ def main() -> None:
                 num_adapters=case.workload.num_adapters,
                 case=case,
             )
-            rows += Matrix(bench, plan, options.out, watcher).play()
+            rows += Matrix(bench, plan, options.out, Watcher.plain()).play()
     print(report(list(map(Result.from_row, rows))))
 
 

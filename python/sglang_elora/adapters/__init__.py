@@ -16,6 +16,7 @@ __all__ = [
     "check_adapter",
     "check_tensors",
     "is_url",
+    "leads_out",
     "read_adapter",
     "served_modules",
     "served_names",
@@ -31,6 +32,6 @@ from sglang_elora.adapters.check import (
     served_modules,
 )
 from sglang_elora.adapters.errors import AdapterError
-from sglang_elora.adapters.folder_scan import FolderScan, FoundAdapter
+from sglang_elora.adapters.folder_scan import FolderScan, FoundAdapter, leads_out
 from sglang_elora.adapters.module_names import EMBEDDING_MODULES, served_names
 from sglang_elora.adapters.remote import is_url

@@ -56,7 +56,7 @@ class AllowedSources:
         self._missing.pop(name, None)
         self._missing[name] = now_s + _MISSING_S
         if len(self._missing) > _MISSING_MOST:
-            del self._missing[next(iter(self._missing))]
+            self._missing.pop(next(iter(self._missing)), None)  # another thread may be faster
         return None
 
     def allows(self, path: str) -> bool:

@@ -9,6 +9,7 @@ meanwhile.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -83,6 +84,15 @@ class Watcher:
     answered: Callable[[Record], None]
     ended: Callable[[], None]  # with a server
     left_out: Callable[[str], None]  # a swept side, and why
+
+    @classmethod
+    def plain(cls) -> Watcher:
+        """Writes lines to stderr."""
+
+        def write(what: str) -> None:
+            print(what, file=sys.stderr, flush=True)
+
+        return cls(write, lambda record: None, lambda: None, write)
 
 
 class Matrix:

@@ -85,7 +85,7 @@ async def check_before_load(
     """
     name, path = obj.lora_name, obj.lora_path
     if get_lora().enable_lora:
-        if problem := refusal(path):
+        if problem := await asyncio.to_thread(refusal, path):
             error = f"LoRA adapter {name!r} ({path}): {problem}."
             return LoadLoRAAdapterReqOutput(success=False, error_message=error)
         try:

@@ -6,13 +6,14 @@ import asyncio
 import functools
 import os
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 from sglang.srt.runtime_context import get_lora
 
-from sglang_elora.adapters import AllowedSources
+from sglang_elora.adapters import AllowedSources, leads_out
 from sglang_elora.config import EloraConfig
 
 if TYPE_CHECKING:
@@ -35,12 +36,12 @@ def allowed_sources() -> AllowedSources:
 
 
 def refusal(path: str) -> str:
-    """Why ``/load_lora_adapter`` may not load this path; empty if it may."""
+    """Why ``/load_lora_adapter`` may not load this path; empty if it may. Reads folders."""
     sources = allowed_sources()
     if not sources or sources.allows(path):
         return ""
     folder = EloraConfig.from_env(os.environ).adapter_dir
-    if folder and AllowedSources([os.path.abspath(folder)]).allows(path):
+    if folder and not leads_out(Path(folder), Path(path)):
         return ""
     if any(path == given.lora_path for given in get_lora().lora_paths or ()):
         return ""

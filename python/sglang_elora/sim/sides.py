@@ -11,7 +11,9 @@ last of it closes it.
 
 from __future__ import annotations
 
-from sglang_elora.policy import GDSF, LRU, Elora, EloraPaper, Policy, Term
+from collections.abc import Callable
+
+from sglang_elora.policy import GDSF, LRU, Costs, Elora, EloraPaper, Policy, Term
 from sglang_elora.sim.cache import Cache
 from sglang_elora.sim.calibration import Calibration
 from sglang_elora.sim.chameleon import Chameleon
@@ -43,10 +45,8 @@ def make_engine(side: str, calibration: Calibration, adapters: list[str]) -> Eng
         return _split(calibration, forest, STOCK_DEFAULT_SLOTS, 0)
     if kind == "stock-tuned" and argument.isdigit():
         return _split(calibration, forest, int(argument), calibration.host_slots)
-    if side == "slora":
-        return _pool(calibration, forest, LRU.name, keeps_kv=False)
-    if side == Chameleon.name:
-        return _pool(calibration, forest, Chameleon.name, keeps_kv=False)
+    if side in ("slora", Chameleon.name):
+        return _pool(calibration, forest, LRU.name if side == "slora" else side, keeps_kv=False)
     if side == Clairvoyant.name or (kind == "elora" and argument):
         policy, sessions, _ = (argument or side).partition("+sessions")
         return _pool(calibration, forest, policy, names_sessions=bool(sessions))
@@ -127,10 +127,7 @@ def _policy(
         return Elora(measure.costs, lambda uid: held[0].holds(uid), writes_back=writes_back)
     if name == Clairvoyant.name:
         return Clairvoyant(measure.costs, writes_back=writes_back)
-    if name == GDSF.name:
-        return GDSF(measure.costs)
-    if name == Chameleon.name:
-        return Chameleon(measure.costs)
-    if name == LRU.name:
-        return LRU(measure.costs)
-    raise ValueError(f"policy {name!r} must be elora, elora_paper, gdsf, lru or clairvoyant")
+    plain: dict[str, Callable[[Costs], Policy]] = {p.name: p for p in (LRU, GDSF, Chameleon)}
+    if name not in plain:
+        raise ValueError(f"policy {name!r} must be elora, elora_paper, gdsf, lru or clairvoyant")
+    return plain[name](measure.costs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -150,4 +149,3 @@ def test_errors_name_the_url(bucket: str) -> None:
         with pytest.raises(AdapterError, match=reason) as raised:
             download("sql", url)
         assert url in str(raised.value)
-        json.dumps(str(raised.value))
