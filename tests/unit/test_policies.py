@@ -347,6 +347,27 @@ def test_value_is_seconds_saved_per_slot() -> None:
     assert rank(policy, text) == rank(policy, copied) == rank(policy, weights) / 2
 
 
+def test_while_the_host_is_full_kv_that_stays_also_saves_what_would_go_there() -> None:
+    costs = Costs(recompute=40e-6, load=5e-6, load_latency=0.0)
+    policy = Elora(costs, writes_back=True)
+    text, copied, weights = kv(), kv(backed=True), adapter()
+    for item in (text, copied, weights):
+        policy.create(item)
+    index = rank(policy, weights) / costs.load
+
+    def ranks(host_rank: float | None) -> list[float]:
+        """Of the text, its like with a copy and the adapter, per return."""
+        for _ in range(1000):
+            policy.price_host(host_rank)
+        return [rank(policy, item) / index for item in (text, copied, weights)]
+
+    assert ranks(None) == pytest.approx([7.5e-6, 5e-6, 5e-6])  # the way out counts half
+    saved = 0.1 * 35e-6
+    assert ranks(0.1 * index) == pytest.approx([7.5e-6 + saved, 5e-6 + saved, 5e-6])
+    assert ranks(9 * index) == pytest.approx([40e-6, 40e-6, 5e-6])  # dropped, not copied
+    assert ranks(None) == pytest.approx([7.5e-6, 5e-6, 5e-6])
+
+
 def test_kinds_that_never_come_back_learn_to_yield() -> None:
     """New KV at every turn that nobody uses again, beside adapters used at every turn."""
     policy = Elora(Costs(recompute=10e-6, load=10e-6, load_latency=0.0))

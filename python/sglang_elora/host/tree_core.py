@@ -305,9 +305,9 @@ class EloraTreeCore(OrderedTreeCore):
             return True
         if not policy.worth_host_copy(item):
             return False
-        if self.full.host_room >= item.num_slots:
-            return True
-        lowest = self.evictable_host_leaves.lowest_rank()
+        has_room = self.full.host_room >= item.num_slots
+        lowest = None if has_room else self.evictable_host_leaves.lowest_rank()
+        policy.price_host(lowest)
         rank = policy.host_rank(policy.host_kind(item), policy.priority(item))
         return lowest is None or rank > lowest
 

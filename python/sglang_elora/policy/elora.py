@@ -4,7 +4,8 @@
 learned for adapters and for KV by itself, and apart for what living sessions use and for what only
 a session used that is over (where requests name sessions). What a return saves is the time to bring
 an adapter, or KV with a copy on the host, over the link, or to compute other KV anew, at measured
-rates.
+rates. KV that leaves the device takes room on the host, where adapters are in any case; while that
+is full, other KV leaves it for good, and what that was worth is saved too by KV that stays.
 
 An adapter cannot leave before its KV. So a little KV that is worth much can keep an adapter that is
 worth little and takes much space: what has to be compared with others is then not the leaf but the
@@ -30,6 +31,11 @@ from sglang_elora.policy.returns import Returns
 ADAPTER, KV, KV_ON_HOST = range(3)
 Kind = tuple[str | None, int, int]
 """(the adapter, one of the above, an ``Expectation``)"""
+
+_COPY_OUT = 0.5
+"""Of a load: it takes the link's other direction, most often beside a batch. With a whole one TTFT
+is the same and less is found (simulated: benchmarks/results/sim)."""
+_PRICE_WEIGHT = 0.02  # of one copy, in the price of a host slot
 
 _ERAS_PER_TURNOVER = 8
 NO_ERA = -1
@@ -66,6 +72,7 @@ class Elora(Policy):
         self._writes_back = writes_back
         self._adapters, self._kv = ([Returns() for _ in Expectation] for _ in range(2))
         self._is_held = is_held
+        self._host_price = 0.0  # return index of what goes there when something comes
         self._groups: dict[str, _Group] = {}
 
     def visit(self, path: Iterable[Item]) -> None:
@@ -148,6 +155,9 @@ class Elora(Policy):
         chance = self._kv[item.expectation].chance(self.clock - item.last)
         return chance * (self.costs.recompute - load) > load
 
+    def price_host(self, rank: float | None) -> None:
+        self._host_price += _PRICE_WEIGHT * ((rank or 0.0) - self._host_price)
+
     def check_invariants(self, on_device: Iterable[Item]) -> None:
         """Raises:
         AssertionError: The slots counted per adapter are not those of the items on the device.
@@ -167,10 +177,18 @@ class Elora(Policy):
         assert held == adapters, (held, adapters)
 
     def _value(self, family: int, expectation: int, last: float) -> float:
+        """Seconds saved, per slot and turnover."""
         if last == NEVER:
             return 0.0
-        returns = (self._adapters if family == ADAPTER else self._kv)[expectation]
-        return returns.index(self.clock - last) * self._saved(family)
+        costs, age = self.costs, self.clock - last
+        if family == ADAPTER:
+            return self._adapters[expectation].index(age) * costs.load
+        index = self._kv[expectation].index(age)
+        dropped = index * costs.recompute
+        if family == KV and not self._writes_back:
+            return dropped
+        copied = index * costs.load * (1.0 if family == KV_ON_HOST else 1.0 + _COPY_OUT)
+        return min(dropped, copied + self._host_price * max(costs.recompute - costs.load, 0.0))
 
     def _value_of_whole(self, uid: str) -> float:
         """Per slot, of an adapter and its KV on the device. O(eras) once per era, else O(1)."""
@@ -202,15 +220,6 @@ class Elora(Policy):
     @property
     def _era(self) -> int:
         return int(self.clock * _ERAS_PER_TURNOVER)
-
-    def _saved(self, family: int) -> float:
-        """Seconds per slot. With a host tier, to give KV up is to copy it out and in again."""
-        costs = self.costs
-        if family == ADAPTER:
-            return costs.load
-        if family == KV_ON_HOST:
-            return min(costs.recompute, costs.load)
-        return min(costs.recompute, 2 * costs.load) if self._writes_back else costs.recompute
 
     def _returns(self, item: Item) -> Returns:
         return (self._adapters if item.is_adapter else self._kv)[item.expectation]

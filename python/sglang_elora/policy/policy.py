@@ -108,6 +108,11 @@ class Policy(ABC):
         """``rank`` of copies on the host."""
         return priority
 
+    def price_host(self, rank: Any) -> None:
+        """KV is to be copied to the host: ``host_rank`` of what goes first there, if something has
+        to go for it, else None."""
+        return
+
     def learn(self) -> bool:
         """Called when there is time for work that would be too long for ``visit`` or ``evict``.
 

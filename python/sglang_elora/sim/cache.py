@@ -245,10 +245,10 @@ class Cache:
             return True
         if not self.policy.worth_host_copy(leaf.item):
             return False
-        if self.host_free >= leaf.num_slots:
-            return True
-        lowest = self.host_leaves.lowest_rank()
         policy, item = self.policy, leaf.item
+        has_room = self.host_free >= leaf.num_slots
+        lowest = None if has_room else self.host_leaves.lowest_rank()
+        policy.price_host(lowest)
         rank = policy.host_rank(policy.host_kind(item), policy.priority(item))
         return lowest is None or rank > lowest
 
