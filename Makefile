@@ -22,7 +22,8 @@ bench: $(READY)  ## stock and ELORA on the same traces: tables, plots, a page
 	$(BIN)/sglang-elora bench --quick $(BENCH)
 
 test: $(READY)  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/e2e
+	$(BIN)/python -m pytest tests/e2e
 
 serve: $(READY)  ## the demo's server, left up for you to try
 	$(BIN)/python -m sglang_elora.demo --serve $(DEMO)

@@ -362,8 +362,8 @@ def test_the_kv_of_a_session_comes_back_when_its_next_turn_is_announced(
         await client.generate(LARGEST, prompts[0])
         await client.generate(name, prompt, session_id="talk")
         await client.generate(name, prompts[0])
-        assert (await client.post("/elora/evict", {"lora_name": name})).status_code == 200
-        for _ in range(100):
+        for _ in range(100):  # it is in use for a moment longer than its last answer takes
+            await client.post("/elora/evict", {"lora_name": name})
             if (await kv_tokens(client))[0] == 0:
                 break
             await asyncio.sleep(0.05)
