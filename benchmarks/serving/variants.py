@@ -45,7 +45,7 @@ def timed() -> None:
     def note(what: str, uid: str) -> None:
         out.write(f"{what} {uid} {time.monotonic()}\n")
 
-    def arrived(self: Any, names: Any) -> None:
+    def arrived(self: Any, names: Any, *_: Any) -> None:
         if isinstance(names, str) and (ref := self._ref(names)) is not None:
             note("arrived", ref.lora_id)
 
