@@ -94,8 +94,23 @@ def projections(shape: ModelShape) -> dict[str, tuple[int, int]]:
 
 
 def write_model(folder: Path, shape: ModelShape) -> Path:
-    """A config without weights: the server makes them up (``--load-format dummy``)."""
+    """Random weights, all layers alike, a file each. ``--load-format dummy`` would do without, but
+    SGLang then reads no adapters either."""
     folder.mkdir()
+    widths = projections(shape)
+    layer = {f"{name}.weight": random(*width) for name, width in widths.items()}
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        layer[f"{name}.weight"] = torch.ones(shape.hidden_size, dtype=torch.bfloat16)
+    for i in range(shape.num_layers):
+        weights = {f"model.layers.{i}.{name}": tensor for name, tensor in layer.items()}
+        save_file(weights, folder / f"layer-{i:02}.safetensors")
+    tokens = random(shape.vocab_size, shape.hidden_size)
+    ends = {
+        "model.embed_tokens.weight": tokens,
+        "lm_head.weight": tokens.clone(),
+        "model.norm.weight": torch.ones(shape.hidden_size, dtype=torch.bfloat16),
+    }
+    save_file(ends, folder / "ends.safetensors")
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -119,6 +134,11 @@ def write_model(folder: Path, shape: ModelShape) -> Path:
     return folder
 
 
+def random(rows: int, columns: int) -> torch.Tensor:
+    """bfloat16 ``[rows, columns]``, of variance 1 over the columns."""
+    return torch.empty(rows, columns, dtype=torch.bfloat16).normal_(std=columns**-0.5)
+
+
 def write_adapters(folder: Path, shape: ModelShape) -> dict[str, Path]:
     """In PEFT's format; one file of weights per rank, which the adapters of that rank link to."""
     modules = projections(shape)
@@ -127,9 +147,8 @@ def write_adapters(folder: Path, shape: ModelShape) -> dict[str, Path]:
         for layer in range(shape.num_layers):
             for name, (rows, columns) in modules.items():
                 path = f"base_model.model.model.layers.{layer}.{name}"
-                a, b = torch.randn(rank, columns), torch.randn(rows, rank)
-                weights[f"{path}.lora_A.weight"] = (a / columns**0.5).to(torch.bfloat16)
-                weights[f"{path}.lora_B.weight"] = (0.1 * b / rank**0.5).to(torch.bfloat16)
+                weights[f"{path}.lora_A.weight"] = random(rank, columns)
+                weights[f"{path}.lora_B.weight"] = 0.1 * random(rows, rank)
         folder.mkdir(exist_ok=True)
         save_file(weights, folder / f"rank-{rank}.safetensors")
     found = {}
@@ -164,7 +183,7 @@ class GpuBench:
 
     def server(self, side: Side, log_path: Path) -> ServerProcess:
         flags = [
-            *("--model-path", str(self._model), "--load-format", "dummy", "--dtype", "bfloat16"),
+            *("--model-path", str(self._model), "--dtype", "bfloat16"),
             *("--skip-tokenizer-init", "--max-running-requests", "64", "--enable-lora"),
             *("--max-lora-rank", str(max(RANKS)), "--enable-cache-report"),
             *("--lora-paths", *(f"{name}={path}" for name, path in self._adapters.items())),

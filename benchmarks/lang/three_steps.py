@@ -3,10 +3,10 @@
     python benchmarks/lang/three_steps.py --link calibration.json --out FILE
 
 A frontend program of three calls, each with an adapter of its own, each prompt with the answer
-before it. Three ways take turns, program by program: ``program`` announces the adapters of all
-steps at its start (``sglang_elora.lang.traced``), ``arrival`` leaves it to the server's hints at
-the arrival of each request, and with ``none`` the server, a second one, has none of those either.
-Measured is the time to finish, alone and beside clients that chat without a pause.
+before it. Three ways take turns on one server, program by program: ``program`` announces the
+adapters of all steps at its start (``sglang_elora.lang.traced``), ``arrival`` leaves it to the
+server's hints at the arrival of each request, and with ``none`` the server gives none of those
+either. Measured is the time to finish, alone and beside clients that chat without a pause.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ from sglang_elora.bench.servers import Bench, EmulatedLink  # noqa: E402
 from sglang_elora.bench.sides import Sizes, make_side  # noqa: E402
 from sglang_elora.workloads import adapter_name  # noqa: E402
 
-SERVERS = {"hints": "elora:lru+timed", "no hints": "elora:lru+timed_without_hints"}
-WAYS = {"program": "hints", "arrival": "hints", "none": "no hints"}  # and their servers
+SIDE = "elora:lru+switched"
+WAYS = {"program": "on", "arrival": "on", "none": "off"}  # and the server's hints at arrival
+SWITCH_S = 1.5  # in which the server reads that they are on or off
 NUM_ADAPTERS = 64
 STAYING = adapter_name(0)  # clients in the background chat with it
 COLD = [adapter_name(i) for i in range(1, 61, 2)]  # of rank 16, 32 and 64, and more than fit
@@ -175,28 +176,27 @@ def main() -> None:
         bench = Bench(
             Path(folder), NUM_ADAPTERS, Sizes(), EmulatedLink.load(options.link), VARIANTS
         )
-        endpoints = {}
-        for name, side_name in SERVERS.items():
-            side = make_side(side_name, bench.sizes, NUM_ADAPTERS, 2048)
-            if options.host_gb is not None:
-                flags = (*side.flags, "--elora-host-gb", str(options.host_gb))
-                side = replace(side, flags=flags)
-            os.environ["MOMENTS"] = os.devnull
-            log = Path(folder) / f"{side.variant}.log"
-            server = servers.enter_context(bench.server(side, log))
-            endpoints[name] = sgl.RuntimeEndpoint(server.url)
-        numbers = dict.fromkeys(SERVERS, 0)
+        side = make_side(SIDE, bench.sizes, NUM_ADAPTERS, 2048)
+        if options.host_gb is not None:
+            side = replace(side, flags=(*side.flags, "--elora-host-gb", str(options.host_gb)))
+        mode = Path(folder) / "mode"
+        mode.write_text("on")
+        os.environ["MODE"] = str(mode)
+        server = servers.enter_context(bench.server(side, Path(folder) / "server.log"))
+        endpoint = sgl.RuntimeEndpoint(server.url)
+        number = 0
         uncounted = len(COLD) // STEPS  # rounds, until adapters have been there and gone
         for clients in options.clients:
             for i in range(-uncounted, options.rounds):
                 rng = random.Random(f"three steps/{options.seed}/{clients}/{i}")
                 question = text(rng, options.words)
                 ways = list(WAYS.items())
-                for way, server_name in ways[i % 3 :] + ways[: i % 3]:
-                    endpoint, number = endpoints[server_name], numbers[server_name]
+                for way, hints in ways[i % 3 :] + ways[: i % 3]:
+                    mode.write_text(hints)
                     with chatting(endpoint.base_url, clients, number):
+                        time.sleep(SWITCH_S)
                         found = run_program(way, endpoint, number, question)
-                    numbers[server_name] += 1
+                    number += 1
                     if i >= 0:
                         samples.append(Sample(way=way, clients=clients, round=i, **found))
             uncounted = 2

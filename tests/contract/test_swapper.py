@@ -413,6 +413,22 @@ def test_what_came_for_hints_alone_holds_a_small_part_of_the_pool() -> None:
     made.check()
 
 
+def test_what_nobody_waits_for_comes_one_after_the_other_in_the_order_it_was_named() -> None:
+    made = world(8 * SLOTS)
+    made.swapper.expect([uid(3), uid(1), uid(2)], ordered=True)
+    seen = []
+    for _ in range(3):
+        made.swapper.step(made.scheduler, is_busy=False)
+        seen.append(resident(made))
+    assert seen == [[3], [1, 3], [1, 2, 3]]
+    made.swapper.expect([uid(4), uid(5)])
+    made.arrive(uid(6))
+    made.arrive(uid(7))
+    made.step(is_busy=False)
+    assert resident(made) == [1, 2, 3, 6, 7], "both that are waited for, and nothing behind them"
+    made.check()
+
+
 def test_hints_that_mean_nothing_are_dropped() -> None:
     made = world(8 * SLOTS)
     made.swapper.expect(["nobody", uid(0)])

@@ -364,7 +364,9 @@ class Swapper:
     def _bring_wanted(self, waiting: list[Req], reserved: int) -> None:
         """Start what the first waiting requests need, as far as the pool can hold it with them.
 
-        The first of them only has to fit by itself, unless slots are ``reserved``.
+        The first of them only has to fit by itself, unless slots are ``reserved``. What nobody
+        waits for comes one after the other, so that a load that somebody does wait for has one of
+        them ahead of it, and one file is read beside it, at most.
         """
         wanted: dict[str, int] = {}
         missing: list[Adapter] = []
@@ -391,12 +393,19 @@ class Swapper:
         has_room = True
         for adapter in missing:
             uid = str(adapter.uid)
+            if wanted[uid] == LOOKAHEAD and self._is_moving(uid):
+                break
             if uid not in self._host:
                 self._host.request(uid)
             elif has_room:  # what is freed for one is not taken by one behind it
                 has_room = self._may_start(adapter) and self.residency.place(uid, wanted[uid])
                 if has_room and wanted[uid] == LOOKAHEAD:
                     self._expected.came(uid)
+
+    def _is_moving(self, uid: str) -> bool:
+        """Whether an adapter is under way, or read, and not this one."""
+        copies, reading = self.residency.copies, self._host.reading
+        return bool(copies) or any(other != uid for other in reading)
 
     def _add_expected(self, wanted: dict[str, int], missing: list[Adapter], room: int) -> None:
         """What hints and orders named, behind all who wait; they are held to ``room`` as well."""
