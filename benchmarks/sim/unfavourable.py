@@ -38,12 +38,12 @@ SETTINGS: Mapping[str, Setting] = {
     "new": Setting(
         replace(CHAT, system_tokens=(0, 0), turns=(1, 1), user_tokens=700.0, num_adapters=100),
         8.0,
-        ("stock-default", "stock-tuned:22", "stock-tuned:44"),
+        ("stock-default", "stock-tuned:22", "stock-tuned:30"),
     ),
     "tiny": Setting(
         replace(CHAT, max_tokens=2048, num_adapters=16),
         0.5,
-        ("stock-tuned:1", "stock-tuned:2", "stock-tuned:3"),
+        ("stock-tuned:1", "stock-tuned:2"),
         pool_adapters=3.5,
     ),
 }
