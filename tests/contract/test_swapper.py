@@ -416,11 +416,9 @@ def test_what_came_for_hints_alone_holds_a_small_part_of_the_pool() -> None:
 def test_what_nobody_waits_for_comes_one_after_the_other_in_the_order_it_was_named() -> None:
     made = world(8 * SLOTS)
     made.swapper.expect([uid(3), uid(1), uid(2)], ordered=True)
-    seen = []
-    for _ in range(3):
+    for there in ([3], [1, 3], [1, 2, 3]):
         made.swapper.step(made.scheduler, is_busy=False)
-        seen.append(resident(made))
-    assert seen == [[3], [1, 3], [1, 2, 3]]
+        assert resident(made) == there
     made.swapper.expect([uid(4), uid(5)])
     made.arrive(uid(6))
     made.arrive(uid(7))
