@@ -33,8 +33,7 @@ Kind = tuple[str | None, int, int]
 """(the adapter, one of the above, an ``Expectation``)"""
 
 _COPY_OUT = 0.5
-"""Of a load: it takes the link's other direction, most often beside a batch. With a whole one TTFT
-is the same and less is found (simulated: benchmarks/results/sim)."""
+"""Of a load: it takes the link's other direction, most often beside a batch."""
 _PRICE_WEIGHT = 0.02  # of one copy, in the price of a host slot
 
 _ERAS_PER_TURNOVER = 8
