@@ -18,6 +18,7 @@ SGLANG_PIN = "0.5.21"
 
 POLICIES = ("elora", "elora_paper", "gdsf", "lru")
 POLICY_TERMS = ("adapter_count", "swap_cost", "visit_frequency", "recency", "dependency")
+STREAM_ORDERS = ("latest", "earliest")
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"", "0", "false", "no", "off"})
@@ -69,6 +70,14 @@ class EloraConfig:
         "--elora-check",
         "For debugging: after every scheduler step recompute all counts of the cache, the owner of "
         "each page and the dependency rule, and end the server on a difference. Slow.",
+    )
+    check_streams: str = _option(
+        "",
+        "--elora-check-streams",
+        "For debugging, CPU platform only: run copies and forward passes in another order that "
+        "CUDA's streams would allow, poison what has not been written yet, and end the server "
+        "where nothing orders two uses of one memory. 'latest' delays copies until something "
+        "waits for them, 'earliest' delays batches, a number is the seed of a random order.",
     )
     max_adapters_per_batch: int = _option(
         256,
@@ -132,6 +141,19 @@ class EloraConfig:
             raise ValueError("--elora-adapter-sources (SGLANG_ELORA_ADAPTER_SOURCES) needs --elora")
         if self.check and not self.enabled:
             raise ValueError("--elora-check (SGLANG_ELORA_CHECK) needs --elora")
+        if self.check_streams and not self.enabled:
+            raise ValueError("--elora-check-streams (SGLANG_ELORA_CHECK_STREAMS) needs --elora")
+        if self.check_streams and self.link_gbytes_per_s:
+            raise ValueError(
+                "--elora-check-streams (SGLANG_ELORA_CHECK_STREAMS) and --elora-link-gbytes-per-s "
+                "(SGLANG_ELORA_LINK_GBYTES_PER_S) both replace the CPU's streams: give one of them"
+            )
+        is_order = self.check_streams in STREAM_ORDERS or self.check_streams.isdecimal()
+        if self.check_streams and not is_order:
+            raise ValueError(
+                f"--elora-check-streams (SGLANG_ELORA_CHECK_STREAMS) must be one of "
+                f"{STREAM_ORDERS} or a seed, got {self.check_streams!r}"
+            )
         unknown = set(self.policy_terms_off) - set(POLICY_TERMS)
         if unknown:
             raise ValueError(

@@ -108,13 +108,17 @@ def _platform(config: EloraConfig) -> Iterator[Finding]:
         )
     else:
         yield Finding("platform", f"SGLang's own: {declined}")
-    if config.emulates_link and declined is not None:
-        yield Finding(
-            "emulated link",
-            f"asked for, but {declined}",
-            "Unset SGLANG_ELORA_LINK_GBYTES_PER_S; it is for the CPU platform.",
-            fatal=True,
-        )
+    for name, variable, is_set in (
+        ("emulated link", "SGLANG_ELORA_LINK_GBYTES_PER_S", config.emulates_link),
+        ("check of streams", "SGLANG_ELORA_CHECK_STREAMS", bool(config.check_streams)),
+    ):
+        if is_set and declined is not None:
+            yield Finding(
+                name,
+                f"asked for, but {declined}",
+                f"Unset {variable}; it is for the CPU platform.",
+                fatal=True,
+            )
 
 
 def _seams(config: EloraConfig) -> Iterator[Finding]:

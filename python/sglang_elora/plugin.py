@@ -44,6 +44,10 @@ def load() -> None:
             from sglang_elora.platforms.selection import require_cpu_platform
 
             require_cpu_platform("--elora-link-gbytes-per-s")
+        if config.check_streams:
+            from sglang_elora.platforms.selection import require_cpu_platform
+
+            require_cpu_platform("--elora-check-streams")
         if config.selects_anything:
             from sglang_elora.host.install import install
 

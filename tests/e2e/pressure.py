@@ -193,6 +193,7 @@ def run_trace(
     *,
     concurrency: int = 16,
     abort_every: int = 0,
+    names_sessions: bool = False,
     on_record: OnRecord | None = None,
 ) -> list[Record]:
     """Hold ``concurrency`` sessions at a time, the next one starting when one ends.
@@ -200,21 +201,28 @@ def run_trace(
     Args:
         abort_every: Before each n-th turn its prompt is sent once for a long answer, which is
             aborted after its first token, in turn by closing the stream and by /abort_request.
+        names_sessions: Requests name their session, which is announced before each later turn.
         on_record: Called between a turn's answer and the session's next turn.
 
     Returns:
         Records in the order in which they came; a session ends with its first error.
     """
-    return asyncio.run(_Run(url, trace, abort_every, on_record).run(concurrency))
+    return asyncio.run(_Run(url, trace, abort_every, names_sessions, on_record).run(concurrency))
 
 
 class _Run:
     def __init__(
-        self, url: str, trace: Trace, abort_every: int, on_record: OnRecord | None
+        self,
+        url: str,
+        trace: Trace,
+        abort_every: int,
+        names_sessions: bool,
+        on_record: OnRecord | None,
     ) -> None:
         self._url = url
         self._waiting = iter(trace.sessions)
         self._abort_every = abort_every
+        self._names_sessions = names_sessions
         self._on_record = on_record
         self._records: list[Record] = []
 
@@ -238,7 +246,13 @@ class _Run:
             if aborts:
                 by_request = (session.number + i) // self._abort_every % 2 == 0
                 await _abort(http, _body(session, history, _ABORTED_TOKENS), by_request)
-            answer = await http.post("/generate", json=_body(session, history, turn.num_output))
+            body = _body(session, history, turn.num_output)
+            if self._names_sessions:
+                body["session_id"] = str(session.number)
+                if i:
+                    announced = {"session_id": body["session_id"]}
+                    assert (await http.post("/elora/prefetch", json=announced)).is_success
+            answer = await http.post("/generate", json=body)
             record = _record(session, i, len(history), int(aborts), answer)
             self._records.append(record)
             if self._on_record is not None:

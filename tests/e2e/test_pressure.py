@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from disturbances import Disturb, flush_often, reload_copies
 from pressure import PRESSURE_SPECS, Record, Trace, make_trace, pool_tokens, run_trace
 from server_flags import server_flags
 from sglang_elora.demo.adapters import make_adapters
@@ -78,20 +79,47 @@ def _kv_came_back_from_the_host(outcome: Outcome) -> None:
     from_host = sum(record.num_from_host for record in outcome.records)
     print(f"{from_host} prompt tokens from the host tier")
     assert from_host > 0
+
+
+def _kv_was_copied_ahead_and_came_back(outcome: Outcome) -> None:
+    _kv_came_back_from_the_host(outcome)
     assert 0 < outcome.state["kv_slots_copied_ahead"] <= outcome.state["kv_slots_to_host"]
+
+
+def _kv_was_prefetched_and_used(outcome: Outcome) -> None:
+    """Between a session's announcement and its request, or beside a batch of others."""
+    assert outcome.state["kv_slots_from_host"] > 0
+    assert outcome.state["prefetched_slots_used"] > 0
+
+
+def _cache_was_flushed(outcome: Outcome) -> None:
+    assert outcome.log.count("Cache flushed successfully!") > 10
+
+
+def _adapters_were_reloaded(outcome: Outcome) -> None:
+    loaded = len(re.findall(r"POST /unload_lora_adapter HTTP/1.1. 200", outcome.log))
+    assert loaded > 10
+    assert outcome.state["adapter_loads"] >= loaded
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to run under pressure, and how to see that it was run that way."""
+    """One way to run under pressure, and how to see that it was run that way.
 
+    ``orders`` are values of --elora-check-streams, each of them one run.
+    """
+
+    orders: tuple[str, ...]
     trace: Trace = SMALL
     share: float = 0.25  # of the trace's adapters and KV that the pool holds
     page_size: int = 1
     tp_size: int = 1
     flags: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
+    concurrency: int = 16
     abort_every: int = 0
+    names_sessions: bool = False
+    disturb: Disturb | None = None
     check: Callable[[Outcome], None] = _anything
 
     @property
@@ -100,17 +128,38 @@ class Variant:
         return pool_tokens(used, self.trace, self.share, self.page_size, self.tp_size)
 
 
+_LATEST, _EARLIEST, _SEEDED = ORDERS = ("latest", "earliest", "7")
+_HOST_TIER = (
+    *("--enable-hierarchical-cache", "--hicache-size", "1"),
+    *("--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first"),
+    *("--hicache-write-policy",),
+)
+
 VARIANTS = {
-    "plain": Variant(FULL, share=0.15),
+    "plain": Variant((_EARLIEST,), trace=FULL, share=0.15),
     "host-tier": Variant(
-        flags=(
-            *("--enable-hierarchical-cache", "--hicache-size", "1"),
-            *("--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first"),
-            *("--hicache-write-policy", "write_back"),
-        ),
-        check=_kv_came_back_from_the_host,
+        ORDERS, flags=(*_HOST_TIER, "write_back"), check=_kv_was_copied_ahead_and_came_back
     ),
+    "write-through": Variant(
+        (_LATEST,), flags=(*_HOST_TIER, "write_through"), check=_kv_came_back_from_the_host
+    ),
+    "sessions": Variant(
+        ORDERS,
+        flags=(*_HOST_TIER, "write_back"),
+        names_sessions=True,
+        check=_kv_was_prefetched_and_used,
+    ),
+    "flushes": Variant(
+        (_LATEST,),
+        flags=(*_HOST_TIER, "write_back"),
+        concurrency=1,
+        names_sessions=True,
+        disturb=flush_often,
+        check=_cache_was_flushed,
+    ),
+    "reloads": Variant((_SEEDED,), disturb=reload_copies, check=_adapters_were_reloaded),
     "pages-chunks-aborts": Variant(
+        (_SEEDED,),
         page_size=_PAGE,
         flags=(
             *("--page-size", str(_PAGE), "--chunked-prefill-size", str(_CHUNK)),
@@ -121,19 +170,26 @@ VARIANTS = {
         check=_pages_chunks_aborts,
     ),
     "decode-runs-out": Variant(
-        LONG_ANSWERS,
+        (_EARLIEST,),
+        trace=LONG_ANSWERS,
         share=0.04 if ALL else 0.25,  # so little that what runs does not fit to its end
         flags=("--schedule-conservativeness", "0.1"),
         env={"SGLANG_RETRACT_DECODE_STEPS": "1", "SGLANG_NEW_TOKEN_RATIO_DECAY_STEPS": "1"},
         check=_decode_ran_out_of_memory,
     ),
     "tensor-parallel": Variant(
+        (_LATEST,),
         tp_size=_TP_SIZE,
         flags=("--tp-size", str(_TP_SIZE)),
         env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
         check=_ranks_did_the_same,
     ),
 }
+RUNS = [
+    (name, order)
+    for name, variant in VARIANTS.items()
+    for order in (ORDERS if ALL else variant.orders)
+]
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +219,10 @@ def expected(
     yield {FULL: full, SMALL: full, LONG_ANSWERS: long_answers}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("name", "order"), RUNS)
 def test_outputs_are_right_under_pressure(
     name: str,
+    order: str,
     checkpoint: Path,
     many_adapters: dict[str, Path],
     expected: dict[Trace, _Outputs],
@@ -173,22 +230,33 @@ def test_outputs_are_right_under_pressure(
 ) -> None:
     variant = VARIANTS[name]
     flags = [
-        *("--elora", "--elora-check", *server_flags(checkpoint)),
+        *("--elora", "--elora-check", "--elora-check-streams", order, *server_flags(checkpoint)),
         *("--max-total-tokens", str(variant.pool_tokens), *variant.flags),
         *("--lora-paths", *(f"{name}={path}" for name, path in many_adapters.items())),
     ]
-    log_path = logs / f"pressure-{name}.log"
+    log_path = logs / f"pressure-{name}-{order}.log"
     with ServerProcess(flags, log_path=log_path, env={**_ENV, **variant.env}) as server:
-        records = run_trace(server.url, variant.trace, abort_every=variant.abort_every)
+        records = run(server, variant, many_adapters)
         info = _idle_server_info(server)
         log = log_path.read_text()  # before the end: libraries report leaks of their own at exit
         assert server.returncode is None, server.log_tail()
     outcome = Outcome(records, info["internal_states"][0]["elora"], info, log)
-    _print_counts(name, variant, outcome)
+    _print_counts(f"{name}, {order}", variant, outcome)
     _check_answers(records, variant.trace, expected[variant.trace])
     _check_pressure(outcome, variant)
     variant.check(outcome)
     assert not re.search("leak", log, re.IGNORECASE)
+
+
+def run(server: ServerProcess, variant: Variant, adapters: Mapping[str, Path]) -> Sequence[Record]:
+    return run_trace(
+        server.url,
+        variant.trace,
+        concurrency=variant.concurrency,
+        abort_every=variant.abort_every,
+        names_sessions=variant.names_sessions,
+        on_record=None if variant.disturb is None else variant.disturb(adapters),
+    )
 
 
 def _outputs(records: Sequence[Record]) -> _Outputs:
@@ -218,6 +286,7 @@ def _check_pressure(outcome: Outcome, variant: Variant) -> None:
     """The pool was full, adapters left and came back, KV was found again, none of it invalid."""
     state = outcome.state
     assert state["checks"] > 0
+    assert state["stream_operations_delayed"] > 0 and state["stream_orders_checked"] > 0
     assert state["pool_slots"] == variant.pool_tokens
     assert state["adapter_evictions"] > 0
     assert state["adapter_loads"] > len(variant.trace.adapters), "no adapter came back"

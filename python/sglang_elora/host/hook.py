@@ -18,6 +18,8 @@ class When(Enum):
     ELORA = "--elora"
     CHECK = "--elora-check"
     LINK = "--elora-link-gbytes-per-s"
+    STREAMS = "--elora-check-streams"
+    COPY_STREAMS = "--elora-link-gbytes-per-s or --elora-check-streams"
     STOCK_LINK = "--elora-link-gbytes-per-s without --elora"
     LANG = "sglang_elora.lang"
 
@@ -26,6 +28,8 @@ class When(Enum):
             When.ELORA: config.enabled,
             When.CHECK: config.check,
             When.LINK: config.emulates_link,
+            When.STREAMS: bool(config.check_streams),
+            When.COPY_STREAMS: config.emulates_link or bool(config.check_streams),
             When.STOCK_LINK: config.emulates_link and not config.enabled,
             When.LANG: False,  # the import says so, not the configuration
         }[self]

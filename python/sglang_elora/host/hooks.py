@@ -21,6 +21,7 @@ from sglang_elora.host import (
     compatibility,
     control,
     invariants,
+    kv_order,
     link,
     lora_manager,
     measure,
@@ -30,6 +31,7 @@ from sglang_elora.host import (
     swapper,
 )
 from sglang_elora.host.hook import Hook, When
+from sglang_elora.host.stream_hooks import STREAM_HOOKS
 
 HOOKS: tuple[Hook, ...] = (
     Hook(
@@ -257,6 +259,14 @@ HOOKS: tuple[Hook, ...] = (
         "As above: what need not be done before a batch is done while the device is at work.",
     ),
     Hook(
+        "sglang.srt.managers.cache_controller.HiCacheController.start_writing",
+        ("self",),
+        HookType.BEFORE,
+        kv_order.order_backup_after_forward,
+        When.ELORA,
+        "The controller fences loads behind forward passes (load_fence_stream), not backups.",
+    ),
+    Hook(
         "sglang.srt.managers.scheduler.Scheduler.process_batch_result",
         ("self", "batch", "result"),
         HookType.AFTER,
@@ -301,7 +311,7 @@ HOOKS: tuple[Hook, ...] = (
         ("self", "io_backend"),
         HookType.AFTER,
         link.mark_kv_streams,
-        When.LINK,
+        When.COPY_STREAMS,
         "The transfer engine makes its copy streams itself.",
     ),
     Hook(
@@ -312,6 +322,7 @@ HOOKS: tuple[Hook, ...] = (
         When.LINK,
         "The overlap loader makes its copy stream itself.",
     ),
+    *STREAM_HOOKS,
 )
 
 

@@ -28,6 +28,7 @@ from sglang_elora.host.seams import (
     report,
     version_problems,
 )
+from sglang_elora.host.stream_check import use_adversarial_streams
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ def install(config: EloraConfig) -> None:
     hooks, patches = selected_hooks(config), selected_patches(config)
     if config.emulates_link:
         use_emulated_link(config)
+    if config.check_streams:
+        use_adversarial_streams(config)
     if config.enabled:
         radix_cache.register_backend()
         lora_backend.register_backends(config.max_adapters_per_batch)

@@ -58,6 +58,29 @@ class EloraRadixCache(UnifiedRadixCache):
         moves = [] if self.adapter_moves is None else self.adapter_moves.take()
         return [*super().take_events(), *moves]
 
+    def start_loads(self) -> None:
+        """Start the queued loads of KV outside of a batch; later batches wait for them."""
+        super().ready_to_load_host_cache()
+
+    def ready_to_load_host_cache(self) -> int:
+        """Start the queued loads of KV, and return what the next batch has to wait for.
+
+        Loads run one after the other on one stream, so the newest one's layers stand for those of
+        all before it, also of loads that ``start_loads`` began or whose batch was never formed.
+
+        Returns:
+            The index of the newest load in the controller's ``layer_done_counter``, -1 if none is
+            under way.
+        """
+        index: int = super().ready_to_load_host_cache()
+        if index >= 0 or self.cache_controller is None:
+            return index
+        loads = self.cache_controller.layer_done_counter
+        newest: int = loads.producer_index
+        if newest < 0 or loads.events[newest].finish_event.query():
+            return index
+        return newest
+
     def insert_req(self, req: Req, *, up_to: int, **options: Any) -> None:
         self._turn_end: NodeId | None = None
         super().insert_req(req, up_to=up_to, **options)

@@ -246,7 +246,7 @@ class Swapper:
             missing = [node for node in path if node.evicted]
             with core.full.sparing(LOOKAHEAD, TURN_LEAVES):
                 if cache.load_back(node_id):
-                    cache.ready_to_load_host_cache()
+                    cache.start_loads()
                     for node in missing:
                         node.item.prefetched = True
                         core.counts["prefetched_slots"] += node.item.num_slots
@@ -284,7 +284,7 @@ class Swapper:
         cache = self.residency.cache
         if not cache.load_back(node.id):
             return False
-        cache.ready_to_load_host_cache()
+        cache.start_loads()
         return True
 
     def _settle(self) -> None:

@@ -1,0 +1,311 @@
+"""Hook bodies of ``--elora-check-streams``: who hands what to the ``AsyncDevice``.
+
+Copies of KV between host and device, copies of adapters and of their page tables into slots, and
+forward passes with their sampling become operations of that device, with the slots that they read
+and write. Slots that are freed are poisoned, as are the destinations of copies that have not run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from sglang_elora.config import EloraConfig
+from sglang_elora.pages import KVPlanes, PageTable
+from sglang_elora.platforms.async_device import AsyncDevice, Order
+from sglang_elora.platforms.race_check import Blocks
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutput
+
+SLOTS, HOST_SLOTS = "slots of the KV pool", "slots of the host's KV pool"
+
+_POISON = 0xFF
+"""Each byte of poisoned memory: NaN in every floating-point type, -1 as an integer."""
+
+
+def use_adversarial_streams(config: EloraConfig) -> None:
+    """Replace torch's CPU streams and events, and have adapters' copies run on them."""
+    name = config.check_streams
+    seed = int(name) if name.isdecimal() else 0
+    os.environ["SGLANG_ENABLE_WAR_BARRIER"] = "1"  # CUDA's default
+    AsyncDevice(Order.RANDOM if name.isdecimal() else Order(name), seed).install(torch.cpu)
+    original_table, original_write = PageTable.__init__, KVPlanes._to_slots
+
+    def make_table(self: PageTable, slots: torch.Tensor) -> None:
+        self.slots = torch.full_like(slots, -1, dtype=torch.int32)
+        made, self.slot_numbers = self.slots, _numbers(slots)  # type: ignore[attr-defined]
+
+        def fill() -> None:
+            original_table(self, slots)
+            self.slots = made.copy_(self.slots)
+
+        _device().launch("page table", fill)
+
+    def to_slots(
+        self: KVPlanes, memory: torch.Tensor, table: PageTable, *rest: Any, **options: Any
+    ) -> None:
+        _, first_layer = rest
+        slots = table.slot_numbers  # type: ignore[attr-defined]
+        layers = range(first_layer, first_layer + len(memory))
+        rows = [plane[layer] for plane in self._planes for layer in layers]
+        _device().launch(
+            "copy of an adapter",
+            partial(original_write, self, memory, table, *rest, **options),
+            writes=[(SLOTS, slots)],
+            poison=partial(_poison, rows, slots),
+        )
+
+    PageTable.__init__ = make_table  # type: ignore[method-assign]
+    KVPlanes._to_slots = to_slots  # type: ignore[method-assign]
+
+
+def mark_scheduler_streams(result: None, self: Scheduler) -> None:
+    """After ``Scheduler.init_overlap``: waits on these do not hold the host up."""
+    if self.enable_overlap:
+        for stream in (self.schedule_stream, self.forward_stream, self.copy_stream):
+            stream.asynchronous = True
+
+
+def load_kv(
+    original: Callable[..., None],
+    self: Any,
+    device_pool: Any,
+    host_indices: torch.Tensor,
+    device_indices: torch.Tensor,
+    layer_id: int,
+    *args: Any,
+    **options: Any,
+) -> None:
+    """Around the copy of one layer's KV from the host; indices are int64 ``[tokens]``."""
+    host, slots = _numbers(host_indices), _numbers(device_indices)
+    rows = [device_pool.k_buffer[layer_id], device_pool.v_buffer[layer_id]]
+    _device().launch(
+        "load of KV",
+        partial(
+            original, self, device_pool, host_indices, device_indices, layer_id, *args, **options
+        ),
+        reads=[(HOST_SLOTS, host)],
+        writes=[(SLOTS, slots)],
+        poison=partial(_poison, rows, slots),
+    )
+
+
+def back_up_kv(
+    original: Callable[..., None],
+    self: Any,
+    device_pool: Any,
+    host_indices: torch.Tensor,
+    device_indices: torch.Tensor,
+    *args: Any,
+    **options: Any,
+) -> None:
+    """Around the copy of all layers' KV to the host; indices are int64 ``[tokens]``."""
+    host, slots = _numbers(host_indices), _numbers(device_indices)
+    _device().launch(
+        "backup of KV",
+        partial(original, self, device_pool, host_indices, device_indices, *args, **options),
+        reads=[(SLOTS, slots)],
+        writes=[(HOST_SLOTS, host)],
+        poison=partial(_poison, _host_rows(self), host),
+    )
+
+
+def poison_freed_slots(self: Any, free_index: torch.Tensor) -> None:
+    """Before an allocator of single slots takes back int64 ``[slots]``."""
+    _poison_freed_on_device(self, _numbers(free_index))
+
+
+def poison_freed_pages(self: Any, *page_ids: torch.Tensor) -> None:
+    """Before an allocator of pages takes back int64 ``[pages]`` each."""
+    for pages in page_ids:
+        slots = _numbers(pages)[:, None] * self.page_size + np.arange(self.page_size)
+        _poison_freed_on_device(self, slots.reshape(-1))
+
+
+def poison_freed_host_slots(self: Any, indices: torch.Tensor) -> None:
+    """Before HiCache's host pool takes back int64 ``[tokens]``."""
+    _poison(_host_rows(self), _device().idle(HOST_SLOTS, _numbers(indices)))
+
+
+def run_forward(
+    original: Callable[..., ModelRunnerOutput],
+    self: ModelRunner,
+    forward_batch: ForwardBatch,
+    *args: Any,
+    **options: Any,
+) -> ModelRunnerOutput:
+    """Around ``ModelRunner.forward``: it may run later, then its logits are filled in."""
+    device, found = _device(), []
+    # Logits to be filled in; until a first batch has shown what they are like, none are.
+    like = getattr(self, "elora_logits_like", None)
+    later = None if like is None else like.new_empty(forward_batch.batch_size, like.shape[1])
+    restored = _kept(self)
+
+    def run() -> None:
+        with restored():
+            found.append(original(self, forward_batch, *args, **options))
+        if later is not None:
+            later.copy_(found[0].logits_output.next_token_logits)
+
+    if forward_batch.forward_mode.is_decode():
+        # As decode graphs have it: the scheduler may go on as soon as they have their inputs.
+        self.shared_read_done_event = torch.cpu.current_stream().record_event()
+    reads, writes = _slots_of(self, forward_batch)
+    device.launch(
+        "forward pass", run, reads=[(SLOTS, reads)], writes=[(SLOTS, writes)], is_forward=True
+    )
+    if not found and (later is None or not _is_plain(forward_batch)):
+        device.force(device.stream.last)
+    if found:
+        logits = getattr(found[0].logits_output, "next_token_logits", None)
+        if logits is not None:
+            self.elora_logits_like = logits[:0]
+        return found[0]
+    return _output(later)
+
+
+def run_sampling(
+    original: Callable[..., torch.Tensor],
+    self: ModelRunner,
+    logits_output: Any,
+    forward_batch: ForwardBatch,
+) -> torch.Tensor:
+    """Around ``ModelRunner.sample``, which runs behind its forward pass."""
+    device, found = _device(), []
+    like = getattr(self, "elora_ids_like", None)
+    later = None if like is None else like.new_zeros(forward_batch.batch_size)
+
+    def run() -> None:
+        found.append(original(self, logits_output, forward_batch))
+        if later is not None:
+            later.copy_(found[0])
+
+    device.launch("sampling", run, is_forward=True)
+    if not found and (later is None or not _is_plain(forward_batch)):
+        device.force(device.stream.last)
+    if found:
+        self.elora_ids_like = found[0][:0]
+        return found[0]
+    assert later is not None
+    return later
+
+
+def relay_tokens(original: Callable[..., None], *args: Any) -> None:
+    """Around ``FutureMap.stash``, which keeps sampled tokens for the next batch."""
+    _device().launch("relay of tokens", partial(original, *args), is_forward=True)
+
+
+def finish_batch_before(batch: Any, future_map: Any) -> None:
+    """Before ``resolve_forward_inputs``, whose first step is on the stream of forward passes."""
+    device = _device()
+    device.force(device.stream.last)
+
+
+def add_statistics(result: Any, self: Scheduler, recv_req: Any) -> Any:
+    """After ``Scheduler.get_internal_state``: what was checked, beside our other counts."""
+    device = _device()
+    result.internal_state["elora"] |= {
+        "stream_operations": device.num_operations,
+        "stream_operations_delayed": device.num_delayed,
+        "stream_orders_checked": device.races.num_checked,
+    }
+    return result
+
+
+def _device() -> AsyncDevice:
+    stream: Any = torch.cpu.current_stream()
+    device: AsyncDevice = stream.device_
+    return device
+
+
+def _kept(runner: ModelRunner) -> Callable[[], Any]:
+    """What launches of kernels would have taken along: they see it also if they run later."""
+    backend = getattr(runner.lora_manager, "lora_backend", None)
+    counter = getattr(runner.token_to_kv_pool, "layer_transfer_counter", None)
+    owners = [(backend, ("batch_info", "_awaited")), (counter, ("consumer_index",))]
+    kept = [
+        (owner, name, getattr(owner, name))
+        for owner, names in owners
+        if owner is not None
+        for name in names
+        if hasattr(owner, name)
+    ]
+
+    @contextmanager
+    def restored() -> Iterator[None]:
+        now = [(owner, name, getattr(owner, name)) for owner, name, _ in kept]
+        for owner, name, value in kept:
+            setattr(owner, name, value)
+        try:
+            yield
+        finally:
+            for owner, name, value in now:
+                setattr(owner, name, value)
+
+    return restored
+
+
+def _is_plain(batch: ForwardBatch) -> bool:
+    """Whether the scheduler needs nothing of the batch but its tokens."""
+    sampling = batch.sampling_info
+    return not (
+        batch.return_logprob
+        or batch.capture_hidden_mode.need_capture()
+        or (sampling is not None and sampling.grammars is not None)
+    )
+
+
+def _slots_of(runner: ModelRunner, batch: ForwardBatch) -> tuple[Blocks, Blocks]:
+    """Slots that a forward pass reads, those of its adapters among them, and that it writes."""
+    rows = runner.req_to_token_pool.req_to_token
+    reads = [
+        _numbers(rows[request, :length])
+        for request, length in zip(
+            batch.req_pool_indices.tolist(), batch.seq_lens.tolist(), strict=True
+        )
+    ]
+    residency = getattr(runner.lora_manager, "residency", None)
+    if residency is not None:
+        adapters = set(batch.lora_ids or ()) - {None}
+        reads += [_numbers(residency.core.node_of(uid).slots) for uid in adapters]
+    read = np.unique(np.concatenate(reads)) if reads else np.empty(0, np.int64)
+    return read[read > 0], _numbers(batch.out_cache_loc)
+
+
+def _output(logits: torch.Tensor | None) -> ModelRunnerOutput:
+    # Importing the model runner makes SGLang choose its backends, which is too early above.
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+    from sglang.srt.model_executor.model_runner import ModelRunnerOutput
+
+    return ModelRunnerOutput(LogitsProcessorOutput(logits), can_run_graph=False)
+
+
+def _numbers(indices: torch.Tensor) -> Blocks:
+    numbers: Blocks = indices.detach().to(torch.int64).numpy().copy()
+    return numbers
+
+
+def _host_rows(pool: Any) -> list[torch.Tensor]:
+    assert pool.layout == "layer_first", pool.layout
+    return [buffer[layer] for buffer in pool.kv_buffer for layer in range(pool.layer_num)]
+
+
+def _poison_freed_on_device(allocator: Any, slots: Blocks) -> None:
+    pool = allocator.get_kvcache()
+    _poison([*pool.k_buffer, *pool.v_buffer], _device().idle(SLOTS, slots))
+
+
+def _poison(rows: list[torch.Tensor], slots: Blocks) -> None:
+    """Fill these slots of each tensor ``[slots, ...]``."""
+    index = torch.from_numpy(slots)
+    for tensor in rows:
+        tensor.view(len(tensor), -1).view(torch.uint8)[index] = _POISON

@@ -1,0 +1,317 @@
+"""A device whose streams run as late, or as early, as CUDA would be allowed to. For tests.
+
+On the CPU platform an operation is over when it has been ordered, so a wait that is missing shows
+nowhere. Here an operation that is handed to ``AsyncDevice.launch`` is kept, and when it runs is up
+to an ``Order``:
+
+* ``LATEST``: copies run when something waits for them, and forward passes at once. What a batch
+  reads without having waited for it is poison (NaN) still.
+* ``EARLIEST``: copies run as soon as all that they wait for is over, and forward passes when
+  something waits for them. A copy that does not wait for the batch under way overwrites what that
+  batch reads.
+* ``RANDOM``: a seed draws for each operation which of both it is.
+
+Every legal order is one that CUDA may choose, so an output that differs, or a ``RaceError``, is a
+missing wait. Operations that are not handed to ``launch`` run at once, as before.
+
+An event that nobody waits for is polled: ``query`` answers False ``PATIENCE`` times and then runs
+what was recorded, so that a loop that only polls comes to its end.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+from sglang_elora.platforms.race_check import (
+    HOST,
+    Access,
+    Blocks,
+    Clock,
+    Footprint,
+    RaceCheck,
+    join,
+)
+
+PATIENCE = 3
+"""How often ``Event.query`` answers False before it runs what the event waits for."""
+
+
+class Order(Enum):
+    """When an operation runs, of all moments that the events allow."""
+
+    LATEST = "latest"
+    EARLIEST = "earliest"
+    RANDOM = "random"
+
+
+@dataclass(eq=False, slots=True)
+class Operation:
+    """Work on a stream. ``after`` are the operations that have to be over before it."""
+
+    stream: Stream
+    run: Callable[[], None]
+    footprint: Footprint
+    after: list[Operation]
+    eager: bool = False  # runs as soon as it may
+    is_forward: bool = False
+    is_over: bool = False
+    num_queries: int = 0
+
+
+class AsyncDevice:
+    """Streams, what is under way on them, and the host's clock.
+
+    Args:
+        order: When operations run.
+        seed: Of ``Order.RANDOM``.
+    """
+
+    def __init__(self, order: Order, seed: int = 0) -> None:
+        self.order = order
+        self.races = RaceCheck()
+        self.host_clock: Clock = {}
+        self.num_operations = 0
+        self.num_delayed = 0  # were not over when they had been launched
+        self._random = random.Random(seed)
+        self._num_streams = HOST
+        self._running: list[Operation] = []
+        self._pending: dict[Operation, None] = {}  # in the order of their launch
+        self.stream = Stream(self)  # the current one
+
+    def launch(
+        self,
+        kind: str,
+        run: Callable[[], None],
+        *,
+        reads: Sequence[Access] = (),
+        writes: Sequence[Access] = (),
+        poison: Callable[[], None] | None = None,
+        is_forward: bool = False,
+    ) -> None:
+        """Put an operation on the current stream.
+
+        Args:
+            kind: For texts.
+            run: Does it.
+            reads: Memory that it reads.
+            writes: Memory that it writes.
+            poison: Makes what it writes unusable until it has run.
+            is_forward: A part of a forward pass; otherwise it is a copy.
+
+        Raises:
+            RaceError: Nothing orders it after an earlier operation on the same memory.
+        """
+        stream = self.stream
+        join(stream.clock, self.host_clock)
+        stream.num_operations += 1
+        stream.clock[stream.number] = stream.num_operations
+        footprint = self.races.begin(
+            stream.number, stream.num_operations, stream.clock, kind, reads, writes
+        )
+        after = [op for op in (stream.last, *stream.awaited) if op is not None and not op.is_over]
+        eager = self._is_eager(is_forward)
+        operation = Operation(stream, run, footprint, after, eager, is_forward)
+        stream.awaited, stream.last = [], operation
+        self.num_operations += 1
+        if not stream.asynchronous:
+            self.force(operation)
+            return
+        is_free = not any(
+            other.footprint.touches(name, blocks).any()
+            for other in self._pending
+            for name, blocks in writes
+        )
+        self._pending[operation] = None
+        if operation.eager:
+            self._run_ready()
+        if not operation.is_over:
+            self.num_delayed += 1
+            if poison is not None and is_free:
+                poison()
+
+    def force(self, operation: Operation | None) -> None:
+        """Run an operation and all that it has to run after."""
+        if operation is not None:
+            self._run_with_what_it_awaits(operation)
+            self._run_ready()
+
+    def idle(self, memory: str, blocks: Blocks) -> Blocks:
+        """Those of ``blocks`` that no operation under way touches."""
+        busy = np.zeros(len(blocks), np.bool_)
+        for operation in self._pending:
+            busy |= operation.footprint.touches(memory, blocks)
+        return blocks[~busy]
+
+    def synchronize(self, _device: Any = None) -> None:
+        """The host waits for everything."""
+        for operation in list(self._pending):
+            self.force(operation)
+            join(self.host_clock, operation.footprint.clock)
+
+    def install(self, device_module: Any) -> None:
+        """Put these streams and events in the place of ``device_module``'s (torch.cpu)."""
+        device_module.Stream = functools.partial(Stream, self)
+        device_module.Event = functools.partial(Event, self)
+        device_module.StreamContext = StreamContext
+        device_module.stream = StreamContext
+        device_module.current_stream = lambda device=None: self.stream
+        device_module.synchronize = self.synchronize
+
+    def new_number(self) -> int:
+        self._num_streams += 1
+        return self._num_streams
+
+    def running_on(self, stream: Stream) -> Operation | None:
+        """The operation that is being run, if it is one of this stream."""
+        top = self._running[-1] if self._running else None
+        return top if top is not None and top.stream is stream else None
+
+    def _is_eager(self, is_forward: bool) -> bool:
+        if self.order is Order.RANDOM:
+            return self._random.random() < 0.5
+        return is_forward == (self.order is Order.LATEST)
+
+    def _run_ready(self) -> None:
+        """Run eager operations: a forward pass with what it waits for, a copy once that is over."""
+        if self._running:  # of a forward pass, which is the only one that waits while it runs
+            return
+        for operation in [op for op in self._pending if op.eager]:
+            if operation.is_forward:
+                self._run_with_what_it_awaits(operation)
+            elif not operation.is_over and all(op.is_over for op in operation.after):
+                self._run(operation)
+
+    def _run_with_what_it_awaits(self, operation: Operation) -> None:
+        todo = [operation]
+        while todo:
+            before = [op for op in todo[-1].after if not op.is_over]
+            if before:
+                todo += before
+                continue
+            if not (top := todo.pop()).is_over:
+                self._run(top)
+
+    def _run(self, operation: Operation) -> None:
+        self._pending.pop(operation, None)
+        outer, self.stream = self.stream, operation.stream
+        self._running.append(operation)
+        try:
+            operation.run()
+        finally:
+            self._running.pop()
+            self.stream = outer
+            operation.is_over = True
+            operation.after = []
+        self.races.end(operation.footprint)
+
+
+class Stream:
+    """A stream. ``asynchronous`` is set by those who hand all its operations to ``launch``."""
+
+    def __init__(self, device: AsyncDevice, _device: Any = None, priority: int = -1) -> None:
+        self.device_ = device
+        self.number = device.new_number()
+        self.asynchronous = False
+        self.clock: Clock = {}
+        self.num_operations = 0
+        self.last: Operation | None = None
+        self.awaited: list[Operation] = []
+
+    def wait_stream(self, stream: Stream) -> None:
+        self.wait_event(stream.record_event())
+
+    def wait_event(self, event: Event) -> None:
+        join(self.clock, event.clock)
+        running = self.device_.running_on(self)
+        if running is not None:
+            join(running.footprint.clock, event.clock)
+        if event.operation is None or event.operation.is_over:
+            return
+        if running is None and self.asynchronous:
+            self.awaited = [op for op in self.awaited if not op.is_over] + [event.operation]
+        else:
+            self.device_.force(event.operation)
+
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event(self.device_)
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        self.record_event().synchronize()
+
+    def query(self) -> bool:
+        return self.record_event().query()
+
+
+class Event:
+    """The moment at which the work put on a stream so far is over."""
+
+    def __init__(self, device: AsyncDevice, enable_timing: bool = False) -> None:
+        self.device_ = device
+        self.operation: Operation | None = None
+        self.clock: Clock = {}
+
+    def record(self, stream: Stream | None = None) -> None:
+        stream = stream or self.device_.stream
+        if not stream.asynchronous:  # what it runs is run by the host
+            join(stream.clock, self.device_.host_clock)
+        self.clock = dict(stream.clock)
+        self.operation = stream.last
+        for awaited in stream.awaited:  # waited for by operations that do not exist yet
+            if self.operation is None or self.operation.is_over:
+                self.operation = awaited
+            elif not awaited.is_over:
+                self.operation = _both(self.device_, stream, self.operation, awaited)
+
+    def query(self) -> bool:
+        operation = self.operation
+        if operation is not None and not operation.is_over:
+            operation.num_queries += 1
+            if operation.num_queries <= PATIENCE:
+                return False
+            self.device_.force(operation)
+        join(self.device_.host_clock, self.clock)
+        return True
+
+    def wait(self, stream: Stream | None = None) -> None:
+        (stream or self.device_.stream).wait_event(self)
+
+    def synchronize(self) -> None:
+        self.device_.force(self.operation)
+        join(self.device_.host_clock, self.clock)
+
+    def elapsed_time(self, end: Event) -> float:
+        """0: operations take no time of their own here."""
+        return 0.0
+
+
+def _both(device: AsyncDevice, stream: Stream, one: Operation, other: Operation) -> Operation:
+    """Stands for the end of both."""
+    footprint = Footprint(0, stream.number, 0, "", "", {})
+    return Operation(stream, lambda: None, footprint, [one, other])
+
+
+class StreamContext:
+    """Makes a stream the current one. Reusable, as SGLang keeps and re-enters them."""
+
+    def __init__(self, stream: Stream | None) -> None:
+        self._stream = stream
+        self._outer: list[Stream] = []
+
+    def __enter__(self) -> None:
+        if self._stream is not None:
+            device = self._stream.device_
+            self._outer.append(device.stream)
+            device.stream = self._stream
+
+    def __exit__(self, *exception: object) -> None:
+        if self._stream is not None:
+            self._stream.device_.stream = self._outer.pop()
