@@ -69,10 +69,13 @@ def use_adversarial_streams(config: EloraConfig) -> None:
 
 
 def mark_scheduler_streams(result: None, self: Scheduler) -> None:
-    """After ``Scheduler.init_overlap``: waits on these do not hold the host up."""
+    """After ``Scheduler.init_overlap``: waits on these do not hold the host up.
+
+    The schedule stream stays as it is: its operations are torch's, which run at once.
+    """
     if self.enable_overlap:
-        for stream in (self.schedule_stream, self.forward_stream, self.copy_stream):
-            stream.asynchronous = True
+        self.forward_stream.asynchronous = True
+        self.copy_stream.asynchronous = True
 
 
 def load_kv(
@@ -148,7 +151,7 @@ def run_forward(
     # Logits to be filled in; until a first batch has shown what they are like, none are.
     like = getattr(self, "elora_logits_like", None)
     later = None if like is None else like.new_empty(forward_batch.batch_size, like.shape[1])
-    restored = _kept(self)
+    restored = _kept(self, forward_batch)
 
     def run() -> None:
         with restored():
@@ -227,29 +230,35 @@ def _device() -> AsyncDevice:
     return device
 
 
-def _kept(runner: ModelRunner) -> Callable[[], Any]:
-    """What launches of kernels would have taken along: they see it also if they run later."""
+def _kept(runner: ModelRunner, batch: ForwardBatch) -> Callable[[], Any]:
+    """What a launch of kernels takes along: a forward pass that runs later sees it as it was.
+
+    The rows of its requests are among it: a decode graph has read them when the scheduler goes on.
+    """
     backend = getattr(runner.lora_manager, "lora_backend", None)
     counter = getattr(runner.token_to_kv_pool, "layer_transfer_counter", None)
     owners = [(backend, ("batch_info", "_awaited")), (counter, ("consumer_index",))]
-    kept = [
-        (owner, name, getattr(owner, name))
-        for owner, names in owners
-        if owner is not None
-        for name in names
-        if hasattr(owner, name)
-    ]
+    names = [(owner, name) for owner, its in owners for name in its if hasattr(owner, name)]
+    rows, requests = runner.req_to_token_pool.req_to_token, batch.req_pool_indices.clone()
+
+    def look() -> tuple[list[Any], torch.Tensor]:
+        return [getattr(owner, name) for owner, name in names], rows[requests]
+
+    def put_back(values: list[Any], own_rows: torch.Tensor) -> None:
+        for (owner, name), value in zip(names, values, strict=True):
+            setattr(owner, name, value)
+        rows[requests] = own_rows
+
+    kept = look()
 
     @contextmanager
     def restored() -> Iterator[None]:
-        now = [(owner, name, getattr(owner, name)) for owner, name, _ in kept]
-        for owner, name, value in kept:
-            setattr(owner, name, value)
+        now = look()
+        put_back(*kept)
         try:
             yield
         finally:
-            for owner, name, value in now:
-                setattr(owner, name, value)
+            put_back(*now)
 
     return restored
 

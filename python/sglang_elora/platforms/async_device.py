@@ -123,8 +123,8 @@ class AsyncDevice:
         if not stream.asynchronous:
             self.force(operation)
             return
-        is_free = not any(
-            other.footprint.touches(name, blocks).any()
+        is_free = not any(  # an earlier one of its own stream writes other layers of them
+            other.stream is not stream and other.footprint.touches(name, blocks).any()
             for other in self._pending
             for name, blocks in writes
         )
