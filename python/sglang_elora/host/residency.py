@@ -14,9 +14,9 @@ import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from sglang_elora.control import Histogram, Tier
-from sglang_elora.host.link import delay_page_copy, make_copy_stream
+from sglang_elora.host.copy_stream import CopyStream
 from sglang_elora.host.tree_core import EloraTreeCore
-from sglang_elora.pages import AdapterImage, AdapterLayout, KVPlanes, PagedAdapter, PageTable
+from sglang_elora.pages import AdapterImage, AdapterLayout, KVPlanes, PagedAdapter
 from sglang_elora.swapper import AdapterCopy, Copied, HostTier
 
 logger = logging.getLogger(__name__)
@@ -115,10 +115,7 @@ class Residency:
         self.planes = KVPlanes((pool.k_buffer, pool.v_buffer), weight_dtype)
         self.copies: dict[str, AdapterCopy] = {}  # under way, in the order they were started
         self._paged: dict[str, PagedAdapter] = {}
-        self._forward_stream = forward_stream
-        self._device = torch.get_device_module(self.planes.device)
-        self._is_cuda = self.planes.device.type == "cuda"
-        self._copy_stream = make_copy_stream(self._device)
+        self._copy_stream = CopyStream(self.planes, forward_stream)
         self.names: dict[str, str] = {}  # of the loaded adapters, by id
         self._put_off: str | None = None  # adapter whose copy was due in the step before
         self._last_loads: deque[int] = deque(maxlen=_LAST_LOADS)  # their slots
@@ -248,7 +245,9 @@ class Residency:
         node = self.core.node_of(uid)
         self.core.inc_full_pin(node.id)  # until it is settled
         self.core.place(uid, slots)
-        self.copies[uid] = self._start_copy(uid, node.slots, adapter.num_slots)
+        image = self.host.hold(uid)
+        copy, self._paged[uid] = self._copy_stream.start(uid, image, node.slots)
+        self.copies[uid] = copy
         self.core.counts["adapter_slots_from_host"] += adapter.num_slots
         self._last_loads.append(adapter.num_slots)
         self._placed_at = self.core.clock
@@ -332,43 +331,6 @@ class Residency:
     def paged(self, uid: str) -> PagedAdapter:
         """An adapter with slots, as the backend reads it. Its copy may be in ``copies`` still."""
         return self._paged[uid]
-
-    def _make_event(self) -> Any:
-        return self._device.Event(enable_timing=True) if self._is_cuda else self._device.Event()
-
-    def _start_copy(self, uid: str, slots: torch.Tensor, num_slots: int) -> AdapterCopy:
-        image = self.host.hold(uid)
-        stream, device = self._copy_stream, self._device
-        # ``slots`` was made on the scheduler's stream.
-        ready = device.Event()
-        ready.record(device.current_stream())
-        copy = AdapterCopy(uid, num_slots, begun=self._make_event())
-
-        def before_slots() -> None:
-            # A batch under way may read, or write, what lay in these slots before.
-            stream.wait_stream(self._forward_stream)
-
-        def after_piece(end_layer: int, num_bytes: int) -> None:
-            delay_page_copy(num_bytes)
-            event = self._make_event()
-            event.record(stream)
-            copy.pieces.append((end_layer, event))
-
-        with device.stream(stream):
-            ready.wait(stream)
-            copy.begun.record(stream)
-            if self._is_cuda:
-                slots.record_stream(stream)
-            table = PageTable(slots)
-            if self._is_cuda:
-                table.slots.record_stream(self._forward_stream)
-            self._paged[uid] = PagedAdapter(image.layout, table, self.planes, image.scaling)
-            try:
-                self.planes.write(table, image, before_slots=before_slots, after_piece=after_piece)
-            except (RuntimeError, ValueError, OSError) as error:
-                logger.error("copy of %s failed: %s", self.name_of(uid), error)
-                copy.error = error
-        return copy
 
     def _evicted(self, uid: str) -> None:
         copy = self.copies.pop(uid, None)

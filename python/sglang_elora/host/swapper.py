@@ -9,7 +9,7 @@ dearest of what was evicted comes back. What can be done beforehand is done whil
 (``prepare``): a load that comes finds room then, and no step before a batch has to make it.
 
 All ranks of a tensor-parallel group take the same decisions: these rest on the queue, the tree and
-on what ``agree`` says of reads and copies.
+on what ``settling.py`` agrees on about reads and copies.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from http import HTTPStatus
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import torch
 from sglang.srt.managers.scheduler import _make_abort_req
 
 from sglang_elora.host.adapter_node import FULL, AdapterNode
 from sglang_elora.host.measure import Measure
-from sglang_elora.host.residency import AdapterChanged, Residency
-from sglang_elora.pages import AdapterImage
-from sglang_elora.swapper import ORDER_STEPS, AdapterCopy, Copied, Expected, Read
+from sglang_elora.host.residency import Residency
+from sglang_elora.host.settling import Settling
+from sglang_elora.swapper import ORDER_STEPS, AdapterCopy, Expected
 from sglang_elora.tree import Adapter
 
 if TYPE_CHECKING:
@@ -90,8 +89,8 @@ class Swapper:
         self._core, self._host, self._costs = residency.core, residency.host, measure.costs
         self._measure = measure
         self._wanted: dict[str, int] = {}  # adapter -> position of the first request for it
-        self._errors: dict[str, BaseException] = {}  # of this step
         self._expected = Expected(residency.pool_slots)
+        self._settling = Settling(residency, measure, self._expected)
         self._turns: dict[NodeId, int] = {}  # end of a session -> step up to which
         self._leaving: dict[str, None] = {}  # adapters that are to be evicted
         self._num_busy_steps = 0
@@ -108,7 +107,7 @@ class Swapper:
         if is_busy:
             self._expected.step()
         if self.residency.copies or self._host.reading:
-            self._settle()
+            self._settling.settle()
             self._fail_waiting(scheduler)
         waiting, under_way = scheduler.waiting_queue, len(self.residency.copies)
         if waiting or self._wanted or self._expected:
@@ -119,8 +118,8 @@ class Swapper:
             self._bring_turn()
         if not (waiting or is_busy or self._host.reading):
             self._host.read_ahead()
-        if self._has_failed(islice(self.residency.copies.values(), under_way, None)):
-            self._settle()  # it must not be run with
+        if self._settling.has_failed(islice(self.residency.copies.values(), under_way, None)):
+            self._settling.settle()  # it must not be run with
             self._fail_waiting(scheduler)
         self._host.drop_surplus()
         if not is_busy:
@@ -287,57 +286,13 @@ class Swapper:
         cache.ready_to_load_host_cache()
         return True
 
-    def _settle(self) -> None:
-        copies, reading = list(self.residency.copies.values()), self._host.reading
-        codes = self._agree(
-            [copy.code for copy in copies] + [self._host.code(uid) for uid in reading]
-        )
-        for copy, code in zip(copies, codes, strict=False):
-            if code != Copied.UNDER_WAY:
-                if code == Copied.DONE and (seconds := copy.seconds()) > 0:
-                    self._measure.copied(copy.num_slots, seconds)
-                failure = self.residency.settle(copy.uid, Copied(code))
-                self._note(copy.uid, failure, "adapter_copies_failed")
-        for uid, code in zip(reading, codes[len(copies) :], strict=True):
-            found = self._host.settle(uid, Read(code))
-            if isinstance(found, AdapterImage):
-                try:
-                    self.residency.check_content(uid, found)
-                except AdapterChanged as error:
-                    self._host.drop(uid)
-                    found = error
-            self._note(uid, found, "adapter_reads_failed")
-
-    def _has_failed(self, copies: Iterable[AdapterCopy]) -> bool:
-        """Whether one has already; with several ranks, whether it is to be found out together."""
-        started = list(copies)
-        if self.residency.cache.tp_world_size > 1:
-            return bool(started)
-        return any(copy.error is not None for copy in started)
-
-    def _note(self, uid: str, found: Any, counted: str) -> None:
-        if isinstance(found, BaseException):
-            logger.error("LoRA adapter %s: %s", self.residency.name_of(uid), found)
-            self._core.counts[counted] += 1
-            self._errors[uid] = found
-            self._expected.forget(uid)  # or it would be tried again and again
-
-    def _agree(self, codes: list[int]) -> list[int]:
-        """The least of all ranks, one by one."""
-        cache = self.residency.cache
-        if cache.tp_world_size == 1:
-            return codes
-        tensor = torch.tensor(codes, dtype=torch.int64)
-        cache._all_reduce(tensor, torch.distributed.ReduceOp.MIN)
-        agreed: list[int] = tensor.tolist()
-        return agreed
-
     def _fail_waiting(self, scheduler: Scheduler) -> None:
         """Requests whose adapter could not be brought in end with the reason."""
-        if not self._errors:
+        errors = self._settling.take_errors()
+        if not errors:
             return
-        for req in [r for r in scheduler.waiting_queue if r.lora_id in self._errors]:
-            error = self._errors[req.lora_id]
+        for req in [r for r in scheduler.waiting_queue if r.lora_id in errors]:
+            error = errors[req.lora_id]
             name = self.residency.name_of(req.lora_id)
             reason = {
                 "type": "abort",
@@ -349,7 +304,6 @@ class Swapper:
             scheduler._release_aborted_request(req)
             answer = _make_abort_req(req, finished_reason=reason)
             scheduler.ipc_channels.send_to_tokenizer.send_output(answer, req)
-        self._errors.clear()
 
     def _rest_of(self, chunked: Req | None) -> int:
         """Slots for what is left to compute of a prompt that is computed chunk by chunk.
