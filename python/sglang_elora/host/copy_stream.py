@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,49 +31,81 @@ class CopyStream:
         self._forward_stream = forward_stream
         self._device = torch.get_device_module(planes.device)
         self._is_cuda = planes.device.type == "cuda"
-        self._stream = make_copy_stream(self._device)
+
+    @cached_property
+    def _stream(self) -> Any:
+        """Drawn at the first copy: the scheduler has chosen its own streams by then, and the
+        current stream is the one that it schedules on."""
+        avoid = (self._forward_stream, self._device.current_stream())
+        return make_copy_stream(self._device, avoid)
 
     def start(
         self, uid: str, image: AdapterImage, slots: torch.Tensor
-    ) -> tuple[AdapterCopy, PagedAdapter]:
-        """Queue the copy of one adapter; does not wait for it.
+    ) -> tuple[AdapterCopy, PagedAdapter | None]:
+        """Queue the copy of one adapter, without waiting for it. Raises nothing.
 
         Args:
             slots: int64 ``[num_slots]``, made on the current stream.
 
         Returns:
-            The copy, whose ``error`` is set if it could not be queued, and the adapter as the
-            LoRA backend reads it.
+            The copy, and the adapter as the LoRA backend reads it. If the copy could not be
+            queued, its ``error`` says why.
         """
+        copy, paged = AdapterCopy(uid, len(slots)), None
+        try:
+            paged = self._queue(copy, image, slots)
+        except Exception as error:  # of CUDA, of Triton, or out of memory: the server lives on
+            logger.exception("the copy of adapter %s could not be queued", uid)
+            copy.error = error
+        return copy, paged
+
+    def synchronize(self) -> None:
+        """Block until everything queued so far has run; on a CPU it has."""
+        if self._is_cuda:
+            self._stream.synchronize()
+
+    def clear(self, slots: torch.Tensor) -> None:
+        """Zero the slots of an adapter that leaves the device; its copy is over.
+
+        Queued on the current stream after all batches launched so far, which may read the adapter.
+        Whatever writes these slots next (a batch, a copy, a load of KV) waits for the current
+        stream first.
+
+        Args:
+            slots: int64 ``[num_slots]``, made on the current stream.
+        """
+        self._device.current_stream().wait_stream(self._forward_stream)
+        for layer in range(self._planes.num_layers):
+            for plane in range(self._planes.num_planes):
+                self._planes.plane(plane, layer).index_fill_(0, slots, 0)
+
+    def _queue(self, copy: AdapterCopy, image: AdapterImage, slots: torch.Tensor) -> PagedAdapter:
         stream, device = self._stream, self._device
         ready = device.Event()
         ready.record(device.current_stream())
-        copy = AdapterCopy(uid, len(slots), begun=self._make_event())
 
         def before_slots() -> None:
+            arrived = self._record()
             stream.wait_stream(self._forward_stream)
+            copy.wait_for_slots = (arrived, self._record())
 
         def after_piece(end_layer: int, num_bytes: int) -> None:
             delay_page_copy(num_bytes)
-            event = self._make_event()
-            event.record(stream)
-            copy.pieces.append((end_layer, event))
+            copy.pieces.append((end_layer, self._record()))
 
         with device.stream(stream):
             ready.wait(stream)
-            copy.begun.record(stream)
+            copy.begun = self._record()
             if self._is_cuda:
                 slots.record_stream(stream)
             table = PageTable(slots)
             if self._is_cuda:
                 table.slots.record_stream(self._forward_stream)
-            paged = PagedAdapter(image.layout, table, self._planes, image.scaling)
-            try:
-                self._planes.write(table, image, before_slots=before_slots, after_piece=after_piece)
-            except (RuntimeError, ValueError, OSError) as error:
-                logger.error("copy of %s failed: %s", uid, error)
-                copy.error = error
-        return copy, paged
+            self._planes.write(table, image, before_slots=before_slots, after_piece=after_piece)
+        return PagedAdapter(image.layout, table, self._planes, image.scaling)
 
-    def _make_event(self) -> Any:
-        return self._device.Event(enable_timing=True) if self._is_cuda else self._device.Event()
+    def _record(self) -> Any:
+        """An event behind the work on the copy stream so far, which can be timed."""
+        event = self._device.Event(enable_timing=True) if self._is_cuda else self._device.Event()
+        event.record(self._stream)
+        return event

@@ -15,9 +15,11 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from sglang_elora.control import Histogram, Tier
 from sglang_elora.host.copy_stream import CopyStream
+from sglang_elora.host.ranks import Ranks
 from sglang_elora.host.tree_core import EloraTreeCore
 from sglang_elora.pages import AdapterImage, AdapterLayout, KVPlanes, PagedAdapter
 from sglang_elora.swapper import AdapterCopy, Copied, HostTier
+from sglang_elora.tree import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,10 @@ TOTALS = ("adapter_evictions", "kv_slots_evicted")
 
 _LAST_LOADS = 8
 """Room is kept for the largest of them."""
+
+
+ReplaysGraph = Callable[[int, int], bool]
+"""(requests, tokens to compute) -> whether a prefill graph replays such a batch."""
 
 
 class PoolTooSmall(ValueError):
@@ -110,9 +116,14 @@ class Residency:
         self.core.on_evicted = self._evicted
         self.forest = self.core.forest
         self.host = host
+        self.ranks = Ranks(cache)
         self.allocator = cache.token_to_kv_pool_allocator
         pool = self.allocator.get_kvcache()
         self.planes = KVPlanes((pool.k_buffer, pool.v_buffer), weight_dtype)
+        # Attention kernels may load the unused end of a request's last page. What an adapter left
+        # there is finite in the dtype of weights, but may be NaN in the dtype of the KV.
+        self._clears_slots = self.allocator.page_size > 1 and pool.dtype != weight_dtype
+        self._to_clear: dict[str, torch.Tensor] = {}  # slots, by adapter
         self.copies: dict[str, AdapterCopy] = {}  # under way, in the order they were started
         self._paged: dict[str, PagedAdapter] = {}
         self._copy_stream = CopyStream(self.planes, forward_stream)
@@ -121,6 +132,8 @@ class Residency:
         self._last_loads: deque[int] = deque(maxlen=_LAST_LOADS)  # their slots
         self._placed_at = 0.0  # the last one, by the policy's clock
         self.load_s = Histogram()
+        self.num_launches = 0  # batches handed to the device; counted by the swapper's hook
+        self.replays_prefill_graph: ReplaysGraph = lambda num_requests, num_tokens: False
         self.work_left = sys.maxsize  # for ``place``: evictions of leaves; whoever calls it sets it
 
     @property
@@ -188,12 +201,20 @@ class Residency:
                 "unpinned, or raise --max-total-tokens or --mem-fraction-static"
             )
 
-    def check_content(self, uid: str, image: AdapterImage) -> None:
+    def check_content(self, uid: str, image: AdapterImage, *, is_same: bool) -> None:
         """The first image of an adapter gives it its version; later ones must be the same.
 
+        Args:
+            is_same: Whether all ranks have read the same content.
+
         Raises:
-            AdapterChanged: The file holds something else now.
+            AdapterChanged: The file holds something else now, or was replaced between the reads
+                of two ranks.
         """
+        if not is_same:
+            raise AdapterChanged(
+                "its file was replaced while it was being read: unload it and load it again"
+            )
         adapter = self.forest.get(uid)
         if adapter.version and image.version != adapter.version:
             raise AdapterChanged(
@@ -242,17 +263,36 @@ class Residency:
         if slots is None:
             return False
         self.work_left -= COPY_WORK
-        node = self.core.node_of(uid)
-        self.core.inc_full_pin(node.id)  # until it is settled
-        self.core.place(uid, slots)
-        image = self.host.hold(uid)
-        copy, self._paged[uid] = self._copy_stream.start(uid, image, node.slots)
-        self.copies[uid] = copy
+        copy = self.copies[uid] = self._start_copy(uid, slots)
+        copy.launches_before = self.num_launches
         self.core.counts["adapter_slots_from_host"] += adapter.num_slots
         self._last_loads.append(adapter.num_slots)
         self._placed_at = self.core.clock
         logger.info("load %s into %d slots", self.name_of(uid), adapter.num_slots)
         return True
+
+    def _start_copy(self, uid: str, slots: torch.Tensor) -> AdapterCopy:
+        """Take slots, pin and image for an adapter and queue its copy; ``settle`` returns them.
+
+        Raises nothing, so that no resource is taken without a copy that accounts for it: a copy
+        that could not be queued says so by its ``error``.
+        """
+        failure = None
+        try:
+            slots = slots.clone()  # the allocator's are a view of its whole free list
+        except RuntimeError as error:
+            failure = error
+        self.core.inc_full_pin(self.core.node_of(uid).id)
+        self.core.place(uid, slots)
+        image = self.host.hold(uid)
+        if failure is not None:
+            return AdapterCopy(uid, len(slots), error=failure)
+        if self._clears_slots:
+            self._to_clear[uid] = slots
+        copy, paged = self._copy_stream.start(uid, image, slots)
+        if paged is not None:
+            self._paged[uid] = paged
+        return copy
 
     def keep_room(self, most_leaves: int) -> bool:
         """Evict a little KV that goes next, until a load like the last ones would find its room.
@@ -323,10 +363,17 @@ class Residency:
         if code == Copied.DONE:
             self.load_s.observe(time.monotonic() - copy.started_s)
             return None
-        copy.synchronize()  # nothing writes to these slots any more
+        self._copy_stream.synchronize()  # nothing writes to these slots any more
+        copy.synchronize()
         result = self.core.displace(uid)
         self.cache._free_values(result.device_frees, result.host_frees)
         return copy.error or RuntimeError("another rank could not copy it")
+
+    def is_usable(self, adapter: Adapter) -> bool:
+        """Whether a batch, or KV of the adapter, may rely on its slots: every rank has queued its
+        copy, which cannot fail any more."""
+        copy = self.copies.get(str(adapter.uid))
+        return adapter.resident and (copy is None or copy.confirmed)
 
     def paged(self, uid: str) -> PagedAdapter:
         """An adapter with slots, as the backend reads it. Its copy may be in ``copies`` still."""
@@ -335,9 +382,12 @@ class Residency:
     def _evicted(self, uid: str) -> None:
         copy = self.copies.pop(uid, None)
         if copy is not None:  # the whole cache was flushed
+            self._copy_stream.synchronize()
             copy.synchronize()
             self.host.release(uid)
         self._paged.pop(uid, None)
+        if (slots := self._to_clear.pop(uid, None)) is not None:
+            self._copy_stream.clear(slots)
         logger.info("evict %s", self.name_of(uid))
 
     @property

@@ -106,21 +106,19 @@ class Swapper:
         self._num_busy_steps += is_busy
         if is_busy:
             self._expected.step()
-        if self.residency.copies or self._host.reading:
-            self._settling.settle()
-            self._fail_waiting(scheduler)
+        self._settling.begin_step()
+        self._fail_waiting(scheduler)
         waiting, under_way = scheduler.waiting_queue, len(self.residency.copies)
         if waiting or self._wanted or self._expected:
             self._bring_wanted(waiting, self._rest_of(scheduler.chunked_req))
         elif self._core.evicted and not under_way and scheduler.chunked_req is None:
             self._prefetch()
+        self._settling.confirm()  # before anything is done with the adapter
+        self._fail_waiting(scheduler)
         if self._turns:
             self._bring_turn()
         if not (waiting or is_busy or self._host.reading):
             self._host.read_ahead()
-        if self._settling.has_failed(islice(self.residency.copies.values(), under_way, None)):
-            self._settling.settle()  # it must not be run with
-            self._fail_waiting(scheduler)
         self._host.drop_surplus()
         if not is_busy:
             self.prepare()
@@ -138,11 +136,16 @@ class Swapper:
             self._copy_ahead()
 
     def is_hidden(self, copy: AdapterCopy, req: Req, adder: PrefillAdder) -> bool:
-        """Whether a batch may be started before the copy is over.
+        """Whether a batch with this request may be started before the copy is over.
 
-        The batch waits for each layer as it comes to it. That costs nobody anything where nothing
-        else is to run, or the copies take no longer than the request's own computation.
+        That delays nothing where nothing else can run. Otherwise the copies must take no longer
+        than what runs before the batch needs them: batches launched since the copy was started,
+        and, if the batch waits for each layer's weights as it reaches the layer, its own
+        computation. A batch that is replayed from a prefill graph waits for the whole copy before
+        it begins, so its own computation hides nothing.
         """
+        if not copy.confirmed:
+            return False
         if not adder.can_run_list and adder.running_batch.is_empty():
             return True
         costs, slots = self._costs, 0
@@ -151,7 +154,22 @@ class Swapper:
             if other is copy:
                 break
         copying = slots * costs.load + costs.load_latency
-        return copying <= costs.batch + len(req.origin_input_ids) * costs.recompute
+        num_tokens = len(req.origin_input_ids)
+        # The least that a batch takes: each of them reads all of the model's weights.
+        hiding = (self.residency.num_launches - copy.launches_before) * costs.batch
+        if not self._replays_graph(num_tokens, adder):
+            hiding += costs.batch + num_tokens * costs.recompute
+        return copying <= hiding
+
+    def _replays_graph(self, num_tokens: int, adder: PrefillAdder) -> bool:
+        """Whether the batch being formed is replayed from a prefill graph, as far as is known: by
+        the requests chosen so far and one more, whose prefill the chunk size limits."""
+        if adder.rem_chunk_tokens is not None:
+            num_tokens = min(num_tokens, adder.rem_chunk_tokens)
+        num_requests = len(adder.can_run_list) + 1
+        return self.residency.replays_prefill_graph(
+            num_requests, adder.log_input_tokens + num_tokens
+        )
 
     def expect(self, uids: Iterable[str], *, ordered: bool = False) -> int:
         """Requests with these adapters are about to come: what they need is brought in behind what
@@ -239,7 +257,7 @@ class Swapper:
                 del self._turns[node_id]
                 continue
             path = core.path_of(end)
-            if path[-1].item.is_adapter and not path[-1].adapter.resident:
+            if path[-1].item.is_adapter and not self.residency.is_usable(path[-1].adapter):
                 continue
             del self._turns[node_id]
             missing = [node for node in path if node.evicted]
@@ -278,7 +296,9 @@ class Swapper:
         # An adapter that is not there has an empty value; the base model's root has [].
         if not node.evicted or not node.backuped or above is None:
             return False
-        if isinstance(node.parent, AdapterNode) and not node.parent.adapter.resident:
+        if isinstance(node.parent, AdapterNode) and not self.residency.is_usable(
+            node.parent.adapter
+        ):
             return False
         cache = self.residency.cache
         if not cache.load_back(node.id):
@@ -430,6 +450,7 @@ def prepare(result: Any, self: Scheduler, *_: Any, **__: Any) -> None:
     """After ``Scheduler.run_batch``: the device is at work now."""
     swapper = getattr(self.tree_cache, "swapper", None)
     if swapper is not None:
+        swapper.residency.num_launches += 1
         swapper.prepare()
 
 
