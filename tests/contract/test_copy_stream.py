@@ -96,6 +96,33 @@ def test_bytes_that_move_before_the_wait_count_and_the_wait_does_not(
     assert copy.seconds() == pytest.approx((1 + num_transfers_first) * COPY_S)
 
 
+@pytest.mark.parametrize("is_free_before", [True, False])
+def test_a_copy_runs_beside_the_batch_under_way_if_its_room_was_free_before_it(
+    link: Link, clock: Clock, is_free_before: bool
+) -> None:
+    from sglang_elora.host.swapper import prepare
+
+    made = world()
+    server: Any = SimpleNamespace(tree_cache=SimpleNamespace(swapper=made.swapper))
+    held = made.cache.allocator.alloc(4 * SLOTS)
+    if is_free_before:
+        made.cache.allocator.free(held)
+    for busy_s in (0.0, BATCH_S):
+        made.forward_stream.busy_until_s = clock.now_s + busy_s  # type: ignore[attr-defined]
+        prepare(None, server)
+    if not is_free_before:
+        made.cache.allocator.free(held)
+    made.arrive(uid(0))
+    made.step()
+    clock.now_s += 1.5 * COPY_S
+    made.step()
+    assert bool(made.residency.copies) is not is_free_before
+    clock.now_s += BATCH_S
+    made.step()
+    assert not made.residency.copies and made.is_resident(uid(0))
+    made.check()
+
+
 class CompilationError(Exception):
     """Of no kind that torch raises, as Triton's own errors."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sglang_elora.host.free_order import FreeOrder
 from sglang_elora.host.link import delay_page_copy, make_copy_stream
 from sglang_elora.pages import AdapterImage, KVPlanes, PagedAdapter, PageTable
 from sglang_elora.swapper import AdapterCopy
@@ -18,16 +19,19 @@ logger = logging.getLogger(__name__)
 class CopyStream:
     """The stream that adapter copies run on.
 
-    A copy writes slots only after the work that was queued on the forward stream when the copy
-    was started: a batch may still read, or write, what those slots held before.
+    A copy writes slots only after the batches that may still read, or write, what those slots
+    held before. It also waits for what was queued on the scheduler's stream when it was started,
+    where the numbers of its slots were made.
 
     Args:
         planes: The KV pool.
+        free_order: Since when the pool's free slots have been free.
         forward_stream: The stream that batches run on.
     """
 
-    def __init__(self, planes: KVPlanes, forward_stream: Any) -> None:
+    def __init__(self, planes: KVPlanes, free_order: FreeOrder, forward_stream: Any) -> None:
         self._planes = planes
+        self._free_order = free_order
         self._forward_stream = forward_stream
         self._device = torch.get_device_module(planes.device)
         self._is_cuda = planes.device.type == "cuda"
@@ -45,7 +49,7 @@ class CopyStream:
         """Queue the copy of one adapter, without waiting for it. Raises nothing.
 
         Args:
-            slots: int64 ``[num_slots]``, made on the current stream.
+            slots: int64 ``[num_slots]``, allocated last, and made on the current stream.
 
         Returns:
             The copy, and the adapter as the LoRA backend reads it. If the copy could not be
@@ -86,7 +90,7 @@ class CopyStream:
 
         def before_slots() -> None:
             arrived = self._record()
-            stream.wait_stream(self._forward_stream)
+            self._free_order.wait(stream)
             copy.wait_for_slots = (arrived, self._record())
 
         def after_piece(end_layer: int, num_bytes: int) -> None:

@@ -15,6 +15,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from sglang_elora.control import Histogram, Tier
 from sglang_elora.host.copy_stream import CopyStream
+from sglang_elora.host.free_order import FreeOrder
 from sglang_elora.host.ranks import Ranks
 from sglang_elora.host.tree_core import EloraTreeCore
 from sglang_elora.pages import AdapterImage, AdapterLayout, KVPlanes, PagedAdapter
@@ -126,13 +127,14 @@ class Residency:
         self._to_clear: dict[str, torch.Tensor] = {}  # slots, by adapter
         self.copies: dict[str, AdapterCopy] = {}  # under way, in the order they were started
         self._paged: dict[str, PagedAdapter] = {}
-        self._copy_stream = CopyStream(self.planes, forward_stream)
+        self._free_order = FreeOrder(self.allocator, forward_stream)
+        self._copy_stream = CopyStream(self.planes, self._free_order, forward_stream)
         self.names: dict[str, str] = {}  # of the loaded adapters, by id
         self._put_off: str | None = None  # adapter whose copy was due in the step before
         self._last_loads: deque[int] = deque(maxlen=_LAST_LOADS)  # their slots
         self._placed_at = 0.0  # the last one, by the policy's clock
         self.load_s = Histogram()
-        self.num_launches = 0  # batches handed to the device; counted by the swapper's hook
+        self.num_launches = 0  # batches handed to the device
         self.replays_prefill_graph: ReplaysGraph = lambda num_requests, num_tokens: False
         self.work_left = sys.maxsize  # for ``place``: evictions of leaves; whoever calls it sets it
 
@@ -368,6 +370,11 @@ class Residency:
         result = self.core.displace(uid)
         self.cache._free_values(result.device_frees, result.host_frees)
         return copy.error or RuntimeError("another rank could not copy it")
+
+    def launched(self) -> None:
+        """A batch was handed to the device."""
+        self.num_launches += 1
+        self._free_order.mark()
 
     def is_usable(self, adapter: Adapter) -> bool:
         """Whether a batch, or KV of the adapter, may rely on its slots: every rank has queued its

@@ -450,8 +450,8 @@ def prepare(result: Any, self: Scheduler, *_: Any, **__: Any) -> None:
     """After ``Scheduler.run_batch``: the device is at work now."""
     swapper = getattr(self.tree_cache, "swapper", None)
     if swapper is not None:
-        swapper.residency.num_launches += 1
         swapper.prepare()
+        swapper.residency.launched()  # what was evicted just now is free, as of this batch
 
 
 def idle(result: None, self: Scheduler) -> None:
