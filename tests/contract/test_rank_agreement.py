@@ -357,3 +357,44 @@ def test_an_adapter_whose_files_change_between_the_ranks_is_loaded_on_neither(
     assert all(made.host.reading == () for made in ranks.worlds)
     ranks.arrive(uid(0))
     ranks.step_until(lambda made: made.is_resident(uid(0)) and is_idle(made))
+
+
+@pytest.mark.parametrize("alpha", [16, 4])
+def test_adapters_given_at_start_must_be_the_same_on_all_ranks(
+    ranks: Ranks, tmp_path: Path, alpha: int
+) -> None:
+    from sglang.srt.lora.lora_config import LoRAConfig
+    from sglang.srt.lora.lora_registry import LoRARef
+
+    ref = LoRARef(lora_id="new", lora_name="new", lora_path=str(tmp_path / "a"), pinned=False)
+    managers: dict[int, Any] = {}
+    for made, read_alpha in zip(ranks.worlds, (16, alpha), strict=True):
+        write_adapter(tmp_path / "a", alpha=read_alpha)
+        manager = managers[id(made)] = manager_of(made)
+        manager.lora_refs = {"new": ref}
+        manager.configs = {"new": LoRAConfig(str(tmp_path / "a"))}
+        manager.lora_backend = SimpleNamespace(warm_up=lambda planes: None)
+
+    def bind(made: World) -> str:
+        try:
+            managers[id(made)].bind(made.residency, made.measure)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    first, second = ranks.run(bind)
+    assert first == second and ("were replaced while" in first) == (alpha != 16)
+
+
+def test_is_hidden_asks_sglangs_rule_for_prefill_graphs(ranks: Ranks) -> None:
+    made = ranks.worlds[0]
+    manager = manager_of(made)
+    manager.lora_backend = SimpleNamespace(
+        warm_up=lambda planes: None, prefill_cuda_graph_max_bs=2, prefill_cuda_graph_max_tokens=60
+    )
+    ranks.worlds[0].cache.tree.tp_world_size = 1
+    manager.bind(made.residency, made.measure)
+    rule = made.residency.replays_prefill_graph
+    assert [rule(2, 60), rule(3, 60), rule(2, 61)] == [True, False, False]
+    manager.lora_backend.prefill_cuda_graph_max_bs = None  # no prefill graphs were captured
+    assert not rule(1, 1)
