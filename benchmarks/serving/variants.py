@@ -18,19 +18,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_RESIDENCY = "sglang_elora.host.residency"
+_COPY_STREAM = "sglang_elora.host.copy_stream"
 
 
 def blocking() -> None:
-    def wait_at_once(copy: Any, *_: Any) -> Any:
+    def wait_at_once(started: Any, *_: Any) -> Any:
+        copy, _paged = started
         copy.synchronize()
-        return copy
+        return started
 
-    _hook(f"{_RESIDENCY}.Residency._start_copy", wait_at_once, "AFTER")
+    _hook(f"{_COPY_STREAM}.CopyStream.start", wait_at_once, "AFTER")
 
 
 def free() -> None:
-    _hook(f"{_RESIDENCY}.delay_page_copy", lambda num_bytes: None, "REPLACE")
+    _hook(f"{_COPY_STREAM}.delay_page_copy", lambda num_bytes: None, "REPLACE")
 
 
 def late() -> None:
@@ -55,9 +56,7 @@ def timed() -> None:
 
     _hook("sglang_elora.host.tokenizer_control.TokenizerControl.announce", arrived, "BEFORE")
     _hook("sglang.srt.managers.scheduler.Scheduler.handle_generate_request", received, "BEFORE")
-    _hook(
-        f"{_RESIDENCY}.Residency._start_copy", lambda self, uid, *_: note("copied", uid), "BEFORE"
-    )
+    _hook(f"{_COPY_STREAM}.CopyStream.start", lambda self, uid, *_: note("copied", uid), "BEFORE")
     _hook("sglang_elora.host.swapper.Swapper.used", lambda self, uid: note("taken", uid), "BEFORE")
 
 

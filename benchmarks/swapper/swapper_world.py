@@ -51,6 +51,7 @@ class World:
     Args:
         num_slots: Of the pool, which has one head: enough for copies of pages.
         adapter_slots: That each adapter takes, a multiple of 32.
+        kv_dtype: Of the KV pool; a slot has the same bytes in each. Weights are float32.
     """
 
     def __init__(
@@ -62,17 +63,19 @@ class World:
         policy: str = "lru",
         host_bytes: int = 10**9,
         num_layers: int = 1,
+        page_size: int = 1,
+        kv_dtype: torch.dtype = torch.float32,
     ) -> None:
-        k, v = (
-            [torch.zeros(num_slots + 1, 1, HEAD_DIM) for _ in range(num_layers)] for _ in range(2)
-        )
-        pool = SimpleNamespace(k_buffer=k, v_buffer=v)
-        self.cache = Cache("elora", num_slots, kv_pool=pool)
+        shape = (num_slots + page_size, 1, HEAD_DIM * torch.float32.itemsize // kv_dtype.itemsize)
+        k, v = ([torch.zeros(shape, dtype=kv_dtype) for _ in range(num_layers)] for _ in range(2))
+        self.pool = SimpleNamespace(k_buffer=k, v_buffer=v, dtype=kv_dtype)
+        self.cache = Cache("elora", num_slots, kv_pool=self.pool, page_size=page_size)
         self.core: Any = self.cache.tree.tree_core
         self.measure = Measure(self.cache.tree)
         self.core.use_policy(self._policy(policy), num_slots)
         self.host = HostTier(host_bytes, self.core.adapter_priority)
-        self.residency = Residency(self.cache.tree, torch.float32, self.host, torch.cpu.Stream())
+        self.forward_stream = torch.cpu.Stream()
+        self.residency = Residency(self.cache.tree, torch.float32, self.host, self.forward_stream)
         self.swapper = Swapper(self.residency, self.measure)
         self.waiting: list[Any] = []
         self.scheduler: Any = SimpleNamespace(waiting_queue=self.waiting, chunked_req=None)

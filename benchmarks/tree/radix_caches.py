@@ -17,6 +17,7 @@ def sglang() -> Any:
         warnings.simplefilter("ignore")
         import torch
         from sglang.srt.mem_cache import base_prefix_cache
+        from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
         from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -30,6 +31,7 @@ def sglang() -> Any:
         torch=torch,
         base=base_prefix_cache,
         TokenToKVPoolAllocator=TokenToKVPoolAllocator,
+        PagedTokenToKVPoolAllocator=PagedTokenToKVPoolAllocator,
         CacheInitParams=CacheInitParams,
         RadixKey=RadixKey,
         ComponentType=ComponentType,
@@ -45,6 +47,7 @@ class Cache:
         core: ``elora``, or SGLang's ``python`` or ``rust``.
         policy: Value of --radix-eviction-policy.
         kv_pool: What the slots are of, for those who copy to them.
+        page_size: Slots of a page; ``num_slots`` is a multiple of it.
     """
 
     def __init__(
@@ -54,20 +57,25 @@ class Cache:
         policy: str = "lru",
         kv_pool: Any = None,
         device: str = "cpu",
+        page_size: int = 1,
     ) -> None:
         self._sglang = sglang()
-        self.allocator = self._sglang.TokenToKVPoolAllocator(
-            num_slots,
-            dtype=self._sglang.torch.float32,
-            device=device,
-            kvcache=kv_pool,
-            need_sort=False,
+        options = {
+            "dtype": self._sglang.torch.float32,
+            "device": device,
+            "kvcache": kv_pool,
+            "need_sort": False,
+        }
+        self.allocator = (
+            self._sglang.TokenToKVPoolAllocator(num_slots, **options)
+            if page_size == 1
+            else self._sglang.PagedTokenToKVPoolAllocator(num_slots, page_size, **options)
         )
         params = self._sglang.CacheInitParams(
             disable=False,
             req_to_token_pool=None,
             token_to_kv_pool_allocator=self.allocator,
-            page_size=1,
+            page_size=page_size,
             eviction_policy=policy,
             tree_components=(self._sglang.ComponentType.FULL,),
         )

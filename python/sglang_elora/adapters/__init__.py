@@ -15,6 +15,7 @@ __all__ = [
     "FoundAdapter",
     "check_adapter",
     "check_tensors",
+    "content_digest",
     "is_url",
     "leads_out",
     "read_adapter",
@@ -28,6 +29,7 @@ from sglang_elora.adapters.check import (
     AdapterFacts,
     check_adapter,
     check_tensors,
+    content_digest,
     read_adapter,
     served_modules,
 )

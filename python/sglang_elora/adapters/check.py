@@ -8,6 +8,8 @@ that has only some of q, k, v or of gate, up passes: SGLang's fused layers get z
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,6 +113,20 @@ def read_adapter(name: str, path: str) -> dict[str, Any]:
     tensors = load_tensors(folder)
     folder.raise_if_any(non_finite("the weights", tensors.items()), _DIVERGED)
     return tensors
+
+
+def content_digest(tensors: Mapping[str, Any]) -> str:
+    """Names what tensors hold, whatever files they came from and in which order.
+
+    Args:
+        tensors: torch tensors in host memory, by their stored names.
+    """
+    torch: Any = importlib.import_module("torch")
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def served_modules(name: str, path: str) -> frozenset[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.managers.utils import allocate_distinct_stream
 
 from sglang_elora.config import EloraConfig
 from sglang_elora.platforms.emulated_link import Link
@@ -25,8 +27,14 @@ def delay_adapter_copy(buffer_view: torch.Tensor, weight: torch.Tensor) -> None:
     _link().copy(buffer_view.nbytes)
 
 
-def make_copy_stream(device_module: Any) -> Any:
-    """A stream for copies from the host; where a link is emulated, one that does not block."""
+def make_copy_stream(device_module: Any, avoid: Sequence[Any]) -> Any:
+    """A stream for copies from the host that is none of ``avoid``.
+
+    torch hands out 32 CUDA streams in turn, so a new one may be a stream that is in use. On an
+    emulated link the stream does not block.
+    """
+    if all(hasattr(stream, "cuda_stream") for stream in avoid):
+        return allocate_distinct_stream(device_module, avoid)
     stream = device_module.Stream()
     if hasattr(stream, "asynchronous"):
         stream.asynchronous = True

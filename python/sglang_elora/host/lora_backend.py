@@ -77,10 +77,10 @@ class PagedLoRABackend(BaseLoRABackend):
         """
 
     def await_copies(self, copies: Sequence[AdapterCopy], graph: Graph | None) -> None:
-        """Weights of the next batch that may not be in their slots yet.
+        """Have the next batch wait for weights that may not be in their slots yet.
 
-        Each layer waits for its own. A graph cannot wait in its middle: before it, all is waited
-        for.
+        Each layer waits for its own weights. A graph cannot wait within itself, so a batch that is
+        replayed waits for the whole copies before it begins; ``Swapper.is_hidden`` counts on both.
         """
         self._awaited = copies if graph is None else ()
         for copy in copies if graph is not None else ():

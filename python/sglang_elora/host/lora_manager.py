@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.lora.lora import LoRAAdapter
 from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.lora.utils import EMBEDDING_NAMES, generate_sequence_lengths
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sglang_elora.adapters import read_adapter, served_modules
+from sglang_elora.adapters import content_digest, read_adapter, served_modules
 from sglang_elora.control import StateMirror
 from sglang_elora.host.lora_backend import MAX_RANK, Graph, PagedLoRABackend
 from sglang_elora.host.lora_pool import PagedLoRAPool
 from sglang_elora.host.measure import Measure
+from sglang_elora.host.ranks import are_equal, digest_values
 from sglang_elora.host.residency import AdapterChanged, AdapterSource, Residency
 from sglang_elora.pages import AdapterImage, AdapterLayout
 
 if TYPE_CHECKING:
     from sglang.srt.lora.lora_config import LoRAConfig
     from sglang.srt.lora.lora_registry import LoRARef
+    from sglang.srt.managers.io_struct import LoRAUpdateOutput
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 _CHANGED = "its file has changed since it was loaded: unload it and load it again"
@@ -79,38 +84,84 @@ class EloraLoRAManager(LoRAManager):
 
         Raises:
             PoolTooSmall: An adapter given at start does not fit.
-            ValueError: The model's layers differ in shape.
+            ValueError: The model's layers differ in shape, or tensor-parallel ranks have read
+                different adapters.
         """
         self.residency, self._measure = residency, measure
+        residency.replays_prefill_graph = self._replays_prefill_graph
         self.lora_backend.warm_up(residency.planes)
         for lora_ref in self.lora_refs.values():
             self._take_in(self._source_of(lora_ref))
+        facts = repr([self._facts(uid) for uid in self.lora_refs])
+        if not are_equal(residency.ranks.least(digest_values(facts))):
+            raise ValueError(
+                "adapters of --lora-paths were replaced while the tensor-parallel ranks read them: "
+                "start the server again"
+            )
+
+    def load_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
+        """Load an adapter on all tensor-parallel ranks or on none. Reading its weights begins."""
+        result = self._agree_on_load(lora_ref, super().load_lora_adapter(lora_ref))
+        if result.success and self.residency is not None:
+            self.residency.host.request(lora_ref.lora_id)
+        return result
+
+    def load_lora_adapter_from_tensors(
+        self, lora_ref: LoRARef, *args: Any, **kwargs: Any
+    ) -> LoRAUpdateOutput:
+        """As ``load_lora_adapter``, of weights that were sent."""
+        result = super().load_lora_adapter_from_tensors(lora_ref, *args, **kwargs)
+        return self._agree_on_load(lora_ref, result)
+
+    def _agree_on_load(self, lora_ref: LoRARef, result: LoRAUpdateOutput) -> LoRAUpdateOutput:
+        """The result of all ranks. Unless all loaded the same adapter, nothing of it stays."""
+        if self.residency is None:
+            return result
+        facts = self._facts(lora_ref.lora_id) if result.success else None
+        ranks = self.residency.ranks
+        everywhere, *digests = ranks.least([int(result.success), *digest_values(facts)])
+        if not result.success or (everywhere and are_equal(digests)):
+            return result
+        self.unload_lora_adapter(lora_ref)
+        reason = "its files were replaced meanwhile" if everywhere else "another rank failed"
+        return self.create_lora_update_result(
+            success=False,
+            error_message=f"Failed to load {lora_ref.lora_name} on all tensor-parallel ranks: "
+            f"{reason}",
+        )
+
+    def _facts(self, uid: str) -> str:
+        """What must be equal on all ranks before an adapter's weights are read."""
+        assert self.residency is not None
+        num_slots = self.residency.forest.get(uid).num_slots
+        return repr((num_slots, sorted(self.configs[uid].hf_config.items())))
 
     def load_lora_weights(self, lora_ref: LoRARef) -> None:
         """Make an adapter known by its configuration and the headers of its file.
 
         Its weights are read when a request names it; those of one that is loaded while the server
-        runs, at once and beside it.
+        runs, as soon as all ranks know it.
         """
         if self.residency is not None:  # else ``bind`` takes it in
-            self._take_in_or_forget(lora_ref, self._source_of(lora_ref))
-            self.residency.host.request(lora_ref.lora_id)
+            with self._forgetting_on_error(lora_ref):
+                self._take_in(self._source_of(lora_ref))
 
     def load_lora_weights_from_tensors(
         self, lora_ref: LoRARef, tensors: Mapping[str, torch.Tensor]
     ) -> None:
-        super().load_lora_weights_from_tensors(lora_ref, tensors)
-        adapter = self.loras.pop(lora_ref.lora_id)  # the image is the copy from here on
-        image = self.memory_pool.image_of(adapter, self.lora_modules, self._shapes)
-        source = AdapterSource(
-            lora_ref.lora_id,
-            lora_ref.lora_name,
-            image.layout,
-            image.nbytes,
-            pinned=bool(lora_ref.pinned),
-            image=image,
-        )
-        self._take_in_or_forget(lora_ref, source)
+        with self._forgetting_on_error(lora_ref):
+            super().load_lora_weights_from_tensors(lora_ref, tensors)
+            adapter = self.loras.pop(lora_ref.lora_id)  # the image is the copy from here on
+            image = self.memory_pool.image_of(adapter, self.lora_modules, self._shapes)
+            source = AdapterSource(
+                lora_ref.lora_id,
+                lora_ref.lora_name,
+                image.layout,
+                image.nbytes,
+                pinned=bool(lora_ref.pinned),
+                image=image,
+            )
+            self._take_in(source)
 
     def validate_lora_batch(self, lora_ids: set[str | None]) -> bool:
         """Always: admission has secured each adapter's slots."""
@@ -152,6 +203,13 @@ class EloraLoRAManager(LoRAManager):
             return Graph.DECODE
         return Graph.PREFILL if self.can_use_prefill_cuda_graph(forward_batch) else None
 
+    def _replays_prefill_graph(self, num_requests: int, num_tokens: int) -> bool:
+        """Whether SGLang's rule for prefill graphs takes a batch of this size."""
+        batch: Any = SimpleNamespace(
+            forward_mode=ForwardMode.EXTEND, batch_size=num_requests, extend_num_tokens=num_tokens
+        )
+        return bool(self.can_use_prefill_cuda_graph(batch))
+
     def _source_of(self, lora_ref: LoRARef) -> AdapterSource:
         """What the headers of the adapter's file tell."""
         uid, name = lora_ref.lora_id, lora_ref.lora_name
@@ -172,6 +230,7 @@ class EloraLoRAManager(LoRAManager):
             AdapterChanged: It does not hold what its headers told before.
         """
         tensors = read_adapter(lora_ref.lora_name, lora_ref.lora_path)
+        version = content_digest(tensors)  # of the file: equal on ranks that hold different shards
         adapter = LoRAAdapter(
             lora_ref.lora_id,
             config,
@@ -182,19 +241,21 @@ class EloraLoRAManager(LoRAManager):
         )
         try:
             adapter.initialize_weights_from_tensors(tensors)
-            image = self.memory_pool.image_of(adapter, self.lora_modules, self._shapes)
+            image = self.memory_pool.image_of(adapter, self.lora_modules, self._shapes, version)
         except (AssertionError, RuntimeError, ValueError, LookupError) as error:
             raise AdapterChanged(_CHANGED) from error  # it was checked when it was loaded
         if image.layout != layout:
             raise AdapterChanged(_CHANGED)
         return image
 
-    def _take_in_or_forget(self, lora_ref: LoRARef, source: AdapterSource) -> None:
-        """Register an adapter; if that fails nothing of it stays."""
+    @contextmanager
+    def _forgetting_on_error(self, lora_ref: LoRARef) -> Iterator[None]:
+        """Nothing stays of an adapter whose loading fails in this block."""
         try:
-            self._take_in(source)
+            yield
         except Exception:
-            del self.configs[lora_ref.lora_id]
+            self.configs.pop(lora_ref.lora_id, None)
+            self.loras.pop(lora_ref.lora_id, None)
             raise
 
     def _take_in(self, source: AdapterSource) -> None:

@@ -97,9 +97,17 @@ class PagedLoRAPool(_Shaped):
         return tuple(shapes[name] for name in sorted(shapes))
 
     def image_of(
-        self, adapter: LoRAAdapter, modules: Layers, shapes: Sequence[ModuleShape]
+        self,
+        adapter: LoRAAdapter,
+        modules: Layers,
+        shapes: Sequence[ModuleShape],
+        version: str | None = None,
     ) -> AdapterImage:
-        """The adapter's weights for this rank, laid out for the pool, in host memory."""
+        """The adapter's weights for this rank, laid out for the pool, in host memory.
+
+        Args:
+            version: As ``AdapterImage.build`` takes it.
+        """
         rank = adapter.config.r
         present = {
             get_target_module_name(name, self.target_modules)
@@ -121,6 +129,7 @@ class PagedLoRAPool(_Shaped):
             self.dtype,
             adapter.scaling,
             pin_memory=self.pin_memory_available,
+            version=version,
         )
 
 

@@ -14,10 +14,13 @@ import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from sglang_elora.control import Histogram, Tier
-from sglang_elora.host.link import delay_page_copy, make_copy_stream
+from sglang_elora.host.copy_stream import CopyStream
+from sglang_elora.host.free_order import FreeOrder
+from sglang_elora.host.ranks import Ranks
 from sglang_elora.host.tree_core import EloraTreeCore
-from sglang_elora.pages import AdapterImage, AdapterLayout, KVPlanes, PagedAdapter, PageTable
+from sglang_elora.pages import AdapterImage, AdapterLayout, KVPlanes, PagedAdapter
 from sglang_elora.swapper import AdapterCopy, Copied, HostTier
+from sglang_elora.tree import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,10 @@ TOTALS = ("adapter_evictions", "kv_slots_evicted")
 
 _LAST_LOADS = 8
 """Room is kept for the largest of them."""
+
+
+ReplaysGraph = Callable[[int, int], bool]
+"""(requests, tokens to compute) -> whether a prefill graph replays such a batch."""
 
 
 class PoolTooSmall(ValueError):
@@ -110,20 +117,25 @@ class Residency:
         self.core.on_evicted = self._evicted
         self.forest = self.core.forest
         self.host = host
+        self.ranks = Ranks(cache)
         self.allocator = cache.token_to_kv_pool_allocator
         pool = self.allocator.get_kvcache()
         self.planes = KVPlanes((pool.k_buffer, pool.v_buffer), weight_dtype)
+        # Attention kernels may load the unused end of a request's last page. What an adapter left
+        # there is finite in the dtype of weights, but may be NaN in the dtype of the KV.
+        self._clears_slots = self.allocator.page_size > 1 and pool.dtype != weight_dtype
+        self._to_clear: dict[str, torch.Tensor] = {}  # slots, by adapter
         self.copies: dict[str, AdapterCopy] = {}  # under way, in the order they were started
         self._paged: dict[str, PagedAdapter] = {}
-        self._forward_stream = forward_stream
-        self._device = torch.get_device_module(self.planes.device)
-        self._is_cuda = self.planes.device.type == "cuda"
-        self._copy_stream = make_copy_stream(self._device)
+        self._free_order = FreeOrder(self.allocator, forward_stream)
+        self._copy_stream = CopyStream(self.planes, self._free_order, forward_stream)
         self.names: dict[str, str] = {}  # of the loaded adapters, by id
         self._put_off: str | None = None  # adapter whose copy was due in the step before
         self._last_loads: deque[int] = deque(maxlen=_LAST_LOADS)  # their slots
         self._placed_at = 0.0  # the last one, by the policy's clock
         self.load_s = Histogram()
+        self.num_launches = 0  # batches handed to the device
+        self.replays_prefill_graph: ReplaysGraph = lambda num_requests, num_tokens: False
         self.work_left = sys.maxsize  # for ``place``: evictions of leaves; whoever calls it sets it
 
     @property
@@ -191,12 +203,20 @@ class Residency:
                 "unpinned, or raise --max-total-tokens or --mem-fraction-static"
             )
 
-    def check_content(self, uid: str, image: AdapterImage) -> None:
+    def check_content(self, uid: str, image: AdapterImage, *, is_same: bool) -> None:
         """The first image of an adapter gives it its version; later ones must be the same.
 
+        Args:
+            is_same: Whether all ranks have read the same content.
+
         Raises:
-            AdapterChanged: The file holds something else now.
+            AdapterChanged: The file holds something else now, or was replaced between the reads
+                of two ranks.
         """
+        if not is_same:
+            raise AdapterChanged(
+                "its file was replaced while it was being read: unload it and load it again"
+            )
         adapter = self.forest.get(uid)
         if adapter.version and image.version != adapter.version:
             raise AdapterChanged(
@@ -245,15 +265,36 @@ class Residency:
         if slots is None:
             return False
         self.work_left -= COPY_WORK
-        node = self.core.node_of(uid)
-        self.core.inc_full_pin(node.id)  # until it is settled
-        self.core.place(uid, slots)
-        self.copies[uid] = self._start_copy(uid, node.slots, adapter.num_slots)
+        copy = self.copies[uid] = self._start_copy(uid, slots)
+        copy.launches_before = self.num_launches
         self.core.counts["adapter_slots_from_host"] += adapter.num_slots
         self._last_loads.append(adapter.num_slots)
         self._placed_at = self.core.clock
         logger.info("load %s into %d slots", self.name_of(uid), adapter.num_slots)
         return True
+
+    def _start_copy(self, uid: str, slots: torch.Tensor) -> AdapterCopy:
+        """Take slots, pin and image for an adapter and queue its copy; ``settle`` returns them.
+
+        Raises nothing, so that no resource is taken without a copy that accounts for it: a copy
+        that could not be queued says so by its ``error``.
+        """
+        failure = None
+        try:
+            slots = slots.clone()  # the allocator's are a view of its whole free list
+        except RuntimeError as error:
+            failure = error
+        self.core.inc_full_pin(self.core.node_of(uid).id)
+        self.core.place(uid, slots)
+        image = self.host.hold(uid)
+        if failure is not None:
+            return AdapterCopy(uid, len(slots), error=failure)
+        if self._clears_slots:
+            self._to_clear[uid] = slots
+        copy, paged = self._copy_stream.start(uid, image, slots)
+        if paged is not None:
+            self._paged[uid] = paged
+        return copy
 
     def keep_room(self, most_leaves: int) -> bool:
         """Evict a little KV that goes next, until a load like the last ones would find its room.
@@ -324,58 +365,36 @@ class Residency:
         if code == Copied.DONE:
             self.load_s.observe(time.monotonic() - copy.started_s)
             return None
-        copy.synchronize()  # nothing writes to these slots any more
+        self._copy_stream.synchronize()  # nothing writes to these slots any more
+        copy.synchronize()
         result = self.core.displace(uid)
         self.cache._free_values(result.device_frees, result.host_frees)
         return copy.error or RuntimeError("another rank could not copy it")
+
+    def launched(self) -> None:
+        """A batch was handed to the device."""
+        self.num_launches += 1
+        self._free_order.mark()
+
+    def is_usable(self, adapter: Adapter) -> bool:
+        """Whether a batch, or KV of the adapter, may rely on its slots: every rank has queued its
+        copy, which cannot fail any more."""
+        copy = self.copies.get(str(adapter.uid))
+        return adapter.resident and (copy is None or copy.confirmed)
 
     def paged(self, uid: str) -> PagedAdapter:
         """An adapter with slots, as the backend reads it. Its copy may be in ``copies`` still."""
         return self._paged[uid]
 
-    def _make_event(self) -> Any:
-        return self._device.Event(enable_timing=True) if self._is_cuda else self._device.Event()
-
-    def _start_copy(self, uid: str, slots: torch.Tensor, num_slots: int) -> AdapterCopy:
-        image = self.host.hold(uid)
-        stream, device = self._copy_stream, self._device
-        # ``slots`` was made on the scheduler's stream.
-        ready = device.Event()
-        ready.record(device.current_stream())
-        copy = AdapterCopy(uid, num_slots, begun=self._make_event())
-
-        def before_slots() -> None:
-            # A batch under way may read, or write, what lay in these slots before.
-            stream.wait_stream(self._forward_stream)
-
-        def after_piece(end_layer: int, num_bytes: int) -> None:
-            delay_page_copy(num_bytes)
-            event = self._make_event()
-            event.record(stream)
-            copy.pieces.append((end_layer, event))
-
-        with device.stream(stream):
-            ready.wait(stream)
-            copy.begun.record(stream)
-            if self._is_cuda:
-                slots.record_stream(stream)
-            table = PageTable(slots)
-            if self._is_cuda:
-                table.slots.record_stream(self._forward_stream)
-            self._paged[uid] = PagedAdapter(image.layout, table, self.planes, image.scaling)
-            try:
-                self.planes.write(table, image, before_slots=before_slots, after_piece=after_piece)
-            except (RuntimeError, ValueError, OSError) as error:
-                logger.error("copy of %s failed: %s", self.name_of(uid), error)
-                copy.error = error
-        return copy
-
     def _evicted(self, uid: str) -> None:
         copy = self.copies.pop(uid, None)
         if copy is not None:  # the whole cache was flushed
+            self._copy_stream.synchronize()
             copy.synchronize()
             self.host.release(uid)
         self._paged.pop(uid, None)
+        if (slots := self._to_clear.pop(uid, None)) is not None:
+            self._copy_stream.clear(slots)
         logger.info("evict %s", self.name_of(uid))
 
     @property

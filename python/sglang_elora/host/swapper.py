@@ -9,7 +9,7 @@ dearest of what was evicted comes back. What can be done beforehand is done whil
 (``prepare``): a load that comes finds room then, and no step before a batch has to make it.
 
 All ranks of a tensor-parallel group take the same decisions: these rest on the queue, the tree and
-on what ``agree`` says of reads and copies.
+on what ``settling.py`` agrees on about reads and copies.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from http import HTTPStatus
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import torch
 from sglang.srt.managers.scheduler import _make_abort_req
 
 from sglang_elora.host.adapter_node import FULL, AdapterNode
 from sglang_elora.host.measure import Measure
-from sglang_elora.host.residency import AdapterChanged, Residency
-from sglang_elora.pages import AdapterImage
-from sglang_elora.swapper import ORDER_STEPS, AdapterCopy, Copied, Expected, Read
+from sglang_elora.host.residency import Residency
+from sglang_elora.host.settling import Settling
+from sglang_elora.swapper import ORDER_STEPS, AdapterCopy, Expected
 from sglang_elora.tree import Adapter
 
 if TYPE_CHECKING:
@@ -90,8 +89,8 @@ class Swapper:
         self._core, self._host, self._costs = residency.core, residency.host, measure.costs
         self._measure = measure
         self._wanted: dict[str, int] = {}  # adapter -> position of the first request for it
-        self._errors: dict[str, BaseException] = {}  # of this step
         self._expected = Expected(residency.pool_slots)
+        self._settling = Settling(residency, measure, self._expected)
         self._turns: dict[NodeId, int] = {}  # end of a session -> step up to which
         self._leaving: dict[str, None] = {}  # adapters that are to be evicted
         self._num_busy_steps = 0
@@ -107,21 +106,19 @@ class Swapper:
         self._num_busy_steps += is_busy
         if is_busy:
             self._expected.step()
-        if self.residency.copies or self._host.reading:
-            self._settle()
-            self._fail_waiting(scheduler)
+        self._settling.begin_step()
+        self._fail_waiting(scheduler)
         waiting, under_way = scheduler.waiting_queue, len(self.residency.copies)
         if waiting or self._wanted or self._expected:
             self._bring_wanted(waiting, self._rest_of(scheduler.chunked_req))
         elif self._core.evicted and not under_way and scheduler.chunked_req is None:
             self._prefetch()
+        self._settling.confirm()  # before anything is done with the adapter
+        self._fail_waiting(scheduler)
         if self._turns:
             self._bring_turn()
         if not (waiting or is_busy or self._host.reading):
             self._host.read_ahead()
-        if self._has_failed(islice(self.residency.copies.values(), under_way, None)):
-            self._settle()  # it must not be run with
-            self._fail_waiting(scheduler)
         self._host.drop_surplus()
         if not is_busy:
             self.prepare()
@@ -139,11 +136,16 @@ class Swapper:
             self._copy_ahead()
 
     def is_hidden(self, copy: AdapterCopy, req: Req, adder: PrefillAdder) -> bool:
-        """Whether a batch may be started before the copy is over.
+        """Whether a batch with this request may be started before the copy is over.
 
-        The batch waits for each layer as it comes to it. That costs nobody anything where nothing
-        else is to run, or the copies take no longer than the request's own computation.
+        That delays nothing where nothing else can run. Otherwise the copies must take no longer
+        than what runs before the batch needs them: batches launched since the copy was started,
+        and, if the batch waits for each layer's weights as it reaches the layer, its own
+        computation. A batch that is replayed from a prefill graph waits for the whole copy before
+        it begins, so its own computation hides nothing.
         """
+        if not copy.confirmed:
+            return False
         if not adder.can_run_list and adder.running_batch.is_empty():
             return True
         costs, slots = self._costs, 0
@@ -152,7 +154,22 @@ class Swapper:
             if other is copy:
                 break
         copying = slots * costs.load + costs.load_latency
-        return copying <= costs.batch + len(req.origin_input_ids) * costs.recompute
+        num_tokens = len(req.origin_input_ids)
+        # The least that a batch takes: each of them reads all of the model's weights.
+        hiding = (self.residency.num_launches - copy.launches_before) * costs.batch
+        if not self._replays_graph(num_tokens, adder):
+            hiding += costs.batch + num_tokens * costs.recompute
+        return copying <= hiding
+
+    def _replays_graph(self, num_tokens: int, adder: PrefillAdder) -> bool:
+        """Whether the batch being formed is replayed from a prefill graph, as far as is known: by
+        the requests chosen so far and one more, whose prefill the chunk size limits."""
+        if adder.rem_chunk_tokens is not None:
+            num_tokens = min(num_tokens, adder.rem_chunk_tokens)
+        num_requests = len(adder.can_run_list) + 1
+        return self.residency.replays_prefill_graph(
+            num_requests, adder.log_input_tokens + num_tokens
+        )
 
     def expect(self, uids: Iterable[str], *, ordered: bool = False) -> int:
         """Requests with these adapters are about to come: what they need is brought in behind what
@@ -240,7 +257,7 @@ class Swapper:
                 del self._turns[node_id]
                 continue
             path = core.path_of(end)
-            if path[-1].item.is_adapter and not path[-1].adapter.resident:
+            if path[-1].item.is_adapter and not self.residency.is_usable(path[-1].adapter):
                 continue
             del self._turns[node_id]
             missing = [node for node in path if node.evicted]
@@ -279,7 +296,9 @@ class Swapper:
         # An adapter that is not there has an empty value; the base model's root has [].
         if not node.evicted or not node.backuped or above is None:
             return False
-        if isinstance(node.parent, AdapterNode) and not node.parent.adapter.resident:
+        if isinstance(node.parent, AdapterNode) and not self.residency.is_usable(
+            node.parent.adapter
+        ):
             return False
         cache = self.residency.cache
         if not cache.load_back(node.id):
@@ -287,57 +306,13 @@ class Swapper:
         cache.start_loads()
         return True
 
-    def _settle(self) -> None:
-        copies, reading = list(self.residency.copies.values()), self._host.reading
-        codes = self._agree(
-            [copy.code for copy in copies] + [self._host.code(uid) for uid in reading]
-        )
-        for copy, code in zip(copies, codes, strict=False):
-            if code != Copied.UNDER_WAY:
-                if code == Copied.DONE and (seconds := copy.seconds()) > 0:
-                    self._measure.copied(copy.num_slots, seconds)
-                failure = self.residency.settle(copy.uid, Copied(code))
-                self._note(copy.uid, failure, "adapter_copies_failed")
-        for uid, code in zip(reading, codes[len(copies) :], strict=True):
-            found = self._host.settle(uid, Read(code))
-            if isinstance(found, AdapterImage):
-                try:
-                    self.residency.check_content(uid, found)
-                except AdapterChanged as error:
-                    self._host.drop(uid)
-                    found = error
-            self._note(uid, found, "adapter_reads_failed")
-
-    def _has_failed(self, copies: Iterable[AdapterCopy]) -> bool:
-        """Whether one has already; with several ranks, whether it is to be found out together."""
-        started = list(copies)
-        if self.residency.cache.tp_world_size > 1:
-            return bool(started)
-        return any(copy.error is not None for copy in started)
-
-    def _note(self, uid: str, found: Any, counted: str) -> None:
-        if isinstance(found, BaseException):
-            logger.error("LoRA adapter %s: %s", self.residency.name_of(uid), found)
-            self._core.counts[counted] += 1
-            self._errors[uid] = found
-            self._expected.forget(uid)  # or it would be tried again and again
-
-    def _agree(self, codes: list[int]) -> list[int]:
-        """The least of all ranks, one by one."""
-        cache = self.residency.cache
-        if cache.tp_world_size == 1:
-            return codes
-        tensor = torch.tensor(codes, dtype=torch.int64)
-        cache._all_reduce(tensor, torch.distributed.ReduceOp.MIN)
-        agreed: list[int] = tensor.tolist()
-        return agreed
-
     def _fail_waiting(self, scheduler: Scheduler) -> None:
         """Requests whose adapter could not be brought in end with the reason."""
-        if not self._errors:
+        errors = self._settling.take_errors()
+        if not errors:
             return
-        for req in [r for r in scheduler.waiting_queue if r.lora_id in self._errors]:
-            error = self._errors[req.lora_id]
+        for req in [r for r in scheduler.waiting_queue if r.lora_id in errors]:
+            error = errors[req.lora_id]
             name = self.residency.name_of(req.lora_id)
             reason = {
                 "type": "abort",
@@ -349,7 +324,6 @@ class Swapper:
             scheduler._release_aborted_request(req)
             answer = _make_abort_req(req, finished_reason=reason)
             scheduler.ipc_channels.send_to_tokenizer.send_output(answer, req)
-        self._errors.clear()
 
     def _rest_of(self, chunked: Req | None) -> int:
         """Slots for what is left to compute of a prompt that is computed chunk by chunk.
@@ -477,6 +451,7 @@ def prepare(result: Any, self: Scheduler, *_: Any, **__: Any) -> None:
     swapper = getattr(self.tree_cache, "swapper", None)
     if swapper is not None:
         swapper.prepare()
+        swapper.residency.launched()  # what was evicted just now is free, as of this batch
 
 
 def idle(result: None, self: Scheduler) -> None:

@@ -324,13 +324,17 @@ class EloraTreeCore(OrderedTreeCore):
         return found
 
     def place(self, uid: str, slots: torch.Tensor) -> None:
-        """Give the adapter its slots (int64 ``[num_slots]``); a pinned one is locked with them."""
+        """Give the adapter its slots; a pinned one is locked with them.
+
+        Args:
+            slots: int64 ``[num_slots]``, the tree's from now on.
+        """
         node = self.node_of(uid)
         adapter = node.adapter
         num_slots = adapter.num_slots
         assert not adapter.resident and slots.shape == (num_slots,), adapter
         data = node.component_data[FULL]
-        data.value = slots.clone()
+        data.value = slots
         sizes = (
             self.component_protected_size_ if data.lock_ref > 0 else self.component_evictable_size_
         )

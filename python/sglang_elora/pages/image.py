@@ -58,8 +58,13 @@ class AdapterImage:
         scaling: float,
         *,
         pin_memory: bool = False,
+        version: str | None = None,
     ) -> AdapterImage:
-        """Copy all matrices to their places; padding is zero."""
+        """Copy all matrices to their places; padding is zero.
+
+        Args:
+            version: Names the content; by default a digest of this image.
+        """
         memory = torch.zeros(
             num_layers, sum(layout.plane_elems), dtype=dtype, pin_memory=pin_memory
         )
@@ -76,7 +81,7 @@ class AdapterImage:
                     start += out
                 assert a.shape == (place.a_rows, place.shape.in_features), (name, a.shape)
                 assert b.shape == (start, place.rank), (name, b.shape)
-        return cls(layout, memory, scaling, _digest(layout, memory, scaling))
+        return cls(layout, memory, scaling, version or _digest(layout, memory, scaling))
 
     @property
     def nbytes(self) -> int:

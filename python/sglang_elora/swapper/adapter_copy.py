@@ -30,13 +30,19 @@ class Copied(IntEnum):
 
 @dataclass(slots=True)
 class AdapterCopy:
-    """In flight, or over. ``pieces`` are ``(end layer, event behind it)`` in order of layers."""
+    """The copy of one adapter, under way or over.
+
+    ``pieces`` are ``(end layer, event after it)``, in the order of layers.
+    """
 
     uid: str
     num_slots: int
-    begun: StreamEvent  # before the first piece
+    begun: StreamEvent | None = None  # before the first transfer
+    wait_for_slots: tuple[StreamEvent, StreamEvent] | None = None  # its begin and its end
     pieces: list[tuple[int, StreamEvent]] = field(default_factory=list)
     error: Exception | None = None
+    confirmed: bool = False  # every rank has queued it: only then may a batch run with it
+    launches_before: int = 0  # batches launched before it was started; set by the swapper
     started_s: float = field(default_factory=time.monotonic)
 
     @property
@@ -46,9 +52,16 @@ class AdapterCopy:
         return Copied.DONE if self.pieces[-1][1].query() else Copied.UNDER_WAY
 
     def seconds(self) -> float:
-        """From the first piece to the last, once it is over; 0 where events cannot tell."""
-        elapsed_ms = getattr(self.begun, "elapsed_time", None)
-        return 0.0 if elapsed_ms is None else elapsed_ms(self.pieces[-1][1]) / 1e3
+        """Time that the link took for all bytes of a finished copy; 0 where events have no time.
+
+        The first piece goes to the staging buffer before the copy waits for its slots, everything
+        else after that. The wait itself is the rest of the batch under way, and does not count.
+        """
+        begun, wait = self.begun, self.wait_for_slots
+        if begun is None or wait is None or not hasattr(begun, "elapsed_time"):
+            return 0.0
+        arrived, ordered = wait
+        return _elapsed_s(begun, arrived) + _elapsed_s(ordered, self.pieces[-1][1])
 
     def wait_layer(self, layer: int) -> None:
         """Work put on the current stream from now on sees this layer's weights."""
@@ -65,3 +78,8 @@ class AdapterCopy:
         """Block until nothing of it is under way."""
         for _, event in self.pieces:
             event.synchronize()
+
+
+def _elapsed_s(begin: Any, end: StreamEvent) -> float:
+    elapsed_ms: float = begin.elapsed_time(end)
+    return elapsed_ms / 1e3

@@ -24,10 +24,14 @@ class HostTierFull(ValueError):
 
 
 class Read(IntEnum):
-    """How far a file has been read. What holds for all ranks is the least of theirs."""
+    """How far a file has been read. What holds for all ranks is the least of theirs.
 
-    FAILED = 0
-    UNDER_WAY = 1
+    While one rank still reads, no rank acts on the failure of another: to act on it would be to
+    wait for the thread that reads.
+    """
+
+    UNDER_WAY = 0
+    FAILED = 1
     CANCELLED = 2
     DONE = 3
 
@@ -178,6 +182,12 @@ class HostTier:
         if entry.future.exception() is not None:
             return Read.FAILED
         return Read.CANCELLED if entry.future.result() is None else Read.DONE
+
+    def image_read(self, uid: str) -> AdapterImage | None:
+        """The image of a read that is done on this rank; ``settle`` takes it in."""
+        future = self._entries[uid].future if uid in self._entries else None
+        is_done = future is not None and future.done() and future.exception() is None
+        return future.result() if future is not None and is_done else None
 
     def settle(self, uid: str, code: Read) -> AdapterImage | BaseException | None:
         """Act on what all ranks have come to.

@@ -1,0 +1,60 @@
+"""What the tensor-parallel ranks of a scheduler agree on before any of them acts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+_WORDS, _WORD_BYTES = 2, 7  # of a text's digest; a word is below 2**56
+
+
+class Ranks:
+    """The ranks that hold one KV pool together.
+
+    Every call is a collective: all ranks make it at the same point, with lists of equal length.
+
+    Args:
+        cache: The ``UnifiedRadixCache``, whose process groups are used.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+
+    @property
+    def is_alone(self) -> bool:
+        return bool(self._cache.tp_world_size == 1)
+
+    def least(self, values: list[int]) -> list[int]:
+        """The smallest of all ranks, value by value."""
+        if self.is_alone:
+            return values
+        tensor = torch.tensor(values, dtype=torch.int64)
+        self._cache._all_reduce(tensor, torch.distributed.ReduceOp.MIN)
+        agreed: list[int] = tensor.tolist()
+        return agreed
+
+
+DIGEST_VALUES = 2 * _WORDS
+"""How many values ``digest_values`` returns."""
+
+
+def digest_values(text: str | None) -> list[int]:
+    """Values for ``Ranks.least`` by which ``are_equal`` tells whether all ranks have this text.
+
+    None is a text of its own.
+    """
+    digest = hashlib.blake2b(repr(text).encode(), digest_size=_WORDS * _WORD_BYTES).digest()
+    words = [
+        int.from_bytes(digest[i : i + _WORD_BYTES], "little")
+        for i in range(0, len(digest), _WORD_BYTES)
+    ]
+    return [*words, *(-word for word in words)]
+
+
+def are_equal(agreed: Sequence[int]) -> bool:
+    """Whether ``agreed``, the least of all ranks' ``digest_values``, comes from one text."""
+    least, most = agreed[:_WORDS], [-value for value in agreed[_WORDS:]]
+    return list(least) == most
