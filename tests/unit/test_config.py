@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,3 +91,17 @@ def test_one_pin_everywhere(name: str) -> None:
     text = (ROOT / name).read_text()
     assert f"sglang=={SGLANG_PIN}" in text
     assert text.count("sglang==") == text.count(f"sglang=={SGLANG_PIN}")
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"check_streams": "latest"}, "needs --elora"),
+        ({"check_streams": "soon", "enabled": True}, "must be one of"),
+        ({"check_streams": "-1", "enabled": True}, "must be one of"),
+        ({"check_streams": "7", "enabled": True, "link_gbytes_per_s": 1.0}, "give one of them"),
+    ],
+)
+def test_check_streams_refuses_what_it_cannot_do(values: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        EloraConfig(**values)

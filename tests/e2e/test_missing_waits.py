@@ -1,0 +1,129 @@
+"""--elora-check-streams ends the server where a wait between streams is missing.
+
+Each mutation removes one wait by a plugin of its own; what is left is the product. Outputs of the
+unchanged product under the same orders are compared in test_pressure.py. PRESSURE_FULL=1 in the
+environment tries all mutations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import httpx
+import pytest
+
+from pressure import PRESSURE_SPECS, make_trace, run_trace
+from second_plugin import write_plugin
+from server_flags import server_flags
+from sglang_elora.demo.adapters import make_adapters
+from sglang_elora.demo.server import ServerProcess
+from test_pressure import VARIANTS
+
+NO_WAIT_BEFORE_SLOTS = """
+from sglang_elora.host.free_order import FreeOrder
+FreeOrder.wait = lambda self, stream: None
+"""
+
+NO_WAIT_FOR_A_LAYER = """
+from sglang_elora.swapper import AdapterCopy
+AdapterCopy.wait_layer = lambda self, layer: None
+"""
+
+EVENT_BEFORE_ITS_COPY = """
+from sglang_elora.host.copy_stream import CopyStream
+original = CopyStream._queue
+def queue(self, copy, image, slots):
+    paged = original(self, copy, image, slots)
+    ends, events = zip(*copy.pieces)
+    copy.pieces[:] = zip(ends, [copy.begun, *events[:-1]])
+    return paged
+CopyStream._queue = queue
+"""
+
+PIN_DROPPED_EARLY = """
+from sglang_elora.host.residency import Residency
+place, settle = Residency.place, Residency.settle
+def place_unpinned(self, uid, wanted_since):
+    placed = place(self, uid, wanted_since)
+    if placed:
+        self.core.dec_full_pin(self.core.node_of(uid).id)
+    return placed
+def settle_unpinned(self, uid, code):
+    self.core.inc_full_pin(self.core.node_of(uid).id)
+    return settle(self, uid, code)
+Residency.place, Residency.settle = place_unpinned, settle_unpinned
+"""
+
+LOAD_OF_A_SESSION_NOT_AWAITED = """
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang_elora.host import radix_cache
+cache = radix_cache.EloraRadixCache
+cache.ready_to_load_host_cache = UnifiedRadixCache.ready_to_load_host_cache
+"""
+
+BACKUP_NOT_AFTER_ITS_BATCH = """
+import torch
+from sglang.srt.managers.cache_controller import HiCacheController
+original = HiCacheController.start_writing
+def start_writing(self):
+    fence, self.load_fence_stream = self.load_fence_stream, None
+    original(self)
+    self.load_fence_stream = fence
+HiCacheController.start_writing = start_writing
+"""
+
+BACKUP_NOT_AWAITED = """
+import torch
+from sglang.srt.managers.cache_controller import HiCacheController
+original = HiCacheController.start_writing
+def start_writing(self):
+    had = len(self.ack_write_queue)
+    original(self)
+    for i in range(had, len(self.ack_write_queue)):
+        self.ack_write_queue[i] = self.ack_write_queue[i]._replace(finish_event=torch.cpu.Event())
+HiCacheController.start_writing = start_writing
+"""
+
+MUTATIONS = {
+    "no wait before slots": (NO_WAIT_BEFORE_SLOTS, "earliest"),
+    "no wait for a layer": (NO_WAIT_FOR_A_LAYER, "latest"),
+    "event before its copy": (EVENT_BEFORE_ITS_COPY, "latest"),
+    "pin dropped early": (PIN_DROPPED_EARLY, "latest"),
+    "load of a session not awaited": (LOAD_OF_A_SESSION_NOT_AWAITED, "latest"),
+    "backup not after its batch": (BACKUP_NOT_AFTER_ITS_BATCH, "earliest"),
+    "backup not awaited": (BACKUP_NOT_AWAITED, "latest"),
+}
+TRIED = list(MUTATIONS) if "PRESSURE_FULL" in os.environ else ["load of a session not awaited"]
+
+
+@pytest.mark.parametrize("name", TRIED)
+def test_missing_wait_ends_the_server_with_both_call_sites(
+    name: str, checkpoint: Path, models: Path, logs: Path, tmp_path: Path
+) -> None:
+    body, order = MUTATIONS[name]
+    write_plugin(tmp_path, "mutation", body)
+    adapters = make_adapters(checkpoint, models / "pressure-adapters", PRESSURE_SPECS)
+    log = _log_of_a_run(order, adapters, checkpoint, logs / f"{name}.log", tmp_path)
+    assert "RaceError: nothing orders a" in log, log[-3000:]
+    print(log[log.index("RaceError") :][:1200])
+
+
+def _log_of_a_run(
+    order: str, adapters: Mapping[str, Path], checkpoint: Path, log_path: Path, plugin: Path
+) -> str:
+    variant = VARIANTS["sessions"]
+    flags = [
+        *("--elora", "--elora-check", "--elora-check-streams", order, *server_flags(checkpoint)),
+        *("--max-total-tokens", str(variant.pool_tokens), *variant.flags),
+        *("--lora-paths", *(f"{name}={path}" for name, path in adapters.items())),
+    ]
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, (str(plugin), os.environ.get("PYTHONPATH"))))}
+    with (
+        contextlib.suppress(httpx.HTTPError, AssertionError),
+        ServerProcess(flags, log_path=log_path, env=env) as server,
+    ):
+        run_trace(server.url, make_trace(num_requests=100), names_sessions=True)
+    return log_path.read_text()
