@@ -10,9 +10,9 @@ import pytest
 from sglang_elora.tree import LeafOrder
 from sglang_elora.tree.swept_heap import SweptHeap
 
-NUM_LEAVES = 100_000
+NUM_LEAVES = 30_000
 MOST_PER_CALL = 400
-"""Hashes and comparisons: a few heap operations over 100,000 entries, which are 17 levels."""
+"""Hashes and comparisons: a few heap operations over 90,000 entries, which are 17 levels."""
 
 
 class Work:
