@@ -116,9 +116,9 @@ class Bench:
         while self.world.cache.allocator.available_size() >= LEAF_TOKENS:
             self._cache_kv(uid(self._rng.randrange(RESIDENT)))
 
-    def run(self, num_steps: int, gc_mode: str) -> Clock:
-        """Run so many scheduler iterations."""
-        clock, world = Clock(), self.world
+    def run(self, num_steps: int, gc_mode: str, clock: Clock) -> None:
+        """Run so many scheduler iterations, each call of which ``clock`` times."""
+        world = self.world
         gc.collect()
         if gc_mode == "frozen":
             gc.freeze()
@@ -140,7 +140,6 @@ class Bench:
         gc.enable()
         gc.unfreeze()
         world.check()
-        return clock
 
     def counts(self) -> dict[str, int]:
         found = self.world.residency.statistics()
@@ -233,7 +232,7 @@ def main() -> None:
     for num_nodes in options.nodes:
         for policy in options.policies:
             bench = Bench(num_nodes, policy, options.adapters, options.waiting)
-            clock = bench.run(options.steps, options.gc)
+            bench.run(options.steps, options.gc, clock := Clock())
             print(f"{num_nodes} nodes, {policy}, {bench.counts()}\n{table(clock)}\n", flush=True)
             samples = {"us": clock.us, "cpu_us": clock.cpu_us, "gc_us": clock.gc_us}
             runs.append({"nodes": num_nodes, "policy": policy, **samples, **bench.counts()})
