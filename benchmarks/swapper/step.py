@@ -1,13 +1,25 @@
-"""What the swapper takes of a scheduler iteration, against the number of cached nodes.
+"""Time that the swapper and admission take of a scheduler iteration, by the number of cached nodes.
 
-    python benchmarks/swapper/step.py [--nodes 1000 10000 100000] [--out FILE]
+    python benchmarks/swapper/step.py [--nodes 1000 10000 100000] [--waiting 2000]
+        [--adapters 2000] [--gc server] [--out FILE]
 
-The server's own pool, tree, policy, host tier and swapper under steady pressure, without a model,
-in the order of a scheduler iteration: requests arrive, often for adapters that are not there; a
-step; the batch, for which the first waiting request whose adapter is there leaves the queue and its
-KV takes room in the full pool; then what is done behind the batch's start. On a CPU the bytes of a
-copy are moved by the step itself, where a GPU moves them beside it: here that is put off until the
-step is over, and timed by itself.
+The server's own pool, tree, policy, host tier, swapper and admission under steady pressure, without
+a model, in the order of a scheduler iteration: requests arrive, often for adapters that are not on
+the device; ``Swapper.step``; an admission pass, in which every waiting request is asked about and
+the first admitted one leaves the queue; its KV takes room in the full pool; ``Swapper.prepare``.
+Now and then an adapter is unloaded (``retire``) and another is loaded under a new id
+(``register``).
+
+On a CPU the bytes of a copy are moved by the step itself, where a GPU moves them concurrently: here
+that is put off until the step is over, and timed by itself (``copies``).
+
+Each call is timed by the wall clock and by the thread's processor time: on a machine that others
+use, only the latter says something of the calls.
+
+Garbage collection interrupts whatever runs. ``--gc server`` leaves it as SGLang does: on, with
+Python's thresholds, nothing frozen (SGLang freezes objects while it captures CUDA graphs, and
+afterwards only when a client posts to ``/freeze_gc``, which is ``--gc frozen``). The processor
+time that collections took is recorded for each call; the tables show calls with and without it.
 """
 
 from __future__ import annotations
@@ -21,6 +33,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,30 +45,66 @@ from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importabl
 ensure_torchvision_importable()
 
 from sglang_elora.bench.machine import machine  # noqa: E402
-from swapper_world import LOOKAHEAD, World, uid  # noqa: E402
+from swapper_world import Admission, World, uid  # noqa: E402
 
-NUM_ADAPTERS = 256
 RESIDENT = 64  # as many as the pool was sized for
 ADAPTER_SLOTS = 128
 NUM_LAYERS = 8  # an adapter is copied in as many pieces, as one of 32 layers is
 LEAF_TOKENS = 16  # so that an adapter takes the room of 8 leaves
 PROMPT_TOKENS = 12
+MAX_ADAPTERS = 64  # in a batch
+STEPS_PER_UNLOAD = 50
 SEED = 0
+CALLS = ("step", "admit", "prepare", "retire", "register", "copies")
+
+
+class Clock:
+    """Microseconds of each call, by its name: wall clock, processor, and processor for GC."""
+
+    def __init__(self) -> None:
+        self.us: dict[str, list[float]] = {name: [] for name in CALLS}
+        self.cpu_us: dict[str, list[float]] = {name: [] for name in CALLS}
+        self.gc_us: dict[str, list[float]] = {name: [] for name in CALLS}
+        self._gc_ns = self._gc_started_ns = 0
+
+    def time(self, name: str, call: Callable[[], Any]) -> None:
+        gc_before_ns = self._gc_ns
+        start_ns, cpu_start_ns = time.perf_counter_ns(), time.thread_time_ns()
+        call()
+        cpu_ns, took_ns = time.thread_time_ns() - cpu_start_ns, time.perf_counter_ns() - start_ns
+        self.us[name].append(took_ns / 1e3)
+        self.cpu_us[name].append(cpu_ns / 1e3)
+        self.gc_us[name].append((self._gc_ns - gc_before_ns) / 1e3)
+
+    def on_gc(self, phase: str, _: dict[str, int]) -> None:
+        """For ``gc.callbacks``."""
+        if phase == "start":
+            self._gc_started_ns = time.thread_time_ns()
+        else:
+            self._gc_ns += time.thread_time_ns() - self._gc_started_ns
+
+    def without_gc(self, name: str) -> list[float]:
+        """Processor time."""
+        return [us - gc for us, gc in zip(self.cpu_us[name], self.gc_us[name], strict=True)]
 
 
 class Bench:
     """A full pool with about ``num_nodes`` nodes of KV in it."""
 
-    def __init__(self, num_nodes: int, policy: str) -> None:
+    def __init__(self, num_nodes: int, policy: str, num_adapters: int, num_waiting: int) -> None:
         self._rng = random.Random(SEED)
+        self._num_waiting = num_waiting
         slots = num_nodes * LEAF_TOKENS + RESIDENT * ADAPTER_SLOTS
         self.world = World(
             slots,
-            num_adapters=NUM_ADAPTERS,
+            num_adapters=num_adapters,
             adapter_slots=ADAPTER_SLOTS,
             policy=policy,
             num_layers=NUM_LAYERS,
         )
+        self._names = [uid(i) for i in range(num_adapters)]
+        self._num_loaded = num_adapters
+        self.admission = Admission(self.world.residency, self.world.swapper, MAX_ADAPTERS)
         self._conversations = 0
         self._put_off: list[Callable[[], None]] = []
         self._put_copies_off()
@@ -67,27 +116,69 @@ class Bench:
         while self.world.cache.allocator.available_size() >= LEAF_TOKENS:
             self._cache_kv(uid(self._rng.randrange(RESIDENT)))
 
-    def run(self, num_steps: int) -> dict[str, list[float]]:
-        """Microseconds before a batch, behind its start, and of the copies that were started."""
-        took: dict[str, list[float]] = {"step": [], "prepare": [], "copies": []}
+    def run(self, num_steps: int, gc_mode: str, clock: Clock) -> None:
+        """Run so many scheduler iterations, each call of which ``clock`` times."""
+        world = self.world
         gc.collect()
-        gc.freeze()
-        for _ in range(num_steps):
-            while len(self.world.waiting) < LOOKAHEAD:
-                rank = min(int(self._rng.paretovariate(0.6)), NUM_ADAPTERS) - 1
-                self.world.arrive(uid(rank), PROMPT_TOKENS)
-            took["step"].append(_microseconds(self.world.step))
-            took["copies"].append(_microseconds(self._copy))
-            self._admit()
-            took["prepare"].append(_microseconds(self.world.swapper.prepare))
-        self.world.check()
-        return took
+        if gc_mode == "frozen":
+            gc.freeze()
+        elif gc_mode == "off":
+            gc.disable()
+        gc.callbacks.append(clock.on_gc)
+        for number in range(num_steps):
+            self._arrive()
+            clock.time("step", world.step)
+            clock.time("copies", self._copy)
+            admitted: list[Any] = []
+            clock.time("admit", lambda found=admitted: found.extend(self._ask_all()))
+            if admitted:
+                self._take(admitted[0])
+            clock.time("prepare", world.swapper.prepare)
+            if number % STEPS_PER_UNLOAD == 0:
+                self._replace_adapter(clock)
+        gc.callbacks.remove(clock.on_gc)
+        gc.enable()
+        gc.unfreeze()
+        world.check()
 
     def counts(self) -> dict[str, int]:
         found = self.world.residency.statistics()
         names = ("adapter_loads", "adapter_evictions", "kv_slots_evicted")
         nodes = len(self.world.core._collect_all_nodes())
         return {"cached_nodes": nodes, **{name: found[name] for name in names}}
+
+    def _arrive(self) -> None:
+        while len(self.world.waiting) < self._num_waiting:
+            rank = min(int(self._rng.paretovariate(0.6)), len(self._names)) - 1
+            self.world.arrive(self._names[rank], PROMPT_TOKENS).rid = ""
+
+    def _ask_all(self) -> list[Any]:
+        """The requests that one pass of SGLang's over the queue finds admissible."""
+        running_batch = SimpleNamespace(is_empty=lambda: False)
+        adder: Any = SimpleNamespace(can_run_list=[], running_batch=running_batch)
+        self.admission.begin_pass(adder)
+        return [req for req in self.world.waiting if self.admission.admit(req, set())]
+
+    def _take(self, req: Any) -> None:
+        """The batch takes the request, and its KV is cached."""
+        self.world.waiting.remove(req)
+        node = self.world.core.node_of(req.lora_id)
+        req.retracted_stain, req.prefix_indices, req.last_node = False, [], node.id
+        req.materialized_host_hit_len = lambda: 0
+        self.admission.taken(req)
+        self._cache_kv(req.lora_id)
+
+    def _replace_adapter(self, clock: Clock) -> None:
+        """Unload an adapter that no request waits for, and load one with a new id in its place."""
+        wanted = {req.lora_id for req in self.world.waiting}
+        free = [i for i, name in enumerate(self._names) if name not in wanted]
+        if not free:
+            return
+        i, new = self._rng.choice(free), uid(self._num_loaded)
+        clock.time("retire", lambda: self.world.residency.retire(self._names[i]))
+        clock.time("register", lambda: self.world.load(new))
+        self._names[i] = new
+        self._num_loaded += 1
 
     def _put_copies_off(self) -> None:
         planes = self.world.residency.planes
@@ -103,27 +194,28 @@ class Bench:
             copy()
         self._put_off.clear()
 
-    def _admit(self) -> None:
-        waiting = self.world.waiting
-        for i, req in enumerate(waiting):
-            if self.world.is_resident(req.lora_id):
-                del waiting[i]
-                self._cache_kv(req.lora_id)
-                return
-
     def _cache_kv(self, name: str) -> None:
         self._conversations += 1
         self.world.cache_kv(name, [self._conversations, *range(LEAF_TOKENS - 1)])
 
 
-def _microseconds(call: Callable[[], None]) -> float:
-    start_ns = time.perf_counter_ns()
-    call()
-    return (time.perf_counter_ns() - start_ns) / 1e3
-
-
 def quantile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+QUANTILES = {"P50": 0.5, "P99": 0.99, "P99.9": 0.999, "max": 1.0}
+
+
+def table(clock: Clock) -> str:
+    """Quantiles of each call in microseconds: wall clock, processor, processor without GC."""
+    heads = "".join(f"{kind + ' ' + q:>10}" for kind in ("wall", "cpu", "-gc") for q in QUANTILES)
+    lines = [f"{'us':9}{heads}"]
+    for name in CALLS:
+        kinds = (clock.us[name], clock.cpu_us[name], clock.without_gc(name))
+        if clock.us[name]:
+            figures = [quantile(values, q) for values in kinds for q in QUANTILES.values()]
+            lines.append(f"{name:9}" + "".join(f"{figure:10.1f}" for figure in figures))
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -131,22 +223,22 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--policies", nargs="+", default=["lru", "elora_paper", "elora"])
     parser.add_argument("--steps", type=int, default=5_000)
+    parser.add_argument("--waiting", type=int, default=2_000, help="requests in the queue")
+    parser.add_argument("--adapters", type=int, default=2_000, help="registered")
+    parser.add_argument("--gc", choices=["server", "frozen", "off"], default="server")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     runs = []
     for num_nodes in options.nodes:
         for policy in options.policies:
-            bench = Bench(num_nodes, policy)
-            took = bench.run(options.steps)
-            row = "   ".join(
-                f"{name} " + " ".join(f"{quantile(values, q):7.1f}" for q in (0.5, 0.99, 0.999))
-                for name, values in took.items()
-            )
-            print(f"{num_nodes:>7} nodes  {policy:<12} us P50 P99 P99.9: {row}", flush=True)
-            print(f"{'':15}{bench.counts()}", flush=True)
-            runs.append({"nodes": num_nodes, "policy": policy, "us": took, **bench.counts()})
+            bench = Bench(num_nodes, policy, options.adapters, options.waiting)
+            bench.run(options.steps, options.gc, clock := Clock())
+            print(f"{num_nodes} nodes, {policy}, {bench.counts()}\n{table(clock)}\n", flush=True)
+            samples = {"us": clock.us, "cpu_us": clock.cpu_us, "gc_us": clock.gc_us}
+            runs.append({"nodes": num_nodes, "policy": policy, **samples, **bench.counts()})
     if options.out is not None:
-        facts = {**machine(), "seed": SEED, "waiting": LOOKAHEAD, "runs": runs}
+        load = {"waiting": options.waiting, "adapters": options.adapters, "gc": options.gc}
+        facts = {**machine(), "seed": SEED, **load, "runs": runs}
         options.out.write_text(json.dumps(facts) + "\n")
 
 

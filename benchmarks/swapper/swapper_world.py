@@ -17,8 +17,9 @@ from sglang_elora.tree import namespace_of
 sglang()
 with warnings.catch_warnings():  # SGLang's
     warnings.simplefilter("ignore")
+    from sglang_elora.host.admission import MAX_BYPASS, Admission
     from sglang_elora.host.measure import Measure
-    from sglang_elora.host.residency import AdapterSource, PoolTooSmall, Residency
+    from sglang_elora.host.residency import PURGE_NODES, AdapterSource, PoolTooSmall, Residency
     from sglang_elora.host.swapper import (
         EVICT_LEAVES,
         LOOKAHEAD,
@@ -31,9 +32,12 @@ __all__ = [
     "EVICT_LEAVES",
     "HEAD_DIM",
     "LOOKAHEAD",
+    "MAX_BYPASS",
+    "PURGE_NODES",
     "ROOM_LEAVES",
     "WORK_PER_STEP",
     "AdapterSource",
+    "Admission",
     "HostTier",
     "PoolTooSmall",
     "Residency",
@@ -79,10 +83,15 @@ class World:
         self.swapper = Swapper(self.residency, self.measure)
         self.waiting: list[Any] = []
         self.scheduler: Any = SimpleNamespace(waiting_queue=self.waiting, chunked_req=None)
-        image = _image(adapter_slots, num_layers)
+        self._image = _image(adapter_slots, num_layers)
         for i in range(num_adapters):
-            source = AdapterSource(uid(i), uid(i), image.layout, image.nbytes, False, image=image)
-            self.residency.register(source)
+            self.load(uid(i))
+
+    def load(self, name: str) -> None:
+        """Make an adapter servable, as ``/load_lora_adapter`` does."""
+        image = self._image
+        source = AdapterSource(name, name, image.layout, image.nbytes, False, image=image)
+        self.residency.register(source)
 
     def step(self, *, is_busy: bool = True) -> None:
         """What is done before a batch; see ``Swapper.prepare`` for what is done behind it."""

@@ -58,10 +58,16 @@ class AdapterCache(Cache):
             self.forest.retire(uid)
             self.purge(uid)
 
-    def purge(self, uid: str) -> bool:
-        result = self.core.purge(uid)
-        self.tree._free_values(result.device_frees, result.host_frees)
-        return bool(result.is_dropped)
+    def purge(self, uid: str, most_looks: int = 1_000) -> bool:
+        """Whether nothing is left."""
+        return self.purge_some(uid, most_looks).is_over
+
+    def purge_some(self, uid: str, most_looks: int) -> Any:
+        from sglang_elora.host import branches
+
+        done = branches.purge(self.core, uid, most_looks)
+        self.tree._free_values(done.freed.device_frees, done.freed.host_frees)
+        return done
 
     def check(self, used: Sequence[int] = ()) -> None:
         """Own invariants, SGLang's, and that slots are free or in the tree, never both."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from sglang_elora.tree import AdapterForest, adapter_of, namespace_of
+from sglang_elora.tree import Adapter, AdapterForest, adapter_of, namespace_of
 
 
 @pytest.mark.parametrize(
@@ -114,3 +116,52 @@ def test_kv_without_its_adapter_is_invalid() -> None:
     assert adapter.invalid_tokens == 8
     adapter.resident = True
     assert adapter.invalid_tokens == 0
+
+
+class CountedAdapters(dict[str, Adapter]):
+    """Counts the adapters that somebody looks at one after the other."""
+
+    num_seen = 0
+
+    def values(self) -> Any:
+        for adapter in super().values():
+            self.num_seen += 1
+            yield adapter
+
+
+def test_sums_and_the_largest_unpinned_adapter_are_found_without_a_look_at_all_adapters() -> None:
+    forest = AdapterForest()
+    for i in range(2000):
+        forest.register(str(i), num_slots=[8, 16, 32][i % 3], pinned=i % 5 == 0, version="v")
+    only = forest.register("only", num_slots=64, pinned=False, version="v")
+    forest._adapters = adapters = CountedAdapters(forest._adapters)
+    assert forest.largest_unpinned() == 64
+    assert forest.largest_unpinned(without="only") == 32
+    forest.pin(only)
+    assert forest.largest_unpinned() == forest.largest_unpinned(without="only") == 32
+    forest.unpin(only)
+    forest.retire("only")
+    forest.remove("only")
+    assert forest.largest_unpinned() == 32
+    forest.count_kv(forest.get("1"), device=7, host=0)
+    assert forest.invalid_tokens == 7  # nobody has loaded it
+    forest.set_resident(forest.get("1"), True)
+    assert forest.invalid_tokens == 0
+    assert adapters.num_seen == 0
+    forest.check_invariants()
+
+
+def test_retired_adapters_are_returned_in_turns_and_told_of_when_they_are_removed() -> None:
+    forest, removed = AdapterForest(), []
+    forest.on_removed = removed.append
+    assert forest.next_retired() is None
+    for name in "abc":
+        forest.register(name, num_slots=5, pinned=False, version="v")
+    forest.retire("a")
+    forest.retire("c")
+    turns = [forest.next_retired() for _ in range(4)]
+    assert [adapter.uid for adapter in turns if adapter is not None] == ["a", "c", "a", "c"]
+    forest.remove("a")
+    assert removed == ["a"] and forest.num_retired == 1
+    forest.clear_tree()
+    assert removed == ["a", "c"] and forest.next_retired() is None

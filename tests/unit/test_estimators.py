@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_elora.estimators import BatchSize, LinkCost, Popularity, PrefillCost
+from sglang_elora.estimators.popularity import MOST_ROWS
 
 
 def test_low_lora_by_hand() -> None:
@@ -128,3 +129,26 @@ def test_link_cost_is_found_again() -> None:
         cost.add(slots, 200e-6 + 7e-6 * slots)
     assert cost.rates()[0] == pytest.approx(7e-6, rel=0.05)
     assert cost.rates()[1] == pytest.approx(200e-6, rel=0.3)
+
+
+def test_popularity_keeps_a_bounded_number_of_rows_and_the_last_ones_used() -> None:
+    popularity = Popularity()
+    for i in range(3 * MOST_ROWS):
+        popularity.use(str(i))
+    assert len(popularity) == MOST_ROWS and len(popularity._weights) == MOST_ROWS
+    assert popularity.share("0") == 0
+    shares = [popularity.share(str(i)) for i in range(3 * MOST_ROWS - 2, 3 * MOST_ROWS)]
+    assert 0 < shares[0] < shares[1]
+    popularity.use(str(2 * MOST_ROWS))  # the oldest is now the most recent
+    popularity.use("new")
+    assert popularity.share(str(2 * MOST_ROWS)) > popularity.share(str(2 * MOST_ROWS + 1)) == 0
+
+
+def test_popularity_of_adapters_that_come_and_go_takes_no_more_rows_than_there_are_at_once() -> (
+    None
+):
+    popularity = Popularity()
+    for i in range(10_000):
+        popularity.use(str(i))
+        popularity.forget(str(i - 4))
+    assert len(popularity) == 4 and len(popularity._weights) == 16

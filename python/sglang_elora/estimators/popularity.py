@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 from numpy.typing import NDArray
 
 FAST, SLOW = 100.0, 1000.0
 """Half-lives, in requests. The fast one follows a change, the slow one knows rare adapters."""
+
+MOST_ROWS = 4096
+"""Adapters with a share. An adapter that is not among the last so many has not been used for at
+least as many requests, and has kept less than 6% of the slow half of its share."""
 
 _RESCALE_ABOVE = 1e200
 
@@ -14,15 +20,20 @@ _RESCALE_ABOVE = 1e200
 class Popularity:
     """Shares of requests, each the mean of a share that forgets fast and one that forgets slowly.
 
-    Time is the number of requests, so that it is equal on all ranks. ``use`` is O(1).
+    Time is the number of requests, so that it is equal on all ranks. ``use`` is O(1) amortised.
+    Whoever drops an adapter calls ``forget``; however many are used, ``MOST_ROWS`` are kept.
     """
 
     def __init__(self, half_lives: tuple[float, float] = (FAST, SLOW)) -> None:
         self._growth = np.array([2 ** (1 / half_life) for half_life in half_lives])
         self._unit = np.ones(2)  # weight of a use now; older ones keep theirs
-        self._rows: dict[str, int] = {}
+        self._rows: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._free: list[int] = []
         self._weights: NDArray[np.float64] = np.zeros((0, 2))
+
+    def __len__(self) -> int:
+        """Adapters that have a share."""
+        return len(self._rows)
 
     def use(self, uid: str) -> None:
         """A request used this adapter."""
@@ -34,7 +45,7 @@ class Popularity:
         self._weights[row] += self._unit
 
     def forget(self, uid: str) -> None:
-        """The adapter is gone; what was its share is the others'."""
+        """The adapter is gone; its share goes to the others."""
         row = self._rows.pop(uid, None)
         if row is not None:
             self._weights[row] = 0
@@ -48,14 +59,14 @@ class Popularity:
     def expected_distinct(self, batch_size: float) -> float:
         """``sum over j of 1 - (1 - p_j) ** batch_size``: adapters that a batch is expected to use.
 
-        Source: ELORA (HPCA 2026), ``Low_lora``. O(adapters), vectorised.
+        Source: ELORA (HPCA 2026), ``Low_lora``. O(``MOST_ROWS``), vectorised.
         """
         if not self._rows:
             return 0.0
         return float((1 - (1 - self._shares()) ** batch_size).sum())
 
     def _shares(self) -> NDArray[np.float64]:
-        """``[adapters]``, summing to 1 once any was used."""
+        """``[rows]``, summing to 1 once any was used."""
         totals = self._weights.sum(axis=0)
         if not totals.all():
             return np.zeros(len(self._weights))
@@ -64,10 +75,15 @@ class Popularity:
 
     def _row(self, uid: str) -> int:
         row = self._rows.get(uid)
-        if row is None:
-            if not self._free:
-                size = len(self._weights)
-                self._free = list(range(size, 2 * size + 16))
-                self._weights = np.concatenate([self._weights, np.zeros((size + 16, 2))])
-            row = self._rows[uid] = self._free.pop()
+        if row is not None:
+            self._rows.move_to_end(uid)
+            return row
+        if len(self._rows) == MOST_ROWS:
+            self.forget(next(iter(self._rows)))
+        if not self._free:
+            size = len(self._weights)
+            num_new = min(size + 16, MOST_ROWS - size)
+            self._free = list(range(size, size + num_new))
+            self._weights = np.concatenate([self._weights, np.zeros((num_new, 2))])
+        row = self._rows[uid] = self._free.pop()
         return row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import OrderedDict
 
 import torch
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -20,6 +21,8 @@ class AdapterNode(UnifiedTreeNode):
     """An adapter's node. ``value`` is int64 ``[slots]`` on the pool's device, empty if evicted.
 
     It counts as backed up (its weights are on the host) with no host slots of its own.
+
+    ``kv_nodes`` are all nodes below it by id, the one that ``next_kv`` returns next last.
     """
 
     def __init__(self, adapter: Adapter, no_slots: torch.Tensor) -> None:
@@ -27,6 +30,7 @@ class AdapterNode(UnifiedTreeNode):
         self.sessions, self.num_sessions = NOBODY, 0
         self.adapter = adapter
         self.no_slots = no_slots
+        self.kv_nodes: OrderedDict[int, UnifiedTreeNode] = OrderedDict()
         self.key = RadixKey(array("q"), namespace_of(str(adapter.uid)))
         self.hash_value: list[str] = []
         self.event_hash_value: list[str] = []
@@ -41,3 +45,9 @@ class AdapterNode(UnifiedTreeNode):
     def slots(self) -> torch.Tensor:
         slots: torch.Tensor = self.component_data[FULL].value
         return slots
+
+    def next_kv(self) -> UnifiedTreeNode:
+        """The KV node that was added last, or that was not returned for longest; O(1)."""
+        node_id = next(reversed(self.kv_nodes))
+        self.kv_nodes.move_to_end(node_id, last=False)
+        return self.kv_nodes[node_id]

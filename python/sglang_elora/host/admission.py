@@ -7,14 +7,17 @@ between which and the lock nothing is evicted, by the lock on the request's path
 request holds that lock.
 
 No request holds a part of what it needs while it waits for the rest, so none waits for another in
-a circle. A request whose adapter is not there is passed by; those behind it go on, until
-``MAX_BYPASS`` of them have: then nothing else is admitted before it.
+a circle. A request whose adapter is not on the device is skipped, and requests after it in the
+queue are admitted, until ``MAX_BYPASS`` of them have been: then no request after it is admitted
+before it. Requests before it in the queue still are, so that the first request of the queue, whose
+adapter the swapper always loads, never waits for another one.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sglang_elora.host.lora_manager import EloraLoRAManager
@@ -30,7 +33,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_BYPASS = 64
-"""Requests admitted past a waiting one before it holds back all others."""
+"""Requests that are admitted past a waiting one before it holds back all those after it."""
+
+
+@dataclass(slots=True, eq=False)
+class _Pass:
+    """One pass of SGLang's over the waiting queue."""
+
+    num_admitted: int = 0
+    is_held: bool = False  # a request that was refused holds back all those after it
+
+
+@dataclass(slots=True, eq=False)
+class _Refusal:
+    """What is known of a waiting request that was refused. The request carries it
+    (``elora_refusal``), so that nothing is left of requests that are aborted."""
+
+    moment_s: float  # of the first refusal, by the monotonic clock
+    asked_in: _Pass  # the last one
+    num_admitted: int  # by that pass before the refusal
+    num_bypasses: int = 0  # requests after it in the queue that earlier passes admitted
 
 
 class Admission:
@@ -40,26 +62,24 @@ class Admission:
         self.residency = residency
         self.swapper = swapper
         self.max_adapters = max_adapters  # in one batch
-        self._num_admitted = 0
-        # request id -> (_num_admitted, seconds) then
-        self._first_refused_at: dict[str, tuple[int, float]] = {}
-        self._holder: Req | None = None  # the request all others wait for
+        self._pass = _Pass()
 
     def begin_pass(self, adder: PrefillAdder) -> None:
-        """SGLang starts to fill a prefill batch."""
+        """SGLang starts to fill a prefill batch: it asks about each waiting request once."""
         self.adder = adder
-        self.residency.purge_retired()
+        self._pass = _Pass()
 
     def taken(self, req: Req) -> None:
         """SGLang put the request into the batch: all that it uses is visited."""
-        if req.rid in self._first_refused_at:
-            waited_s = time.monotonic() - self._first_refused_at[req.rid][1]
+        refusal = _refusal_of(req)
+        if refusal is not None:
+            waited_s = time.monotonic() - refusal.moment_s
             self.residency.core.counts["requests_waited_for_adapter"] += 1
             self.residency.core.counts["ms_waited_for_adapter"] += round(1e3 * waited_s)
-        self._forget(req)
+            req.elora_refusal = None  # it may be retracted, and wait once more
         if not req.retracted_stain:
             self._count_prompt(req)
-        self._num_admitted += 1
+        self._pass.num_admitted += 1
         self.residency.core.visit(req.last_node)
         if req.lora_id is not None:
             self.swapper.used(req.lora_id)
@@ -71,19 +91,18 @@ class Admission:
         counts["prompt_tokens.host"] += from_host
         counts["prompt_tokens.computed"] += len(req.origin_input_ids) - found
 
-    def admit(self, req: Req, waiting: list[Req], running: set[str | None]) -> bool:
+    def admit(self, req: Req, running: set[str | None]) -> bool:
         """Whether the request may be added now; its adapter has its slots if so.
+
+        O(1), however many requests wait.
 
         Args:
             running: Adapters of the batch so far, and of the running one.
         """
-        if self._holder is not None:
-            if self._holder not in waiting:  # aborted
-                self._forget(self._holder)
-            elif req is not self._holder:
-                return False
+        if self._pass.is_held:
+            return False
         if not self._secure(req, running):
-            self._refused(req, waiting)
+            self._refused(req)
             return False
         return True
 
@@ -111,29 +130,29 @@ class Admission:
     def _secure(self, req: Req, running: set[str | None]) -> bool:
         if req.lora_id is None:
             return True
-        if req.lora_id not in running and len(running - {None}) >= self.max_adapters:
+        if req.lora_id not in running and len(running) - (None in running) >= self.max_adapters:
             return False
         if not self.residency.forest.get(req.lora_id).resident:
             return False
         copy = self.residency.copies.get(req.lora_id)
         return copy is None or self.swapper.is_hidden(copy, req, self.adder)
 
-    def _refused(self, req: Req, waiting: list[Req]) -> None:
-        first = (self._num_admitted, time.monotonic())
-        since, _ = self._first_refused_at.setdefault(req.rid, first)
-        if self._holder is None and self._num_admitted - since >= MAX_BYPASS:
-            self._holder = req
+    def _refused(self, req: Req) -> None:
+        refusal, now = _refusal_of(req), self._pass
+        if refusal is None:
+            req.elora_refusal = _Refusal(time.monotonic(), now, now.num_admitted)
+            return
+        num_before = refusal.num_bypasses
+        refusal.num_bypasses += refusal.asked_in.num_admitted - refusal.num_admitted
+        refusal.asked_in, refusal.num_admitted = now, now.num_admitted
+        now.is_held = refusal.num_bypasses >= MAX_BYPASS
+        if now.is_held and num_before < MAX_BYPASS:
             logger.info("request %s was passed by %d others: they wait now", req.rid, MAX_BYPASS)
-        if len(self._first_refused_at) > 2 * len(waiting):  # some were aborted
-            alive = {waiter.rid for waiter in waiting}
-            self._first_refused_at = {
-                rid: since for rid, since in self._first_refused_at.items() if rid in alive
-            }
 
-    def _forget(self, req: Req) -> None:
-        self._first_refused_at.pop(req.rid, None)
-        if self._holder is req:
-            self._holder = None
+
+def _refusal_of(req: Req) -> _Refusal | None:
+    refusal: _Refusal | None = getattr(req, "elora_refusal", None)
+    return refusal
 
 
 def begin_pass(result: None, self: PrefillAdder, *_: Any, **__: Any) -> None:
@@ -152,7 +171,7 @@ def note_taken(result: Any, self: PrefillAdder, req: Req, *_: Any, **__: Any) ->
 
 def admit(self: Scheduler, req: Req, running_loras: set[str | None]) -> bool:
     """Instead of ``Scheduler.can_schedule_lora_req``, which counts slots and drains them."""
-    return bool(self.tree_cache.admission.admit(req, self.waiting_queue, running_loras))
+    return bool(self.tree_cache.admission.admit(req, running_loras))
 
 
 def refuse_too_long(result: None, self: Scheduler, req: Req) -> None:

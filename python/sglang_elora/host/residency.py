@@ -14,6 +14,7 @@ import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from sglang_elora.control import Histogram, Tier
+from sglang_elora.host import branches
 from sglang_elora.host.copy_stream import CopyStream
 from sglang_elora.host.free_order import FreeOrder
 from sglang_elora.host.ranks import Ranks
@@ -69,6 +70,10 @@ _LAST_LOADS = 8
 
 ReplaysGraph = Callable[[int, int], bool]
 """(requests, tokens to compute) -> whether a prefill graph replays such a batch."""
+
+PURGE_NODES = 32
+"""Nodes of unloaded adapters that a step looks at, some 10 us for each that it removes. With more,
+slots are free sooner, and steps are longer meanwhile."""
 
 
 class PoolTooSmall(ValueError):
@@ -136,6 +141,7 @@ class Residency:
         self.load_s = Histogram()
         self.num_launches = 0  # batches handed to the device
         self.replays_prefill_graph: ReplaysGraph = lambda num_requests, num_tokens: False
+        self.is_purging = False  # the last ``purge_retired`` has not removed all that it could
         self.work_left = sys.maxsize  # for ``place``: evictions of leaves; whoever calls it sets it
 
     @property
@@ -228,20 +234,35 @@ class Residency:
     def retire(self, uid: str) -> None:
         """Unload: the adapter's KV on device and host, its slots and its image go.
 
-        What a request or a copy still holds goes with a later ``purge_retired``.
+        A bounded part of it goes at once, the rest with later calls of ``purge_retired``.
         """
         if uid in self.forest:
             self.forest.retire(uid)
             self.host.remove(uid)
             self.names.pop(uid, None)
-            self.purge_retired()
+            self.purge_retired(PURGE_NODES)
 
-    def purge_retired(self) -> None:
-        """Remove what is left of unloaded adapters, as far as nothing holds it."""
-        for adapter in self.forest.retired:
+    def purge_retired(self, most_nodes: int) -> bool:
+        """Remove some of what is left of unloaded adapters, as far as nothing holds it.
+
+        Args:
+            most_nodes: That are looked at, in turns over the adapters.
+
+        Returns:
+            Whether something was removed (``is_purging`` until the next call).
+        """
+        num_looks = num_removed = 0
+        for _ in range(self.forest.num_retired):
+            adapter = self.forest.next_retired()
+            if adapter is None or num_looks >= most_nodes:
+                break
             with self.core.evicting("unloaded"):
-                result = self.core.purge(str(adapter.uid))
-            self.cache._free_values(result.device_frees, result.host_frees)
+                done = branches.purge(self.core, str(adapter.uid), most_nodes - num_looks)
+            self.cache._free_values(done.freed.device_frees, done.freed.host_frees)
+            num_looks += done.num_looks
+            num_removed += done.num_removed
+        self.is_purging = num_removed > 0 and self.forest.num_retired > 0
+        return num_removed > 0
 
     def place(self, uid: str, wanted_since: int) -> bool:
         """Give an adapter its slots and start its copy; its image is in host memory.
@@ -326,11 +347,9 @@ class Residency:
         device_frees: dict[Any, list[torch.Tensor]] = defaultdict(list)
         host_frees: dict[Any, list[torch.Tensor]] = defaultdict(list)
         with self.core.evicting("told"):
-            num_evicted = self.core.evict_branch(
-                uid, most_leaves, tracker, device_frees, host_frees
-            )
+            is_over = branches.evict(self.core, uid, most_leaves, tracker, device_frees, host_frees)
         self.cache._free_values(device_frees, host_frees)
-        return num_evicted < most_leaves
+        return is_over
 
     def _make_room(self, num_slots: int, wanted_since: int) -> None:
         """Evict, as far as ``work_left`` goes.
@@ -418,5 +437,5 @@ class Residency:
             "adapter_files_read": self.host.num_reads,
             "kv_tokens_device": self.forest.device_tokens,
             "kv_tokens_host": self.forest.host_tokens,
-            "kv_tokens_invalid": sum(adapter.invalid_tokens for adapter in self.forest),
+            "kv_tokens_invalid": self.forest.invalid_tokens,
         }

@@ -26,7 +26,7 @@ from sglang.srt.managers.scheduler import _make_abort_req
 
 from sglang_elora.host.adapter_node import FULL, AdapterNode
 from sglang_elora.host.measure import Measure
-from sglang_elora.host.residency import Residency
+from sglang_elora.host.residency import PURGE_NODES, Residency
 from sglang_elora.host.settling import Settling
 from sglang_elora.swapper import ORDER_STEPS, AdapterCopy, Expected
 from sglang_elora.tree import Adapter
@@ -94,6 +94,7 @@ class Swapper:
         self._turns: dict[NodeId, int] = {}  # end of a session -> step up to which
         self._leaving: dict[str, None] = {}  # adapters that are to be evicted
         self._num_busy_steps = 0
+        self._core.forest.on_removed = measure.popularity.forget
         self._all_copied_at = -1.0  # by the policy's clock: nothing was left to copy ahead
 
     def step(self, scheduler: Scheduler, *, is_busy: bool) -> None:
@@ -128,6 +129,7 @@ class Swapper:
         self._core.refresh_order()
         is_done = (
             self._evict_leaving()
+            or self.residency.purge_retired(PURGE_NODES)
             or self._measure.take_over()
             or self._core.learn()
             or self.residency.keep_room(ROOM_LEAVES)
@@ -229,7 +231,7 @@ class Swapper:
     @property
     def is_waiting(self) -> bool:
         """Whether something is under way, for which there must be a next step soon."""
-        return bool(self.residency.copies or self._host.reading)
+        return bool(self.residency.copies or self._host.reading or self.residency.is_purging)
 
     def _prefetch(self) -> None:
         """Bring back one of what was evicted last, into room that nobody uses."""

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sglang.srt.disaggregation.kv_events import StorageMedium
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.cache_action import BackupKV
@@ -193,8 +192,34 @@ class EloraTreeCore(OrderedTreeCore):
         self, parent: UnifiedTreeNode, key: RadixKey, value: torch.Tensor, **options: Any
     ) -> UnifiedTreeNode:
         node = super()._add_new_node(parent, key, value, **options)
+        self._list_kv(node)
         self.count_kv(node, device=len(value))
         return node
+
+    def _split_node(
+        self, key: RadixKey, child: UnifiedTreeNode, split_len: int
+    ) -> tuple[UnifiedTreeNode, Any]:
+        first, action = super()._split_node(key, child, split_len)
+        self._list_kv(first)
+        return first, action
+
+    def _list_kv(self, node: UnifiedTreeNode) -> None:
+        """Enter a new KV node in the list of its adapter."""
+        uid = adapter_of(node.key.extra_key)
+        if uid is not None:
+            self.node_of(uid).kv_nodes[node.id] = node
+
+    def _unregister_node(self, node: UnifiedTreeNode) -> None:
+        super()._unregister_node(node)
+        uid = adapter_of(node.key.extra_key)
+        if uid in self._adapter_nodes:
+            self._adapter_nodes[uid].kv_nodes.pop(node.id, None)
+
+    def note_eviction(self, node: UnifiedTreeNode) -> None:
+        """As for any node; what is left of a retired adapter is not loaded back."""
+        super().note_eviction(node)
+        if self.evicted and self.evicted[-1] == node.id and self._is_retired(node.item):
+            self.evicted.pop()
 
     def _unevict_node_on_insert(
         self, node: UnifiedTreeNode, fresh_value: torch.Tensor, session_id: str | None = None
@@ -249,36 +274,6 @@ class EloraTreeCore(OrderedTreeCore):
         self._take_off_device(leaf, tracker, device_frees, host_frees)
         return True
 
-    def evict_branch(
-        self,
-        uid: str,
-        most_leaves: int,
-        tracker: dict[ComponentType, int],
-        device_frees: dict[ComponentType, list[torch.Tensor]],
-        host_frees: dict[ComponentType, list[torch.Tensor]],
-    ) -> int:
-        """Take leaves of one adapter off the device, the adapter last, unless somebody holds it.
-
-        Returns:
-            How many there were.
-        """
-        node, num_leaves = self.node_of(uid), 0
-        while num_leaves < most_leaves and node.adapter.resident and not self.is_locked(uid):
-            leaf = self._leaf_under(node)
-            assert self._is_device_leaf(leaf), f"node {leaf.id} is not a leaf"
-            self._take_off_device(leaf, tracker, device_frees, host_frees)
-            num_leaves += 1
-        return num_leaves
-
-    def _leaf_under(self, node: UnifiedTreeNode) -> UnifiedTreeNode:
-        """A node without children on the device, ``node`` itself if it has none; O(depth)."""
-        while True:
-            children = node.children.values()
-            below = next((n for n in children if n.component_data[FULL].value is not None), None)
-            if below is None:
-                return node
-            node = below
-
     def _take_off_device(
         self,
         leaf: UnifiedTreeNode,
@@ -297,10 +292,15 @@ class EloraTreeCore(OrderedTreeCore):
         else:
             self._delete_unbacked_device_leaf(leaf, tracker, device_frees, host_frees)
 
+    def _is_retired(self, item: Item) -> bool:
+        return item.group is not None and self.forest.get(item.group).retired
+
     def _is_worth_host_copy(self, leaf: UnifiedTreeNode) -> bool:
         """Also against what would have to go for it. KV below a leaf, which is on the host, would
         be out of reach without it."""
         policy, item = self.policy, leaf.item
+        if self._is_retired(item):
+            return False
         if policy is None or leaf.children:
             return True
         if not policy.worth_host_copy(item):
@@ -359,35 +359,16 @@ class EloraTreeCore(OrderedTreeCore):
         self._release_slots(node, result.device_frees)
         return result
 
-    def purge(self, uid: str) -> DropSubtreeNoHostResult:
-        """Drop all KV of a retired adapter that nothing holds, then its slots and its node.
-
-        ``is_dropped`` tells whether nothing is left; if a request or a copy still holds a part,
-        call again later.
-        """
-        result = DropSubtreeNoHostResult()
-        node = self.node_of(uid)
-        assert node.adapter.retired, f"adapter {uid} is in use"
-        for child in reversed(self._below(node)):
-            if not child.children and not _is_held(child):
-                medium = StorageMedium.CPU if child.evicted else StorageMedium.GPU
-                self._release_all_component_layers(
-                    child, medium, result.tracker, result.device_frees, result.host_frees
-                )
-                self._remove_leaf_from_parent(child)
-        if node.adapter.pinned and node.adapter.resident:
-            self.forest.unpin(node.adapter)
-            self.dec_full_pin(node.id)
-        if not node.children and not _is_held(node):
-            self._release_slots(node, result.device_frees)
-            del self._tree_root.children[self._child_key(uid)]
-            del self._adapter_nodes[uid]
-            self._unregister_node(node)
-            self.forest.remove(uid)
-            result.is_dropped = True
-        else:
-            self._update_evictable_leaf_sets(node)
-        return result
+    def remove_adapter_node(
+        self, node: AdapterNode, device_frees: dict[ComponentType, list[torch.Tensor]]
+    ) -> None:
+        """Remove a retired adapter without KV: its slots, its node, and what is known of it."""
+        uid = str(node.adapter.uid)
+        self._release_slots(node, device_frees)
+        del self._tree_root.children[self._child_key(uid)]
+        del self._adapter_nodes[uid]
+        self._unregister_node(node)
+        self.forest.remove(uid)
 
     def _release_slots(
         self, node: AdapterNode, device_frees: dict[ComponentType, list[torch.Tensor]]
@@ -401,13 +382,6 @@ class EloraTreeCore(OrderedTreeCore):
             self.recount(node)
             self.on_evicted(str(node.adapter.uid))
         self._update_evictable_leaf_sets(node)
-
-    def _below(self, node: UnifiedTreeNode) -> list[UnifiedTreeNode]:
-        """All nodes under ``node``, parents first."""
-        nodes = list(node.children.values())
-        for child in nodes:  # grows while it is read
-            nodes.extend(child.children.values())
-        return nodes
 
     # ==== Check ====
 
@@ -428,6 +402,7 @@ class EloraTreeCore(OrderedTreeCore):
         if self.policy is not None:
             self.policy.check_invariants(self._items_on_device())
         counted = {uid: [0, 0] for uid in (None, *(adapter.uid for adapter in self.forest))}
+        below: dict[str | None, set[NodeId]] = {uid: set() for uid in counted}
         for node in self._collect_all_nodes():
             if node is self.root_node or isinstance(node, AdapterNode):
                 continue
@@ -436,8 +411,11 @@ class EloraTreeCore(OrderedTreeCore):
             assert uid is None or self._is_under(node, self.node_of(uid)), (
                 f"{node.key} is misplaced"
             )
+            below[uid].add(node.id)
             counted[uid][0] += 0 if data.value is None else len(data.value)
             counted[uid][1] += 0 if data.host_value is None else len(data.host_value)
+        for uid, top in self._adapter_nodes.items():
+            assert below[uid] == top.kv_nodes.keys(), f"nodes of {uid} are not those listed"
         for adapter in (self.forest.base, *self.forest):
             assert counted[adapter.uid] == [adapter.device_tokens, adapter.host_tokens], (
                 f"{adapter} holds {counted[adapter.uid]} tokens"
@@ -464,11 +442,3 @@ class EloraTreeCore(OrderedTreeCore):
         while node is not None and node is not ancestor:
             node = node.parent
         return node is ancestor
-
-
-def _is_held(node: UnifiedTreeNode) -> bool:
-    return (
-        any(data.lock_ref > 0 or data.host_lock_ref > 0 for data in node.component_data)
-        or node.write_through_pending_id is not None
-        or node.load_back_pending_id is not None
-    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -64,7 +65,11 @@ class AdapterForest:
     """All adapters by id. Adapters stay known over a reset of the tree; their KV does not.
 
     ``pinned_slots`` are those that pinned adapters take, or will take once they are loaded; tokens
-    are those of all adapters and of the base model.
+    are those of all adapters and of the base model. All sums are kept up to date, so that reading
+    one is O(1) however many adapters are registered.
+
+    ``on_removed`` is called with the id of each adapter that is forgotten, once, after which no
+    request and no KV names it.
     """
 
     base: Adapter = field(default_factory=lambda: Adapter(uid=None, resident=True))
@@ -73,9 +78,12 @@ class AdapterForest:
     resident_slots: int = 0
     device_tokens: int = 0
     host_tokens: int = 0
+    invalid_tokens: int = 0  # KV on the device without its adapter: 0 by the dependency rule
     num_changes: int = 0  # of adapters, so far
+    on_removed: Callable[[str], None] = lambda uid: None
     _adapters: dict[str, Adapter] = field(default_factory=dict)
-    _retired: dict[str, Adapter] = field(default_factory=dict)
+    _retired: OrderedDict[str, Adapter] = field(default_factory=OrderedDict)
+    _unpinned: Counter[int] = field(default_factory=Counter)  # adapters by their slots
     _changed_at: dict[str, int] = field(default_factory=dict)  # last, in that order
 
     def __iter__(self) -> Iterator[Adapter]:
@@ -94,13 +102,17 @@ class AdapterForest:
         adapter = Adapter(uid, num_slots=num_slots, pinned=pinned, version=version)
         self._adapters[uid] = adapter
         self.pinned_slots += num_slots * pinned
+        if not pinned:
+            self._count_unpinned(num_slots, 1)
         self.touch(uid)
         return adapter
 
     def count_kv(self, adapter: Adapter, *, device: int, host: int) -> None:
         """So many tokens came to each tier, or left it."""
+        self.invalid_tokens -= adapter.invalid_tokens
         adapter.device_tokens += device
         adapter.host_tokens += host
+        self.invalid_tokens += adapter.invalid_tokens
         self.device_tokens += device
         self.host_tokens += host
         if adapter.uid is not None:
@@ -109,7 +121,9 @@ class AdapterForest:
     def set_resident(self, adapter: Adapter, resident: bool) -> None:
         """It came to the device, or left it."""
         assert adapter.uid is not None and adapter.resident != resident, adapter
+        self.invalid_tokens -= adapter.invalid_tokens
         adapter.resident = resident
+        self.invalid_tokens += adapter.invalid_tokens
         sign = 1 if resident else -1
         self.num_resident += sign
         self.resident_slots += sign * adapter.num_slots
@@ -145,6 +159,7 @@ class AdapterForest:
         adapter = self._adapters.get(uid)
         if adapter is None:
             adapter = self._adapters[uid] = Adapter(uid)
+            self._count_unpinned(0, 1)
             self.retire(uid)
         return adapter
 
@@ -159,13 +174,32 @@ class AdapterForest:
         """Retired adapters that still hold something, or have not been looked at."""
         return tuple(self._retired.values())
 
+    @property
+    def num_retired(self) -> int:
+        return len(self._retired)
+
+    def next_retired(self) -> Adapter | None:
+        """The retired adapter that this method has not returned for longest; None if there is none.
+        O(1)."""
+        if not self._retired:
+            return None
+        uid = next(iter(self._retired))
+        self._retired.move_to_end(uid)
+        return self._retired[uid]
+
     def pin(self, adapter: Adapter) -> None:
-        self.pinned_slots += adapter.num_slots * (not adapter.pinned)
+        """Count it as pinned, if it is not."""
+        if not adapter.pinned:
+            self.pinned_slots += adapter.num_slots
+            self._count_unpinned(adapter.num_slots, -1)
         adapter.pinned = True
         self.touch(str(adapter.uid))
 
     def unpin(self, adapter: Adapter) -> None:
-        self.pinned_slots -= adapter.num_slots * adapter.pinned
+        """Count it as not pinned, if it is."""
+        if adapter.pinned:
+            self.pinned_slots -= adapter.num_slots
+            self._count_unpinned(adapter.num_slots, 1)
         adapter.pinned = False
         self.touch(str(adapter.uid))
 
@@ -173,9 +207,11 @@ class AdapterForest:
         """Forget a retired adapter that holds nothing any more."""
         adapter = self._retired.pop(uid)
         self.unpin(adapter)
+        self._count_unpinned(adapter.num_slots, -1)
         del self._adapters[uid]
         del self._changed_at[uid]
         assert not (adapter.resident or adapter.device_tokens or adapter.host_tokens), adapter
+        self.on_removed(uid)
 
     def clear_tree(self) -> None:
         """All KV and all pages are gone (the tree was reset)."""
@@ -188,9 +224,17 @@ class AdapterForest:
             self.remove(str(adapter.uid))
 
     def largest_unpinned(self, without: str | None = None) -> int:
-        """Slots of the largest other adapter that is not pinned; 0 if there is none."""
-        others = (a.num_slots for a in self if not a.pinned and a.uid != without)
+        """Slots of the largest other adapter that is not pinned; 0 if there is none. O(sizes of
+        adapters), which are few."""
+        own = None if without is None else self._adapters[without]
+        left_out = {} if own is None or own.pinned else {own.num_slots: 1}
+        others = (n for n, count in self._unpinned.items() if count > left_out.get(n, 0))
         return max(others, default=0)
+
+    def _count_unpinned(self, num_slots: int, change: int) -> None:
+        self._unpinned[num_slots] += change
+        if not self._unpinned[num_slots]:
+            del self._unpinned[num_slots]
 
     def check_invariants(self) -> None:
         """Raises:
@@ -203,6 +247,8 @@ class AdapterForest:
             "resident_slots": sum(a.num_slots for a in self if a.resident),
             "device_tokens": sum(a.device_tokens for a in everybody),
             "host_tokens": sum(a.host_tokens for a in everybody),
+            "invalid_tokens": sum(a.invalid_tokens for a in everybody),
+            "_unpinned": Counter(a.num_slots for a in self if not a.pinned),
         }
         counted = {name: getattr(self, name) for name in sums}
         assert counted == sums, (counted, sums)

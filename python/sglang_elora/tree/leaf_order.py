@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-import heapq
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, TypeVar
 
+from sglang_elora.tree.swept_heap import SweptHeap
+
 Node = TypeVar("Node")
+_Entry = tuple[Any, int, Node]
+"""(priority, number, node)"""
 
 _SLACK = 64
+"""Outdated entries that are tolerated however few the members are."""
+
+SWEPT_PER_PUSH = 4
+"""Entries looked at per push while more than half of them are outdated. With 4, a round over all
+entries ends before these have grown by a third; more of them make a push slower."""
+
+SWEPT_PER_REFRESH = 16
+"""Entries looked at per ``refresh``, some 10 us. Each gets its node's present priority, so that the
+next search finds few outdated entries before the lowest member."""
+
 _FEW = 8
 _REFRESHED = 8
 """Kinds per ``refresh``. Ranks fade with time, and with one at a time those of 200 kinds are too
@@ -30,7 +44,9 @@ class LeafOrder(set[Node]):
     thousand tokens takes time in proportion to everything cached. Here a heap per kind of node is
     kept between evictions, and a heap of kinds: ``add`` and ``take_lowest`` are O(log n) amortised,
     ``discard`` is the set's own, and a visit of a leaf costs nothing until that leaf reaches the
-    top.
+    top. ``add``, ``lower`` and ``refresh`` are O(log n) in the worst case too: outdated entries are
+    swept out a few per call. ``take_lowest`` first removes the outdated entries that are lower than
+    the lowest member, however many these are; each was made by one earlier call.
 
     That works for priorities that do not fall (time or number of visits): an entry of a heap is
     then at most too low, and is put right, or dropped if its node has left, when it comes up. A
@@ -61,15 +77,17 @@ class LeafOrder(set[Node]):
     ) -> None:
         super().__init__()
         self._priority, self._kind, self._rank = priority, kind, rank
-        self._heaps: dict[Hashable, list[tuple[Any, int, Node]]] = {}
+        self._heaps: dict[Hashable, SweptHeap[_Entry[Node]]] = {}
         self._entry: dict[Node, tuple[int, Hashable]] = {}  # of each node: the valid one, and where
         self._taken: dict[Node, int] = {}  # with the numbers of their entries
         self._num_entries = 0  # numbered so far
         self._num_in_heaps = 0
-        self._ranking: list[tuple[Any, int, Hashable]] = []  # of kinds, by their lowest
+        self._ranking: SweptHeap[tuple[Any, int, Hashable]] = SweptHeap()  # of kinds, by their top
         self._ranked: dict[Hashable, int] = {}  # number of a kind's valid entry there
-        self._stale: dict[Hashable, None] = {}  # kinds to be ranked anew, in an order of their own
-        self._rotation: deque[Hashable] = deque()  # whose turn it is to be refreshed
+        self._stale: dict[Hashable, None] = {}  # kinds to be ranked again, in a defined order
+        # All kinds that have a heap, the next to be ranked again, and to be swept, first.
+        self._rotation: OrderedDict[Hashable, None] = OrderedDict()
+        self._unswept: OrderedDict[Hashable, None] = OrderedDict()
 
     def add(self, node: Node) -> None:
         if node not in self:
@@ -114,6 +132,7 @@ class LeafOrder(set[Node]):
         Raises:
             RuntimeError: A member that is not taken has no valid entry, a node has two, or an
                 entry is above its node's priority.
+            RuntimeError: A kind has a heap and no turn, or the other way round.
         """
         valid = [
             (kind, *entry)
@@ -125,6 +144,8 @@ class LeafOrder(set[Node]):
             raise RuntimeError(f"{len(valid)} entries for {len(self._entry)} nodes in the heaps")
         if sum(map(len, self._heaps.values())) != self._num_in_heaps:
             raise RuntimeError(f"{self._num_in_heaps} entries are not what the heaps hold")
+        if not (self._heaps.keys() == self._rotation.keys() == self._unswept.keys()):
+            raise RuntimeError(f"{len(self._rotation)} turns of {len(self._heaps)} kinds")
         lost = self - self._entry.keys() - self._taken.keys()
         if lost:
             raise RuntimeError(f"{len(lost)} of {len(self)} leaves are out of the order: {lost}")
@@ -133,12 +154,12 @@ class LeafOrder(set[Node]):
                 raise RuntimeError(f"priority of {node} fell from {priority}")
 
     def refresh(self) -> None:
-        """Rank some kinds anew, in turns: ranks change with time."""
+        """Rank some kinds again, in turns, for ranks change with time, and sweep some entries."""
         for _ in range(min(_REFRESHED, len(self._rotation))):
-            kind = self._rotation.popleft()
-            if kind in self._heaps:
-                self._rotation.append(kind)
-                self._stale[kind] = None
+            kind, _ = self._rotation.popitem(last=False)
+            self._rotation[kind] = None
+            self._stale[kind] = None
+        self._sweep(SWEPT_PER_REFRESH)
 
     def _lowest_kind(self) -> tuple[Hashable] | None:
         """The kind whose top is the lowest of all (in a tuple, for None is a kind too)."""
@@ -162,11 +183,12 @@ class LeafOrder(set[Node]):
                     return (min(fresh, key=fresh.__getitem__),)
                 left = _MOST_RANKED
                 continue
-            if not self._ranking:
+            ranked = self._ranking.top()
+            if ranked is None:
                 return None
-            rank, number, kind = self._ranking[0]
+            rank, number, kind = ranked
             if self._ranked.get(kind) != number:  # replaced
-                heapq.heappop(self._ranking)
+                self._ranking.pop()
                 continue
             if kind in fresh:
                 return (kind,)
@@ -180,22 +202,22 @@ class LeafOrder(set[Node]):
         """Its rank, or None if nothing is left of it."""
         top = self._top(kind) if kind in self._heaps else None
         if top is None:
-            self._ranked.pop(kind, None)
             return None
         rank = self._rank(kind, top[0])
         self._num_entries += 1
         self._ranked[kind] = self._num_entries
-        heapq.heappush(self._ranking, (rank, self._num_entries, kind))
+        self._ranking.push((rank, self._num_entries, kind))
         if len(self._ranking) > 2 * len(self._ranked) + _SLACK:
-            self._ranking = [item for item in self._ranking if self._ranked.get(item[2]) == item[1]]
-            heapq.heapify(self._ranking)
+            self._ranking.sweep(
+                SWEPT_PER_PUSH, lambda item: item if self._ranked.get(item[2]) == item[1] else None
+            )
         return rank
 
-    def _top(self, kind: Hashable) -> tuple[Any, int, Node] | None:
+    def _top(self, kind: Hashable) -> _Entry[Node] | None:
         """The lowest entry of a kind, with its node's present priority."""
         heap = self._heaps[kind]
-        while heap:
-            priority, entry, node = heap[0]
+        while (top := heap.top()) is not None:
+            priority, entry, node = top
             if self._entry.get(node) != (entry, kind):  # replaced
                 self._drop_top(heap)
             elif node not in self:
@@ -205,27 +227,35 @@ class LeafOrder(set[Node]):
                 self._drop_top(heap)
                 self._push(node)
             elif (current := self._priority(node)) != priority:  # visited since
-                heapq.heapreplace(heap, (current, entry, node))
+                heap.replace_top((current, entry, node))
             else:
-                return heap[0]
-        del self._heaps[kind]
+                return top
+        if self._heaps.get(kind) is heap:  # a push may have swept it away already
+            self._drop_kind(kind)
         return None
 
     def _pop(self, kind: Hashable) -> tuple[Node, int]:
         heap = self._heaps[kind]
-        _, number, node = heap[0]
+        top = heap.top()
+        assert top is not None
+        _, number, node = top
         self._stale[kind] = None
         del self._entry[node]
         self._drop_top(heap)
         return node, number
 
-    def _drop_top(self, heap: list[tuple[Any, int, Node]]) -> None:
-        heapq.heappop(heap)
+    def _drop_top(self, heap: SweptHeap[_Entry[Node]]) -> None:
+        heap.pop()
         self._num_in_heaps -= 1
 
+    def _drop_kind(self, kind: Hashable) -> None:
+        """Forget a kind whose heap is empty."""
+        del self._heaps[kind], self._rotation[kind], self._unswept[kind]
+        self._ranked.pop(kind, None)
+
     def _push(self, node: Node, number: int | None = None) -> None:
-        if self._num_in_heaps > 2 * len(self) + _SLACK:
-            self._drop_invalid()
+        if self._has_many_outdated:
+            self._sweep(SWEPT_PER_PUSH)
         self._num_in_heaps += 1
         if number is None:
             self._num_entries += 1
@@ -233,18 +263,41 @@ class LeafOrder(set[Node]):
         kind = self._kind(node)
         heap = self._heaps.get(kind)
         if heap is None:
-            heap = self._heaps[kind] = []
-            self._rotation.append(kind)
-        heapq.heappush(heap, (self._priority(node), number, node))
+            heap = self._heaps[kind] = SweptHeap()
+            self._rotation[kind] = self._unswept[kind] = None
+        heap.push((self._priority(node), number, node))
         self._entry[node] = (number, kind)
-        if heap[0][1] == number:
+        if (top := heap.top()) is not None and top[1] == number:
             self._stale[kind] = None
 
-    def _drop_invalid(self) -> None:
-        """Entries of nodes that left, and those that were replaced."""
-        for node in [node for node in self._entry if node not in self]:
-            del self._entry[node]
-        for kind, heap in self._heaps.items():
-            heap[:] = [item for item in heap if self._entry.get(item[2]) == (item[1], kind)]
-            heapq.heapify(heap)
-        self._num_in_heaps = sum(map(len, self._heaps.values()))
+    @property
+    def _has_many_outdated(self) -> bool:
+        return self._num_in_heaps > 2 * len(self) + _SLACK
+
+    def _sweep(self, most: int) -> None:
+        """Look at so many entries, kind after kind, and remove those that are outdated."""
+        while most > 0 and self._unswept:
+            kind = next(iter(self._unswept))
+            heap = self._heaps[kind]
+            num_before = len(heap)
+            most -= max(heap.sweep(most, partial(self._swept, kind)), 1)
+            self._num_in_heaps += len(heap) - num_before
+            if not len(heap):
+                self._drop_kind(kind)
+            elif heap.is_swept:
+                self._unswept.move_to_end(kind)
+
+    def _swept(self, kind: Hashable, entry: _Entry[Node]) -> _Entry[Node] | None:
+        """The entry with its node's present priority; None if it is replaced.
+
+        That of a node that left stays for its return, as long as there are few of them.
+        """
+        _, number, node = entry
+        if self._entry.get(node) != (number, kind):
+            return None
+        if node in self:
+            return (self._priority(node), number, node)
+        if not self._has_many_outdated:
+            return entry
+        del self._entry[node]
+        return None

@@ -1,0 +1,79 @@
+"""A binary heap whose outdated items are removed a few per call."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+Item = TypeVar("Item", bound=tuple[Any, ...])
+
+
+class SweptHeap(Generic[Item]):
+    """A heap of tuples that can be cleaned without a pass over all of them.
+
+    The items lie in two heaps, and the lower of their two tops is the top. ``sweep`` takes items
+    from the end of one heap, which leaves it a heap, and pushes those worth keeping to the other;
+    new items join the other as well. A round of sweeps ends when the first heap is empty; the next
+    round begins by exchanging the two. So a sweep costs O(log n) per item that it looks at, and
+    no call costs O(n).
+    """
+
+    __slots__ = ("_swept", "_unswept")
+
+    def __init__(self) -> None:
+        self._unswept: list[Item] = []  # not yet looked at in this round
+        self._swept: list[Item] = []
+
+    def __len__(self) -> int:
+        return len(self._unswept) + len(self._swept)
+
+    def __iter__(self) -> Iterator[Item]:
+        yield from self._unswept
+        yield from self._swept
+
+    def push(self, item: Item) -> None:
+        heapq.heappush(self._swept, item)
+
+    def top(self) -> Item | None:
+        """The lowest item; None if there is none."""
+        heap = self._lower()
+        return heap[0] if heap else None
+
+    def pop(self) -> None:
+        """Remove the top."""
+        heapq.heappop(self._lower())
+
+    def replace_top(self, item: Item) -> None:
+        """Remove the top and push ``item``."""
+        heapq.heapreplace(self._lower(), item)
+
+    def sweep(self, most: int, keep: Callable[[Item], Item | None]) -> int:
+        """Look at ``most`` items at most, and no further than to the end of the round.
+
+        Args:
+            keep: Returns what an item is replaced by, or None to remove it.
+
+        Returns:
+            How many items were looked at.
+        """
+        if not self._unswept:
+            self._unswept, self._swept = self._swept, self._unswept
+        num_looks = min(most, len(self._unswept))
+        for _ in range(num_looks):
+            kept = keep(self._unswept.pop())
+            if kept is not None:
+                heapq.heappush(self._swept, kept)
+        return num_looks
+
+    @property
+    def is_swept(self) -> bool:
+        """Whether a round has just ended, or there is nothing to sweep."""
+        return not self._unswept
+
+    def _lower(self) -> list[Item]:
+        if not self._unswept:
+            return self._swept
+        if not self._swept or self._unswept[0] < self._swept[0]:
+            return self._unswept
+        return self._swept

@@ -1,0 +1,129 @@
+"""Admission's work per pass over the queue, counted, and who holds back whom."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from swapper_world import MAX_BYPASS, Admission, World, uid
+
+SLOTS = 64  # of an adapter
+
+
+class Running(set[Any]):
+    """Adapters of a batch, which counts the copies that are made of it."""
+
+    num_copies = 0
+
+    def __sub__(self, other: Any) -> Any:
+        self.num_copies += 1
+        return super().__sub__(other)
+
+
+def admission(num_adapters: int = 4) -> Admission:
+    made = World(8 * SLOTS, num_adapters=num_adapters, adapter_slots=SLOTS)
+    return Admission(made.residency, made.swapper, max_adapters=8)
+
+
+def request(name: str | None, rid: str = "r") -> Any:
+    return SimpleNamespace(lora_id=name, rid=rid, retracted_stain=True, origin_input_ids=range(5))
+
+
+def one_pass(
+    of: Admission, waiting: list[Any], running: frozenset[Any] = frozenset(), most: int = 10**9
+) -> list[Any]:
+    """The requests that SGLang takes when it asks about all in turn, until it has ``most``."""
+    of.begin_pass(SimpleNamespace(can_run_list=[]))  # type: ignore[arg-type]
+    taken: list[Any] = []
+    for req in waiting:
+        if len(taken) == most:
+            break
+        if of.admit(req, running):  # type: ignore[arg-type]
+            req.last_node = of.residency.core.root_node.id
+            of.taken(req)
+            taken.append(req)
+    return taken
+
+
+def test_a_request_that_many_after_it_have_passed_holds_back_those_after_it_only() -> None:
+    made = admission()
+    cold = request(uid(0))  # whose adapter is on the host
+    for _ in range(MAX_BYPASS):
+        first, last = request(None), request(None)
+        assert one_pass(made, [first, cold, last]) == [first, last]
+    assert one_pass(made, [first, cold, last]) == [first]
+    scheduler: Any = SimpleNamespace(waiting_queue=[cold], chunked_req=None)
+    for _ in range(2):  # the load begins, and is over
+        made.swapper.step(scheduler, is_busy=False)
+    assert one_pass(made, [first, cold, last]) == [first, cold, last]
+
+
+def test_requests_before_a_cold_one_in_the_queue_do_not_count_as_passing_it() -> None:
+    """A queue longer than the swapper's lookahead: if they did, the cold request would hold back
+    the queue before the swapper sees it, and nothing would ever run again."""
+    made = admission()
+    cold, after = request(uid(0)), request(None)
+    waiting = [*(request(None) for _ in range(3 * MAX_BYPASS)), cold, after]
+    while waiting[0] is not cold:
+        assert one_pass(made, waiting, most=1) == waiting[:1]
+        del waiting[0]
+    assert one_pass(made, waiting) == [after]
+
+
+def test_a_request_that_is_not_asked_about_is_not_passed() -> None:
+    made = admission()
+    cold, after = request(uid(0)), request(None)
+    assert one_pass(made, [cold, after]) == [after]
+    for _ in range(2 * MAX_BYPASS):  # the batch is full before it is its turn
+        assert len(one_pass(made, [request(None), cold, after], most=1)) == 1
+    assert one_pass(made, [cold, after]) == [after]
+
+
+def test_a_request_that_was_aborted_no_longer_holds_back_the_others() -> None:
+    made = admission()
+    cold, others = request(uid(0)), [request(None) for _ in range(MAX_BYPASS)]
+    assert one_pass(made, [cold, *others]) == others
+    assert one_pass(made, [cold, *others]) == []
+    assert one_pass(made, others) == others
+
+
+def test_nothing_is_kept_of_requests_that_were_refused_and_aborted() -> None:
+    made = admission()
+    for _ in range(3):
+        assert one_pass(made, [request(uid(0), str(i)) for i in range(2000)]) == []
+    kept = [value for value in vars(made).values() if isinstance(value, dict | list | set)]
+    assert kept == [], kept
+
+
+def test_the_work_of_a_pass_is_in_proportion_to_the_queue_while_a_request_holds_it_back() -> None:
+    made = admission()
+    cold, others = request(uid(0)), [request(None) for _ in range(MAX_BYPASS)]
+    one_pass(made, [cold, *others])
+    num_compared = 0
+
+    class Compared(SimpleNamespace):
+        def __eq__(self, other: object) -> bool:
+            nonlocal num_compared
+            num_compared += 1
+            return self is other
+
+    waiting = [Compared(**vars(request(None))) for _ in range(2000)]
+    assert one_pass(made, [cold, *waiting]) == []
+    assert num_compared == 0  # nobody is searched for
+
+
+def test_a_request_that_is_retracted_counts_its_next_wait_by_itself() -> None:
+    made = admission()
+    counts, req = made.residency.core.counts, request(uid(0))
+    assert one_pass(made, [req]) == []
+    req.lora_id = None
+    for _ in range(2):
+        assert one_pass(made, [req]) == [req]
+        assert counts["requests_waited_for_adapter"] == 1
+
+
+def test_the_adapters_of_the_batch_are_counted_without_a_copy_of_them_per_request() -> None:
+    made = admission()
+    running: Any = Running({None, *(f"other{i}" for i in range(8))})
+    assert one_pass(made, [request(uid(0)) for _ in range(2000)], running) == []
+    assert running.num_copies == 0

@@ -1,0 +1,192 @@
+"""An adapter with much KV is unloaded, or evicted, by a bounded part per step.
+
+The server's own pool and tree, without a model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_elora.tree import namespace_of
+from swapper_world import EVICT_LEAVES, PURGE_NODES, World, uid
+
+SLOTS = 64  # of an adapter
+
+
+class CountedChildren(dict[Any, Any]):
+    """Counts the children that a walk looks at."""
+
+    num_seen = 0
+
+    def values(self) -> Any:
+        for child in super().values():
+            self.num_seen += 1
+            yield child
+
+
+def world(num_leaves: int, num_slots: int = 8 * SLOTS) -> World:
+    """Adapter 0 is on the device, with so many leaves of KV under one common beginning."""
+    made = World(num_slots + num_leaves + 2, num_adapters=3, adapter_slots=SLOTS)
+    bring(made, uid(0))
+    for i in range(num_leaves):
+        made.cache_kv(uid(0), [7, 8, 1000 + i])
+    return made
+
+
+def bring(made: World, name: str) -> None:
+    made.arrive(name)
+    made.step()
+    made.waiting.clear()
+    made.step()
+    assert made.is_resident(name)
+
+
+def num_nodes(made: World) -> int:
+    return len(made.core._node_arena)
+
+
+def purge(made: World) -> int:
+    """Have the swapper prepare until nothing is purged any more; how often."""
+    for calls in range(1_000):
+        if not made.swapper.is_waiting:
+            return calls
+        made.swapper.prepare()
+    raise AssertionError("the purge does not end")
+
+
+@pytest.mark.parametrize("is_busy", [True, False])
+def test_an_unload_removes_a_bounded_number_of_nodes_per_step_on_an_idle_server_too(
+    is_busy: bool,
+) -> None:
+    made = world(20 * PURGE_NODES)
+    nodes = num_nodes(made)
+    made.residency.retire(uid(0))
+    steps = 0
+    while uid(0) in made.residency.forest:
+        assert nodes - PURGE_NODES <= num_nodes(made) < nodes
+        assert made.swapper.is_waiting
+        made.check()
+        nodes = num_nodes(made)
+        made.step(is_busy=is_busy)
+        if is_busy:
+            made.swapper.prepare()
+        steps += 1
+    assert 20 <= steps <= 22
+    assert not made.swapper.is_waiting
+    assert made.cache.allocator.available_size() == made.residency.pool_slots
+    assert made.residency.statistics()["kv_slots_evicted.unloaded"] == 20 * PURGE_NODES + 2
+    made.check()
+
+
+def test_an_adapter_loaded_again_during_the_purge_of_its_old_id_keeps_its_own_kv() -> None:
+    made = world(5 * PURGE_NODES)
+    made.residency.retire(uid(0))
+    made.load("again")
+    made.residency.names["again"] = uid(0)
+    bring(made, "again")
+    made.cache_kv("again", [7, 8, 1000])
+    assert uid(0) in made.residency.forest
+    purge(made)
+    assert uid(0) not in made.residency.forest
+    assert len(made.cache.match([7, 8, 1000], namespace_of("again")).device_indices) == 3
+    assert made.residency.forest.device_tokens == 3
+    made.check()
+
+
+def test_a_flush_during_a_purge_leaves_nothing_to_purge() -> None:
+    made = world(5 * PURGE_NODES)
+    made.residency.retire(uid(0))
+    made.cache.tree.reset()
+    made.cache.allocator.clear()
+    assert uid(0) not in made.residency.forest
+    made.swapper.prepare()
+    assert not made.swapper.is_waiting
+    made.check()
+    bring(made, uid(1))
+    made.check()
+
+
+def test_what_requests_hold_is_purged_when_they_end_and_is_not_waited_for_meanwhile() -> None:
+    made = world(5 * PURGE_NODES)
+    nodes = [
+        made.cache.match([7, 8, 1000 + i], namespace_of(uid(0))).last_device_node
+        for i in range(2 * PURGE_NODES)  # more than one call looks at
+    ]
+    receipts = [made.cache.lock(node) for node in nodes]
+    made.residency.retire(uid(0))
+    for _ in range(20):
+        made.swapper.prepare()
+    assert made.residency.forest.get(uid(0)).device_tokens == 2 * PURGE_NODES + 2
+    assert not made.swapper.is_waiting  # or an idle server would not sleep
+    made.check()
+    for node, receipt in zip(nodes, receipts, strict=True):
+        made.cache.unlock(node, receipt)
+    made.swapper.prepare()
+    assert made.swapper.is_waiting
+    purge(made)
+    assert uid(0) not in made.residency.forest
+    made.check()
+
+
+def test_one_purge_in_turns_serves_all_adapters_of_which_one_is_held() -> None:
+    made = world(2 * PURGE_NODES)
+    made.residency.retire(uid(0))
+    held = made.cache.lock(made.core.node_of(uid(1)).id)
+    made.residency.retire(uid(1))
+    made.residency.retire(uid(2))
+    purge(made)
+    assert [adapter.uid for adapter in made.residency.forest] == [uid(1)]
+    made.cache.unlock(made.core.node_of(uid(1)).id, held)
+    made.swapper.prepare()
+    assert len(made.residency.forest) == 0
+    made.check()
+
+
+def test_kv_of_an_unloaded_adapter_is_not_copied_to_the_host_when_it_is_evicted() -> None:
+    made = world(4 * PURGE_NODES)
+    made.core.is_write_back = True
+    (begin,) = made.core.node_of(uid(0)).children.values()  # has KV below it: always copied
+    assert made.core._is_worth_host_copy(begin)
+    made.residency.retire(uid(0))
+    assert not made.core._is_worth_host_copy(begin)
+    made.core.is_write_back = False
+
+
+def test_popularity_forgets_adapters_that_are_unloaded() -> None:
+    made = World(8 * SLOTS, num_adapters=1, adapter_slots=SLOTS)
+    made.swapper.used(uid(0))
+    for i in range(1, 50):
+        made.load(uid(i))
+        made.swapper.used(uid(i))
+        made.residency.retire(uid(i))
+    assert len(made.measure.popularity) == 1
+
+
+def test_evicting_an_adapter_passes_over_its_kv_on_the_host_once() -> None:
+    """Leaves whose KV is on the host stay children of the adapter's node."""
+    num_leaves = 20 * EVICT_LEAVES
+    made = world(num_leaves)
+    adapter = made.residency.forest.get(uid(0))
+    top = made.core.node_of(uid(0))
+    begin = next(iter(top.children.values()))
+    begin.children = children = CountedChildren(begin.children)
+    for node in [n for n in top.kv_nodes.values() if n is not begin]:
+        data = node.component_data[0]
+        data.host_value = torch.arange(len(data.value))
+        made.residency.forest.count_kv(adapter, device=0, host=len(data.value))
+        made.core.recount(node)
+        made.core._update_evictable_leaf_sets(node)
+    children.num_seen = 0
+    made.swapper.evict_soon(uid(0))
+    calls = 0
+    while adapter.resident:
+        made.swapper.prepare()
+        calls += 1
+        assert calls <= num_leaves, "nothing is evicted"
+    made.swapper.prepare()
+    assert adapter.device_tokens == 0 and adapter.host_tokens == num_leaves
+    assert calls <= 2 + num_leaves // EVICT_LEAVES
+    assert children.num_seen <= 8 * num_leaves

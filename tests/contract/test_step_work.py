@@ -1,0 +1,43 @@
+"""A scheduler iteration does less than twice the work with ten times as much of everything."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from step import Bench, Clock
+
+
+class Calls(Clock):
+    """Counts the functions that each call calls, Python's and C's, instead of its time."""
+
+    def time(self, name: str, call: Callable[[], Any]) -> None:
+        num_calls = 0
+
+        def count(frame: Any, event: str, argument: Any) -> None:
+            nonlocal num_calls
+            num_calls += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
+        self.us[name].append(num_calls)
+
+
+def most_calls(scale: int) -> dict[str, float]:
+    """The most of any iteration, by what is called."""
+    calls = Calls()
+    bench = Bench(300 * scale, "elora", num_adapters=100 * scale, num_waiting=100 * scale)
+    bench.run(150, "off", calls)
+    assert bench.counts()["adapter_loads"] > 64  # more than at the start
+    return {name: max(counts) for name, counts in calls.us.items()}
+
+
+def test_work_per_iteration_hardly_grows_with_nodes_adapters_and_waiting_requests() -> None:
+    few, many = most_calls(1), most_calls(10)
+    for name in ("step", "prepare", "retire"):
+        assert many[name] <= 2 * few[name], (name, few, many)
+    assert many["admit"] <= 1.5 * 10 * few["admit"]  # each waiting request is asked about

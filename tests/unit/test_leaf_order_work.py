@@ -1,0 +1,152 @@
+"""How much one call of ``LeafOrder`` does, and how much it keeps, counted with many leaves."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from sglang_elora.tree import LeafOrder
+from sglang_elora.tree.swept_heap import SweptHeap
+
+NUM_LEAVES = 30_000
+MOST_PER_CALL = 400
+"""Hashes and comparisons: a few heap operations over 90,000 entries, which are 17 levels."""
+
+
+class Work:
+    """Counts hashes of nodes and comparisons of priorities; a pass over a heap makes both."""
+
+    count = 0
+
+
+class Priority(int):
+    def __lt__(self, other: int) -> bool:
+        Work.count += 1
+        return int(self) < int(other)
+
+    def __eq__(self, other: object) -> bool:
+        Work.count += 1
+        return int(self) == other
+
+    __hash__ = int.__hash__
+
+
+class Leaf:
+    def __init__(self, name: int) -> None:
+        self.name, self.visited = name, Priority(name)
+
+    def __hash__(self) -> int:
+        Work.count += 1
+        return self.name
+
+
+def work_of(call: Callable[[], object]) -> int:
+    before = Work.count
+    call()
+    return Work.count - before
+
+
+def filled(num_leaves: int, num_kinds: int = 1) -> tuple[LeafOrder[Leaf], list[Leaf]]:
+    order: LeafOrder[Leaf] = LeafOrder(
+        lambda leaf: leaf.visited, lambda leaf: leaf.name % num_kinds
+    )
+    leaves = [Leaf(name) for name in range(num_leaves)]
+    for leaf in leaves:
+        order.add(leaf)
+    return order, leaves
+
+
+@pytest.mark.parametrize(("num_leaves", "num_kinds"), [(NUM_LEAVES, 1), (10_000, 5_000)])
+def test_no_push_passes_over_all_entries_and_heaps_stay_below_three_per_member(
+    num_leaves: int, num_kinds: int
+) -> None:
+    order, leaves = filled(num_leaves, num_kinds)
+    rng, most_work, most_entries = random.Random(0), 0, 0
+    for _ in range(5 * num_leaves // 2):
+        most_work = max(most_work, work_of(lambda: order.lower(rng.choice(leaves))))
+        most_entries = max(most_entries, order._num_in_heaps)
+    assert most_work <= MOST_PER_CALL
+    assert 2 * num_leaves < most_entries <= 3 * num_leaves
+    order.check_invariants()
+
+
+def test_entries_of_leaves_that_left_are_swept_by_pushes_and_by_refresh() -> None:
+    order, leaves = filled(NUM_LEAVES)
+    for leaf in leaves[1000:]:
+        order.discard(leaf)
+    most_work, calls = 0, 0
+    while order._num_in_heaps > 3 * 1000:
+        most_work = max(most_work, work_of(order.refresh))
+        most_work = max(most_work, work_of(lambda: order.lower(leaves[0])))
+        calls += 1
+        assert calls <= NUM_LEAVES // 10
+    assert most_work <= MOST_PER_CALL
+    assert len(order._entry) <= 3 * 1000
+    order.check_invariants()
+
+
+def test_refreshes_leave_no_run_of_visited_leaves_for_one_search() -> None:
+    order, leaves = filled(NUM_LEAVES)
+    for leaf in leaves[1:]:
+        leaf.visited = Priority(leaf.visited + NUM_LEAVES)
+    for _ in range(NUM_LEAVES // 16 + 1):
+        order.refresh()
+    assert order.take_lowest() is leaves[0]
+    assert work_of(order.take_lowest) <= MOST_PER_CALL
+
+
+def test_a_kind_that_is_emptied_and_filled_again_has_one_turn() -> None:
+    order: LeafOrder[Leaf] = LeafOrder(lambda leaf: leaf.visited, lambda leaf: leaf.name)
+    leaves = [Leaf(name) for name in range(20)]
+    for _ in range(200):
+        for leaf in leaves:
+            order.add(leaf)
+        for leaf in leaves:
+            order.discard(leaf)
+        assert order.take_lowest() is None  # which forgets the emptied kinds
+    for leaf in leaves:
+        order.add(leaf)
+    assert len(order._rotation) == len(leaves)
+    order.check_invariants()
+
+
+def test_the_ranking_of_many_kinds_is_swept_and_not_rebuilt() -> None:
+    num_kinds = 5_000
+    order: LeafOrder[Leaf] = LeafOrder(
+        lambda leaf: leaf.visited, lambda leaf: leaf.name, lambda kind, lowest: Priority(lowest)
+    )
+    for name in range(num_kinds):
+        order.add(Leaf(name))
+    most_work = 0
+    for _ in range(5_000):
+        order.refresh()
+        most_work = max(most_work, work_of(order.take_lowest))
+        order.give_back()
+    assert most_work <= 16 * MOST_PER_CALL  # a search ranks 16 kinds again
+    assert len(order._ranking) <= 3 * num_kinds
+    order.check_invariants()
+
+
+def test_a_swept_heap_yields_what_a_sorted_list_does_whenever_it_is_swept() -> None:
+    rng = random.Random(0)
+    heap: SweptHeap[tuple[int, int]] = SweptHeap()
+    expected: list[tuple[int, int]] = []
+    for number in range(5000):
+        item = (rng.randrange(1000), number)
+        heap.push(item)
+        expected.append(item)
+        if rng.random() < 0.5:
+            heap.sweep(rng.randrange(8), lambda item: item)
+        if rng.random() < 0.4:
+            assert heap.top() == min(expected)
+            expected.remove(min(expected))
+            heap.pop()
+        if expected and rng.random() < 0.1:
+            raised = (expected[0][0] + 100, number + 10_000)
+            expected.remove(min(expected))
+            expected.append(raised)
+            heap.replace_top(raised)
+        assert len(heap) == len(expected)
+    assert sorted(heap) == sorted(expected)
