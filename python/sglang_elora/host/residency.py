@@ -6,7 +6,6 @@ import logging
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -17,7 +16,7 @@ from sglang_elora.control import Histogram, Tier
 from sglang_elora.host.link import delay_page_copy, make_copy_stream
 from sglang_elora.host.tree_core import EloraTreeCore
 from sglang_elora.pages import AdapterImage, AdapterLayout, KVPlanes, PagedAdapter, PageTable
-from sglang_elora.swapper import AdapterCopy, Copied, HostTier
+from sglang_elora.swapper import AdapterCopy, Copied, HostTier, ReadImage
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ class AdapterSource:
     layout: AdapterLayout
     num_bytes: int  # of its image on this rank
     pinned: bool
-    read: Callable[[], AdapterImage] | None = None
+    read: ReadImage | None = None
     image: AdapterImage | None = None
 
 
