@@ -217,17 +217,16 @@ def test_reads_that_drop_each_other_pin_nothing_and_stay_within_the_arena(
     for uid, source in sources.items():
         tier.add(uid, source.num_bytes, source.read)
     for step in range(150):
-        wanted = rng.sample(list(sources), 2)
-        position = {uid: float(i) for i, uid in enumerate(wanted)}
-        while not all(uid in tier for uid in wanted):
-            for uid in wanted:
+        position = {uid: float(i) for i, uid in enumerate(rng.sample(list(sources), 2))}
+        while position:
+            for uid in position:
                 tier.request(uid)
             settle_all(tier)
+            for uid in [uid for uid in position if uid in tier]:
+                del position[uid]  # copied to the device at once
+                used[uid] = float(step)
+                tier.lower(uid)
             tier.drop_surplus()
-        used.update(dict.fromkeys(wanted, float(step)))
-        for uid in wanted:
-            position.pop(uid)
-            tier.lower(uid)
         held = tier.arena.num_blocks - tier.arena.num_free
         assert held * BLOCK <= budget
     tier.check_invariants()
