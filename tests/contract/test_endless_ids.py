@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -18,7 +19,12 @@ from object_sizes import sizes_of
 from sglang_elora.pages import AdapterImage
 from swapper_world import AdapterSource, World, uid
 
+with warnings.catch_warnings():  # SGLang's
+    warnings.simplefilter("ignore")
+    from sglang_elora.host.admission import Admission
+
 SLOTS = 64  # of an adapter
+GIVE_WAY_S = 20e-6  # to the threads that read, as the server does while it is idle
 SAMPLE = 250  # ids between two looks
 MOST_MORE = 100
 """Entries by which a container may be larger than before: heaps keep up to 64 that are replaced."""
@@ -33,6 +39,7 @@ class Endless:
         self.world = World(
             4 * SLOTS, num_adapters=1, adapter_slots=SLOTS, policy=policy, host_bytes=100_000
         )
+        self.admission: Any = Admission(self.world.residency, self.world.swapper, max_adapters=8)
         self.image = self.world.host.get(uid(0))
         self.num_ids = 0
         self.others: list[str] = []  # loaded still
@@ -54,6 +61,7 @@ class Endless:
         while not world.is_resident(name):
             assert time.monotonic() < deadline
             world.step(is_busy=False)
+            time.sleep(GIVE_WAY_S)
         world.waiting.clear()
         world.swapper.used(name)
         world.cache_kv(name, [self.num_ids, 1])
@@ -61,7 +69,7 @@ class Endless:
 
     def unload(self, name: str) -> None:
         self.world.residency.retire(name)
-        self.world.residency.purge_retired()  # as each pass of admission does
+        self.admission.begin_pass(None)  # what was held is removed then, or by an idle step
 
     def cycle(self) -> None:
         """An adapter that is used once, and one whose load is broken off."""
@@ -86,8 +94,10 @@ class Endless:
         while self.world.swapper.is_waiting:
             assert time.monotonic() < deadline
             self.world.step(is_busy=False)
-        self.world.step(is_busy=False)
-        self.world.residency.purge_retired()
+            time.sleep(GIVE_WAY_S)
+        for _ in range(4):
+            self.world.step(is_busy=False)
+        self.admission.begin_pass(None)
 
 
 def _read(image: AdapterImage, chunks: Sequence[torch.Tensor]) -> AdapterImage:

@@ -152,6 +152,7 @@ def manager(checkpoint: Path, pins: Pins, monkeypatch: pytest.MonkeyPatch) -> An
         lora_added_tokens_size=0,
         strict_loading=False,
     )
+    made.memory_pool.pin_memory_available = True  # as on CUDA
     made.embed_tokens_module = made.lm_head_module = None
     made.update_lora_info()
     made._shapes = made.memory_pool.module_shapes(layers)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -335,6 +337,66 @@ def test_an_image_without_a_file_waits_for_its_blocks_and_nothing_is_read_before
     tier.release("a")
     tier.step()
     assert tier.present("abc") == "c"
+
+
+def test_ranks_whose_readers_differ_in_speed_start_and_drop_the_same() -> None:
+    """Two ranks act on the least of their codes, in the same steps; each drops what it must."""
+    rng = random.Random(0)
+    delays = [0.0, 0.002]
+    ranks = [Tier(35) for _ in delays]
+    sizes = {f"{i:02}": rng.choice((8, 10, 16, 24, 40)) for i in range(20)}
+    for tier, delay_s in zip(ranks, delays, strict=True):
+        for uid, size in sizes.items():
+            tier.add(uid, size, partial(slowly, delay_s))
+    done: list[set[str]] = [set(), set()]
+    for step in range(300):
+        wanted = [] if step % 7 == 6 else rng.sample(list(sizes), 3)
+        for tier in ranks:
+            tier.want(*wanted)
+            for uid in wanted:
+                tier.request(uid)
+        assert ranks[0].reading == ranks[1].reading
+        for uid in ranks[0].reading:
+            code = min(tier.code(uid) for tier in ranks)
+            for tier, came in zip(ranks, done, strict=True):
+                if tier.settle(uid, code) is not None:
+                    came.add(uid)
+                    tier.rank[uid] = step
+        for tier in ranks:
+            tier.drop_surplus()
+            tier.check_invariants()
+        assert len({tuple(uid in tier for uid in sizes) for tier in ranks}) == 1
+        assert ranks[0].arena.num_free == ranks[1].arena.num_free
+        time.sleep(0.001 * (step % 3 == 0))
+    assert done[0] == done[1] and len(done[0]) > 10
+    assert ranks[0].num_dropped == ranks[1].num_dropped > 10 and ranks[0].num_outside > 0
+
+
+def slowly(delay_s: float, chunks: Sequence[torch.Tensor]) -> AdapterImage:
+    time.sleep(delay_s)
+    return IMAGE
+
+
+def test_a_failed_read_is_settled_once_no_rank_reads_any_more() -> None:
+    """Otherwise a rank would wait for its reader, or free what the reader writes to."""
+    gate = threading.Event()
+    failing, slow = Tier(10), Tier(10)
+    failing.know("a", lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    slow.know("a", lambda: gate.wait(10) and IMAGE)  # type: ignore[arg-type, return-value]
+    for tier in (failing, slow):
+        tier.want("a")
+        tier.request("a")
+    while failing.code("a") == Read.UNDER_WAY:
+        time.sleep(0.001)
+    assert min(tier.code("a") for tier in (failing, slow)) == Read.UNDER_WAY
+    gate.set()
+    while slow.code("a") == Read.UNDER_WAY:
+        time.sleep(0.001)
+    code = min(tier.code("a") for tier in (failing, slow))
+    assert code == Read.FAILED
+    assert isinstance(failing.settle("a", code), ZeroDivisionError)
+    assert "another rank" in str(slow.settle("a", code))
+    assert failing.arena.num_free == slow.arena.num_free == 10
 
 
 def test_unloading_gives_blocks_back_once_nothing_reads_or_writes_them() -> None:
