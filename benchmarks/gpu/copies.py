@@ -36,7 +36,15 @@ import torch  # noqa: E402
 
 from radix_caches import Cache  # noqa: E402
 from sglang_elora.bench.machine import machine  # noqa: E402
-from sglang_elora.pages import AdapterImage, AdapterLayout, ModuleShape  # noqa: E402
+from sglang_elora.host.adapter_memory import page_locked_memory  # noqa: E402
+from sglang_elora.pages import (  # noqa: E402
+    AdapterImage,
+    AdapterLayout,
+    HostArena,
+    ModuleShape,
+    block_bytes_for,
+    lazy_memory,
+)
 from swapper_world import AdapterSource, HostTier, Residency  # noqa: E402
 
 RANK = 32
@@ -72,15 +80,17 @@ class Bench:
         pool = SimpleNamespace(k_buffer=planes[0], v_buffer=planes[1])
         self.planes = planes
         cache = Cache("elora", pool_slots, kv_pool=pool, device=self.device)
-        host = HostTier(10**12, lambda uid: 0.0)
+        image_bytes = self.layers * sum(layout.plane_elems) * self.dtype.itemsize
+        block_bytes = block_bytes_for(image_bytes // RANK)
+        arena_bytes = 3 * (image_bytes + block_bytes)
+        memory = lazy_memory(arena_bytes) if dry_run else page_locked_memory(arena_bytes)
+        host = HostTier(HostArena(memory, block_bytes), lambda uid: 0.0)
         self.residency = Residency(cache.tree, self.dtype, host, self.forward)
         self.images = {}
         for i in range(3):
-            elems = [sum(layout.plane_elems)]
-            memory = torch.randn(self.layers, *elems).to(self.dtype)
-            image = AdapterImage(
-                layout, memory if dry_run else memory.pin_memory(), 1.0, f"version {i}"
-            )
+            weights = torch.randn(self.layers * sum(layout.plane_elems)).to(self.dtype)
+            chunks = (weights.view(torch.uint8),)
+            image = AdapterImage(layout, self.dtype, self.layers, chunks, 1.0, f"version {i}")
             uid = self.images_uid(i)
             self.images[uid] = image
             source = AdapterSource(uid, uid, layout, image.nbytes, False, image=image)
@@ -114,7 +124,7 @@ class Bench:
 
     def is_there(self, uid: str, found: torch.Tensor, layer: int) -> bool:
         image = self.images[uid]
-        wanted = image.memory[layer].split(image.layout.plane_elems)
+        wanted = image.layer(layer).split(image.layout.plane_elems)
         return all(
             torch.equal(row[: len(part)].cpu(), part)
             for row, part in zip(found, wanted, strict=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from radix_caches import Cache, sglang
-from sglang_elora.pages import AdapterImage, AdapterLayout, ModuleShape
+from sglang_elora.pages import AdapterImage, AdapterLayout, HostArena, ModuleShape, lazy_memory
 from sglang_elora.policy import GDSF, LRU, Elora, EloraPaper, Policy
 from sglang_elora.swapper import HostTier
 from sglang_elora.tree import namespace_of
@@ -17,6 +17,7 @@ from sglang_elora.tree import namespace_of
 sglang()
 with warnings.catch_warnings():  # SGLang's
     warnings.simplefilter("ignore")
+    from sglang_elora.host.adapter_memory import position_of
     from sglang_elora.host.admission import MAX_BYPASS, Admission
     from sglang_elora.host.measure import Measure
     from sglang_elora.host.residency import PURGE_NODES, AdapterSource, PoolTooSmall, Residency
@@ -47,6 +48,7 @@ __all__ = [
 
 HEAD_DIM = 16
 _RANK = 8
+_BLOCK_BYTES = 4096
 
 
 class World:
@@ -77,7 +79,9 @@ class World:
         self.core: Any = self.cache.tree.tree_core
         self.measure = Measure(self.cache.tree)
         self.core.use_policy(self._policy(policy), num_slots)
-        self.host = HostTier(host_bytes, self.core.adapter_priority)
+        arena = HostArena(lazy_memory(host_bytes), _BLOCK_BYTES)
+        position = position_of(self.core.forest)
+        self.host = HostTier(arena, self.core.adapter_priority, position, self.core.forest.touch)
         self.forward_stream = torch.cpu.Stream()
         self.residency = Residency(self.cache.tree, torch.float32, self.host, self.forward_stream)
         self.swapper = Swapper(self.residency, self.measure)

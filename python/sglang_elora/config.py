@@ -102,8 +102,10 @@ class EloraConfig:
     host_gb: float = _option(
         16.0,
         "--elora-host-gb",
-        "Host memory for adapters, in 10^9 bytes per scheduler process. Those beyond it are read "
-        "from their files when they are needed; 0 keeps none longer than it takes to copy it.",
+        "Host memory for adapters, in 10^9 bytes per scheduler process; on CUDA it is reserved and "
+        "page-locked at the start. Adapters beyond it are read from their files when they are "
+        "needed. One that does not fit into it, or any with 0, is read for each use and copied "
+        "from ordinary memory, which is slower.",
     )
     adapter_events: bool = _option(
         False,

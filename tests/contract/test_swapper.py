@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sglang_elora.pages import AdapterImage
 from sglang_elora.swapper.expected import CREDIT_STEPS, HINT_STEPS, HINTED_SHARE, MOST_CREDIT
@@ -424,7 +426,7 @@ def test_credit_for_hints_returns_with_time() -> None:
 
 @pytest.mark.parametrize("ordered", [False, True])
 def test_what_cannot_be_read_is_not_tried_again_for_a_hint(ordered: bool) -> None:
-    def read() -> AdapterImage:
+    def read(chunks: Sequence[torch.Tensor]) -> AdapterImage:
         raise OSError("gone")
 
     made = world()

@@ -2,36 +2,75 @@
 
 from __future__ import annotations
 
+import math
+import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import pytest
 import torch
 
-from sglang_elora.pages import AdapterImage, AdapterLayout, ModuleShape
+from sglang_elora.pages import (
+    AdapterImage,
+    AdapterLayout,
+    HostArena,
+    HostMemoryFull,
+    ModuleShape,
+)
 from sglang_elora.swapper import HostTier, HostTierFull, Read
 
 LAYOUT = AdapterLayout.build(4, [ModuleShape("o_proj", 64, (64,))])
 IMAGE = AdapterImage.build(
     LAYOUT, 2, lambda *_: (torch.ones(4, 64), torch.ones(64, 4)), torch.float32, 1.0
 )
+SIZE = IMAGE.nbytes
 
 
 class Tier(HostTier):
-    """A tier whose priorities the test sets, over adapters of 10 bytes each."""
+    """A tier whose priorities and queue the test sets, over adapters of 10 bytes each.
 
-    def __init__(self, budget_bytes: int) -> None:
+    ``queue`` holds the position of each adapter that a request waits for.
+    """
+
+    def __init__(self, budget_bytes: int, block_bytes: int = 1) -> None:
         self.rank: dict[str, float] = {}
-        super().__init__(budget_bytes, lambda uid: self.rank.get(uid, 0.0))
+        self.queue: dict[str, float] = {}
+        memory = torch.zeros(budget_bytes, dtype=torch.uint8)
+        super().__init__(
+            HostArena(memory, block_bytes),
+            lambda uid: math.inf if uid in self.queue else self.rank.get(uid, 0.0),
+            lambda uid: self.queue.get(uid, math.inf),
+        )
 
     def know(self, uid: str, read: Callable[[], AdapterImage] = lambda: IMAGE) -> None:
-        self.add(uid, 10, read)
+        """An adapter whose file is read by ``read``, wherever to."""
+        self.add(uid, 10, lambda chunks: read())
+
+    def want(self, *uids: str) -> None:
+        """These requests wait, in this order, and no others."""
+        left = self.queue.keys() - set(uids)
+        self.queue = {uid: float(position) for position, uid in enumerate(uids)}
+        for uid in left:
+            self.cancel(uid)
+            self.lower(uid)
+
+    def step(self) -> dict[str, object]:
+        """One step of the scheduler: what waits is requested, reads end."""
+        for uid in self.queue:
+            self.request(uid)
+        found = self.finish()
+        self.drop_surplus()
+        self.check_invariants()
+        return found
 
     def bring(self, *uids: str) -> None:
+        """Have them read, each in its turn, and nobody waiting."""
         for uid in uids:
-            self.request(uid)
-        self.finish()
+            self.want(uid)
+            self.step()
+        self.want()
 
     def finish(self) -> dict[str, object]:
         """Settle all reads as soon as they are over."""
@@ -44,6 +83,9 @@ class Tier(HostTier):
             time.sleep(0.001)
         self.check_invariants()
         return found
+
+    def present(self, uids: Iterable[str]) -> str:
+        return "".join(uid for uid in uids if uid in self)
 
 
 def test_nothing_is_read_before_it_is_asked_for() -> None:
@@ -87,62 +129,300 @@ def test_asking_twice_reads_once() -> None:
     assert tier.get("a") is IMAGE
 
 
-def test_what_is_above_the_budget_goes_lowest_first() -> None:
-    tier = Tier(20)
+def test_the_lowest_image_is_dropped_for_a_read_that_has_no_room() -> None:
+    tier = Tier(25)
     for uid in "abc":
         tier.know(uid)
     tier.rank = {"a": 2.0, "b": 1.0, "c": 3.0}
     tier.bring("a", "b", "c")
-    tier.drop_surplus()
-    assert [uid in tier for uid in "abc"] == [True, False, True]
-    assert tier.num_dropped == 1
-    tier.check_invariants()
+    assert tier.present("abc") == "ac"
+    assert tier.num_dropped == 1 and tier.num_bytes == 20
 
 
-def test_what_is_held_or_wanted_stays() -> None:
-    tier = Tier(0)
+def test_nothing_is_dropped_where_it_would_not_be_enough() -> None:
+    tier = Tier(30)
+    tier.know("small")
+    tier.know("held")
+    tier.add("large", 25, lambda chunks: IMAGE)
+    tier.bring("small", "held")
+    tier.hold("held")
+    tier.want("large")
+    tier.step()
+    assert tier.present(["small", "held", "large"]) == "smallheld" and tier.num_dropped == 0
+    tier.release("held")
+    tier.step()
+    assert tier.present(["small", "held", "large"]) == "large" and tier.num_dropped == 2
+
+
+def test_what_is_held_stays() -> None:
+    tier = Tier(10)
     tier.know("held")
     tier.know("wanted")
-    tier.rank["wanted"] = float("inf")
-    tier.bring("held", "wanted")
+    tier.bring("held")
     assert tier.hold("held") is IMAGE
-    tier.drop_surplus()
-    assert "held" in tier and "wanted" in tier
+    tier.want("wanted")
+    tier.step()
+    assert "held" in tier and tier.reading == ()
     tier.release("held")
-    tier.rank["wanted"] = 1.0
-    tier.lower("wanted")
+    tier.step()
+    assert "held" not in tier and "wanted" in tier
+
+
+def test_reads_under_way_count_against_the_budget() -> None:
+    gate = threading.Event()
+    tier = Tier(25)
+    for uid in "abcd":
+        tier.know(uid, lambda: gate.wait(10) and IMAGE)  # type: ignore[arg-type, return-value]
+    tier.want(*"abcd")
+    for uid in "abcd":
+        tier.request(uid)
+    assert tier.reading == ("a", "b") and tier.arena.num_free == 5
+    gate.set()
+    tier.finish()
     tier.drop_surplus()
+    tier.step()
+    assert tier.present("abcd") == "ab", "requests for them come first"
+    tier.want("b", "c", "d")  # a's weights are on the device
+    tier.step()
+    assert tier.present("abcd") == "bc"
+
+
+def test_an_earlier_request_takes_the_memory_of_a_later_one() -> None:
+    """Requests change places in the queue: the first must get its adapter whatever came before."""
+    tier = Tier(30)
+    for uid in "abcd":
+        tier.know(uid)
+    tier.want("a", "b", "c")
+    tier.step()
+    tier.want("d", "b", "c", "a")
+    tier.step()
+    assert tier.present("abcd") == "bcd"
+    tier.want("a", "d", "c", "b")
+    tier.step()
+    assert tier.present("abcd") == "acd"
+
+
+def test_memory_that_is_freed_is_not_taken_by_a_later_request() -> None:
+    """The first needs more than is free; a small one behind it waits until it has it."""
+    tier = Tier(20)
+    tier.know("held")
+    tier.add("large", 15, lambda chunks: IMAGE)
+    tier.know("small")
+    tier.bring("held")
+    tier.hold("held")
+    tier.want("large", "small")
+    for _ in range(3):
+        tier.step()
+    assert "large" not in tier and "small" not in tier
+    tier.release("held")
+    tier.step()
+    assert "large" in tier and "small" not in tier
+    tier.want("small")
+    tier.step()
+    assert "small" in tier
+
+
+def test_an_adapter_that_nobody_waits_for_drops_nothing() -> None:
+    tier = Tier(10)
+    tier.know("a")
+    tier.know("b")
+    tier.bring("a")
+    tier.request("b")
+    tier.read_ahead()
+    assert tier.reading == () and "a" in tier
+
+
+@pytest.mark.parametrize("budget", [0, 9, 19])
+def test_an_adapter_larger_than_the_budget_is_read_for_each_use(
+    budget: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    chunks: list[torch.Tensor] = []
+    tier = Tier(budget)
+    tier.add("a", 20, lambda given: chunks.extend(given) or IMAGE)  # type: ignore[func-returns-value]
+    for num_reads in range(1, 4):
+        tier.want("a")
+        tier.step()
+        assert "a" in tier and len(chunks[-1]) == 20
+        tier.hold("a")
+        tier.want()
+        tier.step()
+        assert "a" in tier, "it is copied from"
+        tier.release("a")
+        tier.step()
+        assert "a" not in tier and tier.num_reads == num_reads
+    assert tier.num_outside == 3 and tier.arena.num_free == budget
+    assert caplog.text.count("--elora-host-gb has no room for an adapter of 20 bytes") == 1
+    tier.request("a")  # nobody waits for it, and it would be dropped at once
+    assert tier.reading == ()
+
+
+def test_few_images_are_outside_the_arena_at_a_time_and_the_first_request_has_one() -> None:
+    tier = Tier(0)
+    for uid in "abcd":
+        tier.know(uid)
+    tier.want("a", "b", "c")
+    tier.step()
+    assert tier.present("abcd") == "ab"
+    tier.want("d", "c", "b", "a")
+    tier.step()
+    assert tier.present("abcd") == "cd"
+    tier.hold("d")
+    tier.want("b", "c")
+    tier.step()
+    assert tier.present("abcd") == "bd"
+    tier.release("d")
+    tier.want()
+    tier.step()
     assert len(tier) == 0 and tier.num_bytes == 0
-    tier.check_invariants()
+
+
+def test_no_memory_outside_the_arena_fails_the_read_and_names_the_flag() -> None:
+    tier = Tier(5)
+    tier.add("a", 2**62, lambda chunks: IMAGE)
+    tier.want("a")
+    error = tier.step()["a"]
+    assert isinstance(error, HostMemoryFull) and "--elora-host-gb" in str(error)
 
 
 def test_a_dropped_adapter_is_read_again() -> None:
-    tier = Tier(0)
+    tier = Tier(10)
     tier.know("a")
+    tier.know("b")
     for _ in range(3):
         tier.bring("a")
         assert "a" in tier
-        tier.drop_surplus()
+        tier.bring("b")
         assert "a" not in tier
-    assert tier.num_reads == 3
+    assert tier.num_reads == 6
 
 
-def test_an_image_without_a_file_is_never_dropped() -> None:
-    tier = Tier(25)
-    tier.add("sent", 10, image=IMAGE)
-    tier.know("a")
-    tier.know("b")
+def test_an_image_without_a_file_is_copied_into_the_arena_and_never_dropped() -> None:
+    tier = Tier(5 * SIZE // 2)
+    tier.add("sent", SIZE, image=IMAGE)
+    assert tier.get("sent") is not IMAGE and tier.get("sent").version == IMAGE.version
+    assert tier.arena.num_free == 3 * SIZE // 2
+    tier.add("a", SIZE, lambda chunks: IMAGE)
+    tier.add("b", SIZE, lambda chunks: IMAGE)
     tier.bring("a", "b")
-    tier.drop_surplus()
-    assert "sent" in tier and len(tier) == 2
-    with pytest.raises(HostTierFull, match="--elora-host-gb leaves 15 bytes"):
-        tier.add("too large", 16, image=IMAGE)
-    assert tier.num_bytes == 20
+    assert tier.present(["sent", "a", "b"]) == "sentb" and tier.num_dropped == 1
+    with pytest.raises(HostTierFull, match=f"--elora-host-gb leaves {3 * SIZE // 2} bytes"):
+        tier.add("too large", 2 * SIZE, image=IMAGE)
+    assert tier.num_bytes == 2 * SIZE
     tier.remove("sent")
-    tier.add("fits now", 16, image=IMAGE)
-    tier.drop_surplus()
-    assert "fits now" in tier and tier.num_bytes <= 26
+    assert tier.arena.num_free == 3 * SIZE // 2
+    tier.add("fits now", SIZE, image=IMAGE)
+    tier.add("too", SIZE, image=IMAGE)
+    assert tier.present(["fits now", "too", "b"]) == "fits nowtoo"
     tier.check_invariants()
+
+
+def test_an_image_without_a_file_waits_for_its_blocks_and_nothing_is_read_before() -> None:
+    """What holds the blocks is copied from; the image is served from where it is."""
+    tier = Tier(2 * SIZE)
+    for uid in "abc":
+        tier.add(uid, SIZE, lambda chunks: IMAGE)
+    tier.bring("a", "b")
+    tier.hold("a")
+    tier.hold("b")
+    tier.add("sent", SIZE, image=IMAGE)
+    assert tier.hold("sent") is IMAGE
+    tier.release("b")
+    tier.want("c")
+    tier.step()
+    assert tier.get("sent") is IMAGE and "c" not in tier, "it is copied from itself"
+    tier.release("sent")
+    tier.step()
+    assert tier.get("sent") is not IMAGE and tier.get("sent").version == IMAGE.version
+    assert tier.present("abc") == "a"
+    tier.release("a")
+    tier.step()
+    assert tier.present("abc") == "c"
+
+
+def test_ranks_whose_readers_differ_in_speed_start_and_drop_the_same() -> None:
+    """Two ranks act on the least of their codes, in the same steps; each drops what it must."""
+    rng = random.Random(0)
+    delays = [0.0, 0.002]
+    ranks = [Tier(35) for _ in delays]
+    sizes = {f"{i:02}": rng.choice((8, 10, 16, 24, 40)) for i in range(20)}
+    for tier, delay_s in zip(ranks, delays, strict=True):
+        for uid, size in sizes.items():
+            tier.add(uid, size, partial(slowly, delay_s))
+    done: list[set[str]] = [set(), set()]
+    for step in range(300):
+        wanted = [] if step % 7 == 6 else rng.sample(list(sizes), 3)
+        for tier in ranks:
+            tier.want(*wanted)
+            for uid in wanted:
+                tier.request(uid)
+        assert ranks[0].reading == ranks[1].reading
+        for uid in ranks[0].reading:
+            code = min(tier.code(uid) for tier in ranks)
+            for tier, came in zip(ranks, done, strict=True):
+                if tier.settle(uid, code) is not None:
+                    came.add(uid)
+                    tier.rank[uid] = step
+        for tier in ranks:
+            tier.drop_surplus()
+            tier.check_invariants()
+        assert len({tuple(uid in tier for uid in sizes) for tier in ranks}) == 1
+        assert ranks[0].arena.num_free == ranks[1].arena.num_free
+        time.sleep(0.001 * (step % 3 == 0))
+    assert done[0] == done[1] and len(done[0]) > 10
+    assert ranks[0].num_dropped == ranks[1].num_dropped > 10 and ranks[0].num_outside > 0
+
+
+def slowly(delay_s: float, chunks: Sequence[torch.Tensor]) -> AdapterImage:
+    time.sleep(delay_s)
+    return IMAGE
+
+
+def test_a_failed_read_is_settled_once_no_rank_reads_any_more() -> None:
+    """Otherwise a rank would wait for its reader, or free what the reader writes to."""
+    gate = threading.Event()
+    failing, slow = Tier(10), Tier(10)
+    failing.know("a", lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    slow.know("a", lambda: gate.wait(10) and IMAGE)  # type: ignore[arg-type, return-value]
+    for tier in (failing, slow):
+        tier.want("a")
+        tier.request("a")
+    while failing.code("a") == Read.UNDER_WAY:
+        time.sleep(0.001)
+    assert min(tier.code("a") for tier in (failing, slow)) == Read.UNDER_WAY
+    gate.set()
+    while slow.code("a") == Read.UNDER_WAY:
+        time.sleep(0.001)
+    code = min(tier.code("a") for tier in (failing, slow))
+    assert code == Read.FAILED
+    assert isinstance(failing.settle("a", code), ZeroDivisionError)
+    assert "another rank" in str(slow.settle("a", code))
+    assert failing.arena.num_free == slow.arena.num_free == 10
+
+
+def test_unloading_gives_blocks_back_once_nothing_reads_or_writes_them() -> None:
+    gate = threading.Event()
+    freed: list[int] = []
+    tier = Tier(30)
+    tier.arena.on_freed = lambda block: freed.append(len(block))
+    tier.know("idle")
+    tier.know("held")
+    tier.know("read", lambda: gate.wait(10) and IMAGE)  # type: ignore[arg-type, return-value]
+    tier.bring("idle", "held")
+    tier.hold("held")
+    tier.want("read")
+    tier.request("read")
+    for uid in ("idle", "held", "read"):
+        tier.remove(uid)
+        assert uid not in tier
+    tier.queue.clear()
+    tier.check_invariants()
+    assert tier.num_bytes == 0 and freed == [10], "idle"
+    assert tier.code("read") == Read.UNDER_WAY, "its reader writes to them"
+    tier.release("held")
+    assert freed == [10, 10]
+    gate.set()
+    assert tier.finish() == {"read": None}
+    assert freed == [10, 10, 10] and tier.arena.num_free == 30
 
 
 def test_a_failed_read_is_told_and_the_next_one_is_tried() -> None:

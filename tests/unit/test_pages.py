@@ -205,6 +205,70 @@ def test_version_names_the_content() -> None:
     assert image.nbytes == LAYERS * sum(image.plane_bytes) > 0
 
 
+def chunks_of(num_bytes: int, seed: int) -> list[torch.Tensor]:
+    """Memory for an image in stretches of any lengths, with gaps between them."""
+    rng, chunks = random.Random(seed), []
+    memory = torch.full((3 * num_bytes,), POISON, dtype=torch.uint8)
+    start = 0
+    while num_bytes:
+        chunks.append(memory[start : start + min(num_bytes, rng.randint(1, 70_000))])
+        start += len(chunks[-1]) + rng.randint(0, 5)
+        num_bytes -= len(chunks[-1])
+    return chunks
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_image_in_scattered_memory_is_written_to_its_slots(
+    seed: int, dtype: torch.dtype
+) -> None:
+    """Borders of its memory lie within layers, rows and elements."""
+    plain, truth = make_image(24, dtype)
+    chunks = chunks_of(plain.nbytes, seed)
+    assert len(chunks) > LAYERS
+    image = AdapterImage.build(
+        plain.layout, LAYERS, lambda layer, name: truth[layer, name], dtype, 0.5, chunks
+    )
+    assert image.version == plain.version and image.nbytes == plain.nbytes
+    planes = KVPlanes(make_pool(dtype, heads=4), dtype)
+    table = PageTable(torch.tensor(scattered(image.layout.num_slots(planes.slot_elems, 1))))
+    planes.write(table, image)
+    check_equal(PagedAdapter(image.layout, table, planes, image.scaling), truth)
+
+
+def test_an_image_is_copied_to_other_memory() -> None:
+    plain, _ = make_image(8, torch.float32)
+    there = plain.copied_to(chunks_of(plain.nbytes, 1))
+    back = there.copied_to([torch.zeros(plain.nbytes, dtype=torch.uint8)])
+    assert len(there.chunks) > 1 and there.version == back.version == plain.version
+    for layer in range(LAYERS):
+        assert torch.equal(there.layer(layer), plain.layer(layer))
+        assert torch.equal(back.layer(layer), plain.layer(layer))
+
+
+def test_pieces_are_whole_layers_in_their_order() -> None:
+    layout = AdapterLayout.build(8, SHAPES[1:2])
+    matrices = torch.ones(8, 256), torch.ones(256, 8)
+    plain = AdapterImage.build(layout, 20, lambda *_: matrices, torch.float32, 1.0)
+    image = plain.copied_to(chunks_of(plain.nbytes, 2))
+    assert [piece.num_layers for piece in image.pieces] == [2] * 10  # an eighth, rounded down
+    assert sum(piece.nbytes for piece in image.pieces) == image.nbytes
+    first = 0
+    for piece in image.pieces:
+        expected = torch.stack([plain.layer(first + i) for i in range(2)]).view(torch.uint8)
+        assert torch.equal(piece.rows(), expected)
+        staged = torch.zeros_like(expected)
+        assert piece.copy_to(staged) is staged and torch.equal(staged, expected)
+        first += piece.num_layers
+
+
+def test_memory_of_another_size_than_the_image_is_refused() -> None:
+    plain, _ = make_image(8, torch.float32)
+    for wrong in (plain.nbytes - 1, plain.nbytes + 1):
+        with pytest.raises(AssertionError, match=str(plain.nbytes)):
+            plain.copied_to([torch.zeros(wrong, dtype=torch.uint8)])
+
+
 def test_wrong_shapes_are_found() -> None:
     layout = AdapterLayout.build(8, SHAPES[:1])
     matrices = torch.zeros(24, 256), torch.zeros(400, 8)

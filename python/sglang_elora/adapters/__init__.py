@@ -21,6 +21,7 @@ __all__ = [
     "read_adapter",
     "served_modules",
     "served_names",
+    "why_not_stacked",
 ]
 
 from sglang_elora.adapters.allowed_sources import AllowedSources
@@ -37,3 +38,4 @@ from sglang_elora.adapters.errors import AdapterError
 from sglang_elora.adapters.folder_scan import FolderScan, FoundAdapter, leads_out
 from sglang_elora.adapters.module_names import EMBEDDING_MODULES, served_names
 from sglang_elora.adapters.remote import is_url
+from sglang_elora.adapters.stacked_shapes import why_not_stacked

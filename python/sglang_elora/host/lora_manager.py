@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -15,7 +15,12 @@ from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.lora.utils import EMBEDDING_NAMES, generate_sequence_lengths
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sglang_elora.adapters import content_digest, read_adapter, served_modules
+from sglang_elora.adapters import (
+    content_digest,
+    read_adapter,
+    served_modules,
+    why_not_stacked,
+)
 from sglang_elora.control import StateMirror
 from sglang_elora.host.lora_backend import MAX_RANK, Graph, PagedLoRABackend
 from sglang_elora.host.lora_pool import PagedLoRAPool
@@ -221,16 +226,24 @@ class EloraLoRAManager(LoRAManager):
         return AdapterSource(uid, name, layout, num_bytes, bool(lora_ref.pinned), read=read)
 
     def _read_image(
-        self, lora_ref: LoRARef, config: LoRAConfig, layout: AdapterLayout
+        self,
+        lora_ref: LoRARef,
+        config: LoRAConfig,
+        layout: AdapterLayout,
+        chunks: Sequence[torch.Tensor],
     ) -> AdapterImage:
-        """The adapter's weights from its file. Runs in a thread of the host tier.
+        """The adapter's weights from its file, written to ``chunks``. Runs in a reader's thread.
 
         Raises:
             AdapterError: It cannot be read, or a weight is NaN or infinite.
-            AdapterChanged: It does not hold what its headers told before.
+            AdapterChanged: Its shapes are not what its headers said when it was loaded.
+            RuntimeError, MemoryError: There is no memory for it, or torch failed otherwise.
         """
         tensors = read_adapter(lora_ref.lora_name, lora_ref.lora_path)
         version = content_digest(tensors)  # of the file: equal on ranks that hold different shards
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if problem := why_not_stacked(shapes, config.r):
+            raise AdapterChanged(f"{_CHANGED} ({problem})")
         adapter = LoRAAdapter(
             lora_ref.lora_id,
             config,
@@ -239,14 +252,17 @@ class EloraLoRAManager(LoRAManager):
             self.lora_backend,
             base_model=self.base_model,
         )
-        try:
+        try:  # shapes were checked when it was loaded, so what fails on them now has changed since
             adapter.initialize_weights_from_tensors(tensors)
-            image = self.memory_pool.image_of(adapter, self.lora_modules, self._shapes, version)
-        except (AssertionError, RuntimeError, ValueError, LookupError) as error:
-            raise AdapterChanged(_CHANGED) from error  # it was checked when it was loaded
-        if image.layout != layout:
-            raise AdapterChanged(_CHANGED)
-        return image
+            if self.memory_pool.layout_of(adapter, self._shapes) != layout:
+                raise AdapterChanged(_CHANGED)
+            return self.memory_pool.image_of(
+                adapter, self.lora_modules, self._shapes, chunks, version
+            )
+        except (AssertionError, ValueError, LookupError) as error:
+            if isinstance(error, AdapterChanged):
+                raise
+            raise AdapterChanged(f"{_CHANGED} ({error})") from error
 
     @contextmanager
     def _forgetting_on_error(self, lora_ref: LoRARef) -> Iterator[None]:

@@ -96,40 +96,42 @@ class PagedLoRAPool(_Shaped):
                     )
         return tuple(shapes[name] for name in sorted(shapes))
 
-    def image_of(
-        self,
-        adapter: LoRAAdapter,
-        modules: Layers,
-        shapes: Sequence[ModuleShape],
-        version: str | None = None,
-    ) -> AdapterImage:
-        """The adapter's weights for this rank, laid out for the pool, in host memory.
-
-        Args:
-            version: As ``AdapterImage.build`` takes it.
-        """
-        rank = adapter.config.r
+    def layout_of(self, adapter: LoRAAdapter, shapes: Sequence[ModuleShape]) -> AdapterLayout:
+        """Where the weights of this adapter lie, by the modules that it has."""
         present = {
             get_target_module_name(name, self.target_modules)
             for layer in adapter.layers
             for name in layer.weights
             if any(target in name for target in self.target_modules)
         }
-        layout = AdapterLayout.build(rank, [shape for shape in shapes if shape.name in present])
-        staging = _Staging(self, rank)
+        return AdapterLayout.build(
+            adapter.config.r, [shape for shape in shapes if shape.name in present]
+        )
+
+    def image_of(
+        self,
+        adapter: LoRAAdapter,
+        modules: Layers,
+        shapes: Sequence[ModuleShape],
+        chunks: Sequence[torch.Tensor] | None = None,
+        version: str | None = None,
+    ) -> AdapterImage:
+        """The adapter's weights for this rank, laid out for the pool, in host memory.
+
+        Args:
+            chunks: Where to: uint8 ``[bytes]`` each, together as long as the image. By default
+                ordinary memory.
+            version: As ``AdapterImage.build`` takes it.
+        """
+        staging = _Staging(self, adapter.config.r)
         staging.load_lora_weight_to_buffer(adapter.uid, 0, adapter, modules, None, None)
 
         def matrices(layer: int, module: str) -> tuple[torch.Tensor, torch.Tensor]:
             return staging.A_buffer[module][layer][0], staging.B_buffer[module][layer][0]
 
+        layout = self.layout_of(adapter, shapes)
         return AdapterImage.build(
-            layout,
-            self.num_layer,
-            matrices,
-            self.dtype,
-            adapter.scaling,
-            pin_memory=self.pin_memory_available,
-            version=version,
+            layout, self.num_layer, matrices, self.dtype, adapter.scaling, chunks, version
         )
 
 

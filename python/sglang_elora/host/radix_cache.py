@@ -26,6 +26,7 @@ from sglang.srt.runtime_context import get_memory
 
 from sglang_elora.config import EloraConfig
 from sglang_elora.host import compatibility
+from sglang_elora.host.adapter_memory import arena_for, position_of
 from sglang_elora.host.admission import Admission
 from sglang_elora.host.full_component import EloraFullComponent
 from sglang_elora.host.kv_events import AdapterEventRecorder, AdapterMoves
@@ -129,7 +130,13 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
         policy = make_policy(config, cache.measure, core)
         core.use_policy(policy, pool_slots=ctx.params.token_to_kv_pool_allocator.size)
         core.keeps_dependency = Term.DEPENDENCY.value not in config.policy_terms_off
-        host = HostTier(int(config.host_gb * 1e9), core.adapter_priority, core.forest.touch)
+        device = str(ctx.params.token_to_kv_pool_allocator.device)
+        host = HostTier(
+            arena_for(manager, int(config.host_gb * 1e9), device),
+            core.adapter_priority,
+            position_of(core.forest),
+            core.forest.touch,
+        )
         residency = Residency(cache, manager.dtype, host, stream)
         manager.bind(residency, cache.measure)
         if config.adapter_events:

@@ -20,7 +20,7 @@ from sglang_elora.host.free_order import FreeOrder
 from sglang_elora.host.ranks import Ranks
 from sglang_elora.host.tree_core import EloraTreeCore
 from sglang_elora.pages import AdapterImage, AdapterLayout, KVPlanes, PagedAdapter
-from sglang_elora.swapper import AdapterCopy, Copied, HostTier
+from sglang_elora.swapper import AdapterCopy, Copied, HostTier, ReadImage
 from sglang_elora.tree import Adapter
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class AdapterSource:
     layout: AdapterLayout
     num_bytes: int  # of its image on this rank
     pinned: bool
-    read: Callable[[], AdapterImage] | None = None
+    read: ReadImage | None = None
     image: AdapterImage | None = None
 
 
@@ -379,13 +379,14 @@ class Residency:
         copy = self.copies.pop(uid)
         node = self.core.node_of(uid)
         self.core.dec_full_pin(node.id)
+        if code != Copied.DONE:
+            self._copy_stream.synchronize()  # nothing reads the image or writes the slots any more
+            copy.synchronize()
         self.host.release(uid)
         self.forest.touch(uid)
         if code == Copied.DONE:
             self.load_s.observe(time.monotonic() - copy.started_s)
             return None
-        self._copy_stream.synchronize()  # nothing writes to these slots any more
-        copy.synchronize()
         result = self.core.displace(uid)
         self.cache._free_values(result.device_frees, result.host_frees)
         return copy.error or RuntimeError("another rank could not copy it")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from sglang_elora.config import EloraConfig
-from sglang_elora.pages import KVPlanes, PageTable
+from sglang_elora.pages import HostArena, KVPlanes, PageTable
 from sglang_elora.platforms.async_device import AsyncDevice, Order
 from sglang_elora.platforms.race_check import Blocks
 
@@ -39,6 +39,7 @@ def use_adversarial_streams(config: EloraConfig) -> None:
     os.environ["SGLANG_ENABLE_WAR_BARRIER"] = "1"  # CUDA's default
     AsyncDevice(Order.RANDOM if name.isdecimal() else Order(name), seed).install(torch.cpu)
     original_table, original_write = PageTable.__init__, KVPlanes._to_slots
+    original_arena = HostArena.__init__
 
     def make_table(self: PageTable, slots: torch.Tensor) -> None:
         self.slots = torch.full_like(slots, -1, dtype=torch.int32)
@@ -64,6 +65,11 @@ def use_adversarial_streams(config: EloraConfig) -> None:
             poison=partial(_poison, rows, slots),
         )
 
+    def make_arena(self: HostArena, *args: Any) -> None:
+        original_arena(self, *args)
+        self.on_freed = lambda memory: memory.fill_(_POISON)
+
+    HostArena.__init__ = make_arena  # type: ignore[method-assign]
     PageTable.__init__ = make_table  # type: ignore[method-assign]
     KVPlanes._to_slots = to_slots  # type: ignore[method-assign]
 

@@ -6,15 +6,29 @@ __all__ = [
     "TILE",
     "AdapterImage",
     "AdapterLayout",
+    "HostArena",
+    "HostBlocks",
+    "HostMemoryFull",
     "KVPlanes",
     "ModulePlace",
     "ModuleShape",
     "PageTable",
     "PagedAdapter",
     "WeightRef",
+    "block_bytes_for",
+    "lazy_memory",
+    "memory_outside",
     "stacked_modules",
 ]
 
+from sglang_elora.pages.host_arena import (
+    HostArena,
+    HostBlocks,
+    HostMemoryFull,
+    block_bytes_for,
+    lazy_memory,
+    memory_outside,
+)
 from sglang_elora.pages.image import AdapterImage
 from sglang_elora.pages.layout import (
     TILE,

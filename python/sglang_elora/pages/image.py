@@ -1,10 +1,11 @@
-"""An adapter's weights as one contiguous copy in host memory, ready to be laid into pages."""
+"""An adapter's weights in host memory, laid out to be copied into pages."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -22,29 +23,65 @@ Matrices = Callable[[int, str], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of whole layers of an image. ``parts`` are uint8, in order; several where the image's
+    memory is not contiguous."""
+
+    num_layers: int
+    parts: tuple[torch.Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def rows(self) -> torch.Tensor:
+        """uint8 ``[num_layers, bytes of a layer]``: a view of one part, a copy of several."""
+        whole = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+        return whole.view(self.num_layers, -1)
+
+    def copy_to(self, rows: torch.Tensor) -> torch.Tensor:
+        """Copy to uint8 ``[num_layers, bytes of a layer]`` on the device, without waiting for it.
+
+        The piece's memory must not change before the copies have run.
+        """
+        flat = rows.view(-1)
+        for part, target in zip(self.parts, flat.split([len(p) for p in self.parts]), strict=True):
+            target.copy_(part, non_blocking=True)
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterImage:
     """One adapter on one tensor-parallel rank.
 
-    ``memory`` is ``[layers, sum of layout.plane_elems]`` of the weights' dtype: each layer holds
-    its planes one after the other, so any run of layers is one piece. ``scaling`` is applied
-    between A and B.
+    ``chunks`` are uint8 and hold, one after the other, ``num_layers`` times the planes of a layer;
+    their borders may lie anywhere (``HostArena`` says why there are several). ``scaling`` is
+    applied between A and B.
 
-    ``pieces`` are runs of layers, uint8 ``[layers, bytes of a layer]``: of one layer at least, else
-    within ``PIECE_BYTES`` and a share of ``1 / MIN_PIECES``. They are made here, once, because each
-    start of a copy reads them on the scheduler's time.
+    ``pieces`` are runs of layers, of one layer at least, and at most ``PIECE_BYTES`` and a share of
+    ``1 / MIN_PIECES``. They are made here, once, because each start of a copy reads them on the
+    scheduler's time.
     """
 
     layout: AdapterLayout
-    memory: torch.Tensor
+    dtype: torch.dtype
+    num_layers: int
+    chunks: tuple[torch.Tensor, ...]
     scaling: float
     version: str  # names the content
     plane_bytes: tuple[int, ...] = field(init=False)  # of one layer
-    pieces: tuple[torch.Tensor, ...] = field(init=False, repr=False)
+    pieces: tuple[Piece, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        plane_bytes = tuple(n * self.memory.itemsize for n in self.layout.plane_elems)
-        layers = min(PIECE_BYTES // sum(plane_bytes), len(self.memory) // MIN_PIECES)
-        pieces = self.memory.view(torch.uint8).split(max(1, layers))
+        plane_bytes = tuple(n * self.dtype.itemsize for n in self.layout.plane_elems)
+        expected = self.num_layers * sum(plane_bytes)
+        assert self.nbytes == expected, f"{self.nbytes} bytes are not {expected}"
+        layers = max(1, min(PIECE_BYTES // sum(plane_bytes), self.num_layers // MIN_PIECES))
+        counts = [
+            min(layers, self.num_layers - first) for first in range(0, self.num_layers, layers)
+        ]
+        cuts = _split(self.chunks, [count * sum(plane_bytes) for count in counts])
+        pieces = tuple(Piece(n, parts) for n, parts in zip(counts, cuts, strict=True))
         object.__setattr__(self, "plane_bytes", plane_bytes)
         object.__setattr__(self, "pieces", pieces)
 
@@ -56,46 +93,88 @@ class AdapterImage:
         matrices: Matrices,
         dtype: torch.dtype,
         scaling: float,
-        *,
-        pin_memory: bool = False,
+        chunks: Sequence[torch.Tensor] | None = None,
         version: str | None = None,
     ) -> AdapterImage:
         """Copy all matrices to their places; padding is zero.
 
         Args:
+            chunks: Where to: uint8 ``[bytes]`` each, together as long as the image. By default
+                ordinary memory.
             version: Names the content; by default a digest of this image.
         """
-        memory = torch.zeros(
-            num_layers, sum(layout.plane_elems), dtype=dtype, pin_memory=pin_memory
-        )
-        for layer in range(num_layers):
-            planes = memory[layer].split(layout.plane_elems)
-            a_plane, b_plane = planes[0], planes[-1]
-            for name, place in layout.places.items():
-                a, b = matrices(layer, name)
-                _put(a_plane, place.a_offset, place.a_stride, a)
-                start = 0
-                for part, out in enumerate(place.shape.out_features):
-                    rows = b[start : start + out].T
-                    _put(b_plane, place.b_offsets[part], place.b_stride(part), rows)
-                    start += out
-                assert a.shape == (place.a_rows, place.shape.in_features), (name, a.shape)
-                assert b.shape == (start, place.rank), (name, b.shape)
-        return cls(layout, memory, scaling, version or _digest(layout, memory, scaling))
+        layer_bytes = sum(layout.plane_elems) * dtype.itemsize
+        if chunks is None:
+            chunks = [torch.empty(num_layers * layer_bytes, dtype=torch.uint8)]
+        digest = hashlib.blake2b(repr((layout.rank, scaling)).encode(), digest_size=16)
+        digest.update(repr(dict(layout.places)).encode())
+        one_layer = torch.zeros(sum(layout.plane_elems), dtype=dtype)
+        layers = _split(chunks, [layer_bytes] * num_layers)
+        for layer, parts in enumerate(layers):
+            _fill(one_layer, layout, partial(matrices, layer))
+            content = one_layer.view(torch.uint8)
+            if version is None:
+                digest.update(content.numpy())
+            for part, source in zip(parts, content.split([len(p) for p in parts]), strict=True):
+                part.copy_(source)
+        version = version or digest.hexdigest()
+        return cls(layout, dtype, num_layers, tuple(chunks), scaling, version)
 
     @property
     def nbytes(self) -> int:
-        return int(self.memory.nbytes)
+        return sum(len(chunk) for chunk in self.chunks)
+
+    def layer(self, index: int) -> torch.Tensor:
+        """The planes of one layer, ``[sum of layout.plane_elems]``, as a copy."""
+        size = sum(self.plane_bytes)
+        return torch.cat(_split(self.chunks, [index * size, size])[1]).view(self.dtype)
+
+    def copied_to(self, chunks: Sequence[torch.Tensor]) -> AdapterImage:
+        """The same image in other memory: uint8 ``[bytes]`` each, together as long as this."""
+        sizes = [len(chunk) for chunk in chunks]
+        for target, parts in zip(chunks, _split(self.chunks, sizes), strict=True):
+            for part, place in zip(parts, target.split([len(p) for p in parts]), strict=True):
+                place.copy_(part)
+        return AdapterImage(
+            self.layout, self.dtype, self.num_layers, tuple(chunks), self.scaling, self.version
+        )
 
 
-def _digest(layout: AdapterLayout, memory: torch.Tensor, scaling: float) -> str:
-    """Equal for equal weights, scaling and layout."""
-    digest = hashlib.blake2b(repr((layout.rank, scaling)).encode(), digest_size=16)
-    digest.update(repr(dict(layout.places)).encode())
-    digest.update(memory.view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _fill(
+    one_layer: torch.Tensor,
+    layout: AdapterLayout,
+    matrices: Callable[[str], tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """Write the matrices of one layer; what lies between them is left as it is."""
+    planes = one_layer.split(layout.plane_elems)
+    a_plane, b_plane = planes[0], planes[-1]
+    for name, place in layout.places.items():
+        a, b = matrices(name)
+        assert a.shape == (place.a_rows, place.shape.in_features), (name, a.shape)
+        assert b.shape == (sum(place.shape.out_features), place.rank), (name, b.shape)
+        _put(a_plane, place.a_offset, place.a_stride, a)
+        for part, rows in enumerate(b.split(place.shape.out_features)):
+            _put(b_plane, place.b_offsets[part], place.b_stride(part), rows.T)
 
 
 def _put(plane: torch.Tensor, offset: int, stride: int, matrix: torch.Tensor) -> None:
     rows, columns = matrix.shape
     plane[offset : offset + rows * stride].view(rows, stride)[:, :columns] = matrix
+
+
+def _split(chunks: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
+    """Views of the chunks, cut into stretches of so many bytes, each of one part or more."""
+    stretches = []
+    index = offset = 0
+    for size in sizes:
+        parts = []
+        while size:
+            assert index < len(chunks), f"{sum(map(len, chunks))} bytes are not {sum(sizes)}"
+            part = chunks[index][offset : offset + size]
+            parts.append(part)
+            size -= len(part)
+            offset += len(part)
+            if offset == len(chunks[index]):
+                index, offset = index + 1, 0
+        stretches.append(tuple(parts))
+    return stretches

@@ -116,11 +116,12 @@ class KVPlanes:
             ValueError: The image does not fit the table or the pool.
         """
         first_layer = 0
-        for memory in image.pieces:
-            num_layers, num_bytes = memory.shape[0], memory.nbytes
+        for piece in image.pieces:
+            num_layers, num_bytes = piece.num_layers, piece.nbytes
             if self.device.type != "cpu":
-                staged = self._staging(num_bytes).view(memory.shape)
-                memory = staged.copy_(memory, non_blocking=True)
+                memory = piece.copy_to(self._staging(num_bytes).view(num_layers, -1))
+            else:
+                memory = piece.rows()
             if first_layer == 0:
                 before_slots()
             self._to_slots(memory, table, image.plane_bytes, first_layer)

@@ -11,8 +11,10 @@ __all__ = [
     "HostTier",
     "HostTierFull",
     "Read",
+    "ReadImage",
 ]
 
 from sglang_elora.swapper.adapter_copy import AdapterCopy, Copied
 from sglang_elora.swapper.expected import MOST_EXPECTED, ORDER_STEPS, Expected
-from sglang_elora.swapper.host_tier import HostTier, HostTierFull, Read
+from sglang_elora.swapper.host_tier import HostTier, HostTierFull
+from sglang_elora.swapper.reading import Read, ReadImage

@@ -3,82 +3,88 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from enum import IntEnum
-from threading import Event
-from typing import Any
 
-from sglang_elora.pages import AdapterImage
-from sglang_elora.tree import LeafOrder
+from sglang_elora.pages import AdapterImage, HostArena, HostBlocks
+from sglang_elora.swapper.idle_images import IdleImages
+from sglang_elora.swapper.reading import NUM_READERS, Read, ReadImage, Reading
 
 logger = logging.getLogger(__name__)
 
-NUM_READERS = 2
-"""Threads that read files. More of them take the interpreter from the scheduler."""
+MOST_OUTSIDE = NUM_READERS
+"""Images outside the arena at a time: of adapters that are larger than what it can hold."""
 
 
 class HostTierFull(ValueError):
     """An adapter that came without a file does not fit into the budget."""
 
 
-class Read(IntEnum):
-    """How far a file has been read. What holds for all ranks is the least of theirs.
-
-    While one rank still reads, no rank acts on the failure of another: to act on it would be to
-    wait for the thread that reads.
-    """
-
-    UNDER_WAY = 0
-    FAILED = 1
-    CANCELLED = 2
-    DONE = 3
-
-
 @dataclass(slots=True, eq=False)
 class _Entry:
     uid: str
     num_bytes: int
-    read: Callable[[], AdapterImage] | None  # None: it came without a file
+    read: ReadImage | None  # None: it came without a file
     image: AdapterImage | None = None
+    blocks: HostBlocks | None = None  # of the image; None: it is outside the arena
     num_holders: int = 0
-    future: Future[AdapterImage | None] | None = None
 
 
 class HostTier:
     """Images of one scheduler's adapters.
 
-    An image is held while it is copied from. Others are dropped, the lowest first, when their sum
-    is above the budget; one that is wanted at that moment stays, so that a budget smaller than one
-    adapter costs a reading of its file per use and no more.
+    Images lie in the blocks of the arena, whose size is the budget. Blocks are reserved when a read
+    is requested, so what is being read counts too, and a reader never waits for memory. If too few
+    are free, idle images are dropped for a request's adapter: those that no request waits for, in
+    the order of ``priority``, then those of later requests in the queue. While that does not free
+    enough, because the rest is copied from or read into, the read is not started; ``request`` is
+    called again in the next step. Until then nothing is started for later requests, so the first
+    request in the queue always gets its adapter in the end.
 
-    Reads are asked for in one order on all tensor-parallel ranks and end in any. ``code`` tells
-    how far one is here; ``settle`` acts on what the ranks have agreed on.
+    An adapter larger than what the arena can hold (any adapter, with a budget of 0) is read into
+    ordinary memory outside of it, at most ``MOST_OUTSIDE`` at a time, and dropped when it has been
+    copied: that costs a reading of its file per use, and the device copies from memory that is not
+    page-locked.
+
+    Reads are requested in one order on all tensor-parallel ranks and end in any. ``code`` tells how
+    far one is here; ``settle`` acts on what the ranks have agreed on. Which blocks are free, what
+    is dropped and which reads start depends on nothing else, so it is equal on all ranks.
 
     Args:
-        budget_bytes: Of all images together.
-        priority: Of an adapter; what is lowest is dropped first, infinity is wanted now.
+        arena: The memory of the images.
+        priority: Of an adapter; the idle image of lowest priority is dropped first. Infinity while
+            a request waits for the adapter.
+        queue_position: Place in the queue of the first request that needs the image; infinity if
+            none does.
         on_moved: Told of an adapter that began to be read, came, or was dropped.
     """
 
     def __init__(
         self,
-        budget_bytes: int,
+        arena: HostArena,
         priority: Callable[[str], float],
+        queue_position: Callable[[str], float] = lambda uid: math.inf,
         on_moved: Callable[[str], None] = lambda uid: None,
     ) -> None:
-        self.budget_bytes = budget_bytes
+        self.arena = arena
         self._on_moved = on_moved
         self.num_bytes = 0
         self._num_images = 0
         self.num_reads = 0
         self.num_dropped = 0
+        self.num_outside = 0  # images so far that were read outside the arena
         self._entries: dict[str, _Entry] = {}
-        self._droppable: LeafOrder[str] = LeafOrder(priority)
-        self._priority = priority
-        self._reading: dict[str, Event] = {}  # set: nobody wants it any more
+        self._removed: dict[str, _Entry] = {}  # unloaded, and copied from
+        self._idle = IdleImages(priority, queue_position)
+        self._queue_position = queue_position
+        self._reading: dict[str, tuple[_Entry, Reading]] = {}
+        self._outside: dict[str, None] = {}  # read there, or being read
+        self._sent_blocks = 0  # that adapters without files take, or wait for
+        self._sent_outside: dict[str, None] = {}  # those that wait for their blocks
         self._never_read: dict[str, None] = {}  # in the order in which they were added
+        self._is_denied = False  # an adapter had to wait for memory in this step
         self._executor: ThreadPoolExecutor | None = None
 
     def __contains__(self, uid: str) -> bool:
@@ -101,40 +107,48 @@ class HostTier:
         self,
         uid: str,
         num_bytes: int,
-        read: Callable[[], AdapterImage] | None = None,
+        read: ReadImage | None = None,
         image: AdapterImage | None = None,
     ) -> None:
-        """Make an adapter known, by its file or by an image that has none.
-
-        Args:
-            read: Reads the file. Runs in a thread; may raise.
+        """Make an adapter known, by its file or by an image that has none, which is copied.
 
         Raises:
             HostTierFull: The image has no file to be read again from, and does not fit beside
                 others of its kind.
         """
         assert (read is None) != (image is None) and uid not in self._entries, uid
-        if image is not None:
-            fixed = sum(e.num_bytes for e in self._entries.values() if e.read is None)
-            if fixed + num_bytes > self.budget_bytes:
-                raise HostTierFull(
-                    f"its {num_bytes} bytes have no file to be read again from, and --elora-host-gb"
-                    f" leaves {self.budget_bytes - fixed} bytes for adapters of that kind: save it"
-                    " as a folder, or raise --elora-host-gb"
-                )
-        self._entries[uid] = _Entry(uid, num_bytes, read)
+        assert uid not in self._removed and uid not in self._reading, uid
         if image is None:
+            self._entries[uid] = _Entry(uid, num_bytes, read)
             self._never_read[uid] = None
-        else:
-            self._take_in(self._entries[uid], image)
+            return
+        left = self.arena.num_blocks - self._sent_blocks
+        if self.arena.blocks_for(num_bytes) > left:
+            raise HostTierFull(
+                f"its {num_bytes} bytes have no file to be read again from, and --elora-host-gb"
+                f" leaves {left * self.arena.block_bytes} bytes for adapters of that kind: save it"
+                " as a folder, or raise --elora-host-gb"
+            )
+        self._sent_blocks += self.arena.blocks_for(num_bytes)
+        entry = self._entries[uid] = _Entry(uid, num_bytes, None)
+        self._sent_outside[uid] = None
+        self._take_in(entry, image, None)
+        self._house_sent()
 
     def remove(self, uid: str) -> None:
         """Forget an adapter. A read that is under way ends as cancelled."""
         entry = self._entries.pop(uid)
         self._never_read.pop(uid, None)
+        self._sent_outside.pop(uid, None)
         self.cancel(uid)
-        self._droppable.discard(uid)
+        if entry.read is None:
+            self._sent_blocks -= self.arena.blocks_for(entry.num_bytes)
         if entry.image is not None:
+            if entry.num_holders:
+                self._removed[uid] = entry
+            else:
+                self._idle.discard(uid)
+                self._free(entry)
             self._num_images -= 1
             self.num_bytes -= entry.num_bytes
             self._on_moved(uid)
@@ -145,49 +159,52 @@ class HostTier:
         return image
 
     def request(self, uid: str) -> None:
-        """Have its file read, unless it is there or under way."""
+        """Have its file read, unless it is there or under way, or there is no room yet.
+
+        For an adapter that no request waits for, there is room if blocks are free.
+        """
         entry = self._entries[uid]
         if entry.image is not None:
             return
         if uid in self._reading:
-            self._reading[uid].clear()
+            self._reading[uid][1].resume()
+            return
+        if self._is_denied or self._sent_outside:
+            return
+        position = self._queue_position(uid)
+        has_room, blocks = self._reserve(entry, position)
+        if not has_room:
+            self._is_denied = position < math.inf
             return
         assert entry.read is not None
         self._never_read.pop(uid, None)
-        cancelled = self._reading[uid] = Event()
         if self._executor is None:
             self._executor = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="adapter-reader")
-        entry.future = self._executor.submit(_read_unless, cancelled, entry.read)
+        reading = Reading(self._executor, entry.read, entry.num_bytes, self.arena, blocks)
+        self._reading[uid] = entry, reading
         self._on_moved(uid)
 
     def read_ahead(self) -> None:
         """Have one file read that never was, while the budget has room for it."""
         uid = next(iter(self._never_read), None)
-        if uid is not None and self.num_bytes + self._entries[uid].num_bytes <= self.budget_bytes:
+        if uid is not None:
             self.request(uid)
 
     def cancel(self, uid: str) -> None:
         """Do not start reading it, if that has not happened."""
         if uid in self._reading:
-            self._reading[uid].set()
+            self._reading[uid][1].cancel()
 
     def code(self, uid: str) -> Read:
         """How far the read is on this rank."""
-        entry = self._entries.get(uid)
-        if entry is None:
-            return Read.CANCELLED
-        assert entry.future is not None
-        if not entry.future.done():
-            return Read.UNDER_WAY
-        if entry.future.exception() is not None:
-            return Read.FAILED
-        return Read.CANCELLED if entry.future.result() is None else Read.DONE
+        entry, reading = self._reading[uid]
+        code = reading.code
+        is_known = self._entries.get(uid) is entry
+        return code if is_known else min(code, Read.CANCELLED)
 
     def image_read(self, uid: str) -> AdapterImage | None:
         """The image of a read that is done on this rank; ``settle`` takes it in."""
-        future = self._entries[uid].future if uid in self._entries else None
-        is_done = future is not None and future.done() and future.exception() is None
-        return future.result() if future is not None and is_done else None
+        return self._reading[uid][1].image if self.code(uid) == Read.DONE else None
 
     def settle(self, uid: str, code: Read) -> AdapterImage | BaseException | None:
         """Act on what all ranks have come to.
@@ -197,77 +214,157 @@ class HostTier:
         """
         if code == Read.UNDER_WAY:
             return None
-        del self._reading[uid]
-        entry = self._entries.get(uid)
-        if entry is None:
+        entry, reading = self._reading.pop(uid)
+        is_known = self._entries.get(uid) is entry
+        self.num_reads += is_known
+        if is_known and code == Read.DONE:
+            self._take_in(entry, reading.image, reading.blocks)
+            self._on_moved(uid)
+            return entry.image
+        if reading.blocks is None:
+            del self._outside[uid]
+        else:
+            self.arena.give_back(reading.blocks)
+        if not is_known:
             return None
         self._on_moved(uid)
-        future, entry.future = entry.future, None
-        assert future is not None
-        self.num_reads += 1
         if code == Read.FAILED:
-            return future.exception() or RuntimeError("another rank could not read it")
-        image = future.result() if code == Read.DONE else None
-        if image is not None:
-            self._take_in(entry, image)
-        return image
+            return reading.error or RuntimeError("another rank could not read it")
+        return None
 
     def hold(self, uid: str) -> AdapterImage:
         """Keep the image until ``release``: it is copied from."""
-        self._entries[uid].num_holders += 1
-        self._droppable.discard(uid)
+        entry = self._entries[uid]
+        entry.num_holders += 1
+        self._idle.discard(uid)
         return self.get(uid)
 
     def release(self, uid: str) -> None:
-        entry = self._entries.get(uid)
+        """No copy reads the image any more, on this rank's device either."""
+        entry = self._entries.get(uid) or self._removed.get(uid)
         if entry is None:  # unloaded meanwhile
             return
         entry.num_holders -= 1
-        if entry.num_holders == 0 and entry.image is not None and entry.read is not None:
-            self._droppable.add(uid)
+        if entry.num_holders:
+            return
+        if self._removed.pop(uid, None) is not None:
+            self._free(entry)
+        elif entry.read is not None:
+            self._idle.add(uid, _num_blocks(entry))
 
     def lower(self, uid: str) -> None:
         """Its priority fell."""
-        self._droppable.lower(uid)
+        self._idle.lower(uid)
 
     def drop_surplus(self) -> None:
-        """Bring the sum back under the budget, as far as nothing is held or wanted."""
-        while self.num_bytes > self.budget_bytes:
-            uid = self._droppable.take_lowest()
-            if uid is None or self._priority(uid) == float("inf"):
-                break
-            self.drop(uid)
-            self.num_dropped += 1
-        self._droppable.give_back()
+        """End a step: drop what is outside the arena and no request needs any more."""
+        self._is_denied = False
+        for uid in [uid for uid in self._outside if uid in self._idle]:
+            if self._queue_position(uid) == math.inf:
+                self._drop_idle(uid)
+        self._house_sent()
 
     def drop(self, uid: str) -> None:
         """Forget an image that nobody holds; the file is read again when it is asked for."""
         entry = self._entries[uid]
         assert entry.image is not None and entry.num_holders == 0 and entry.read is not None, uid
-        self._droppable.discard(uid)
-        entry.image = None
+        self._idle.discard(uid)
+        self._free(entry)
         self._num_images -= 1
         self.num_bytes -= entry.num_bytes
         self._on_moved(uid)
 
     def check_invariants(self) -> None:
         """Raises:
-        AssertionError: The sum is not that of the images, or an image is in the wrong set.
+        AssertionError: A sum is not that of the images, an image is in the wrong set, or blocks
+            of the arena are lost.
         """
         present = [entry for entry in self._entries.values() if entry.image is not None]
         assert self.num_bytes == sum(entry.num_bytes for entry in present), self.num_bytes
         assert self._num_images == len(present), (self._num_images, len(present))
-        droppable = {e.uid for e in present if e.num_holders == 0 and e.read is not None}
-        assert self._droppable == droppable, (set(self._droppable), droppable)
-        self._droppable.check_invariants()
+        idle = [e for e in present if e.num_holders == 0 and e.read is not None]
+        self._idle.check_invariants({e.uid: _num_blocks(e) for e in idle})
+        sent = [entry for entry in present if entry.read is None]
+        assert self._sent_blocks == sum(self.arena.blocks_for(e.num_bytes) for e in sent)
+        assert self._sent_outside.keys() == {e.uid for e in sent if e.blocks is None}
+        files = [e for e in [*present, *self._removed.values()] if e.read is not None]
+        outside = {e.uid for e in files if e.blocks is None}
+        outside |= {uid for uid, (_, reading) in self._reading.items() if reading.blocks is None}
+        assert self._outside.keys() == outside, (self._outside, outside)
+        held = sum(map(_num_blocks, [*present, *self._removed.values()]))
+        held += sum(r.blocks.num_blocks for _, r in self._reading.values() if r.blocks is not None)
+        assert held == self.arena.num_blocks - self.arena.num_free, (held, self.arena.num_free)
+        self.arena.check_invariants()
 
-    def _take_in(self, entry: _Entry, image: AdapterImage) -> None:
-        entry.image = image
+    def _take_in(self, entry: _Entry, image: AdapterImage, blocks: HostBlocks | None) -> None:
+        entry.image, entry.blocks = image, blocks
         self._num_images += 1
         self.num_bytes += entry.num_bytes
-        if entry.read is not None and entry.num_holders == 0:
-            self._droppable.add(entry.uid)
+        if entry.read is not None:
+            self._idle.add(entry.uid, _num_blocks(entry))
+
+    def _free(self, entry: _Entry) -> None:
+        entry.image = None
+        if entry.blocks is None:
+            self._outside.pop(entry.uid, None)
+        else:
+            self.arena.give_back(entry.blocks)
+            entry.blocks = None
+
+    def _reserve(self, entry: _Entry, position: float) -> tuple[bool, HostBlocks | None]:
+        """Whether its file may be read now, and the blocks for it: None outside the arena."""
+        num_blocks = self.arena.blocks_for(entry.num_bytes)
+        if num_blocks > self.arena.num_blocks - self._sent_blocks:
+            return self._reserve_outside(entry, position), None
+        if not self._make_room(num_blocks, position):
+            return False, None
+        return True, self.arena.take(entry.num_bytes)
+
+    def _reserve_outside(self, entry: _Entry, position: float) -> bool:
+        if position == math.inf:
+            return False
+        if len(self._outside) >= MOST_OUTSIDE:
+            last = self._idle.last_of(self._outside, position)
+            if last is None:
+                return False
+            self._drop_idle(last)
+        if not self.num_outside:
+            logger.warning(
+                "--elora-host-gb has no room for an adapter of %d bytes: its like are read from "
+                "their files for each use, and copied from memory that is not page-locked",
+                entry.num_bytes,
+            )
+        self.num_outside += 1
+        self._outside[entry.uid] = None
+        return True
+
+    def _make_room(self, num_blocks: int, position: float) -> bool:
+        """Have so many blocks free, if dropping idle images that no request at this position or an
+        earlier one needs is enough for it; otherwise drop nothing."""
+        missing = num_blocks - self.arena.num_free
+        if missing <= 0:
+            return True
+        victims = self._idle.victims(missing, position)
+        for uid in victims or ():
+            self._drop_idle(uid)
+        return victims is not None
+
+    def _drop_idle(self, uid: str) -> None:
+        self.drop(uid)
+        self.num_dropped += 1
+
+    def _house_sent(self) -> None:
+        """Move images that came without a file into the arena, where their blocks are free now."""
+        for uid in [*self._sent_outside]:
+            entry = self._entries[uid]
+            num_blocks = self.arena.blocks_for(entry.num_bytes)
+            if entry.num_holders or not self._make_room(num_blocks, position=-1):
+                return
+            entry.blocks = self.arena.take(entry.num_bytes)
+            assert entry.image is not None and entry.blocks is not None, uid
+            entry.image = entry.image.copied_to(entry.blocks.chunks)
+            del self._sent_outside[uid]
 
 
-def _read_unless(cancelled: Event, read: Callable[[], Any]) -> Any:
-    return None if cancelled.is_set() else read()
+def _num_blocks(entry: _Entry) -> int:
+    return 0 if entry.blocks is None else entry.blocks.num_blocks

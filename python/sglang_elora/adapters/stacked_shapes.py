@@ -1,0 +1,44 @@
+"""Whether the matrices of an adapter can be stacked as SGLang stacks them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.")
+
+
+def why_not_stacked(shapes: Mapping[str, tuple[int, ...]], rank: int) -> str | None:
+    """What is wrong with stored shapes, told by the first tensor that has it; None if nothing is.
+
+    Each A must be ``[rank, in_features]`` and each B ``[out_features, rank]``, and projections that
+    become one module must read inputs of one size. Whatever else may be wrong with a shape, SGLang
+    asserts; these would be a RuntimeError of torch, as running out of memory is.
+
+    Args:
+        shapes: Of the tensors by their stored names; names without ``.lora_A.`` or ``.lora_B.`` are
+            not looked at.
+    """
+    widths: dict[str, tuple[str, int]] = {}
+    for name, shape in shapes.items():
+        match = _FACTOR.match(name)
+        if match is None:
+            continue
+        is_a = match["factor"] == "A"
+        if len(shape) != 2 or shape[0 if is_a else 1] != rank:
+            return f"{name!r} has shape {shape}, and the adapter's rank is {rank}"
+        if is_a:
+            first, width = widths.setdefault(_fused(match["module"]), (name, shape[1]))
+            if width != shape[1]:
+                return f"{name!r} has shape {shape}, and {first!r} has {width} columns"
+    return None
+
+
+def _fused(module: str) -> str:
+    """One name for the projections of a layer that are stacked into one module."""
+    parent, _, leaf = module.rpartition(".")
+    for group in _FUSED:
+        if leaf in group:
+            return f"{parent}.{group[0]}"
+    return module
