@@ -69,7 +69,7 @@ def use_adversarial_streams(config: EloraConfig) -> None:
         original_arena(self, *args)
         self.on_freed = lambda memory: memory.fill_(_POISON)
 
-    HostArena.__init__ = make_arena  # type: ignore[method-assign]
+    HostArena.__init__ = make_arena  # type: ignore[method-assign,assignment]
     PageTable.__init__ = make_table  # type: ignore[method-assign]
     KVPlanes._to_slots = to_slots  # type: ignore[method-assign]
 
