@@ -68,7 +68,7 @@ class FreeOrder:
             return slots
 
         def forgetting_clear() -> None:
-            self._marks.clear()  # the queue begins anew
+            self._marks.clear()  # it fills the queue in another order
             clear()
 
         allocator.alloc, allocator.clear = counted_alloc, forgetting_clear

@@ -300,10 +300,10 @@ class Residency:
         Raises nothing, so that no resource is taken without a copy that accounts for it: a copy
         that could not be queued says so by its ``error``.
         """
-        failure = None
+        failure: Exception | None = None
         try:
             slots = slots.clone()  # the allocator's are a view of its whole free list
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             failure = error
         self.core.inc_full_pin(self.core.node_of(uid).id)
         self.core.place(uid, slots)

@@ -42,7 +42,7 @@ class AdapterCopy:
     pieces: list[tuple[int, StreamEvent]] = field(default_factory=list)
     error: Exception | None = None
     confirmed: bool = False  # every rank has queued it: only then may a batch run with it
-    launches_before: int = 0  # batches launched before it was started; set by the swapper
+    launches_before: int = 0  # batches launched before it was started; set by its owner
     started_s: float = field(default_factory=time.monotonic)
 
     @property
