@@ -253,16 +253,12 @@ FP8 = torch.float8_e4m3fn
 def paged_world(page_size: int, kv_dtype: torch.dtype) -> World:
     """Weights are 3.4e38 in float32, whose bytes 0x7f are NaN in float8_e4m3fn."""
     made = world(page_size=page_size, kv_dtype=kv_dtype)
-    memory = made.host.get(uid(0)).memory
-    image = AdapterImage(
-        made.host.get(uid(0)).layout,
-        torch.full_like(memory.view(torch.uint8), 0x7F).view(memory.dtype),
-        1.0,
-        "large",
-    )
+    like = made.host.get(uid(0))
+    large = torch.full((like.nbytes,), 0x7F, dtype=torch.uint8)
+    image = AdapterImage(like.layout, like.dtype, like.num_layers, (large,), 1.0, "large")
     source = AdapterSource("large", "large", image.layout, image.nbytes, False, image=image)
     made.residency.register(source)
-    assert image.memory.isfinite().all()
+    assert all(chunk.view(image.dtype).isfinite().all() for chunk in image.chunks)
     return made
 
 
