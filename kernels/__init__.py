@@ -22,6 +22,7 @@ __all__ = [
     "page_copy",
     "record_ints",
     "shrink_config",
+    "tuned_tile_counts",
 ]
 
 from sglang_elora.kernels.batch_tables import (
@@ -36,6 +37,7 @@ from sglang_elora.kernels.launch_configs import (
     ShrinkConfig,
     expand_config,
     shrink_config,
+    tuned_tile_counts,
 )
 from sglang_elora.kernels.lora_expand import lora_expand
 from sglang_elora.kernels.lora_shrink import lora_shrink

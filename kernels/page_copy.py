@@ -23,10 +23,12 @@ class PoolPlanes:
     Args:
         addresses: int64 ``[layers, planes]`` on the device, of tensors ``[slots, slot_bytes]``.
         slot_bytes: Bytes of a slot in one plane of one layer.
+        alignment: Bytes that each slot's address is a multiple of, at most 16.
     """
 
     addresses: torch.Tensor
     slot_bytes: int
+    alignment: int
 
     @classmethod
     def of(cls, planes: Sequence[Sequence[torch.Tensor]]) -> PoolPlanes:
@@ -35,7 +37,9 @@ class PoolPlanes:
         addresses = [
             [tensor.data_ptr() for tensor in layers] for layers in zip(*planes, strict=True)
         ]
-        return cls(torch.tensor(addresses, device=first.device), first[0].nbytes)
+        slot_bytes = first[0].nbytes
+        alignment = math.gcd(16, slot_bytes, *(begin for layer in addresses for begin in layer))
+        return cls(torch.tensor(addresses, device=first.device), slot_bytes, alignment)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +188,7 @@ def _job(copy: Contiguous, word: int) -> list[int]:
 
 def _alignment(pool: PoolPlanes, copies: Sequence[Contiguous]) -> int:
     """Bytes that all sizes and addresses are multiples of, at most what one load takes."""
-    sizes = [pool.slot_bytes]
+    sizes = [pool.alignment]
     for copy in copies:
         sizes += [copy.memory.data_ptr(), copy.memory.stride(0), *copy.plane_bytes]
-    return math.gcd(16, *sizes)
+    return math.gcd(*sizes)

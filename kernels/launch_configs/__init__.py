@@ -77,6 +77,16 @@ def expand_config(
     return ExpandConfig(**_nearest(_entries(device)["expand"], shape))
 
 
+def tuned_tile_counts(device: torch.device) -> list[int]:
+    """Numbers of tiles by which every configuration is found that any number of tiles has.
+
+    Distances grow alike on both sides of each entry, so an entry that is not the nearest at its own
+    number of tiles is the nearest nowhere.
+    """
+    entries = _entries(device)
+    return sorted({e["shape"]["num_tiles"] for half in entries.values() for e in half})
+
+
 def file_name(device: torch.device) -> str:
     """Of the configurations for a device, if it has been tuned."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -57,13 +57,21 @@ class KVPlanes:
     Args:
         planes: Per plane, per layer: a contiguous tensor ``[slots, ...]``.
         weight_dtype: Of the adapters.
+        use_kernels: Whether ``write`` copies by a kernel, through a staging buffer. None: unless
+            the pool is in a CPU's memory.
 
     Raises:
         ValueError: A tensor is not contiguous, slots differ in size, planes differ in layers, or
             a slot does not hold a whole number of weights.
     """
 
-    def __init__(self, planes: Sequence[Sequence[torch.Tensor]], weight_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        planes: Sequence[Sequence[torch.Tensor]],
+        weight_dtype: torch.dtype,
+        *,
+        use_kernels: bool | None = None,
+    ) -> None:
         sizes = {tensor[0].nbytes for plane in planes for tensor in plane}
         layers = {len(plane) for plane in planes}
         if len(sizes) != 1 or len(layers) != 1:
@@ -87,6 +95,7 @@ class KVPlanes:
         self.num_planes = len(planes)
         self._planes = [[self._as_weights(tensor) for tensor in plane] for plane in planes]
         self.device = self._planes[0][0].device
+        self._use_kernels = self.device.type != "cpu" if use_kernels is None else use_kernels
         self._staging_buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
 
     def plane(self, plane: int, layer: int) -> torch.Tensor:
@@ -118,7 +127,7 @@ class KVPlanes:
         first_layer = 0
         for memory in image.pieces:
             num_layers, num_bytes = memory.shape[0], memory.nbytes
-            if self.device.type != "cpu":
+            if self._use_kernels:
                 staged = self._staging(num_bytes).view(memory.shape)
                 memory = staged.copy_(memory, non_blocking=True)
             if first_layer == 0:
@@ -130,7 +139,7 @@ class KVPlanes:
     def _to_slots(
         self, memory: torch.Tensor, table: PageTable, plane_bytes: tuple[int, ...], first_layer: int
     ) -> None:
-        if self.device.type != "cpu":
+        if self._use_kernels:
             copy = Contiguous(memory, table.slots, plane_bytes)
             page_copy(self._pool_planes, [copy], to_pool=True, first_layer=first_layer)
             return
@@ -139,15 +148,14 @@ class KVPlanes:
         reference.page_copy(planes, memory, table.slots, plane_bytes, to_pool=True)
 
     def warm_up(self) -> None:
-        """Have what the first ``write`` needs: the kernel compiled, the staging buffer there."""
-        if self.device.type == "cpu":
+        """Compile the kernel that ``write`` launches, with the arguments' alignment in ``write``."""
+        if not self._use_kernels:
             return
-        nothing = torch.empty(self.num_layers, 0, dtype=torch.uint8, device=self.device)
+        nothing = self._staging(16 * self.num_layers).view(self.num_layers, 16)[:, :0]
         table = torch.empty(0, dtype=torch.int32, device=self.device)
         page_copy(
             self._pool_planes, [Contiguous(nothing, table, (0,) * self.num_planes)], to_pool=True
         )
-        self._staging(PIECE_BYTES)
 
     @cached_property
     def _pool_planes(self) -> PoolPlanes:
