@@ -17,6 +17,7 @@ __all__ = [
     "StackedModule",
     "adapter_record",
     "expand_config",
+    "job_ints",
     "lora_expand",
     "lora_shrink",
     "page_copy",
@@ -41,5 +42,5 @@ from sglang_elora.kernels.launch_configs import (
 )
 from sglang_elora.kernels.lora_expand import lora_expand
 from sglang_elora.kernels.lora_shrink import lora_shrink
-from sglang_elora.kernels.page_copy import Contiguous, PoolPlanes, page_copy
+from sglang_elora.kernels.page_copy import Contiguous, PoolPlanes, job_ints, page_copy
 from sglang_elora.kernels.stacked_module import StackedModule

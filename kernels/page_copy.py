@@ -127,6 +127,7 @@ def page_copy(
     *,
     to_pool: bool,
     first_layer: int = 0,
+    jobs: torch.Tensor | None = None,
 ) -> None:
     """Copy adapters or KV into their slots, or out of them. One launch, on the current stream.
 
@@ -137,6 +138,8 @@ def page_copy(
         copies: All of as many layers as the first.
         to_pool: Into the slots; otherwise out of them.
         first_layer: The pool's layer that the memory's first one belongs to.
+        jobs: int64 ``[copies, job_ints(planes)]`` on the device, which the kernel reads its work
+            from: overwritten on the current stream. None: new memory.
 
     Raises:
         ValueError: Sizes do not agree.
@@ -152,9 +155,12 @@ def page_copy(
         copy.check(pool, num_layers)
     alignment = _alignment(pool, copies)
     word = min(alignment, 4)
-    jobs = torch.tensor(
+    described = torch.tensor(
         [_job(copy, word) for copy in copies], pin_memory=pool.addresses.is_cuda
-    ).to(pool.addresses.device, non_blocking=True)
+    )
+    if jobs is None:
+        jobs = torch.empty_like(described, device=pool.addresses.device)
+    jobs.copy_(described, non_blocking=True)
     longest = max(max(copy.plane_bytes) for copy in copies) // word
     slot_words = pool.slot_bytes // word
     num_blocks = max(1, triton.cdiv(longest, _BLOCK_WORDS))
@@ -174,6 +180,11 @@ def page_copy(
         TO_POOL=to_pool,
         num_warps=4,
     )
+
+
+def job_ints(num_planes: int) -> int:
+    """How many int64 describe a copy to the kernel."""
+    return JOB_INTS + 2 * num_planes
 
 
 def _job(copy: Contiguous, word: int) -> list[int]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 
-from sglang_elora.kernels import Contiguous, PoolPlanes, page_copy, reference
+from sglang_elora.kernels import Contiguous, PoolPlanes, job_ints, page_copy, reference
 from sglang_elora.pages.image import PIECE_BYTES, AdapterImage
 
 
@@ -96,7 +97,6 @@ class KVPlanes:
         self._planes = [[self._as_weights(tensor) for tensor in plane] for plane in planes]
         self.device = self._planes[0][0].device
         self._use_kernels = self.device.type != "cpu" if use_kernels is None else use_kernels
-        self._staging_buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
 
     def plane(self, plane: int, layer: int) -> torch.Tensor:
         """``[slots, slot_elems]`` of the weights' dtype; plane -1 is B's."""
@@ -112,9 +112,10 @@ class KVPlanes:
     ) -> None:
         """Copy an adapter into its slots, all layers and planes, on the current stream.
 
-        What the image leaves of the last slots keeps its content. On a GPU it passes through a
-        staging buffer, so many layers at a time as that holds: the host is not waited for, and its
-        memory must not change before the copies have run.
+        What the image leaves of the last slots keeps its content. On a GPU the image passes through
+        a staging buffer of a fixed size. The call does not wait for the copies: the image must not
+        change before they have run, and the next call must be on the same stream or wait for them.
+        After ``warm_up`` no memory is allocated on the device, where the pool may have taken all.
 
         Args:
             before_slots: Called before the first slot is written; what is to be waited for before
@@ -125,51 +126,65 @@ class KVPlanes:
             ValueError: The image does not fit the table or the pool.
         """
         first_layer = 0
+        has_begun = False
         for memory in image.pieces:
-            num_layers, num_bytes = memory.shape[0], memory.nbytes
-            if self._use_kernels:
-                staged = self._staging(num_bytes).view(memory.shape)
-                memory = staged.copy_(memory, non_blocking=True)
-            if first_layer == 0:
-                before_slots()
-            self._to_slots(memory, table, image.plane_bytes, first_layer)
-            first_layer += num_layers
-            after_piece(first_layer, num_bytes)
+            for part in self._parts(Contiguous(memory, table.slots, image.plane_bytes)):
+                if self._use_kernels:
+                    staged = self._staging[: part.memory.nbytes].view(part.memory.shape)
+                    part = replace(part, memory=staged.copy_(part.memory, non_blocking=True))
+                if not has_begun:
+                    before_slots()
+                    has_begun = True
+                self._to_slots(part, first_layer)
+            first_layer += len(memory)
+            after_piece(first_layer, memory.nbytes)
 
-    def _to_slots(
-        self, memory: torch.Tensor, table: PageTable, plane_bytes: tuple[int, ...], first_layer: int
-    ) -> None:
-        if self._use_kernels:
-            copy = Contiguous(memory, table.slots, plane_bytes)
-            page_copy(self._pool_planes, [copy], to_pool=True, first_layer=first_layer)
+    def _parts(self, copy: Contiguous) -> Iterator[Contiguous]:
+        """The copy, in parts that the staging buffer holds.
+
+        Only a single layer can be larger than the buffer. Its parts are runs of one plane's slots.
+        """
+        if copy.memory.nbytes <= PIECE_BYTES:
+            yield copy
             return
-        layers = slice(first_layer, first_layer + len(memory))
+        num_slots = PIECE_BYTES // self.slot_bytes
+        part_bytes = num_slots * self.slot_bytes
+        for plane, memory in enumerate(copy.memory.split(copy.plane_bytes, dim=1)):
+            for i, part in enumerate(memory.split(part_bytes, dim=1)):
+                plane_bytes = [0] * self.num_planes
+                plane_bytes[plane] = part.nbytes
+                slots = copy.table[i * num_slots : (i + 1) * num_slots]
+                yield Contiguous(part, slots, tuple(plane_bytes))
+
+    def _to_slots(self, copy: Contiguous, first_layer: int) -> None:
+        if self._use_kernels:
+            pool, jobs = self._pool_planes, self._jobs
+            page_copy(pool, [copy], to_pool=True, first_layer=first_layer, jobs=jobs)
+            return
+        layers = slice(first_layer, first_layer + len(copy.memory))
         planes = [[rows.view(torch.uint8) for rows in plane[layers]] for plane in self._planes]
-        reference.page_copy(planes, memory, table.slots, plane_bytes, to_pool=True)
+        reference.page_copy(planes, copy.memory, copy.table, copy.plane_bytes, to_pool=True)
 
     def warm_up(self) -> None:
-        """Compile the kernel that ``write`` launches, with the arguments' alignment in ``write``."""
+        """Allocate what ``write`` needs, and compile its kernel for arguments aligned as there."""
         if not self._use_kernels:
             return
-        nothing = self._staging(16 * self.num_layers).view(self.num_layers, 16)[:, :0]
+        nothing = self._staging[: 16 * self.num_layers].view(self.num_layers, 16)[:, :0]
         table = torch.empty(0, dtype=torch.int32, device=self.device)
-        page_copy(
-            self._pool_planes, [Contiguous(nothing, table, (0,) * self.num_planes)], to_pool=True
-        )
+        self._to_slots(Contiguous(nothing, table, (0,) * self.num_planes), 0)
 
     @cached_property
     def _pool_planes(self) -> PoolPlanes:
         return PoolPlanes.of(self._planes)
 
-    def _staging(self, num_bytes: int) -> torch.Tensor:
-        """uint8 ``[num_bytes]`` on the device, the same memory at every call."""
-        if num_bytes > len(self._staging_buffer):
-            if self._staging_buffer.is_cuda:  # it may still be read, and is another stream's
-                self._staging_buffer.record_stream(torch.cuda.current_stream())
-            self._staging_buffer = torch.empty(
-                max(num_bytes, PIECE_BYTES), dtype=torch.uint8, device=self.device
-            )
-        return self._staging_buffer[:num_bytes]
+    @cached_property
+    def _staging(self) -> torch.Tensor:
+        return torch.empty(PIECE_BYTES, dtype=torch.uint8, device=self.device)
+
+    @cached_property
+    def _jobs(self) -> torch.Tensor:
+        ints = job_ints(self.num_planes)
+        return torch.empty(1, ints, dtype=torch.int64, device=self.device)
 
     def _as_weights(self, tensor: torch.Tensor) -> torch.Tensor:
         rows = tensor.view(len(tensor), -1).view(torch.uint8)
