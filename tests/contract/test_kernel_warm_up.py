@@ -6,16 +6,19 @@ and constants.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from sglang_elora.kernels import launch_configs
 from sglang_elora.pages import (
     AdapterImage,
     AdapterLayout,
@@ -168,6 +171,26 @@ def test_lora_kernels_of_any_batch_are_compiled_by_warm_up(serve: Any, name: str
         assert {kernel for kernel, _ in warm} == {"lora_shrink", "lora_expand", "page_copy"}
         all_batches(server)
         assert server.launches.keys == warm  # and warm-up compiles nothing that batches never use
+
+
+@pytest.mark.parametrize(
+    ("dtype", "file"), [(torch.bfloat16, "default.json"), (torch.float32, "float32.json")]
+)
+def test_configurations_are_those_of_the_weights_dtype(
+    serve: Any, dtype: torch.dtype, file: str
+) -> None:
+    """float32 tiles of the other file's size do not fit a GPU's registers."""
+    entries = json.loads((Path(launch_configs.__file__).parent / file).read_text())
+    server = serve(2, dtype=dtype)
+    server.backend.warm_up(server.planes)
+    for half, block in (("shrink", "BLOCK_K"), ("expand", "BLOCK_N")):
+        launched = {
+            arguments[block]
+            for name, arguments in server.launches.arguments
+            if name == f"lora_{half}"
+        }
+        configured = {entry["launch"][block.lower()] for entry in entries[half]}
+        assert launched and launched <= configured
 
 
 @pytest.mark.parametrize("rank", RANKS)

@@ -181,7 +181,7 @@ class EloraTritonBackend(PagedLoRABackend):
             tables = self._tables(1, 1, tile_rows)
             x = torch.zeros(1, module.in_features, dtype=self._dtype, device=self.device)
             output, width = x.new_zeros(1, sum(module.out_features)), module.inner_width(1)
-            for tiles in tuned_tile_counts(self.device):
+            for tiles in tuned_tile_counts(self.device, self._dtype):
                 shrink = self._shrink_config(module, tables, tiles)
                 expand = self._expand_config(module, tables, tiles)
                 inner = lora_shrink(x, a, tables, module, width=width, num_tiles=1, config=shrink)
@@ -191,13 +191,15 @@ class EloraTritonBackend(PagedLoRABackend):
         self, module: StackedModule, tables: BatchTables, num_tiles: int
     ) -> ShrinkConfig:
         tiles = DETERMINISTIC_TILES if self._deterministic else num_tiles
-        return shrink_config(self.device, tables.tile_rows, tiles, module.in_features)
+        return shrink_config(self.device, tables.tile_rows, tiles, module.in_features, self._dtype)
 
     def _expand_config(
         self, module: StackedModule, tables: BatchTables, num_tiles: int
     ) -> ExpandConfig:
         tiles = DETERMINISTIC_TILES if self._deterministic else num_tiles
-        return expand_config(self.device, tables.tile_rows, tiles, sum(module.out_features))
+        return expand_config(
+            self.device, tables.tile_rows, tiles, sum(module.out_features), self._dtype
+        )
 
     @property
     def _batch(self) -> LaunchedBatch:
