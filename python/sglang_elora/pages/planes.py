@@ -126,18 +126,33 @@ class KVPlanes:
             ValueError: The image does not fit the table or the pool.
         """
         first_layer = 0
-        has_begun = False
         for memory in image.pieces:
-            for part in self._parts(Contiguous(memory, table.slots, image.plane_bytes)):
-                if self._use_kernels:
-                    staged = self._staging[: part.memory.nbytes].view(part.memory.shape)
-                    part = replace(part, memory=staged.copy_(part.memory, non_blocking=True))
-                if not has_begun:
-                    before_slots()
-                    has_begun = True
-                self._to_slots(part, first_layer)
+            before = before_slots if first_layer == 0 else lambda: None
+            if self._use_kernels:
+                copy = Contiguous(memory, table.slots, image.plane_bytes)
+                self._copy_staged(copy, first_layer, before)
+            else:
+                before()
+                self._to_slots(memory, table, image.plane_bytes, first_layer)
             first_layer += len(memory)
             after_piece(first_layer, memory.nbytes)
+
+    def _to_slots(
+        self, memory: torch.Tensor, table: PageTable, plane_bytes: tuple[int, ...], first_layer: int
+    ) -> None:
+        layers = slice(first_layer, first_layer + len(memory))
+        planes = [[rows.view(torch.uint8) for rows in plane[layers]] for plane in self._planes]
+        reference.page_copy(planes, memory, table.slots, plane_bytes, to_pool=True)
+
+    def _copy_staged(
+        self, copy: Contiguous, first_layer: int, before_slots: Callable[[], None]
+    ) -> None:
+        for i, part in enumerate(self._parts(copy)):
+            staged = self._staging[: part.memory.nbytes].view(part.memory.shape)
+            staged.copy_(part.memory, non_blocking=True)
+            if i == 0:
+                before_slots()
+            self._launch(replace(part, memory=staged), first_layer)
 
     def _parts(self, copy: Contiguous) -> Iterator[Contiguous]:
         """The copy, in parts that the staging buffer holds.
@@ -156,14 +171,9 @@ class KVPlanes:
                 slots = copy.table[i * num_slots : (i + 1) * num_slots]
                 yield Contiguous(part, slots, tuple(plane_bytes))
 
-    def _to_slots(self, copy: Contiguous, first_layer: int) -> None:
-        if self._use_kernels:
-            pool, jobs = self._pool_planes, self._jobs
-            page_copy(pool, [copy], to_pool=True, first_layer=first_layer, jobs=jobs)
-            return
-        layers = slice(first_layer, first_layer + len(copy.memory))
-        planes = [[rows.view(torch.uint8) for rows in plane[layers]] for plane in self._planes]
-        reference.page_copy(planes, copy.memory, copy.table, copy.plane_bytes, to_pool=True)
+    def _launch(self, copy: Contiguous, first_layer: int) -> None:
+        pool, jobs = self._pool_planes, self._jobs
+        page_copy(pool, [copy], to_pool=True, first_layer=first_layer, jobs=jobs)
 
     def warm_up(self) -> None:
         """Allocate what ``write`` needs, and compile its kernel for arguments aligned as there."""
@@ -171,7 +181,7 @@ class KVPlanes:
             return
         nothing = self._staging[: 16 * self.num_layers].view(self.num_layers, 16)[:, :0]
         table = torch.empty(0, dtype=torch.int32, device=self.device)
-        self._to_slots(Contiguous(nothing, table, (0,) * self.num_planes), 0)
+        self._launch(Contiguous(nothing, table, (0,) * self.num_planes), 0)
 
     @cached_property
     def _pool_planes(self) -> PoolPlanes:
