@@ -17,11 +17,13 @@ __all__ = [
     "StackedModule",
     "adapter_record",
     "expand_config",
+    "job_ints",
     "lora_expand",
     "lora_shrink",
     "page_copy",
     "record_ints",
     "shrink_config",
+    "tuned_tile_counts",
 ]
 
 from sglang_elora.kernels.batch_tables import (
@@ -36,8 +38,9 @@ from sglang_elora.kernels.launch_configs import (
     ShrinkConfig,
     expand_config,
     shrink_config,
+    tuned_tile_counts,
 )
 from sglang_elora.kernels.lora_expand import lora_expand
 from sglang_elora.kernels.lora_shrink import lora_shrink
-from sglang_elora.kernels.page_copy import Contiguous, PoolPlanes, page_copy
+from sglang_elora.kernels.page_copy import Contiguous, PoolPlanes, job_ints, page_copy
 from sglang_elora.kernels.stacked_module import StackedModule

@@ -17,6 +17,10 @@ FIRST, END, RANK, SCALING, OFFSETS = 2, 3, 4, 5, 6
 """Of a record, in int32: behind the address of the page table (two) the first and last + 1 index
 into rows, the adapter's rank and scaling (float bits), then per module the offsets of A and B."""
 
+ALIGNED_INTS = 4
+"""``rows`` begins at a multiple of this many int32, 16 bytes. Triton compiles a kernel once for
+pointers that are multiples of 16 and once for others; all tables share one compiled kernel."""
+
 MISSING = -1  # offset of a module that an adapter does not have
 
 
@@ -112,10 +116,11 @@ class BatchTables:
         self.num_tiles = 0  # of the batch loaded last
         self.record_ints = record_ints(num_modules)
         self.max_tiles = max_tiles(max_rows, max_adapters, tile_rows)
-        self._rows_begin = self.max_tiles * self.record_ints
+        tiles_end = self.max_tiles * self.record_ints
+        self._rows_begin = -(-tiles_end // ALIGNED_INTS) * ALIGNED_INTS
         self._buffer = torch.zeros(self._rows_begin + max_rows, dtype=torch.int32, device=device)
-        self.tiles = self._buffer[: self._rows_begin].view(-1, self.record_ints)
-        self.addresses = self._buffer[: self._rows_begin].view(torch.int64)
+        self.tiles = self._buffer[:tiles_end].view(-1, self.record_ints)
+        self.addresses = self._buffer[:tiles_end].view(torch.int64)
         self.rows = self._buffer[self._rows_begin :]
 
     def load(self, batch: Batch) -> None:

@@ -23,10 +23,12 @@ class PoolPlanes:
     Args:
         addresses: int64 ``[layers, planes]`` on the device, of tensors ``[slots, slot_bytes]``.
         slot_bytes: Bytes of a slot in one plane of one layer.
+        alignment: Bytes that each slot's address is a multiple of, at most 16.
     """
 
     addresses: torch.Tensor
     slot_bytes: int
+    alignment: int
 
     @classmethod
     def of(cls, planes: Sequence[Sequence[torch.Tensor]]) -> PoolPlanes:
@@ -35,7 +37,9 @@ class PoolPlanes:
         addresses = [
             [tensor.data_ptr() for tensor in layers] for layers in zip(*planes, strict=True)
         ]
-        return cls(torch.tensor(addresses, device=first.device), first[0].nbytes)
+        slot_bytes = first[0].nbytes
+        alignment = math.gcd(16, slot_bytes, *(begin for layer in addresses for begin in layer))
+        return cls(torch.tensor(addresses, device=first.device), slot_bytes, alignment)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,7 @@ def page_copy(
     *,
     to_pool: bool,
     first_layer: int = 0,
+    jobs: torch.Tensor | None = None,
 ) -> None:
     """Copy adapters or KV into their slots, or out of them. One launch, on the current stream.
 
@@ -133,6 +138,8 @@ def page_copy(
         copies: All of as many layers as the first.
         to_pool: Into the slots; otherwise out of them.
         first_layer: The pool's layer that the memory's first one belongs to.
+        jobs: int64 ``[copies, job_ints(planes)]`` on the device, which the kernel reads its work
+            from: overwritten on the current stream. None: new memory.
 
     Raises:
         ValueError: Sizes do not agree.
@@ -148,9 +155,12 @@ def page_copy(
         copy.check(pool, num_layers)
     alignment = _alignment(pool, copies)
     word = min(alignment, 4)
-    jobs = torch.tensor(
+    described = torch.tensor(
         [_job(copy, word) for copy in copies], pin_memory=pool.addresses.is_cuda
-    ).to(pool.addresses.device, non_blocking=True)
+    )
+    if jobs is None:
+        jobs = torch.empty_like(described, device=pool.addresses.device)
+    jobs.copy_(described, non_blocking=True)
     longest = max(max(copy.plane_bytes) for copy in copies) // word
     slot_words = pool.slot_bytes // word
     num_blocks = max(1, triton.cdiv(longest, _BLOCK_WORDS))
@@ -172,6 +182,11 @@ def page_copy(
     )
 
 
+def job_ints(num_planes: int) -> int:
+    """How many int64 describe a copy to the kernel."""
+    return JOB_INTS + 2 * num_planes
+
+
 def _job(copy: Contiguous, word: int) -> list[int]:
     """A copy as the kernel reads it, sizes in words."""
     job = [copy.memory.data_ptr(), copy.table.data_ptr(), copy.memory.stride(0) // word]
@@ -184,7 +199,7 @@ def _job(copy: Contiguous, word: int) -> list[int]:
 
 def _alignment(pool: PoolPlanes, copies: Sequence[Contiguous]) -> int:
     """Bytes that all sizes and addresses are multiples of, at most what one load takes."""
-    sizes = [pool.slot_bytes]
+    sizes = [pool.alignment]
     for copy in copies:
         sizes += [copy.memory.data_ptr(), copy.memory.stride(0), *copy.plane_bytes]
-    return math.gcd(16, *sizes)
+    return math.gcd(*sizes)

@@ -2,6 +2,10 @@
 
 A file ``<name of the GPU>.json`` holds, per kernel, configurations with the shape each was tuned
 for. The one nearest to a launch's shape is taken. ``default.json`` serves GPUs without a file.
+
+These are for weights of two bytes, which tensor cores multiply. float32 weights are multiplied
+exactly, from registers, where tiles of the same size do not fit: ``float32.json`` has smaller ones,
+for all GPUs.
 """
 
 from __future__ import annotations
@@ -56,11 +60,15 @@ class ExpandConfig:
 
 @cache
 def shrink_config(
-    device: torch.device, tile_rows: int, num_tiles: int, in_features: int
+    device: torch.device,
+    tile_rows: int,
+    num_tiles: int,
+    in_features: int,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> ShrinkConfig:
-    """The configuration tuned for the nearest shape."""
+    """The configuration tuned for the nearest shape; ``dtype`` of the weights."""
     shape = {"tile_rows": tile_rows, "num_tiles": num_tiles, "features": in_features}
-    config = ShrinkConfig(**_nearest(_entries(device)["shrink"], shape))
+    config = ShrinkConfig(**_nearest(_entries(device, dtype)["shrink"], shape))
     most = max(1, -(-in_features // config.block_k))
     if config.num_splits <= most:
         return config
@@ -70,11 +78,30 @@ def shrink_config(
 
 @cache
 def expand_config(
-    device: torch.device, tile_rows: int, num_tiles: int, out_features: int
+    device: torch.device,
+    tile_rows: int,
+    num_tiles: int,
+    out_features: int,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> ExpandConfig:
-    """The configuration tuned for the nearest shape; ``out_features`` of all parts together."""
+    """The configuration tuned for the nearest shape.
+
+    Args:
+        out_features: Of all parts together.
+        dtype: Of the weights.
+    """
     shape = {"tile_rows": tile_rows, "num_tiles": num_tiles, "features": out_features}
-    return ExpandConfig(**_nearest(_entries(device)["expand"], shape))
+    return ExpandConfig(**_nearest(_entries(device, dtype)["expand"], shape))
+
+
+def tuned_tile_counts(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[int]:
+    """Numbers of tiles by which every configuration is found that any number of tiles has.
+
+    Distances grow alike on both sides of each entry, so an entry that is not the nearest at its own
+    number of tiles is the nearest nowhere.
+    """
+    entries = _entries(device, dtype)
+    return sorted({e["shape"]["num_tiles"] for half in entries.values() for e in half})
 
 
 def file_name(device: torch.device) -> str:
@@ -84,10 +111,13 @@ def file_name(device: torch.device) -> str:
 
 
 @cache
-def _entries(device: torch.device) -> dict[str, list[dict[str, Any]]]:
+def _entries(device: torch.device, dtype: torch.dtype) -> dict[str, list[dict[str, Any]]]:
     folder = files(__name__)
-    tuned = folder / file_name(device)
-    source = tuned if tuned.is_file() else folder / "default.json"
+    if dtype == torch.float32:
+        source = folder / "float32.json"
+    else:
+        tuned = folder / file_name(device)
+        source = tuned if tuned.is_file() else folder / "default.json"
     entries: dict[str, list[dict[str, Any]]] = json.loads(source.read_text())
     return entries
 

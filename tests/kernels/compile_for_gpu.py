@@ -1,6 +1,6 @@
 """Compile the kernels for a GPU that need not be here: ``compile_for_gpu.py SM`` prints JSON lines.
 
-Each line is one launch configuration of ``default.json`` with what the assembler says of it.
+Each line is one launch configuration with what the assembler says of it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ POINTERS = {
     "addresses": "*i64",
     "jobs": "*i64",
 }
+WEIGHTS = {"bf16": "default.json", "fp16": "default.json", "fp32": "float32.json"}
 LORA = {
     "MODULE": 0,
     "SLOT_ELEMS": 1024,
@@ -83,38 +84,50 @@ def compiled(
     }
 
 
+def shrink_constants(entry: dict[str, Any]) -> dict[str, Any]:
+    launch = entry["launch"]
+    return LORA | {
+        "SCALING": SCALING,
+        "PARTS": 3,
+        "IN_FEATURES": 4096,
+        "A_STRIDE": 4096,
+        "CHUNK": launch["block_k"],
+        "BLOCK_M": entry["shape"]["tile_rows"],
+        "BLOCK_N": launch["block_n"],
+        "BLOCK_K": launch["block_k"],
+    }
+
+
+def expand_constants(entry: dict[str, Any]) -> dict[str, Any]:
+    launch = entry["launch"]
+    return LORA | {
+        "OUT_FEATURES": (4096, 1024, 1024),
+        "B_STRIDES": (4096, 1024, 1024),
+        "CHUNK": launch["block_n"],
+        "BLOCK_M": entry["shape"]["tile_rows"],
+        "BLOCK_N": launch["block_n"],
+        "BLOCK_R": launch["block_r"],
+        "EVEN_N": True,
+    }
+
+
+def of_launch(
+    kernel: Any, constants: dict[str, Any], weights: str, sm: int, entry: dict[str, Any]
+) -> dict[str, Any]:
+    warps, stages = entry["launch"]["num_warps"], entry["launch"]["num_stages"]
+    return {"weights": weights, **entry, **compiled(kernel, constants, weights, sm, warps, stages)}
+
+
 def launches(sm: int) -> Iterator[dict[str, Any]]:
-    entries = json.loads((Path(launch_configs.__file__).parent / "default.json").read_text())
-    for weights in ("bf16", "fp16"):
+    folder = Path(launch_configs.__file__).parent
+    for weights, file in WEIGHTS.items():
+        entries = json.loads((folder / file).read_text())
         for entry in entries["shrink"]:
-            launch, rows = entry["launch"], entry["shape"]["tile_rows"]
-            constants = LORA | {
-                "SCALING": SCALING,
-                "PARTS": 3,
-                "IN_FEATURES": 4096,
-                "A_STRIDE": 4096,
-                "CHUNK": launch["block_k"],
-                "BLOCK_M": rows,
-                "BLOCK_N": launch["block_n"],
-                "BLOCK_K": launch["block_k"],
-            }
-            warps, stages = launch["num_warps"], launch["num_stages"]
-            usage = compiled(_lora_shrink, constants, weights, sm, warps, stages)
-            yield {"kernel": "shrink", "weights": weights, **entry, **usage}
+            constants = shrink_constants(entry)
+            yield {"kernel": "shrink", **of_launch(_lora_shrink, constants, weights, sm, entry)}
         for entry in entries["expand"]:
-            launch, rows = entry["launch"], entry["shape"]["tile_rows"]
-            constants = LORA | {
-                "OUT_FEATURES": (4096, 1024, 1024),
-                "B_STRIDES": (4096, 1024, 1024),
-                "CHUNK": launch["block_n"],
-                "BLOCK_M": rows,
-                "BLOCK_N": launch["block_n"],
-                "BLOCK_R": launch["block_r"],
-                "EVEN_N": True,
-            }
-            warps, stages = launch["num_warps"], launch["num_stages"]
-            usage = compiled(_lora_expand, constants, weights, sm, warps, stages)
-            yield {"kernel": "expand", "weights": weights, **entry, **usage}
+            constants = expand_constants(entry)
+            yield {"kernel": "expand", **of_launch(_lora_expand, constants, weights, sm, entry)}
     for to_pool in (True, False):
         constants = {
             "WORD": triton.language.int32,

@@ -125,3 +125,15 @@ def test_many_adapters_are_told_apart() -> None:
     """More than a byte counts."""
     segments = [(adapter, 1) for adapter in reversed(range(1000))]
     assert read(tables_for(segments, 1000, 16)) == [(i, [999 - i]) for i in range(1000)]
+
+
+@pytest.mark.parametrize("num_modules", range(1, 10))
+@pytest.mark.parametrize("num_tiles", range(1, 10))
+def test_rows_begin_at_a_multiple_of_16_bytes(num_modules: int, num_tiles: int) -> None:
+    """Triton would compile the kernels a second time for tables whose rows do not."""
+    tables = BatchTables(
+        CPU, num_modules=num_modules, max_rows=num_tiles, max_adapters=num_tiles, tile_rows=16
+    )
+    assert tables.max_tiles == num_tiles
+    assert tables.rows.data_ptr() % 16 == 0
+    assert len(tables.rows) == num_tiles and len(tables.addresses) == tables.tiles.numel() // 2

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sglang_elora.kernels import Contiguous, PoolPlanes, page_copy, reference
+from specializations import Launches, unaligned
 from worlds import DEVICE
 
 LAYERS, SLOTS = 3, 200
@@ -164,3 +165,18 @@ def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="layers 1 to 4 of 3"):
         page_copy(pool, [good], to_pool=True, first_layer=1)
     assert same(planes, before)
+
+
+@pytest.mark.parametrize("offset", [0, 4, 8])
+def test_words_are_no_wider_than_the_pool_is_aligned(
+    offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that is promised more than the addresses hold writes to others' memory, or traps."""
+    planes = [
+        [unaligned(4 * 64, offset, DEVICE).view(4, 64) for _ in range(LAYERS)] for _ in range(2)
+    ]
+    launches = Launches().record(monkeypatch)
+    copy = make_copy(range(4), (48, 48))
+    page_copy(PoolPlanes.of(planes), [copy], to_pool=True)
+    ((_, arguments),) = launches.arguments
+    assert arguments["ALIGNMENT"] == (offset or 16)

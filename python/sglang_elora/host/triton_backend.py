@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from sglang_elora.kernels import (
     lora_shrink,
     record_ints,
     shrink_config,
+    tuned_tile_counts,
 )
 from sglang_elora.pages import KVPlanes, ModuleShape, PagedAdapter, WeightRef, stacked_modules
 
@@ -168,34 +170,36 @@ class EloraTritonBackend(PagedLoRABackend):
         )
 
     def warm_up(self, planes: KVPlanes) -> None:
-        """Launch every kernel that batches may need, over a batch of nothing."""
+        """Compile every kernel that a batch may launch, by launches over a batch without rows."""
         logger.info("Compiling LoRA kernels, unless Triton has them in its cache")
         planes.warm_up()
-        a, b = planes.plane(0, 0), planes.plane(-1, 0)
-        for tile_rows in (DECODE_TILE_ROWS, PREFILL_TILE_ROWS):
+        layers = [(planes.plane(0, i), planes.plane(-1, i)) for i in range(planes.num_layers)]
+        # Triton compiles for pointers that are multiples of 16 bytes, and again for others.
+        differ = {tuple(plane.data_ptr() % 16 == 0 for plane in layer): layer for layer in layers}
+        sizes = [DECODE_TILE_ROWS] if self._deterministic else [DECODE_TILE_ROWS, PREFILL_TILE_ROWS]
+        for tile_rows, module, (a, b) in product(sizes, self._modules.values(), differ.values()):
             tables = self._tables(1, 1, tile_rows)
-            for module in self._modules.values():
-                x = torch.zeros(1, module.in_features, dtype=self._dtype, device=self.device)
-                output, width = x.new_zeros(1, sum(module.out_features)), module.inner_width(1)
-                for tiles in (2**i for i in range(12)):
-                    shrink = self._shrink_config(module, tables, tiles)
-                    expand = self._expand_config(module, tables, tiles)
-                    inner = lora_shrink(
-                        x, a, tables, module, width=width, num_tiles=1, config=shrink
-                    )
-                    lora_expand(inner, b, tables, module, output, num_tiles=1, config=expand)
+            x = torch.zeros(1, module.in_features, dtype=self._dtype, device=self.device)
+            output, width = x.new_zeros(1, sum(module.out_features)), module.inner_width(1)
+            for tiles in tuned_tile_counts(self.device, self._dtype):
+                shrink = self._shrink_config(module, tables, tiles)
+                expand = self._expand_config(module, tables, tiles)
+                inner = lora_shrink(x, a, tables, module, width=width, num_tiles=1, config=shrink)
+                lora_expand(inner, b, tables, module, output, num_tiles=1, config=expand)
 
     def _shrink_config(
         self, module: StackedModule, tables: BatchTables, num_tiles: int
     ) -> ShrinkConfig:
         tiles = DETERMINISTIC_TILES if self._deterministic else num_tiles
-        return shrink_config(self.device, tables.tile_rows, tiles, module.in_features)
+        return shrink_config(self.device, tables.tile_rows, tiles, module.in_features, self._dtype)
 
     def _expand_config(
         self, module: StackedModule, tables: BatchTables, num_tiles: int
     ) -> ExpandConfig:
         tiles = DETERMINISTIC_TILES if self._deterministic else num_tiles
-        return expand_config(self.device, tables.tile_rows, tiles, sum(module.out_features))
+        return expand_config(
+            self.device, tables.tile_rows, tiles, sum(module.out_features), self._dtype
+        )
 
     @property
     def _batch(self) -> LaunchedBatch:

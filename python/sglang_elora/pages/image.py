@@ -39,15 +39,17 @@ class Piece:
         whole = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
         return whole.view(self.num_layers, -1)
 
-    def copy_to(self, rows: torch.Tensor) -> torch.Tensor:
-        """Copy to uint8 ``[num_layers, bytes of a layer]`` on the device, without waiting for it.
+    def copy_to(self, rows: torch.Tensor, start: int = 0) -> None:
+        """Copy bytes from ``start`` on to uint8 ``[layers, bytes]`` on the device, all of it.
 
-        The piece's memory must not change before the copies have run.
+        The call does not wait for the copies: the piece's memory must not change before they ran.
         """
-        flat = rows.view(-1)
-        for part, target in zip(self.parts, flat.split([len(p) for p in self.parts]), strict=True):
-            target.copy_(part, non_blocking=True)
-        return rows
+        flat, filled = rows.view(-1), 0
+        for part in self.parts:
+            taken = part[start : start + len(flat) - filled]
+            flat[filled : filled + len(taken)].copy_(taken, non_blocking=True)
+            filled += len(taken)
+            start = max(start - len(part), 0)
 
 
 @dataclass(frozen=True, slots=True)

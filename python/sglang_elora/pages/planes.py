@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 import torch
 
-from sglang_elora.kernels import Contiguous, PoolPlanes, page_copy, reference
-from sglang_elora.pages.image import PIECE_BYTES, AdapterImage
+from sglang_elora.kernels import Contiguous, PoolPlanes, job_ints, page_copy, reference
+from sglang_elora.pages.image import PIECE_BYTES, AdapterImage, Piece
 
 
 class PageTable:
@@ -57,13 +57,21 @@ class KVPlanes:
     Args:
         planes: Per plane, per layer: a contiguous tensor ``[slots, ...]``.
         weight_dtype: Of the adapters.
+        use_kernels: Whether ``write`` copies by a kernel, through a staging buffer. None: unless
+            the pool is in a CPU's memory.
 
     Raises:
         ValueError: A tensor is not contiguous, slots differ in size, planes differ in layers, or
             a slot does not hold a whole number of weights.
     """
 
-    def __init__(self, planes: Sequence[Sequence[torch.Tensor]], weight_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        planes: Sequence[Sequence[torch.Tensor]],
+        weight_dtype: torch.dtype,
+        *,
+        use_kernels: bool | None = None,
+    ) -> None:
         sizes = {tensor[0].nbytes for plane in planes for tensor in plane}
         layers = {len(plane) for plane in planes}
         if len(sizes) != 1 or len(layers) != 1:
@@ -87,7 +95,7 @@ class KVPlanes:
         self.num_planes = len(planes)
         self._planes = [[self._as_weights(tensor) for tensor in plane] for plane in planes]
         self.device = self._planes[0][0].device
-        self._staging_buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self._use_kernels = self.device.type != "cpu" if use_kernels is None else use_kernels
 
     def plane(self, plane: int, layer: int) -> torch.Tensor:
         """``[slots, slot_elems]`` of the weights' dtype; plane -1 is B's."""
@@ -103,9 +111,10 @@ class KVPlanes:
     ) -> None:
         """Copy an adapter into its slots, all layers and planes, on the current stream.
 
-        What the image leaves of the last slots keeps its content. On a GPU it passes through a
-        staging buffer, so many layers at a time as that holds: the host is not waited for, and its
-        memory must not change before the copies have run.
+        What the image leaves of the last slots keeps its content. On a GPU the image passes through
+        a staging buffer of a fixed size. The call does not wait for the copies: the image must not
+        change before they have run, and the next call must be on the same stream or wait for them.
+        After ``warm_up`` no memory is allocated on the device, where the pool may have taken all.
 
         Args:
             before_slots: Called before the first slot is written; what is to be waited for before
@@ -117,52 +126,82 @@ class KVPlanes:
         """
         first_layer = 0
         for piece in image.pieces:
-            num_layers, num_bytes = piece.num_layers, piece.nbytes
-            if self.device.type != "cpu":
-                memory = piece.copy_to(self._staging(num_bytes).view(num_layers, -1))
+            before = before_slots if first_layer == 0 else lambda: None
+            if self._use_kernels:
+                self._copy_staged(piece, table, image.plane_bytes, first_layer, before)
             else:
-                memory = piece.rows()
-            if first_layer == 0:
-                before_slots()
-            self._to_slots(memory, table, image.plane_bytes, first_layer)
-            first_layer += num_layers
-            after_piece(first_layer, num_bytes)
+                before()
+                self._to_slots(piece.rows(), table, image.plane_bytes, first_layer)
+            first_layer += piece.num_layers
+            after_piece(first_layer, piece.nbytes)
 
     def _to_slots(
         self, memory: torch.Tensor, table: PageTable, plane_bytes: tuple[int, ...], first_layer: int
     ) -> None:
-        if self.device.type != "cpu":
-            copy = Contiguous(memory, table.slots, plane_bytes)
-            page_copy(self._pool_planes, [copy], to_pool=True, first_layer=first_layer)
-            return
         layers = slice(first_layer, first_layer + len(memory))
         planes = [[rows.view(torch.uint8) for rows in plane[layers]] for plane in self._planes]
         reference.page_copy(planes, memory, table.slots, plane_bytes, to_pool=True)
 
-    def warm_up(self) -> None:
-        """Have what the first ``write`` needs: the kernel compiled, the staging buffer there."""
-        if self.device.type == "cpu":
+    def _copy_staged(
+        self,
+        piece: Piece,
+        table: PageTable,
+        plane_bytes: tuple[int, ...],
+        first_layer: int,
+        before_slots: Callable[[], None],
+    ) -> None:
+        for i, (start, slots, part_bytes) in enumerate(self._parts(piece, table, plane_bytes)):
+            num_layers = piece.num_layers
+            staged = self._staging[: num_layers * sum(part_bytes)].view(num_layers, -1)
+            piece.copy_to(staged, start)
+            if i == 0:
+                before_slots()
+            self._launch(Contiguous(staged, slots, part_bytes), first_layer)
+
+    def _parts(
+        self, piece: Piece, table: PageTable, plane_bytes: tuple[int, ...]
+    ) -> Iterator[tuple[int, torch.Tensor, tuple[int, ...]]]:
+        """The piece, in parts that the staging buffer holds: first byte, slots, bytes per plane.
+
+        Only a single layer can be larger than the buffer. Its parts are runs of one plane's slots.
+        """
+        if piece.nbytes <= PIECE_BYTES:
+            yield 0, table.slots, plane_bytes
             return
-        nothing = torch.empty(self.num_layers, 0, dtype=torch.uint8, device=self.device)
+        num_slots = PIECE_BYTES // self.slot_bytes
+        part_bytes, start = num_slots * self.slot_bytes, 0
+        for plane, num_bytes in enumerate(plane_bytes):
+            for i, begin in enumerate(range(0, num_bytes, part_bytes)):
+                own = [0] * self.num_planes
+                own[plane] = min(part_bytes, num_bytes - begin)
+                slots = table.slots[i * num_slots : (i + 1) * num_slots]
+                yield start + begin, slots, tuple(own)
+            start += num_bytes
+
+    def _launch(self, copy: Contiguous, first_layer: int) -> None:
+        pool, jobs = self._pool_planes, self._jobs
+        page_copy(pool, [copy], to_pool=True, first_layer=first_layer, jobs=jobs)
+
+    def warm_up(self) -> None:
+        """Allocate what ``write`` needs, and compile its kernel for arguments aligned as there."""
+        if not self._use_kernels:
+            return
+        nothing = self._staging[: 16 * self.num_layers].view(self.num_layers, 16)[:, :0]
         table = torch.empty(0, dtype=torch.int32, device=self.device)
-        page_copy(
-            self._pool_planes, [Contiguous(nothing, table, (0,) * self.num_planes)], to_pool=True
-        )
-        self._staging(PIECE_BYTES)
+        self._launch(Contiguous(nothing, table, (0,) * self.num_planes), 0)
 
     @cached_property
     def _pool_planes(self) -> PoolPlanes:
         return PoolPlanes.of(self._planes)
 
-    def _staging(self, num_bytes: int) -> torch.Tensor:
-        """uint8 ``[num_bytes]`` on the device, the same memory at every call."""
-        if num_bytes > len(self._staging_buffer):
-            if self._staging_buffer.is_cuda:  # it may still be read, and is another stream's
-                self._staging_buffer.record_stream(torch.cuda.current_stream())
-            self._staging_buffer = torch.empty(
-                max(num_bytes, PIECE_BYTES), dtype=torch.uint8, device=self.device
-            )
-        return self._staging_buffer[:num_bytes]
+    @cached_property
+    def _staging(self) -> torch.Tensor:
+        return torch.empty(PIECE_BYTES, dtype=torch.uint8, device=self.device)
+
+    @cached_property
+    def _jobs(self) -> torch.Tensor:
+        ints = job_ints(self.num_planes)
+        return torch.empty(1, ints, dtype=torch.int64, device=self.device)
 
     def _as_weights(self, tensor: torch.Tensor) -> torch.Tensor:
         rows = tensor.view(len(tensor), -1).view(torch.uint8)
