@@ -27,7 +27,8 @@ from sglang_elora.host.lora_pool import PagedLoRAPool
 from sglang_elora.host.measure import Measure
 from sglang_elora.host.ranks import are_equal, digest_values
 from sglang_elora.host.residency import AdapterChanged, AdapterSource, Residency
-from sglang_elora.pages import AdapterImage, AdapterLayout
+from sglang_elora.pages import AdapterImage, AdapterLayout, PagedAdapter
+from sglang_elora.swapper import AdapterCopy
 
 if TYPE_CHECKING:
     from sglang.srt.lora.lora_config import LoRAConfig
@@ -178,17 +179,18 @@ class EloraLoRAManager(LoRAManager):
         """Nothing: ``prepare_lora_batch``, which always follows, brings the weights."""
 
     def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
-        """Weights of the batch's adapters into their slots, and who computes which rows."""
+        """Tell the backend which adapter computes which rows of the next forward pass.
+
+        SGLang captures its CUDA graphs before it builds the KV cache, over batches that name no
+        adapter. Only a batch that names one needs the residency, which comes with that cache.
+        """
         ids = forward_batch.lora_ids
         distinct = sorted(set(ids) - {None})
         graph = self._graph_of(forward_batch)
         if not distinct and graph is None:
             self.lora_backend.reset_batch_state()
             return
-        assert self.residency is not None, "a batch with adapters before the KV pool"
-        adapters = {uid: self.residency.paged(uid) for uid in distinct}
-        under_way = self.residency.copies
-        awaited = [under_way[uid] for uid in distinct if uid in under_way]
+        adapters, awaited = self._adapters_of(distinct)
         if awaited and self._measure is not None:
             self._measure.has_waited = True
         self.lora_backend.await_copies(awaited, graph)
@@ -200,6 +202,19 @@ class EloraLoRAManager(LoRAManager):
                 for uid, num_rows in zip(ids, rows, strict=False)
             ],
             graph,
+        )
+
+    def _adapters_of(
+        self, uids: Sequence[str]
+    ) -> tuple[dict[str, PagedAdapter], list[AdapterCopy]]:
+        """The slots of these adapters, and those of their copies that are under way."""
+        if not uids:
+            return {}, []
+        assert self.residency is not None, "a batch with adapters before the KV cache is built"
+        copies = self.residency.copies
+        return (
+            {uid: self.residency.paged(uid) for uid in uids},
+            [copies[uid] for uid in uids if uid in copies],
         )
 
     def _graph_of(self, forward_batch: ForwardBatch) -> Graph | None:

@@ -23,7 +23,7 @@ SYNC_STEPS = 64
 
 
 Mark = Any
-"""A moment of the stream on which batches run: an event, or the clock where they run at once."""
+"""A moment on the stream that batches run on: an event, or seconds of the clock on a CPU."""
 
 
 class Measure:
@@ -31,10 +31,10 @@ class Measure:
 
     Args:
         cache: The ``UnifiedRadixCache``.
-        forward_stream: On which batches run; None if they run in the scheduler's own thread.
+        is_async: Batches run on a stream of the device, not in the scheduler's own thread.
     """
 
-    def __init__(self, cache: Any, forward_stream: Any = None) -> None:
+    def __init__(self, cache: Any, *, is_async: bool = False) -> None:
         self.costs = Costs()
         self.needed_adapters = 1.0  # that a batch is expected to use
         self.popularity = Popularity()
@@ -42,25 +42,44 @@ class Measure:
         self._prefill = PrefillCost(self.costs.recompute)
         self._link = LinkCost(self.costs.load, self.costs.load_latency)
         self._cache = cache
-        self._stream = forward_stream
+        self._is_async = is_async
         self._num_steps = 0
         self.has_waited = False  # the batch under way, for a copy
 
-    def mark(self) -> Mark:
-        """What was handed to the device so far is over when this mark is reached."""
-        if self._stream is None:
+    def mark(self, scheduler: Scheduler) -> Mark:
+        """The moment at which everything queued for batches so far has run.
+
+        An overlapping scheduler queues batches on its forward stream, any other on the current one
+        (see ``Scheduler.run_batch``).
+        """
+        if not self._is_async:
             return time.monotonic()
-        event = torch.get_device_module(self._stream.device).Event(enable_timing=True)
-        event.record(self._stream)
+        device: Any = torch.get_device_module(scheduler.device)
+        stream = scheduler.forward_stream if scheduler.enable_overlap else device.current_stream()
+        event = device.Event(enable_timing=True)
+        event.record(stream)
         return event
 
     def result(self, batch: ScheduleBatch, marks: tuple[Mark, Mark] | None) -> None:
-        """A batch is over, that ran between these marks; without them it waited for a copy."""
+        """Learn from a batch whose result the scheduler has processed.
+
+        Args:
+            batch: The batch.
+            marks: Its begin and end; None if it waited for a copy, whose time is not prefill's.
+        """
         self._batch_size.add(time.monotonic(), len(batch.reqs))
         if marks is not None and batch.forward_mode.is_extend() and batch.extend_lens:
             begun, ended = marks
-            seconds = ended - begun if self._stream is None else begun.elapsed_time(ended) / 1e3
+            seconds = self._seconds(begun, ended)
             self._prefill.add(zip(batch.extend_lens, batch.prefix_lens, strict=True), seconds)
+
+    def _seconds(self, begun: Mark, ended: Mark) -> float:
+        if not self._is_async:
+            return float(ended - begun)
+        # ``ended`` is recorded after the event that the scheduler has waited for, and
+        # ``elapsed_time`` raises until both events have run.
+        ended.synchronize()
+        return float(begun.elapsed_time(ended) / 1e3)
 
     def copied(self, num_slots: int, seconds: float) -> None:
         """An adapter was copied from the host."""
@@ -104,10 +123,10 @@ def time_batch(
     if measure is None:
         return original(self, batch, *args, **options)
     loads_kv = batch.hicache_consumer_index >= 0
-    measure.has_waited, begun = False, measure.mark()
+    measure.has_waited, begun = False, measure.mark(self)
     result = original(self, batch, *args, **options)
     if not measure.has_waited and not loads_kv:
-        result.elora_marks = (begun, measure.mark())
+        result.elora_marks = (begun, measure.mark(self))
     return result
 
 

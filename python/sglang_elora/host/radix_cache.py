@@ -126,7 +126,7 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
         core.kv_events = AdapterEventRecorder.in_place_of(core.kv_events)
         stream = ctx.tp_worker.model_runner.forward_stream
         is_async = str(ctx.params.token_to_kv_pool_allocator.device) != "cpu"
-        cache.measure = Measure(cache, stream if is_async else None)
+        cache.measure = Measure(cache, is_async=is_async)
         policy = make_policy(config, cache.measure, core)
         core.use_policy(policy, pool_slots=ctx.params.token_to_kv_pool_allocator.size)
         core.keeps_dependency = Term.DEPENDENCY.value not in config.policy_terms_off

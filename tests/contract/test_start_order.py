@@ -1,0 +1,189 @@
+"""The LoRA manager in the order of a start on CUDA: graphs are captured before the cache is built.
+
+A captured graph is emulated by its kernels' launches, run again with their arguments and memory.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_elora.pages import AdapterImage, AdapterLayout, ModuleShape, WeightRef
+from swapper_world import HEAD_DIM, AdapterSource, World, uid
+
+SLOTS, WIDTH = 64, 64 * HEAD_DIM // 8  # of an adapter of rank 8
+SHAPE = ModuleShape("o_proj", WIDTH, (WIDTH,))
+ROWS = 8  # that graphs are captured for
+
+
+@pytest.fixture(scope="module")
+def host() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+        from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+
+        from sglang_elora.host import triton_backend
+        from sglang_elora.host.lora_manager import EloraLoRAManager
+        from sglang_elora.host.torch_backend import EloraTorchBackend
+    return SimpleNamespace(
+        mode=ForwardMode,
+        triton_backend=triton_backend,
+        manager=EloraLoRAManager,
+        torch_backend=EloraTorchBackend,
+        forward_over=lambda pool: forward_context(
+            ForwardContext(attn_backend=SimpleNamespace(token_to_kv_pool=pool))
+        ),
+    )
+
+
+class Server:
+    """A LoRA manager without a model, over the pool of a scheduler that has its cache later."""
+
+    def __init__(self, host: Any) -> None:
+        self.host = host
+        self.world = World(6 * SLOTS, num_adapters=0, adapter_slots=SLOTS, num_layers=2)
+        self.manager = object.__new__(host.manager)  # of what its constructor sets, without a model
+        self.manager.residency = self.manager._measure = None
+        self.manager.max_adapters_in_batch, self.manager.lora_refs = 0, {}
+        self.manager.enable_dp_attention = False
+        self.manager.base_model = torch.nn.Module()
+        self.manager.lora_backend = self.backend(host.triton_backend.EloraTritonBackend)
+
+    def backend(self, kind: Any) -> Any:
+        options = SimpleNamespace(enable_deterministic_inference=False)
+        made = kind(1, torch.device("cpu"), max_adapters=ROWS, server_args=options)
+        made.set_model((SHAPE,), torch.float32, max_rank=16, tp_size=1)
+        return made
+
+    def prepare(self, mode: str, ids: list[str | None], lengths: list[int]) -> Any:
+        self.manager.prepare_lora_batch(
+            SimpleNamespace(
+                lora_ids=ids,
+                batch_size=len(ids),
+                forward_mode=self.host.mode[mode],
+                extend_seq_lens=torch.tensor(lengths),
+                extend_seq_lens_cpu=lengths,
+                extend_num_tokens=sum(lengths),
+            )
+        )
+        return self.manager.lora_backend.get_batch_info()
+
+    def build_cache(self) -> None:
+        self.manager.bind(self.world.residency, self.world.measure)
+        generator = torch.Generator().manual_seed(1)
+        layout = AdapterLayout.build(8, [SHAPE])
+        for i in range(2):
+            a, b = (torch.randn(*shape, generator=generator) for shape in ((8, WIDTH), (WIDTH, 8)))
+            image = AdapterImage.build(layout, 2, lambda *_, m=(a, b): m, torch.float32, 0.5)
+            name, size = uid(i), image.nbytes
+            self.world.residency.register(
+                AdapterSource(name, name, layout, size, False, image=image)
+            )
+
+
+def run(backend: Any, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """What SGLang's layers do with a backend."""
+    for layer in (0, 1):
+        a, b = (WeightRef(layer, SHAPE.name, (1, 16, WIDTH), x.device) for _ in range(2))
+        backend.run_lora_b_sgemm(backend.run_lora_a_sgemm(x, a), b, base_output=output)
+    return output
+
+
+@pytest.fixture
+def server(host: Any) -> Iterator[Server]:
+    made = Server(host)
+    with host.forward_over(made.world.pool):
+        yield made
+
+
+@pytest.fixture
+def launches(host: Any, monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], Any]]:
+    """The launches of LoRA kernels so far, each to be run again with its arguments and memory."""
+    made: list[Callable[[], Any]] = []
+    shrink, expand = host.triton_backend.lora_shrink, host.triton_backend.lora_expand
+
+    def kept_shrink(*args: Any, **options: Any) -> torch.Tensor:
+        inner: torch.Tensor = shrink(*args, **options)
+        made.append(lambda: shrink(*args, **options, out=inner))
+        return inner
+
+    def kept_expand(*args: Any, **options: Any) -> torch.Tensor:
+        made.append(lambda: expand(*args, **options))
+        output: torch.Tensor = expand(*args, **options)
+        return output
+
+    monkeypatch.setattr(host.triton_backend, "lora_shrink", kept_shrink)
+    monkeypatch.setattr(host.triton_backend, "lora_expand", kept_expand)
+    return made
+
+
+BATCHES: list[list[str | None]] = [
+    [uid(0), None, uid(1)],  # while the copy of the second adapter is under way
+    [uid(1)],
+    [None, None],
+    [uid(1), uid(1), None, uid(0)],
+]
+
+
+@pytest.mark.parametrize("mode", ["DECODE", "EXTEND"])
+def test_graphs_captured_before_the_cache_replay_what_later_batches_say(
+    mode: str, server: Server, launches: list[Callable[[], Any]]
+) -> None:
+    manager, world = server.manager, server.world
+    manager.init_prefill_cuda_graph_batch_info(max_num_tokens=ROWS, max_num_requests=ROWS)
+    manager.init_cuda_graph_batch_info(max_bs_in_cuda_graph=ROWS, num_tokens_per_req=1)
+    captured = server.prepare(mode, [None] * ROWS, [1] * ROWS)
+    assert captured.graph and captured.has_active_lora, "the graph would have no LoRA kernels"
+    x, output = torch.zeros(ROWS, WIDTH), torch.zeros(ROWS, WIDTH)
+    run(manager.lora_backend, x, output)
+    graph = list(launches)
+    assert len(graph) == 4 and not output.any()
+
+    server.build_cache()
+    world.arrive(uid(0))
+    world.step()
+    world.step()
+    world.arrive(uid(1))
+    world.step()
+    assert list(world.residency.copies) == [uid(1)]
+    generator = torch.Generator().manual_seed(0)
+    reference = server.backend(server.host.torch_backend)
+    for ids in BATCHES:
+        x.copy_(torch.randn(ROWS, WIDTH, generator=generator))
+        base = torch.randn(ROWS, WIDTH, generator=generator)
+        output.copy_(base)
+        waits = any(name in world.residency.copies for name in ids if name is not None)
+        world.measure.has_waited = False
+        assert server.prepare(mode, ids, [1] * len(ids)).tables is captured.tables
+        assert world.measure.has_waited == waits
+        for launch in graph:
+            launch()
+        reference.set_batch(
+            [(None if name is None else world.residency.paged(name), 1) for name in ids]
+            + [(None, ROWS - len(ids))]
+        )
+        torch.testing.assert_close(output, run(reference, x, base.clone()), rtol=1e-5, atol=1e-3)
+        differs = [not torch.equal(a, b) for a, b in zip(output, base, strict=True)]
+        assert differs == [name is not None for name in ids] + [False] * (ROWS - len(ids))
+        world.waiting.clear()
+        world.step()
+    world.check()
+
+
+@pytest.mark.parametrize("mode", ["DECODE", "EXTEND"])
+def test_dummy_batches_beyond_all_graphs_need_no_cache(mode: str, server: Server) -> None:
+    """SGLang's warm-up runs a forward pass over base-model rows, with graphs or without."""
+    assert server.prepare(mode, [None] * ROWS, [1] * ROWS) is None
+    server.manager.init_cuda_graph_batch_info(max_bs_in_cuda_graph=4, num_tokens_per_req=1)
+    assert server.prepare(mode, [None] * ROWS, [1] * ROWS) is None
+
+
+def test_a_batch_with_adapters_before_the_cache_is_refused(server: Server) -> None:
+    with pytest.raises(AssertionError, match="before the KV cache is built"):
+        server.prepare("DECODE", [uid(0)], [1])
