@@ -37,6 +37,7 @@ import torch  # noqa: E402
 from radix_caches import Cache  # noqa: E402
 from sglang_elora.bench.machine import machine  # noqa: E402
 from sglang_elora.pages import AdapterImage, AdapterLayout, ModuleShape  # noqa: E402
+from sglang_elora.policy import LRU, Costs  # noqa: E402
 from swapper_world import AdapterSource, HostTier, Residency  # noqa: E402
 
 RANK = 32
@@ -72,6 +73,7 @@ class Bench:
         pool = SimpleNamespace(k_buffer=planes[0], v_buffer=planes[1])
         self.planes = planes
         cache = Cache("elora", pool_slots, kv_pool=pool, device=self.device)
+        cache.tree.tree_core.use_policy(LRU(Costs()), pool_slots)
         host = HostTier(10**12, lambda uid: 0.0)
         self.residency = Residency(cache.tree, self.dtype, host, self.forward)
         self.images = {}
