@@ -39,5 +39,5 @@ mkdir -p IPython
 printf 'from . import display\n' >IPython/__init__.py
 printf 'HTML = None\n\n\ndef display(*args, **kwargs):\n    pass\n' >IPython/display.py
 : >soundfile.py
-tar -cJf "$out/site.tar.xz" .
+XZ_OPT="-1 -T0" tar -cJf "$out/site.tar.xz" .  # level 1: others take minutes
 python3 "$root/benchmarks/gpu/travel.py" "$out"

@@ -99,9 +99,10 @@ def test_agreement_allows_near_ties_only(other: dict[str, list[float]], agree: b
 
 
 def test_graphs_are_read_from_the_log_as_sglang_writes_it() -> None:
-    log = "Capture decode CUDA graph begin. x\nDecode batch, #running-req: 1, cuda graph: True, y\n"
+    log = "Capture target prefill CUDA graph begin. x\nCapture target decode cuda graph begin. x\n"
+    log += "Decode batch, #running-req: 1, cuda graph: True, y\n"
     assert served.graphs_in(log) == {
-        "captured": ["decode"],
+        "captured": ["target decode", "target prefill"],
         "decode_replayed": True,
         "prefill_replayed": False,
     }

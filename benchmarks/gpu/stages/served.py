@@ -108,7 +108,7 @@ def serve_and_ask(context: Context, name: str, lora: str, flags: Sequence[str]) 
 def graphs_in(log: str) -> dict[str, Any]:
     """Which CUDA graphs a server's log says were captured, and whether batches replayed them."""
     return {
-        "captured": sorted(set(re.findall(r"Capture ([\w -]+?) CUDA graph begin", log))),
+        "captured": sorted(set(re.findall(r"Capture ([\w -]+?) (?i:cuda) graph begin", log))),
         "decode_replayed": bool(re.search(r"Decode batch.*graph: True", log)),
         "prefill_replayed": bool(re.search(r"Prefill batch.*graph: True", log)),
     }
