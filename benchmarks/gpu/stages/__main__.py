@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -35,6 +36,9 @@ ENV = {
     "SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK": "1",  # the bundle's is older, built for torch 2.11
     "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python",
 }
+
+DRY_RUN_PATIENCE = 3
+"""Factor of the time-outs in a dry run: a loaded CPU machine is slower than the GPU's."""
 
 
 def steps(stage: int) -> tuple[Step, ...]:
@@ -83,6 +87,8 @@ def run_stage(options: argparse.Namespace, work: Path) -> bool:
     command += ["--set", *options.options] if options.options else []
     run = StageRun(f"stage-{options.stage}", options.out, work / "kept", command)
     for step in steps(options.stage):
+        patience = DRY_RUN_PATIENCE if options.dry_run else 1
+        step = replace(step, timeout_s=patience * step.timeout_s)
         run.play(step, environment(options, step))
     return run.report()
 
