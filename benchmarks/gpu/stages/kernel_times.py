@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 
-from served import EAGER, SHAPE, Client, device_flags, run, server_flags, tokens
+from served import EAGER, SHAPE, Client, device_flags, run, server_flags, start_s, tokens
 from stage_run import ROOT, Context, Step, Verdict
 
 from sglang_elora.demo.adapters import ALL_LINEAR, AdapterSpec, make_adapters
@@ -93,7 +93,9 @@ def loads(context: Context) -> Verdict:
 
     program = python_module("sglang.launch_server")
     log_path = context.work / "loads.server.log"
-    with ServerProcess(flags, log_path=log_path, program=program, env=env) as server:
+    with ServerProcess(
+        flags, log_path=log_path, program=program, env=env, startup_timeout_s=start_s(context)
+    ) as server:
         run(server.url, work)
     rows = [json.loads(line) for line in noted.read_text().splitlines()]
     seconds = {r: [row["seconds"] for row in rows if row["rank"] == r] for r in ranks}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from served import EAGER, SHAPE, START_S, device_flags, server_flags
+from served import EAGER, SHAPE, device_flags, server_flags, start_s
 from stage_run import Context, Step, Verdict
 
 from sglang_elora.demo.adapters import make_adapters
@@ -37,7 +37,7 @@ def pressure(context: Context) -> Verdict:
         log_path=log_path,
         program=ELORA_SERVER,
         env={"TORCH_CUDA_SANITIZER": "1"},
-        startup_timeout_s=START_S,
+        startup_timeout_s=start_s(context),
     ) as server:
         records = run_trace(server.url, trace)
         log = log_path.read_text(errors="replace")

@@ -53,6 +53,11 @@ def device_flags(context: Context) -> list[str]:
     return ["--attention-backend", attention, *backends]
 
 
+def start_s(context: Context) -> int:
+    """Seconds that a server may take to start here; a loaded CPU machine takes longer."""
+    return START_S * (3 if context.dry_run else 1)
+
+
 def elora_server(
     context: Context, name: str, lora: str, flags: Sequence[str], **extra: Any
 ) -> ServerProcess:
@@ -63,7 +68,11 @@ def elora_server(
     command += [*device_flags(context), *flags]
     log_path = context.work / f"{name}.server.log"
     return ServerProcess(
-        command, log_path=log_path, program=ELORA_SERVER, startup_timeout_s=START_S, **extra
+        command,
+        log_path=log_path,
+        program=ELORA_SERVER,
+        startup_timeout_s=start_s(context),
+        **extra,
     )
 
 
