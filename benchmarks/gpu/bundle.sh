@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Build what an offline Hopper machine needs beyond PyTorch to run SGLang with this package.
-#   usage: benchmarks/gpu/bundle.sh OUT_DIR     -> OUT_DIR/site.tgz, about 60 MiB
-# The machine has Python 3.12, torch 2.11+cu130, triton 3.6, transformers 5 and nvcc. Run this where
-# PyPI can be reached, carry OUT_DIR over, and run benchmarks/gpu/start.sh there.
+#   usage: benchmarks/gpu/bundle.sh OUT_DIR     -> OUT_DIR/site.tar.xz
+# The machine has Python 3.12, torch 2.11+cu130, triton 3.6, transformers 5 and nvcc, and with them
+# matplotlib, peft, accelerate, rich, pytest and their dependencies, which are not packed again. Run
+# this where PyPI can be reached; TODO.md says how the bundle travels and what runs there.
 # sglang-kernel is 0.4.5, because 0.4.7 is built for torch 2.13; the tree core in Rust likewise.
 set -euo pipefail
 out=${1:?usage: bundle.sh OUT_DIR}
@@ -24,16 +25,13 @@ python3 -m pip download --quiet --no-deps --only-binary=:all: --python-version 3
   typing-inspection==0.4.5 pyzmq==27.3.0 orjson==3.13.0 msgspec==0.22.0 setproctitle==1.3.8 \
   partial-json-parser==0.2.1.1.post7 pybase64==1.5.1 python-multipart==0.0.34 openai==2.6.1 \
   jiter==0.19.0 distro==1.9.0 sniffio==1.3.1 loguru==0.7.3 dill==0.4.1 gguf==0.19.0 \
-  jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 rpds-py==2026.9.1 \
-  peft==0.21.2 accelerate==1.15.0 rich==15.0.0 markdown-it-py==4.3.0 mdurl==0.1.2 \
-  matplotlib==3.11.2 contourpy==1.3.3 cycler==0.12.1 kiwisolver==1.5.1 \
-  pyparsing==3.3.3 pytest==9.2.0 pluggy==1.7.0 iniconfig==2.3.1 pygments==2.21.0 packaging==26.3
+  jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 rpds-py==2026.9.1
 python3 -m pip wheel --quiet --no-deps --wheel-dir "$work/wheels" "$root"
 
 mkdir "$work/site"
 for wheel in "$work"/wheels/*.whl; do (cd "$work/site" && python3 -m zipfile -e "$wheel" .); done
 cd "$work/site"
-rm -rf matplotlib/tests mpl_toolkits matplotlib/mpl-data/fonts/afm sglang/multimodal_gen sglang/test sglang/srt/rust_extensions/*.so \
+rm -rf sglang/multimodal_gen sglang/test sglang/srt/rust_extensions/*.so \
   sglang/srt/mem_cache/rust_tree_core/*.so
 find sgl_kernel -name '*.so' ! -path '*/sm90/*' ! -name 'spatial_ops*' -delete
 # SGLang imports these two for features that a server does not use.
@@ -41,5 +39,5 @@ mkdir -p IPython
 printf 'from . import display\n' >IPython/__init__.py
 printf 'HTML = None\n\n\ndef display(*args, **kwargs):\n    pass\n' >IPython/display.py
 : >soundfile.py
-tar -czf "$out/site.tgz" .
-ls -l "$out/site.tgz"
+XZ_OPT="-1 -T0" tar -cJf "$out/site.tar.xz" .  # level 1: others take minutes
+python3 "$root/benchmarks/gpu/travel.py" "$out"

@@ -45,6 +45,7 @@ from sglang_elora.pages import (  # noqa: E402
     block_bytes_for,
     lazy_memory,
 )
+from sglang_elora.policy import LRU, Costs  # noqa: E402
 from swapper_world import AdapterSource, HostTier, Residency  # noqa: E402
 
 RANK = 32
@@ -80,6 +81,7 @@ class Bench:
         pool = SimpleNamespace(k_buffer=planes[0], v_buffer=planes[1])
         self.planes = planes
         cache = Cache("elora", pool_slots, kv_pool=pool, device=self.device)
+        cache.tree.tree_core.use_policy(LRU(Costs()), pool_slots)
         image_bytes = self.layers * sum(layout.plane_elems) * self.dtype.itemsize
         block_bytes = block_bytes_for(image_bytes // RANK)
         arena_bytes = 3 * (image_bytes + block_bytes)

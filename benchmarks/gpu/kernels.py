@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -61,25 +62,29 @@ class Results:
         return time.monotonic() > self._end
 
 
-def device_tests(timeout_s: float) -> dict[str, Any]:
-    """tests/kernels on this device, in a process of its own."""
+def device_tests(log: Path, timeout_s: float) -> dict[str, Any]:
+    """Whether tests/kernels pass on this device, in a process of its own.
+
+    pytest writes to ``log`` as it goes, so that a time-out keeps what was done until then.
+    """
     code = "import shapes, sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     folder = ROOT / "tests" / "kernels"
-    command = [sys.executable, "-c", code, "-q", "-x", "-c", os.devnull, "--rootdir", str(folder)]
+    command = [sys.executable, "-c", code, "-v", "-x", "-c", os.devnull, "--rootdir", str(folder)]
     command += ["--confcutdir", str(folder), "-p", "no:cacheprovider", str(folder)]
-    command += ["--ignore", str(folder / "test_compile.py")]
+    for name in ("test_compile.py", "test_gpu_scripts.py", "test_gpu_stages.py"):  # for a CPU
+        command += ["--ignore", str(folder / name)]
     path = os.pathsep.join([str(FOLDER), *sys.path])
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-    except subprocess.TimeoutExpired:
-        return {"passed": None, "output": f"not done in {timeout_s} s"}
-    return {"passed": done.returncode == 0, "output": (done.stdout + done.stderr)[-4000:]}
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    passed = None
+    with log.open("w") as output:
+        try:
+            done = subprocess.run(
+                command, stdout=output, stderr=subprocess.STDOUT, timeout=timeout_s, env=env
+            )
+            passed = done.returncode == 0
+        except subprocess.TimeoutExpired:
+            output.write(f"\nnot done in {timeout_s} s\n")
+    return {"passed": passed, "log": log.name, "output": log.read_text()[-4000:]}
 
 
 def measure(case: Case, device: torch.device, rivals: bool) -> dict[str, Any]:
@@ -134,9 +139,22 @@ def condensed(row: dict[str, Any], bytes_per_s: float) -> dict[str, Any]:
     }
 
 
-def times(results: Results, device: torch.device, rivals: bool, bytes_per_s: float) -> list[Any]:
+def chosen(only: Sequence[str]) -> list[Case]:
+    """The cases to time: those whose name starts with one of ``only``, or all."""
+    if DRY_RUN:
+        return [Case("decode", 3, 2, "mixed"), Case("prefill", 40, 1, "16")]
+    return [case for case in cases() if not only or case.name.startswith(tuple(only))]
+
+
+def times(
+    results: Results,
+    device: torch.device,
+    rivals: bool,
+    bytes_per_s: float,
+    only: Sequence[str] = (),
+) -> list[Any]:
     rows, lines, left_out = [], [], []
-    todo = [Case("decode", 3, 2, "mixed"), Case("prefill", 40, 1, "16")] if DRY_RUN else cases()
+    todo = chosen(only)
     for case in todo:
         if results.time_is_up:
             left_out.append(case.name)
@@ -182,30 +200,12 @@ def _rows_of(line: dict[str, Any]) -> int:
     return int(line["case"].split("-")[1].split("x")[0])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--site", type=Path, help="unpacked bundle with SGLang")
-    parser.add_argument("--budget-s", type=float, default=540.0)
-    parser.add_argument("--dry-run", action="store_true")
-    options = parser.parse_args()
-    if not DRY_RUN and not torch.cuda.is_available():
-        print("needs a GPU (or --dry-run)")
-        raise SystemExit(2)
-    device = torch.device("cpu" if DRY_RUN else "cuda")
-    results = Results(options.out, options.budget_s)
-
-    rates = {} if DRY_RUN else bandwidths()
-    try:
-        import sglang.kernels.ops.gemm.chunked_sgmv_shrink  # noqa: F401
-
-        rivals: Any = True
-    except Exception as error:  # noqa: BLE001  whatever keeps it from importing is a fact of the run
-        rivals = repr(error)
-    results.write("facts", {**facts(), "seed": 0, "bandwidths": rates, "sglang_kernels": rivals})
-
+def rightness(
+    results: Results, device: torch.device, rates: dict[str, Any], tests_s: float
+) -> tuple[list[Any], list[Any]]:
+    """Rows of the graphs and of ``page_copy``, after the tests on the device."""
     if not DRY_RUN:
-        tests = device_tests(timeout_s=options.budget_s / 3)
+        tests = device_tests(results.out / "tests.log", tests_s)
         results.write("correctness", tests)
         print(tests["output"][-300:], flush=True)
 
@@ -224,9 +224,39 @@ def main() -> None:
         copies += bench_page_copy.measure(pool, rates)
     del pool
     results.write("page_copy", copies)
+    return graphs, copies
 
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--site", type=Path, help="unpacked bundle with SGLang")
+    parser.add_argument("--budget-s", type=float, default=540.0)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--parts", choices=("all", "times"), default="all")
+    parser.add_argument("--only", nargs="+", default=(), help="starts of names of cases to time")
+    options = parser.parse_args()
+    if not DRY_RUN and not torch.cuda.is_available():
+        print("needs a GPU (or --dry-run)")
+        raise SystemExit(2)
+    device = torch.device("cpu" if DRY_RUN else "cuda")
+    results = Results(options.out, options.budget_s)
+
+    rates = {} if DRY_RUN else bandwidths()
+    try:
+        import sglang.kernels.ops.gemm.chunked_sgmv_shrink  # noqa: F401
+
+        rivals: Any = True
+    except Exception as error:  # noqa: BLE001  whatever keeps it from importing is a fact of the run
+        rivals = repr(error)
+    results.write("facts", {**facts(), "seed": 0, "bandwidths": rates, "sglang_kernels": rivals})
+
+    if options.parts == "all":
+        graphs, copies = rightness(results, device, rates, options.budget_s / 3)
     bytes_per_s = rates["device"]["bytes_per_s"] if rates else 1.0
-    lines = times(results, device, rivals is True and not DRY_RUN, bytes_per_s)
+    lines = times(results, device, rivals is True and not DRY_RUN, bytes_per_s, options.only)
+    if options.parts == "times":
+        return
     summary = {
         "targets": targets(lines, copies[1:], graphs),
         "round_trip_right": copies[0]["right"],

@@ -10,7 +10,7 @@ one workload and the four sides takes some 8 minutes: a server each, started and
 
     python -m sglang_elora.bench.report OUT_DIR
 
-Needs what bundle.sh packs (start.sh unpacks it). --dry-run goes through it on a CPU with a tiny
+Needs what bundle.sh packs. --dry-run goes through it on a CPU with a tiny
 model; its figures say nothing.
 """
 

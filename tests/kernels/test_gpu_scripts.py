@@ -13,8 +13,8 @@ import pytest
 SCRIPTS = Path(__file__).parents[2] / "benchmarks" / "gpu"
 
 
-def dry_run(script: str, out: Path) -> None:
-    command = [sys.executable, str(SCRIPTS / script), "--out", str(out), "--dry-run"]
+def dry_run(script: str, out: Path, *options: str) -> None:
+    command = [sys.executable, str(SCRIPTS / script), "--out", str(out), "--dry-run", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
 
@@ -28,6 +28,13 @@ def test_kernels(tmp_path: Path) -> None:
     modules = [module for row in read["times"]["rows"] for module in row["modules"].values()]
     assert modules and all(module["wrong"] == {"both/scattered": 0.0} for module in modules)
     assert not any("times" in module for module in modules), "nothing is timed on a CPU"
+
+
+def test_copies_dry_run_reads_the_right_bytes(tmp_path: Path) -> None:
+    dry_run("copies.py", tmp_path, "--rounds", "2")
+    read = json.loads((tmp_path / "copies.json").read_text())
+    assert read["old_bytes_are_read"] == read["layers_are_awaited"] == [True] * 3
+    assert len(read["times"]["launch_s"]) == 2
 
 
 def test_tune(tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""Stage 8: PyTorch's CUDA sanitizer over a server whose pool is too small for what it serves.
+
+The sanitizer sees PyTorch's own operators, not what Triton's kernels read and write.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from served import EAGER, SHAPE, device_flags, server_flags, start_s
+from stage_run import Context, Step, Verdict
+
+from sglang_elora.demo.adapters import make_adapters
+from sglang_elora.demo.checkpoint import make_checkpoint
+from sglang_elora.demo.server import ELORA_SERVER, ServerProcess
+
+from pressure import PRESSURE_SPECS, make_trace, pool_tokens, run_trace  # isort: skip
+
+
+def races(log: str) -> int:
+    """Data races that the sanitizer reports in a log."""
+    return log.count("CSAN detected a possible data race")
+
+
+def pressure(context: Context) -> Verdict:
+    checkpoint = make_checkpoint(context.models / "base", shape=SHAPE)
+    trace = make_trace(num_requests=10 if context.dry_run else 60)
+    asked = {session.adapter for session in trace.sessions}
+    specs = [spec for spec in PRESSURE_SPECS if spec.name in asked]
+    adapters = make_adapters(checkpoint, context.models / "adapters", specs)
+    flags = ["--elora", "--elora-check", *server_flags(checkpoint, adapters)]
+    flags += ["--dtype", "bfloat16", *EAGER, *device_flags(context)]
+    flags += ["--max-total-tokens", str(max(4000, pool_tokens(specs, trace, 0.5)))]
+    log_path = context.work / "sanitizer.server.log"
+    with ServerProcess(
+        flags,
+        log_path=log_path,
+        program=ELORA_SERVER,
+        env={"TORCH_CUDA_SANITIZER": "1"},
+        startup_timeout_s=start_s(context),
+    ) as server:
+        records = run_trace(server.url, trace)
+        log = log_path.read_text(errors="replace")
+    print(log[-3000:], file=sys.stderr)
+    failed = [record.error for record in records if record.error]
+    return Verdict(
+        {
+            "the sanitizer reports no race": races(log) == 0,
+            "every request was answered": bool(records) and not failed,
+        },
+        {"races": races(log), "requests": len(records), "errors": failed[:3]},
+    )
+
+
+STEPS = (Step("sanitizer", 420, pressure),)

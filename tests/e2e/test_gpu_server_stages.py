@@ -1,0 +1,22 @@
+"""Dry runs of the GPU stages that start servers, on the CPU platform."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STAGES = Path(__file__).parents[2] / "benchmarks" / "gpu" / "stages"
+
+
+@pytest.mark.parametrize("stage", [4, 5, 6, 7, 8, 9, 10])
+def test_server_stage_dry_run_goes_through(stage: int, tmp_path: Path) -> None:
+    command = [sys.executable, str(STAGES), str(stage), "--out", str(tmp_path), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert "right: " in done.stdout and "WRONG" not in done.stdout
+    rows = (tmp_path / f"stage-{stage}.jsonl").read_text().splitlines()
+    assert rows and all(json.loads(row)["status"] == "ended" for row in rows)

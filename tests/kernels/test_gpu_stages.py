@@ -1,0 +1,119 @@
+"""The stages for a GPU machine: their runner, their limits, and the dry runs without a server."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+STAGES = Path(__file__).parents[2] / "benchmarks" / "gpu" / "stages"
+sys.path.insert(0, str(STAGES))
+
+import served  # noqa: E402
+from stage_run import STAGE_LIMIT_S, Context, StageRun, Step, Verdict  # noqa: E402
+
+STEPS_OF = """
+import importlib.util, json, sys
+sys.path.insert(0, sys.argv[1])
+spec = importlib.util.spec_from_file_location("entry", sys.argv[1] + "/__main__.py")
+entry = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(entry)
+print(json.dumps({n: [s.timeout_s for s in entry.steps(n)] for n in entry.MODULES}))
+"""
+
+
+def test_time_outs_of_each_stage_add_up_to_less_than_a_call() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", STEPS_OF, str(STAGES)]
+    found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert sorted(map(int, found)) == list(range(1, 11))
+    assert {n: sum(s) for n, s in found.items() if sum(s) > STAGE_LIMIT_S} == {}
+
+
+def step_script(folder: Path, body: str) -> list[str]:
+    """The command of a step's process that runs ``body``."""
+    script = folder / "step.py"
+    script.write_text(
+        f"import json, pathlib, sys, time\nkept = pathlib.Path({str(folder)!r})\n{body}"
+    )
+    return [sys.executable, str(script)]
+
+
+def nothing(context: Context) -> Verdict:
+    raise AssertionError("the test's command runs instead")
+
+
+def test_runner_keeps_what_was_done_before_a_step_timed_out(tmp_path: Path) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    work.mkdir()
+    body = "print('said before', flush=True)\ntime.sleep(60)"
+    run = StageRun("stage-0", out, work, step_script(work, body))
+    run.play(Step("slow", 3, nothing), {})
+    assert not run.report()
+    (row,) = map(json.loads, (out / "stage-0.jsonl").read_text().splitlines())
+    assert row["status"] == "timed out after 3 s"
+    assert {"gpu", "torch", "triton", "commit", "when"} <= row["machine"].keys()
+    with tarfile.open(out / "stage-0.tar.gz") as archive:
+        log = archive.extractfile("stage-0/slow.log")
+        assert log is not None and b"said before" in log.read()
+    assert sorted(path.name for path in out.iterdir()) == ["stage-0.jsonl", "stage-0.tar.gz"]
+
+
+@pytest.mark.parametrize(("status", "right"), [(0, True), (0, False), (3, True)])
+def test_runner_reports_a_line_for_each_verdict(
+    status: int, right: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = f"""
+verdict = {{"right": {{"sums": {right}}}, "facts": {{}}}}
+(kept / "one.verdict.json").write_text(json.dumps(verdict))
+sys.exit({status})"""
+    run = StageRun("stage-0", tmp_path / "out", tmp_path, step_script(tmp_path, body))
+    run.play(Step("one", 60, nothing), {})
+    assert run.report() == (status == 0 and right)
+    said = capsys.readouterr().out
+    assert f"{'right' if right else 'WRONG'}: sums\n" in said
+    assert f"{'WRONG' if status else 'right'}: one ran to its end\n" in said
+
+
+def answer(ids: list[int], logprobs: list[float]) -> dict[str, list[float]]:
+    return {"ids": ids, "logprobs": logprobs}
+
+
+@pytest.mark.parametrize(
+    ("other", "agree"),
+    [
+        (answer([1, 2, 3], [-0.1, -0.2, -0.3]), True),
+        (answer([1, 2, 9], [-0.1, -0.2, -0.4]), True),  # a near tie at the end
+        (answer([1, 2, 9], [-0.1, -0.2, -4.0]), False),  # no tie
+        (answer([1, 2, 3], [-0.1, -3.0, -0.3]), False),  # the same tokens of another model
+        (answer([7, 8, 9], [-0.1, -0.2, -0.3]), False),  # nothing is equal
+    ],
+)
+def test_agreement_allows_near_ties_only(other: dict[str, list[float]], agree: bool) -> None:
+    one = answer([1, 2, 3], [-0.1, -0.2, -0.3])
+    assert served.agreement([one], [other])["agree"] is agree
+
+
+def test_graphs_are_read_from_the_log_as_sglang_writes_it() -> None:
+    log = "Capture target prefill CUDA graph begin. x\nCapture target decode cuda graph begin. x\n"
+    log += "Decode batch, #running-req: 1, cuda graph: True, y\n"
+    assert served.graphs_in(log) == {
+        "captured": ["target decode", "target prefill"],
+        "decode_replayed": True,
+        "prefill_replayed": False,
+    }
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stage_dry_run_goes_through(stage: int, tmp_path: Path) -> None:
+    command = [sys.executable, str(STAGES), str(stage), "--out", str(tmp_path), "--dry-run"]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=env)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert "right: " in done.stdout and "WRONG" not in done.stdout
+    rows = (tmp_path / f"stage-{stage}.jsonl").read_text().splitlines()
+    assert rows and all(json.loads(row)["status"] == "ended" for row in rows)
