@@ -1,8 +1,9 @@
 """Greedy outputs stay those of an idle device while adapters and KV are evicted and come back.
 
 Every server gets the same chats. The first is SGLang as it is, with room for everything; the others
-have room for at most a quarter of the adapters and KV. PRESSURE_FULL=1 in the environment runs all
-600 requests in every variant.
+have room for at most a quarter of the adapters and KV, and run copies and batches in another order
+that CUDA's streams would allow. PRESSURE_FULL=1 in the environment runs 600 requests and every order
+in every variant.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ from sglang_elora.demo.adapters import make_adapters
 from sglang_elora.demo.server import ServerProcess, python_module
 
 ALL = "PRESSURE_FULL" in os.environ
-FULL = make_trace()
-SMALL = make_trace(small=not ALL)
+CHATS = make_trace(small=not ALL)
 LONG_ANSWERS = make_trace(num_requests=600 if ALL else 60, output_tokens=(48, 96))
 
 _ENV = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
@@ -110,7 +110,7 @@ class Variant:
     """
 
     orders: tuple[str, ...]
-    trace: Trace = SMALL
+    trace: Trace = CHATS
     share: float = 0.25  # of the trace's adapters and KV that the pool holds
     page_size: int = 1
     tp_size: int = 1
@@ -136,7 +136,7 @@ _HOST_TIER = (
 )
 
 VARIANTS = {
-    "plain": Variant((_EARLIEST,), trace=FULL, share=0.15),
+    "plain": Variant((_EARLIEST,), share=0.15),
     "host-tier": Variant(
         ORDERS, flags=(*_HOST_TIER, "write_back"), check=_kv_was_copied_ahead_and_came_back
     ),
@@ -201,12 +201,12 @@ def many_adapters(checkpoint: Path, models: Path) -> dict[str, Path]:
 def expected(
     checkpoint: Path, many_adapters: dict[str, Path], logs: Path
 ) -> Iterator[dict[Trace, _Outputs]]:
-    """Outputs of SGLang with all adapters and all KV on the device. SMALL is the start of FULL."""
+    """Outputs of SGLang with all adapters and all KV on the device."""
     slots = len(many_adapters) + 1  # one for the base model
     flags = [
         *server_flags(checkpoint, many_adapters),
         *("--max-loras-per-batch", str(slots)),
-        *("--max-total-tokens", str(FULL.num_kv_tokens + LONG_ANSWERS.num_kv_tokens)),
+        *("--max-total-tokens", str(CHATS.num_kv_tokens + LONG_ANSWERS.num_kv_tokens)),
     ]
     with ServerProcess(
         flags,
@@ -214,9 +214,9 @@ def expected(
         program=python_module("sglang.launch_server"),
         env=_ENV,
     ) as server:
-        full = _outputs(run_trace(server.url, FULL))
+        chats = _outputs(run_trace(server.url, CHATS))
         long_answers = _outputs(run_trace(server.url, LONG_ANSWERS))
-    yield {FULL: full, SMALL: full, LONG_ANSWERS: long_answers}
+    yield {CHATS: chats, LONG_ANSWERS: long_answers}
 
 
 @pytest.mark.parametrize(("name", "order"), RUNS)
