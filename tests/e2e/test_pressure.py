@@ -2,8 +2,8 @@
 
 Every server gets the same chats. The first is SGLang as it is, with room for everything; the others
 have room for at most a quarter of the adapters and KV, and run copies and batches in another order
-that CUDA's streams would allow. PRESSURE_FULL=1 in the environment runs 600 requests and every order
-in every variant.
+that CUDA's streams would allow. PRESSURE_FULL=1 in the environment runs 600 requests, and every
+order in every variant.
 """
 
 from __future__ import annotations
