@@ -142,7 +142,7 @@ class StageRun:
 
     def _echo(self, process: subprocess.Popen[bytes], name: str) -> None:
         assert process.stdout is not None
-        with (self._work / f"{name}.log").open("wb") as log:
+        with process.stdout, (self._work / f"{name}.log").open("wb") as log:
             for line in process.stdout:
                 log.write(line)
                 log.flush()
