@@ -211,8 +211,9 @@ def test_page_copy_of_any_adapter_is_compiled_by_warm_up(
     warm = set(server.launches.keys)
     assert len(warm) == 1
     layout = AdapterLayout.build(rank, SHAPES[rank % 3 :: 3], num_planes)
-    memory = torch.zeros(NUM_LAYERS, sum(layout.plane_elems), dtype=dtype)
+    num_bytes = NUM_LAYERS * sum(layout.plane_elems) * dtype.itemsize
+    chunks = (torch.zeros(num_bytes, dtype=torch.uint8),)
     table = PageTable(torch.zeros(layout.num_slots(server.planes.slot_elems, 1)))
-    server.planes.write(table, AdapterImage(layout, memory, 1.0, "zeros"))
+    server.planes.write(table, AdapterImage(layout, dtype, NUM_LAYERS, chunks, 1.0, "zeros"))
     assert len(server.launches.arguments) >= 2
     assert server.launches.keys == warm

@@ -149,7 +149,7 @@ def test_a_file_that_was_replaced_between_the_reads_of_two_ranks_fails_on_both(
     contents = (["old", "old", "old"], ["old", "new", "old"])  # what each rank reads, in turn
 
     def reader(rank: int) -> Read:
-        return lambda: replace(image, version=contents[rank].pop(0))
+        return lambda chunks: replace(image, version=contents[rank].pop(0))
 
     ranks.know("a", (reader(0), reader(1)))
     ranks.arrive("a")
@@ -171,7 +171,7 @@ def test_a_file_that_was_replaced_during_its_first_reads_is_not_served_in_halves
     contents = (["old", "new"], ["new", "new"])
 
     def reader(rank: int) -> Read:
-        return lambda: replace(image, version=contents[rank].pop(0))
+        return lambda chunks: replace(image, version=contents[rank].pop(0))
 
     ranks.know("a", (reader(0), reader(1)))
     ranks.arrive("a")
@@ -186,7 +186,7 @@ def test_a_file_that_is_new_on_both_ranks_fails_on_both(ranks: Ranks, image: Ada
     contents = (["old", "new"], ["old", "new"])
 
     def reader(rank: int) -> Read:
-        return lambda: replace(image, version=contents[rank].pop(0))
+        return lambda chunks: replace(image, version=contents[rank].pop(0))
 
     ranks.know("a", (reader(0), reader(1)))
     ranks.arrive("a")
@@ -203,10 +203,10 @@ def test_a_failed_read_is_settled_when_the_slower_rank_has_read_and_blocks_nobod
 ) -> None:
     may_end = threading.Event()
 
-    def broken() -> AdapterImage:
+    def broken(chunks: object) -> AdapterImage:
         raise OSError("no such file")
 
-    def slow() -> AdapterImage:
+    def slow(chunks: object) -> AdapterImage:
         assert may_end.wait(2 * LIVENESS_S)
         return image
 

@@ -52,13 +52,10 @@ def make_image(
     shapes: tuple[ModuleShape, ...], rank: int, num_layers: int, num_planes: int
 ) -> AdapterImage:
     layout = AdapterLayout.build(rank, shapes, num_planes)
-    memory = torch.arange(num_layers * sum(layout.plane_elems), dtype=torch.int32)
-    return AdapterImage(
-        layout,
-        memory.to(torch.int16).view(torch.bfloat16).view(num_layers, -1),
-        1.0,
-        "numbers",
-    )
+    numbers = torch.arange(num_layers * sum(layout.plane_elems), dtype=torch.int32)
+    content = numbers.to(torch.int16).view(torch.uint8)
+    chunks = content.split([len(content) // 3, len(content) - len(content) // 3])
+    return AdapterImage(layout, torch.bfloat16, num_layers, chunks, 1.0, "numbers")
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -91,7 +88,7 @@ def test_write_in_parts_of_any_size_equals_the_image(
     assert calls[0] == calls[1] == ["slots", *((end, sum(sizes)) for end in (1, 2, 3))]
     for pool in pools:
         for layer in range(3):
-            for plane, part in enumerate(image.memory[layer].view(torch.uint8).split(sizes)):
+            for plane, part in enumerate(image.layer(layer).view(torch.uint8).split(sizes)):
                 expected = torch.full((needed + 5, 256), 7, dtype=torch.uint8)
                 flat = expected[numbers].view(-1)
                 flat[: len(part)] = part
