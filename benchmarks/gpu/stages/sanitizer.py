@@ -36,7 +36,7 @@ def pressure(context: Context) -> Verdict:
         flags,
         log_path=log_path,
         program=ELORA_SERVER,
-        env={"TORCH_CUDA_SANITIZER": "1"},
+        env={} if context.dry_run else {"TORCH_CUDA_SANITIZER": "1"},  # it needs CUDA
         startup_timeout_s=start_s(context),
     ) as server:
         records = run_trace(server.url, trace)
