@@ -189,6 +189,17 @@ def test_failed_operation_is_over_and_its_error_reaches_who_waited() -> None:
     assert event.query()
 
 
+def test_race_is_named_where_poison_made_an_operation_fail() -> None:
+    world = World(Order.LATEST)
+    world.copy("copy", 1)
+
+    def use_poison() -> None:
+        raise IndexError("index out of range")
+
+    with pytest.raises(RaceError, match="batch"):
+        world.run("batch", 1, inside=use_poison)
+
+
 def test_synchronize_ends_everything() -> None:
     world = World(Order.LATEST)
     for number in range(3):

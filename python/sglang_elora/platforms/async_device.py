@@ -204,6 +204,9 @@ class AsyncDevice:
         self._running.append(operation)
         try:
             operation.run()
+        except Exception:
+            self.races.end(operation.footprint)  # what it read may have been poison
+            raise
         finally:
             self._running.pop()
             self.stream = outer
