@@ -154,8 +154,12 @@ class Bench:
 
     def _ask_all(self) -> list[Any]:
         """The requests that one pass of SGLang's over the queue finds admissible."""
-        running_batch = SimpleNamespace(is_empty=lambda: False)
-        adder: Any = SimpleNamespace(can_run_list=[], running_batch=running_batch)
+        adder: Any = SimpleNamespace(
+            can_run_list=[],
+            running_batch=SimpleNamespace(is_empty=lambda: False),
+            rem_chunk_tokens=None,
+            log_input_tokens=0,
+        )
         self.admission.begin_pass(adder)
         return [req for req in self.world.waiting if self.admission.admit(req, set())]
 

@@ -20,7 +20,7 @@ from second_plugin import write_plugin
 from server_flags import server_flags
 from sglang_elora.demo.adapters import make_adapters
 from sglang_elora.demo.server import ServerProcess
-from test_pressure import VARIANTS
+from test_pressure import VARIANTS, Variant
 
 NO_WAIT_BEFORE_SLOTS = """
 from sglang_elora.host.free_order import FreeOrder
@@ -88,14 +88,16 @@ HiCacheController.start_writing = start_writing
 """
 
 MUTATIONS = {
-    "no wait before slots": (NO_WAIT_BEFORE_SLOTS, "earliest"),
-    "no wait for a layer": (NO_WAIT_FOR_A_LAYER, "latest"),
-    "event before its copy": (EVENT_BEFORE_ITS_COPY, "latest"),
-    "pin dropped early": (PIN_DROPPED_EARLY, "latest"),
-    "load of a session not awaited": (LOAD_OF_A_SESSION_NOT_AWAITED, "latest"),
-    "backup not after its batch": (BACKUP_NOT_AFTER_ITS_BATCH, "earliest"),
-    "backup not awaited": (BACKUP_NOT_AWAITED, "latest"),
+    "no wait before slots": (NO_WAIT_BEFORE_SLOTS, "earliest", "plain"),
+    "no wait for a layer": (NO_WAIT_FOR_A_LAYER, "latest", "plain"),
+    "event before its copy": (EVENT_BEFORE_ITS_COPY, "latest", "plain"),
+    "pin dropped early": (PIN_DROPPED_EARLY, "latest", "plain"),
+    "load of a session not awaited": (LOAD_OF_A_SESSION_NOT_AWAITED, "latest", "sessions"),
+    "backup not after its batch": (BACKUP_NOT_AFTER_ITS_BATCH, "earliest", "sessions"),
+    "backup not awaited": (BACKUP_NOT_AWAITED, "latest", "sessions"),
 }
+"""Name -> (what a plugin changes, order of streams, variant of the pressure that meets it)"""
+
 TRIED = list(MUTATIONS) if "PRESSURE_FULL" in os.environ else ["load of a session not awaited"]
 
 
@@ -103,18 +105,23 @@ TRIED = list(MUTATIONS) if "PRESSURE_FULL" in os.environ else ["load of a sessio
 def test_missing_wait_ends_the_server_with_both_call_sites(
     name: str, checkpoint: Path, models: Path, logs: Path, tmp_path: Path
 ) -> None:
-    body, order = MUTATIONS[name]
+    body, order, variant = MUTATIONS[name]
     write_plugin(tmp_path, "mutation", body)
     adapters = make_adapters(checkpoint, models / "pressure-adapters", PRESSURE_SPECS)
-    log = _log_of_a_run(order, adapters, checkpoint, logs / f"{name}.log", tmp_path)
+    log_path = logs / f"{name}.log"
+    log = _log_of_a_run(VARIANTS[variant], order, adapters, checkpoint, log_path, tmp_path)
     assert "RaceError: nothing orders a" in log, log[-3000:]
     print(log[log.index("RaceError") :][:1200])
 
 
 def _log_of_a_run(
-    order: str, adapters: Mapping[str, Path], checkpoint: Path, log_path: Path, plugin: Path
+    variant: Variant,
+    order: str,
+    adapters: Mapping[str, Path],
+    checkpoint: Path,
+    log_path: Path,
+    plugin: Path,
 ) -> str:
-    variant = VARIANTS["sessions"]
     flags = [
         *("--elora", "--elora-check", "--elora-check-streams", order, *server_flags(checkpoint)),
         *("--max-total-tokens", str(variant.pool_tokens), *variant.flags),
@@ -125,5 +132,5 @@ def _log_of_a_run(
         contextlib.suppress(httpx.HTTPError, AssertionError),
         ServerProcess(flags, log_path=log_path, env=env) as server,
     ):
-        run_trace(server.url, make_trace(num_requests=100), names_sessions=True)
+        run_trace(server.url, make_trace(num_requests=150), names_sessions=variant.names_sessions)
     return log_path.read_text()
