@@ -138,7 +138,9 @@ _HOST_TIER = (
 VARIANTS = {
     "plain": Variant((_EARLIEST,), share=0.15),
     "host-tier": Variant(
-        ORDERS, flags=(*_HOST_TIER, "write_back"), check=_kv_was_copied_ahead_and_came_back
+        (_EARLIEST,),
+        flags=(*_HOST_TIER, "write_back"),
+        check=_kv_was_copied_ahead_and_came_back,
     ),
     "write-through": Variant(
         (_LATEST,), flags=(*_HOST_TIER, "write_through"), check=_kv_came_back_from_the_host
