@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# Tests with servers that may share the machine with others: nothing in them depends on its speed.
+LOADED := $(addprefix tests/e2e/test_,pressure.py missing_waits.py gpu_server_stages.py \
+  host_tier.py bad_adapters.py sent_adapters.py triton_backend.py outputs.py dtypes.py)
 DEMO ?=
 BENCH ?=
 
@@ -23,7 +26,8 @@ bench: $(READY)  ## stock and ELORA on the same traces: tables, plots, a page
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/e2e
-	$(BIN)/python -m pytest tests/e2e
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(LOADED)
+	$(BIN)/python -m pytest tests/e2e $(LOADED:%=--ignore %)
 
 serve: $(READY)  ## the demo's server, left up for you to try
 	$(BIN)/python -m sglang_elora.demo --serve $(DEMO)
