@@ -1,6 +1,6 @@
 """Dry runs of the GPU stages that start servers, on the CPU platform.
 
-Each takes about a minute, so CI runs one of each kind; PRESSURE_FULL=1 in the environment runs all.
+Each takes a minute or more, so CI runs one; PRESSURE_FULL=1 in the environment runs all.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-RUN = range(4, 11) if "PRESSURE_FULL" in os.environ else (4, 7, 8)
+RUN = range(4, 11) if "PRESSURE_FULL" in os.environ else (7,)
 STAGES = Path(__file__).parents[2] / "benchmarks" / "gpu" / "stages"
 
 
