@@ -89,7 +89,7 @@ class Endless:
         self.unload(stray)
 
     def rest(self) -> None:
-        """Nothing is under way, and nobody waits."""
+        """Whether nothing is under way and no request waits."""
         deadline = time.monotonic() + 10
         while self.world.swapper.is_waiting:
             assert time.monotonic() < deadline

@@ -87,7 +87,7 @@ def _kv_was_copied_ahead_and_came_back(outcome: Outcome) -> None:
 
 
 def _kv_was_prefetched_and_used(outcome: Outcome) -> None:
-    """Between a session's announcement and its request, or beside a batch of others."""
+    """Between a session's announcement and its request, or while a batch of others runs."""
     assert outcome.state["kv_slots_from_host"] > 0
     assert outcome.state["prefetched_slots_used"] > 0
 

@@ -252,7 +252,7 @@ def test_an_adapter_larger_than_the_budget_is_read_for_each_use(
         assert "a" not in tier and tier.num_reads == num_reads
     assert tier.num_outside == 3 and tier.arena.num_free == budget
     assert caplog.text.count("--elora-host-gb has no room for an adapter of 20 bytes") == 1
-    tier.request("a")  # nobody waits for it, and it would be dropped at once
+    tier.request("a")  # no request waits for it, so it would be dropped at once
     assert tier.reading == ()
 
 

@@ -21,7 +21,7 @@ class Popularity:
     """Shares of requests, each the mean of a share that forgets fast and one that forgets slowly.
 
     Time is the number of requests, so that it is equal on all ranks. ``use`` is O(1) amortised.
-    Whoever drops an adapter calls ``forget``; however many are used, ``MOST_ROWS`` are kept.
+    The code that drops an adapter calls ``forget``; however many are used, ``MOST_ROWS`` are kept.
     """
 
     def __init__(self, half_lives: tuple[float, float] = (FAST, SLOW)) -> None:

@@ -14,8 +14,8 @@ to an ``Order``:
 Every legal order is one that CUDA may choose, so an output that differs, or a ``RaceError``, is a
 missing wait. Operations that are not handed to ``launch`` run at once, as before.
 
-An event that nobody waits for is polled: ``query`` answers False ``PATIENCE`` times and then runs
-what was recorded, so that a loop that only polls comes to its end.
+An event may be polled instead of waited for: ``query`` answers False ``PATIENCE`` times and then
+runs what was recorded, so that a loop that only polls comes to its end.
 """
 
 from __future__ import annotations
