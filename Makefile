@@ -27,7 +27,7 @@ bench: $(READY)  ## stock and ELORA on the same traces: tables, plots, a page
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/e2e
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(LOADED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(LOADED)
 	$(BIN)/python -m pytest tests/e2e $(LOADED:%=--ignore %)
 
 serve: $(READY)  ## the demo's server, left up for you to try

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from adapters import SPECS
 from bad_adapters import make_bad_adapters
 from reference import Reference
+from second_plugin import write_plugin
 from server_flags import server_flags
 from sglang_elora.demo.adapters import make_adapters
 from sglang_elora.demo.server import ServerProcess, python_module
@@ -23,6 +25,33 @@ def nothing_left_running() -> Iterator[None]:
     ours = {"torch_shm_manager"}  # torch's helper of this process; it ends with it
     left = [p for p in psutil.Process().children(recursive=True) if p.name() not in ours]
     assert not left, [process.cmdline() for process in left]
+
+
+_FORKED_START = """
+import multiprocessing
+set_start_method = multiprocessing.set_start_method
+multiprocessing.set_start_method = lambda method, force=False: set_start_method("fork", force)
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Servers fork their scheduler and detokenizer, which SGLang would start anew.
+
+    Each start anew imports everything again, which is two thirds of the processor time of a start.
+    ``elora_server``, tests with ``spawned_start``, and ``make demo`` start a server as users do.
+    """
+    folder, given = tmp_path_factory.mktemp("forked-start"), os.environ.get("PYTHONPATH", "")
+    write_plugin(folder, "forked_start", _FORKED_START)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(folder), given))))
+        yield
+
+
+@pytest.fixture
+def spawned_start(forked_start: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers start all their processes anew, as they do for users."""
+    monkeypatch.delenv("PYTHONPATH")
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +95,8 @@ def elora_server(
     given = {**adapters, **bad, "missing": models / "no-such-adapter"}
     flags = ["--elora", "--elora-check", *server_flags(checkpoint, given)]
     flags += ["--elora-adapter-dir", str(adapter_dir)]
-    with ServerProcess(flags, log_path=logs / "elora.log") as server:
+    as_for_users = {"PYTHONPATH": ""}
+    with ServerProcess(flags, log_path=logs / "elora.log", env=as_for_users) as server:
         yield server
 
 

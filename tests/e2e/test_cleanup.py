@@ -40,7 +40,7 @@ def test_fails(server):
     ids=["fails", "interrupted"],
 )
 def test_no_process_is_left(
-    ending: str, status: pytest.ExitCode, checkpoint: Path, tmp_path: Path
+    ending: str, status: pytest.ExitCode, checkpoint: Path, tmp_path: Path, spawned_start: None
 ) -> None:
     flags = [*server_flags(checkpoint), "--max-lora-rank", "8", "--lora-target-modules", "q_proj"]
     pids, log = tmp_path / "pids", tmp_path / "server.log"

@@ -17,7 +17,7 @@ from sglang_elora.demo.server import ServerProcess
 
 
 def test_sglang_serve_configured_by_environment(
-    models: Path, prompts: Sequence[list[int]], logs: Path
+    models: Path, prompts: Sequence[list[int]], logs: Path, spawned_start: None
 ) -> None:
     """A Qwen3 model and no adapter at start; one is loaded later, with ELORA's semantics."""
     qwen = make_checkpoint(models / "qwen3", architecture="qwen3")

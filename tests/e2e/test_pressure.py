@@ -106,8 +106,8 @@ def _adapters_were_reloaded(outcome: Outcome) -> None:
 class Variant:
     """One way to run under pressure, and how to see that it was run that way.
 
-    ``orders`` are values of --elora-check-streams, each of them one run in CI; the others, and
-    variants without any, run with PRESSURE_FULL=1.
+    ``orders`` are values of --elora-check-streams, each of them one run in CI; the others run with
+    PRESSURE_FULL=1.
     """
 
     orders: tuple[str, ...]
@@ -137,23 +137,23 @@ _HOST_TIER = (
 )
 
 VARIANTS = {
-    "plain": Variant((_EARLIEST,), share=0.15),
+    "plain": Variant(ORDERS, share=0.15),
     "host-tier": Variant(
-        (),
+        (_LATEST,),
         flags=(*_HOST_TIER, "write_back"),
         check=_kv_was_copied_ahead_and_came_back,
     ),
     "write-through": Variant(
-        (), flags=(*_HOST_TIER, "write_through"), check=_kv_came_back_from_the_host
+        (_EARLIEST,), flags=(*_HOST_TIER, "write_through"), check=_kv_came_back_from_the_host
     ),
     "sessions": Variant(
-        (_LATEST, _EARLIEST),
+        ORDERS,
         flags=(*_HOST_TIER, "write_back"),
         names_sessions=True,
         check=_kv_was_prefetched_and_used,
     ),
     "flushes": Variant(
-        (),
+        (_SEEDED,),
         flags=(*_HOST_TIER, "write_back"),
         concurrency=1,
         names_sessions=True,

@@ -34,7 +34,7 @@ EXPECTED_WITHIN = 1.0
 
 COUNTS = (
     "adapter_churn",
-    *(f"adapter_evictions.{reason}" for reason in ("room", "told")),
+    *(f"adapter_evictions.{reason}" for reason in ("room", "told", "unloaded")),
     "adapter_loads",
     *(f"adapter_lookups.{tier}" for tier in get_args(Tier)),
     "adapter_slots_from_host",

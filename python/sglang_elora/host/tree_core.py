@@ -364,6 +364,8 @@ class EloraTreeCore(OrderedTreeCore):
     ) -> None:
         """Remove a retired adapter without KV: its slots, its node, and what is known of it."""
         uid = str(node.adapter.uid)
+        if node.adapter.resident:
+            self.counts[f"adapter_evictions.{self.reason}"] += 1
         self._release_slots(node, device_frees)
         del self._tree_root.children[self._child_key(uid)]
         del self._adapter_nodes[uid]
