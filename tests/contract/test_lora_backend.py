@@ -347,50 +347,6 @@ def test_graphs_compute_what_the_tables_hold_at_replay(
             assert i is not None or torch.equal(output[row], base[row])
 
 
-def test_batches_that_graphs_may_replay_reach_their_tables(
-    sglang: Any, triton_backends: Backends
-) -> None:
-    """Also one without adapters: the graph would compute those of the batch before."""
-    adapters = make_adapters(torch.float32, [8], seed=0)
-    backend = triton_backends.over(adapters[0].pool)
-    manager = object.__new__(sglang.manager_class)
-    manager.lora_backend, manager.enable_dp_attention = backend, False
-    manager.max_adapters_in_batch = 0
-    manager.residency = SimpleNamespace(paged=lambda uid: adapters[0].paged, copies={})
-    manager._measure = None
-    manager.init_cuda_graph_batch_info(max_bs_in_cuda_graph=4, num_tokens_per_req=1)
-    backend.init_prefill_cuda_graph_batch_info(max_num_tokens=16, max_num_requests=2)
-
-    def prepare(mode: str, ids: list[str | None], lengths: list[int]) -> Any:
-        batch = SimpleNamespace(
-            lora_ids=ids,
-            batch_size=len(ids),
-            forward_mode=sglang.mode[mode],
-            extend_seq_lens=torch.tensor(lengths),
-            extend_seq_lens_cpu=lengths,
-            extend_num_tokens=sum(lengths),
-        )
-        manager.prepare_lora_batch(batch)
-        return backend.get_batch_info()
-
-    decode = prepare("DECODE", ["a", None], [1, 1])
-    assert decode.graph and decode.tables.num_tiles == 1 and decode.tables.rows[0] == 0
-    again = prepare("DECODE", [None, None], [1, 1])
-    assert again.tables is decode.tables and not decode.tables.tiles.any()
-
-    prefill = prepare("EXTEND", ["a", None], [3, 9])
-    assert prefill.graph and prefill.tables is not decode.tables
-    assert prefill.tables.num_tiles == 1
-    assert prepare("EXTEND", [None], [5]).tables is prefill.tables
-    assert not prefill.tables.tiles.any()
-
-    eager = prepare("EXTEND", ["a"], [17])  # more tokens than any graph
-    assert not eager.graph and eager.tables not in (decode.tables, prefill.tables)
-    assert prepare("EXTEND", [None], [17]) is None
-    assert prepare("DECODE", [None] * 5, [1] * 5) is None  # more requests than any graph
-    assert prepare("DECODE", ["a"] * 5, [1] * 5).tables.num_tiles == 1
-
-
 def test_splits_are_summed_before_ranks_are(triton_backends: Backends) -> None:
     """What ranks sum over each other has one value per element."""
     adapters = make_adapters(torch.float32, [8], seed=0)

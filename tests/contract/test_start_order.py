@@ -86,6 +86,11 @@ class Server:
                 AdapterSource(name, name, layout, size, False, image=image)
             )
 
+    def bring(self, name: str) -> None:
+        self.world.arrive(name)
+        self.world.step()
+        self.world.step()
+
 
 def run(backend: Any, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     """What SGLang's layers do with a backend."""
@@ -146,9 +151,7 @@ def test_graphs_captured_before_the_cache_replay_what_later_batches_say(
     assert len(graph) == 4 and not output.any()
 
     server.build_cache()
-    world.arrive(uid(0))
-    world.step()
-    world.step()
+    server.bring(uid(0))
     world.arrive(uid(1))
     world.step()
     assert list(world.residency.copies) == [uid(1)]
@@ -174,6 +177,31 @@ def test_graphs_captured_before_the_cache_replay_what_later_batches_say(
         world.waiting.clear()
         world.step()
     world.check()
+
+
+def test_batches_that_graphs_may_replay_reach_their_tables(server: Server) -> None:
+    """Also one without adapters: the graph would compute those of the batch before."""
+    server.manager.init_cuda_graph_batch_info(max_bs_in_cuda_graph=4, num_tokens_per_req=1)
+    server.manager.init_prefill_cuda_graph_batch_info(max_num_tokens=16, max_num_requests=2)
+    server.build_cache()
+    server.bring(uid(0))
+
+    decode = server.prepare("DECODE", [uid(0), None], [1, 1])
+    assert decode.graph and decode.tables.num_tiles == 1 and decode.tables.rows[0] == 0
+    again = server.prepare("DECODE", [None, None], [1, 1])
+    assert again.tables is decode.tables and not decode.tables.tiles.any()
+
+    prefill = server.prepare("EXTEND", [uid(0), None], [3, 9])
+    assert prefill.graph and prefill.tables is not decode.tables
+    assert prefill.tables.num_tiles == 1
+    assert server.prepare("EXTEND", [None], [5]).tables is prefill.tables
+    assert not prefill.tables.tiles.any()
+
+    eager = server.prepare("EXTEND", [uid(0)], [17])  # more tokens than any graph
+    assert not eager.graph and eager.tables not in (decode.tables, prefill.tables)
+    assert server.prepare("EXTEND", [None], [17]) is None
+    assert server.prepare("DECODE", [None] * 5, [1] * 5) is None  # more requests than any graph
+    assert server.prepare("DECODE", [uid(0)] * 5, [1] * 5).tables.num_tiles == 1
 
 
 @pytest.mark.parametrize("mode", ["DECODE", "EXTEND"])
