@@ -66,23 +66,19 @@ def sglang() -> Any:
         warnings.simplefilter("ignore")
         from sglang.srt.lora.layers import BaseLayerWithLoRA
         from sglang.srt.lora.torch_ops import lora_ops
-        from sglang.srt.model_executor.forward_batch_info import ForwardMode
         from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
         from sglang_elora.host import triton_backend
         from sglang_elora.host.lora_backend import Graph
-        from sglang_elora.host.lora_manager import EloraLoRAManager
         from sglang_elora.host.torch_backend import EloraTorchBackend
     return SimpleNamespace(
         layer=BaseLayerWithLoRA,
         ops=lora_ops,
-        mode=ForwardMode,
         context=lambda pool: forward_context(
             ForwardContext(attn_backend=SimpleNamespace(token_to_kv_pool=pool))
         ),
         triton_backend=triton_backend,
         Graph=Graph,
-        manager_class=EloraLoRAManager,
         classes={
             "elora_torch": EloraTorchBackend,
             "elora_triton": triton_backend.EloraTritonBackend,
