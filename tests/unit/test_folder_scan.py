@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sglang_elora.adapters import FolderScan
+from sglang_elora.adapters.folder_scan import PATIENT_SCANS
 
 
 def add(folder: Path, text: str = "{}") -> Path:
@@ -53,6 +54,22 @@ def test_what_is_no_adapter_is_left_alone(tmp_path: Path) -> None:
     for root in (tmp_path, tmp_path / "not-there-yet"):
         scan = FolderScan(root)
         assert [names(scan) for _ in range(3)] == [[], [], []]
+
+
+def test_a_folder_that_stays_without_a_config_is_named_once_and_loaded_when_it_has_one(
+    tmp_path: Path,
+) -> None:
+    scan = FolderScan(tmp_path)
+    add(tmp_path / "training" / "checkpoint-500")
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "adapter_model.safetensors").write_text("weights")
+    found = [scan.scan() for _ in range(PATIENT_SCANS + 3)]
+    assert [len(some) for some in found] == [0] * (PATIENT_SCANS - 1) + [2] + [0] * 3
+    training, weights = found[PATIENT_SCANS - 1]
+    assert "adapter_config.json" in training.problem and "checkpoint-500" in training.problem
+    assert "adapter_config.json" in weights.problem and "move" not in weights.problem
+    add(tmp_path / "weights")
+    assert [[(f.name, f.problem) for f in scan.scan()] for _ in range(2)] == [[], [("weights", "")]]
 
 
 @pytest.mark.parametrize("what", ["folder", "file", "dots"])

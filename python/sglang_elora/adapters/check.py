@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_elora.adapters.base_shapes import BaseShapes
+from sglang_elora.adapters.bounded_files import refused_not_raised
 from sglang_elora.adapters.config_file import (
     ALL_LINEAR,
     AdapterConfig,
@@ -65,6 +66,7 @@ class AdapterFacts:
         return served_names(self.modules)
 
 
+@refused_not_raised
 def check_adapter(
     name: str,
     path: str,
@@ -103,6 +105,7 @@ def check_adapter(
     return replace(facts, files=tuple(files))
 
 
+@refused_not_raised
 def read_adapter(name: str, path: str) -> dict[str, Any]:
     """The weights of an adapter that was checked before, as torch tensors by their stored names.
 
@@ -129,6 +132,7 @@ def content_digest(tensors: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+@refused_not_raised
 def served_modules(name: str, path: str) -> frozenset[str]:
     """The modules an adapter has weights for, by SGLang's fused names, from its files' headers.
 
@@ -140,6 +144,7 @@ def served_modules(name: str, path: str) -> frozenset[str]:
     return served_names(t.name.rsplit(".lora_", 1)[0] for t in tensors if ".lora_" in t.name)
 
 
+@refused_not_raised
 def check_tensors(
     name: str,
     config: Mapping[str, Any],

@@ -16,8 +16,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_elora.adapters.bounded_files import MAX_JSON_BYTES, MAX_TOKENS_BYTES, read_bounded
 from sglang_elora.adapters.errors import MERGE, AdapterFolder, Problem
 from sglang_elora.adapters.weight_files import ADDED_TOKENS_FILE, CONFIG_FILE
+
+MAX_SCALING = 4096.0
+"""alpha / r. Trained adapters have 0.5 to 64; far above, products overflow in 16 bits."""
+
+_MAX_PATTERN_CHARS = 512
+_MAX_ALTERNATIVES = 4
+_MAX_BRANCHING = 32  # expressions with repetitions or alternatives, of all in a pattern
+_REPETITION = re.compile(r"[*+?{]")
+_UNREAD = re.compile(r"\)[*+?{]|\(\?|\\[1-9]")  # repeated groups, extensions, back references
 
 ALL_LINEAR = frozenset({"all", "all-linear"})
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
@@ -94,8 +104,14 @@ def parse_config(folder: AdapterFolder, raw: Mapping[str, Any]) -> AdapterConfig
     rank, alpha = raw["r"], raw["lora_alpha"]
     if type(rank) is not int or rank <= 0:
         raise folder.error(CONFIG_FILE, f"r must be a positive integer, got {rank!r}", _RESAVE)
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if type(alpha) not in (int, float) or alpha != alpha or alpha in (math.inf, -math.inf):
         raise folder.error(CONFIG_FILE, f"lora_alpha must be a number, got {alpha!r}", _RESAVE)
+    if abs(alpha) > rank * MAX_SCALING:
+        raise folder.error(
+            CONFIG_FILE,
+            f"lora_alpha must be at most {MAX_SCALING:g} times r, got {str(alpha)[:40]}",
+            "Correct it, or scale B and lora_alpha to usual sizes and save the adapter again",
+        )
     base_name = raw.get("base_model_name_or_path")
     return AdapterConfig(
         rank=rank,
@@ -146,7 +162,8 @@ def check_added_tokens(folder: AdapterFolder, vocab_size: int | None) -> None:
 def _read_json(folder: AdapterFolder, file: str) -> dict[str, Any] | None:
     """The JSON object in ``file``, or None if there is no such file."""
     try:
-        content = json.loads((folder.path / file).read_text(encoding="utf-8"))
+        most = MAX_TOKENS_BYTES if file == ADDED_TOKENS_FILE else MAX_JSON_BYTES
+        content = json.loads(read_bounded(folder.path / file, most))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
@@ -203,13 +220,35 @@ def _pattern(folder: AdapterFolder, raw: Mapping[str, Any], option: str) -> dict
     pattern = raw.get(option) or {}
     try:
         values = {key: float(value) for key, value in dict(pattern).items()}
-        for key in values:
-            re.compile(key)
-    except (re.error, TypeError, ValueError) as error:
+        _check_expressions(values)
+    except (re.error, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise folder.error(
             CONFIG_FILE, f"{option} must map module patterns to numbers: {error}", _RESAVE
         ) from error
     return values
+
+
+def _check_expressions(keys: Iterable[str]) -> None:
+    """Refuse expressions whose match with a module's path may take long.
+
+    Each way to match is tried before a match fails: the square of the path's length for one
+    repetition of a character or class, twice as many for each alternative. Several repetitions, or
+    one of a group, may take for ever.
+    """
+    num_branching = 0
+    for key in keys:
+        num_repetitions, num_alternatives = len(_REPETITION.findall(key)), key.count("|")
+        if len(key) > _MAX_PATTERN_CHARS:
+            raise ValueError(f"{key[:40]!r}... has more than {_MAX_PATTERN_CHARS} characters")
+        if num_repetitions > 1 or num_alternatives > _MAX_ALTERNATIVES or _UNREAD.search(key):
+            raise ValueError(
+                f"{key[:80]!r} is an expression that is not read: at most one repetition, of one "
+                f"character or class, and {_MAX_ALTERNATIVES} alternatives"
+            )
+        num_branching += num_repetitions > 0 or num_alternatives > 0
+        if num_branching > _MAX_BRANCHING:
+            raise ValueError(f"more than {_MAX_BRANCHING} expressions have a repetition")
+        re.compile(key)
 
 
 def _names(value: Any) -> tuple[str, ...]:

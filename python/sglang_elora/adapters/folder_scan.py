@@ -9,7 +9,9 @@ from pathlib import Path
 
 from sglang_elora.adapters.weight_files import CONFIG_FILE
 
-_Signature = tuple[tuple[str, int, int], ...]  # of each file: name, bytes, modified at
+PATIENT_SCANS = 10
+
+_Signature = tuple[tuple[str, int, int], ...]  # of each entry: name, bytes, modified at
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +24,12 @@ class FoundAdapter:
 
 
 class FolderScan:
-    """Finds each subfolder with an adapter's config once, and again only after it has changed.
+    """Finds each subfolder with something in it once, and again only after it has changed.
 
     What is still being written is left for later: a subfolder counts when two scans in a row see
-    the same files. Names that begin with a dot are left out, so that a folder can be filled under
-    such a name and then be renamed.
+    the same files; one without a config when ``PATIENT_SCANS`` do, as a copy may take its time to
+    come to it. Names that begin with a dot are left out, so that a folder can be filled under such
+    a name and then be renamed.
 
     Nothing outside the folder is served: neither a subfolder nor a file in it may be a link that
     leads out of it.
@@ -39,16 +42,23 @@ class FolderScan:
         self._root = root
         self._seen: dict[str, _Signature] = {}  # as of the last scan
         self._told: dict[str, _Signature] = {}  # as of when it was returned
+        self._num_same: dict[str, int] = {}  # scans in a row that saw it as it is
 
     def scan(self) -> list[FoundAdapter]:
         """What is new, in order of names. Blocks for some system calls per subfolder."""
         seen = dict(self._subfolders())
+        self._num_same = {
+            name: self._num_same.get(name, 0) + 1 if signature == self._seen.get(name) else 1
+            for name, signature in seen.items()
+        }
         found = []
         for name, signature in sorted(seen.items()):
-            if signature == self._seen.get(name) and signature != self._told.get(name):
+            path, has_config = self._root / name, CONFIG_FILE in (file for file, *_ in signature)
+            is_whole = self._num_same[name] >= (2 if has_config else PATIENT_SCANS)
+            if is_whole and signature != self._told.get(name):
                 self._told[name] = signature
-                path = self._root / name
-                found.append(FoundAdapter(name, path, leads_out(self._root, path)))
+                problem = leads_out(self._root, path) if has_config else _no_config(path)
+                found.append(FoundAdapter(name, path, problem))
         self._seen = seen
         self._told = {name: self._told[name] for name in self._told if name in seen}
         return found
@@ -62,10 +72,10 @@ class FolderScan:
             if entry.name.startswith("."):
                 continue
             try:
-                files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in _files(entry)]
+                files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in _inner(entry)]
             except OSError:  # a link to nowhere, or a file that has just gone
                 continue
-            if any(name == CONFIG_FILE for name, _, _ in files):
+            if files:
                 yield entry.name, tuple(sorted(files))
 
 
@@ -81,5 +91,11 @@ def leads_out(root: Path, path: Path) -> str:
     return ""
 
 
-def _files(entry: os.DirEntry[str]) -> list[os.DirEntry[str]]:
-    return [inner for inner in os.scandir(entry) if inner.is_file()] if entry.is_dir() else []
+def _inner(entry: os.DirEntry[str]) -> list[os.DirEntry[str]]:
+    return list(os.scandir(entry)) if entry.is_dir() else []
+
+
+def _no_config(path: Path) -> str:
+    below = sorted(file.parent.name for file in path.glob(f"*/{CONFIG_FILE}"))
+    where = f"; its folder {below[-1]} has one: move or link that one here" if below else ""
+    return f"it has no {CONFIG_FILE}{where}"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_elora.adapters.errors import AdapterError
-from sglang_elora.adapters.weight_files import ADDED_TOKENS_FILE, CONFIG_FILE, WEIGHT_SUFFIXES
+from sglang_elora.adapters.weight_files import ADDED_TOKENS_FILE, CONFIG_FILE, weight_names
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s:]\S*", re.IGNORECASE)
 _REMEDY = f"Give the URL of a folder that holds {CONFIG_FILE} and its weights"
@@ -71,11 +71,7 @@ def _open(url: str) -> tuple[Any, str]:
 def _wanted(listed: Sequence[_Info]) -> dict[str, str]:
     """Path of each file to fetch, by its name: the weights in one format only, as they are read."""
     files = {posixpath.basename(info["name"]): info["name"] for info in listed}
-    for suffix in WEIGHT_SUFFIXES:
-        weights = [file for file in files if file.endswith(suffix)]
-        if weights:
-            break
-    keep = {CONFIG_FILE, ADDED_TOKENS_FILE, *weights}
+    keep = {CONFIG_FILE, ADDED_TOKENS_FILE, *weight_names(files)}
     return {file: path for file, path in files.items() if file in keep}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import pickle
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_elora.adapters.bounded_files import MAX_HEADER_BYTES, check_zip, open_regular
 from sglang_elora.adapters.errors import AdapterFolder, Problem
 
 CONFIG_FILE = "adapter_config.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
-WEIGHT_FILE = "adapter_model.safetensors"
+WEIGHT_STEM = "adapter_model"
+WEIGHT_FILE = f"{WEIGHT_STEM}.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
 """In SGLang's order of preference: of an adapter the first that is there is read."""
 
@@ -58,12 +61,28 @@ class TensorInfo:
         return self.num_elements * _SIZES[self.dtype]
 
 
-def find_weight_files(folder: AdapterFolder) -> list[Path]:
-    """The files SGLang's loader would read: all *.safetensors, else all *.bin, else all *.pt."""
+def weight_names(names: Iterable[str]) -> list[str]:
+    """Which of a folder's files hold the adapter: PEFT's ``adapter_model.*`` alone if it is there
+    (a trainer's value head or the model may lie beside it), else all of one format."""
+    found = {name for name in names if name not in _NOT_WEIGHTS}
     for suffix in WEIGHT_SUFFIXES:
-        found = sorted(p for p in folder.path.glob(f"*{suffix}") if p.name not in _NOT_WEIGHTS)
-        if found:
-            return found
+        if WEIGHT_STEM + suffix in found:
+            return [WEIGHT_STEM + suffix]
+    for suffix in WEIGHT_SUFFIXES:
+        if of_format := sorted(name for name in found if name.endswith(suffix)):
+            return of_format
+    return []
+
+
+def find_weight_files(folder: AdapterFolder) -> list[Path]:
+    """As ``weight_names``.
+
+    Raises:
+        AdapterError: The folder has none.
+    """
+    names = weight_names(path.name for path in folder.path.iterdir())
+    if names:
+        return [folder.path / name for name in names]
     raise folder.error(
         WEIGHT_FILE,
         "the weights file is missing, and the folder has no other *.safetensors, *.bin or *.pt",
@@ -116,8 +135,8 @@ def non_finite(file: str, tensors: Iterable[tuple[str, Any]]) -> list[Problem]:
 
 def _read_file(folder: AdapterFolder, file: Path) -> list[TensorInfo]:
     try:
-        size_bytes = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
+            size_bytes = os.fstat(stream.fileno()).st_size
             head = stream.read(len(_LFS_POINTER))
     except OSError as error:
         raise folder.error(file.name, f"cannot read it: {error}", _COPY_AGAIN) from error
@@ -139,7 +158,7 @@ def _read_file(folder: AdapterFolder, file: Path) -> list[TensorInfo]:
 
 def _read_safetensors(folder: AdapterFolder, file: Path, size_bytes: int) -> list[TensorInfo]:
     """Read the header: 8 bytes of length, then JSON with dtype, shape and data offsets."""
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         prefix = stream.read(8)
         header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size_bytes
         if header_bytes > size_bytes - 8:
@@ -147,6 +166,12 @@ def _read_safetensors(folder: AdapterFolder, file: Path, size_bytes: int) -> lis
                 file.name,
                 f"not a safetensors file, or cut off inside its header: it has {size_bytes} "
                 f"bytes, the header alone would need {header_bytes + 8}",
+                _COPY_AGAIN,
+            )
+        if header_bytes > MAX_HEADER_BYTES:
+            raise folder.error(
+                file.name,
+                f"its safetensors header has {header_bytes} bytes, of at most {MAX_HEADER_BYTES}",
                 _COPY_AGAIN,
             )
         text = stream.read(header_bytes)
@@ -187,6 +212,11 @@ def _open_as_loader_does(folder: AdapterFolder, file: Path) -> None:
         ) from error
 
 
+def _whole(file: Path) -> bytes:
+    with open_regular(file) as stream:
+        return stream.read()
+
+
 def _dtype(code: str) -> str:
     return _FLOATS[code][0] if code in _FLOATS else code
 
@@ -197,6 +227,7 @@ def _load_pickle(folder: AdapterFolder, file: Path) -> dict[str, Any]:
     failures = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError)
     load: Callable[..., Any] = torch.load
     try:
+        check_zip(file)
         state = load(str(file), map_location="cpu", weights_only=True)
     except failures as error:
         first_line = (str(error).splitlines() or [""])[0]
@@ -213,6 +244,13 @@ def _load_pickle(folder: AdapterFolder, file: Path) -> dict[str, Any]:
             "it is not a flat dictionary of tensors",
             "Re-save the adapter with PEFT's save_pretrained",
         )
+    announced, held = sum(tensor.nbytes for tensor in state.values()), file.stat().st_size
+    if announced > held:
+        raise folder.error(
+            file.name,
+            f"its tensors have {announced} bytes, the file holds {held}",
+            "Save contiguous tensors, each with its own data",
+        )
     return state
 
 
@@ -223,6 +261,6 @@ def _data(folder: AdapterFolder, file: Path) -> Iterator[tuple[str, Any]]:
     safetensors: Any = importlib.import_module("safetensors.torch")
     try:
         # Read, not mapped: who overwrites a mapped file takes the process that reads it down.
-        yield from safetensors.load(file.read_bytes()).items()
+        yield from safetensors.load(_whole(file)).items()
     except (safetensors.SafetensorError, OSError) as error:
         raise folder.error(file.name, f"cannot read it: {error}", _COPY_AGAIN) from error

@@ -14,8 +14,6 @@ import msgspec
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import (
-    EmbeddingReqInput,
-    GenerateReqInput,
     LoadLoRAAdapterReqInput,
     LoadLoRAAdapterReqOutput,
     LoRAUpdateOutput,
@@ -120,19 +118,6 @@ def check_before_load_from_tensors(
     except AdapterError as error:
         return self.create_lora_update_result(success=False, error_message=str(error))
     return original(self, lora_ref, tensors, config_dict, *rest)
-
-
-def refuse_adapter_ids(self: TokenizerManager, obj: GenerateReqInput | EmbeddingReqInput) -> None:
-    """Before ``_validate_and_resolve_lora``: adapters are asked for by name.
-
-    ``lora_id`` is SGLang's internal id of a loaded adapter. Sent by a client it would bypass the
-    registry, so that the adapter could be unloaded under the running request.
-
-    Raises:
-        ValueError: The request carries one (SGLang answers HTTP 400).
-    """
-    if obj.lora_id is not None:
-        raise ValueError("lora_id is internal to SGLang: name the adapter with lora_path")
 
 
 def _check(name: str, path: str, model: Any, lora: Any, *, read_weights: bool = True) -> Path:

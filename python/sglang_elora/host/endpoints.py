@@ -74,12 +74,14 @@ def _add_control(app: FastAPI, control: TokenizerControl) -> None:
         if lora_name is not None:
             control.id_of(lora_name)
             loaded = {lora_name: loaded[lora_name]}
+        uses = control.uses()
         rows = [
             {
                 "lora_name": name,
                 "lora_path": ref.lora_path,
                 **_row(mirror.adapters[ref.lora_id]),
                 "lease_s": control.lease_left_s(ref.lora_id),
+                "num_requests": uses.get(ref.lora_id, 0),
             }
             for name, ref in loaded.items()
             if ref.lora_id in mirror.adapters

@@ -151,6 +151,10 @@ class TokenizerControl:
         """``LoRARef`` of each adapter by the name it is served under."""
         return dict(self._registry.get_all_adapters())
 
+    def uses(self) -> dict[str, int]:
+        """Requests that are not over, by the id of their adapter."""
+        return dict(self._registry.uses())
+
     @property
     def serves_metrics(self) -> bool:
         return bool(self._manager.enable_metrics)

@@ -1,0 +1,97 @@
+"""Files of strangers, read only as far as their size is known and reasonable."""
+
+from __future__ import annotations
+
+import functools
+import os
+import stat
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, ParamSpec, TypeVar
+
+from sglang_elora.adapters.errors import AdapterError
+
+MAX_JSON_BYTES = 4 << 20
+"""Of adapter_config.json. PEFT's are a few KiB."""
+
+MAX_TOKENS_BYTES = 64 << 20
+"""Of added_tokens.json, which may name a whole vocabulary."""
+
+MAX_HEADER_BYTES = 32 << 20
+"""Of a safetensors file; a tensor takes some 150 bytes of it."""
+
+_SOURCE = "Get it from a source that you trust, and as PEFT's save_pretrained wrote it"
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, without waiting for a writer as an open of a pipe does.
+
+    Raises:
+        OSError: It cannot be opened, or is a pipe, a device, a socket or a folder.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("it is not a regular file")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bounded(path: Path, most_bytes: int) -> bytes:
+    """The whole of a file that is not too large.
+
+    Raises:
+        OSError: As ``open_regular``, or it has more than ``most_bytes``.
+    """
+    with open_regular(path) as stream:
+        content = stream.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise OSError(f"it has more than {most_bytes} bytes, where a few thousand are usual")
+    return content
+
+
+def check_zip(path: Path) -> None:
+    """See that a file that torch saved takes no more memory than it has bytes.
+
+    Torch stores what it saves in a zip archive without compression.
+
+    Raises:
+        OSError: It cannot be read, is no such archive, or would be inflated.
+    """
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        try:
+            with zipfile.ZipFile(stream) as archive:
+                entries = archive.infolist()
+        except (zipfile.BadZipFile, ValueError, LookupError, NotImplementedError) as error:
+            raise OSError(f"not a file of torch.save since 1.6: {error}") from error
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise OSError("its content is compressed, which torch does not do")
+    if sum(entry.file_size for entry in entries) > size:
+        raise OSError("its directory names more bytes than it has")
+
+
+def refused_not_raised(check: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Whatever a check of an adapter ``(name, path or content, ...)`` raises is a refusal of it.
+
+    Raises:
+        AdapterError: In place of any other error.
+    """
+
+    @functools.wraps(check)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return check(*args, **kwargs)
+        except AdapterError:
+            raise
+        except (Exception, MemoryError) as error:
+            name, where = str(args[0]), args[1] if isinstance(args[1], str) else "request"
+            reason = f"it cannot be checked: {type(error).__name__}: {str(error)[:200]}"
+            raise AdapterError(name, where, reason, _SOURCE) from error
+
+    return checked

@@ -1,0 +1,112 @@
+"""Hook bodies that refuse a malformed request, and let no request end what serves the others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.managers.io_struct import AbortReq, EmbeddingReqInput, GenerateReqInput
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+logger = logging.getLogger(__name__)
+
+MAX_CHARS = 1024
+"""Of a name or key that a client sends; they are kept as long as what they name."""
+
+_PER_PROMPT: dict[str, tuple[type, ...]] = {
+    "lora_path": (str,),
+    "sampling_params": (dict,),
+    "return_logprob": (bool,),
+    "logprob_start_len": (int,),
+    "top_logprobs_num": (int,),
+    "token_ids_logprob": (list,),
+    "custom_logit_processor": (str,),
+    "extra_key": (str,),
+    "cache_salt": (str,),
+    "bootstrap_host": (str,),
+    "bootstrap_port": (int,),
+    "bootstrap_room": (int,),
+}
+"""Fields of which each prompt has its own value, or None, and the value's type."""
+
+_PER_REQUEST: dict[str, type] = {"session_id": str, "priority": int}
+
+_BOUNDED = ("lora_path", "session_id", "extra_key", "cache_salt")
+
+
+def check_shape(result: None, self: GenerateReqInput | EmbeddingReqInput) -> None:
+    """After ``normalize_batch_and_arguments``: one value of its type for each prompt.
+
+    SGLang makes lists of single values for a batch. What it does not look at is a list beside a
+    single prompt, the length of a list that was sent as one, and what is in it; a scheduler meets
+    that in the middle of a step.
+
+    Raises:
+        ValueError: A field does not fit (SGLang answers HTTP 400).
+    """
+    for field, types in _PER_PROMPT.items():
+        value = getattr(self, field, None)
+        if value is None:
+            continue
+        if self.is_single:
+            values = [value]
+        elif not isinstance(value, list):
+            raise ValueError(f"{field} must be a list, with one value for each prompt")
+        else:
+            values = value
+            wanted = self.batch_size * getattr(self, "parallel_sample_num", 1)
+            if len(values) != wanted:
+                raise ValueError(f"{field} has {len(values)} values for {wanted} prompts")
+        for one in values:
+            if one is not None and not isinstance(one, types):
+                names = " or ".join(kind.__name__ for kind in types)
+                raise ValueError(f"{field} of one prompt must be a {names}, not {_kind(one)}")
+            _check_length(field, one)
+    for field, kind in _PER_REQUEST.items():
+        value = getattr(self, field, None)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{field} must be a {kind.__name__}, not {_kind(value)}")
+        _check_length(field, value)
+
+
+def refuse_adapter_ids(self: TokenizerManager, obj: GenerateReqInput | EmbeddingReqInput) -> None:
+    """Before ``_validate_and_resolve_lora``: adapters are asked for by name.
+
+    ``lora_id`` is SGLang's internal id of a loaded adapter. Sent by a client it would bypass the
+    registry, so that the adapter could be unloaded under the running request.
+
+    Raises:
+        ValueError: The request carries one (SGLang answers HTTP 400).
+    """
+    if obj.lora_id is not None:
+        raise ValueError("lora_id is internal to SGLang: name the adapter with lora_path")
+
+
+def refuse_alone(
+    original: Callable[..., None], self: Scheduler, recv_req: Any, *rest: Any, **options: Any
+) -> None:
+    """Around ``Scheduler.handle_generate_request`` and ``handle_embedding_request``: what a request
+    raises fails that request, where it would end the scheduler and with it the server."""
+    try:
+        original(self, recv_req, *rest, **options)
+    except Exception as error:
+        logger.exception("request %s is refused", recv_req.rid)
+        assert not any(req.rid == recv_req.rid for req in self.waiting_queue), "it would run"
+        text = f"the request cannot be served: {type(error).__name__}: {error}"
+        reason = {"type": "abort", "status_code": HTTPStatus.BAD_REQUEST, "message": text}
+        answer = AbortReq(rid=recv_req.rid, finished_reason=reason)
+        self.ipc_channels.send_to_tokenizer.send_output(answer, recv_req)
+
+
+def _check_length(field: str, value: Any) -> None:
+    if field in _BOUNDED and isinstance(value, str) and len(value) > MAX_CHARS:
+        raise ValueError(f"{field} has {len(value)} characters, of at most {MAX_CHARS}")
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}"
