@@ -32,6 +32,7 @@ class Reference:
     @cached_property
     def _model(self) -> Any:
         base = AutoModelForCausalLM.from_pretrained(self._checkpoint, dtype=torch.float32)
+        base.generation_config.eos_token_id = None  # the servers are told to ignore it, too
         first, *others = self._adapters.items()
         model = PeftModel.from_pretrained(base, first[1], adapter_name=first[0])
         for name, path in others:
@@ -72,7 +73,6 @@ class Reference:
         options = {
             "attention_mask": torch.ones_like(ids),
             "do_sample": False,
-            "min_new_tokens": num_tokens,  # the servers are told to ignore the end token
             "max_new_tokens": num_tokens,
             "pad_token_id": 0,
         }

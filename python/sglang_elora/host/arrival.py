@@ -10,6 +10,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from sglang_elora.host.endpoints import add_endpoints
 from sglang_elora.host.kv_hints import adapters_named
+from sglang_elora.host.named_adapters import adapter_of
 from sglang_elora.host.tokenizer_control import TokenizerControl
 
 if TYPE_CHECKING:
@@ -43,9 +44,7 @@ def announce_openai(self: OpenAIServingBase, request: Any, raw_request: Any) -> 
     comes to the tokenizer manager."""
     control: TokenizerControl | None = getattr(self.tokenizer_manager, "elora", None)
     if control is not None:
-        model, explicit = getattr(request, "model", None), getattr(request, "lora_path", None)
-        adapter = self._resolve_lora_path(model or "", explicit)
-        control.announce(adapter, getattr(request, "session_id", None))
+        control.announce(adapter_of(self, request), getattr(request, "session_id", None))
 
 
 def announce_native(self: TokenizerManager, obj: Any) -> None:

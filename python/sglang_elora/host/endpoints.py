@@ -11,6 +11,7 @@ from importlib import resources
 from typing import Any, TypeVar
 
 import msgspec
+import orjson
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, ORJSONResponse
 from pydantic import BaseModel, Field, model_validator
@@ -165,10 +166,16 @@ def _add_metrics(app: FastAPI, control: TokenizerControl) -> None:
     app.routes.append(route)
 
 
-def _add_tiers(app: FastAPI, control: TokenizerControl) -> None:
-    route: Any = next(route for route in app.routes if getattr(route, "path", None) == _MODELS)
-    original = route.endpoint
+def _taken(app: FastAPI, path: str) -> Callable[..., Any]:
+    """SGLang's endpoint of a path, which is free for one of ours from now on."""
+    route: Any = next(route for route in app.routes if getattr(route, "path", None) == path)
     app.router.routes.remove(route)
+    endpoint: Callable[..., Any] = route.endpoint
+    return endpoint
+
+
+def _add_tiers(app: FastAPI, control: TokenizerControl) -> None:
+    original, original_of_one = _taken(app, _MODELS), _taken(app, f"{_MODELS}/{{model:path}}")
 
     @app.get(_MODELS, response_class=ORJSONResponse)
     async def available_models() -> ORJSONResponse:
@@ -180,6 +187,13 @@ def _add_tiers(app: FastAPI, control: TokenizerControl) -> None:
             if card.get("parent") and ref is not None and ref.lora_id in mirror.adapters:
                 card["tier"] = mirror.adapters[ref.lora_id].tier
         return ORJSONResponse(models)
+
+    @app.get(f"{_MODELS}/{{model:path}}", response_class=ORJSONResponse)
+    async def retrieve_model(model: str) -> Any:
+        """Retrieve a model or an adapter by the id that it is listed under."""
+        listed: dict[str, Any] = orjson.loads((await available_models()).body)
+        cards = [card for card in listed["data"] if card["id"] == model]
+        return ORJSONResponse(cards[0]) if cards else await original_of_one(model)
 
 
 def _listed(names: str | list[str]) -> list[str]:

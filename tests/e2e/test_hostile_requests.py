@@ -1,0 +1,231 @@
+"""Requests made to end the server, to hang it, or to be answered by another: each fails alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from bad_adapters import edit_config
+from client import MODEL, Client, run
+from control import adapter as row_of
+from reference import Reference
+from server_flags import server_flags
+from sglang_elora.demo.server import ServerProcess
+
+NAMES = ("qv-r4", "attention-r8")
+SHORT = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+LONG = {"temperature": 0, "max_new_tokens": 2000, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path, adapters: dict[str, Path], logs: Path) -> Iterator[ServerProcess]:
+    given = {name: adapters[name] for name in NAMES}
+    flags = ["--elora", "--elora-check", *server_flags(checkpoint, given)]
+    flags += ["--max-queued-requests", "64"]
+    with ServerProcess(flags, log_path=logs / "hostile.log") as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def served_on(
+    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+) -> Iterator[None]:
+    """Behind each test: no request uses an adapter, and answers are right."""
+    yield
+    assert server.returncode is None, server.log_tail()
+
+    async def work(client: Client) -> None:
+        for name in NAMES:
+            assert (await _settled(client, name))["num_requests"] == 0
+            answer = await client.generate(name, prompts[0], num_tokens=8)
+            assert list(answer.token_ids) == reference.generate(name, prompts[0], num_tokens=8)
+
+    run(server.url, work)
+
+
+async def _settled(client: Client, name: str) -> dict[str, Any]:
+    for _ in range(100):
+        row = await row_of(client, name)
+        if row["num_requests"] == 0:
+            break
+        await asyncio.sleep(0.1)
+    return row
+
+
+ONE, TWO = [5, 6], [[5, 6], [7, 8]]
+MALFORMED: dict[str, dict[str, Any]] = {
+    "a list for one prompt": {"input_ids": ONE, "lora_path": ["qv-r4"]},
+    "an empty list": {"input_ids": ONE, "lora_path": []},
+    "None in a list": {"input_ids": ONE, "lora_path": [None]},
+    "too few names": {"input_ids": TWO, "lora_path": ["qv-r4"]},
+    "too many names": {"input_ids": TWO, "lora_path": ["qv-r4"] * 3},
+    "a list in a list": {"input_ids": TWO, "lora_path": [["qv-r4"], "qv-r4"]},
+    "a number": {"input_ids": ONE, "lora_path": 5},
+    "an object": {"input_ids": ONE, "lora_path": {"name": "qv-r4"}},
+    "an id": {"input_ids": ONE, "lora_id": "qv-r4"},
+    "a name nobody knows": {"input_ids": ONE, "lora_path": "nobody"},
+    "a name nobody knows in a list": {"input_ids": TWO, "lora_path": ["qv-r4", "nobody"]},
+    "a long name": {"input_ids": ONE, "lora_path": "x" * 100_000},
+    "a long session": {"input_ids": ONE, "session_id": "x" * 100_000},
+    "a session that is a number": {"input_ids": ONE, "session_id": 5},
+    "sampling for others": {"input_ids": ONE, "sampling_params": [SHORT]},
+    "sampling for too few": {"input_ids": TWO, "sampling_params": [SHORT]},
+    "logprobs for others": {"input_ids": ONE, "return_logprob": [True]},
+    "logprobs for too few": {"input_ids": TWO, "return_logprob": [True]},
+    "top logprobs for others": {"input_ids": ONE, "return_logprob": True, "top_logprobs_num": [2]},
+    "a processor for others": {"input_ids": ONE, "custom_logit_processor": ["x"]},
+    "a priority that is text": {"input_ids": ONE, "priority": "high"},
+    "a salt that is a list": {"input_ids": ONE, "extra_key": ["a", "b"]},
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_request_is_refused(server: ServerProcess, name: str) -> None:
+    body = {"sampling_params": SHORT, **MALFORMED[name]}
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+        answer = http.post("/generate", json=body)
+        streamed = http.post("/generate", json={**body, "stream": True})
+    assert 400 <= answer.status_code < 500, (answer.status_code, answer.text)
+    assert streamed.status_code < 500
+    assert "error" in streamed.text or streamed.status_code >= 400
+
+
+def test_completions_with_lists_of_adapters(server: ServerProcess) -> None:
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+        for prompt, lora_path, right in (
+            ("one", ["qv-r4"], False),
+            (["one", "two"], ["qv-r4"], False),
+            (["one", "two"], ["qv-r4", None], True),
+        ):
+            body = {"model": MODEL, "prompt": prompt, "lora_path": lora_path, "max_tokens": 2}
+            answer = http.post("/v1/completions", json=body)
+            assert answer.status_code == (200 if right else 400), answer.text
+
+
+ENDS = ("too long", "aborted", "cut off", "many samples", "a name nobody knows", "bad grammar")
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_adapter_can_be_unloaded_however_its_requests_ended(
+    server: ServerProcess, adapters: dict[str, Path], end: str
+) -> None:
+    name = "qv-r4"
+
+    async def work(client: Client) -> None:
+        http = client._http
+        if end == "too long":
+            body = {"input_ids": [5] * 100_000, "lora_path": name, "sampling_params": SHORT}
+            assert (await client.post("/generate", body)).status_code == 400
+        elif end == "aborted":
+            body = {"input_ids": [5] * 50, "lora_path": name, "sampling_params": LONG}
+            tasks = [asyncio.create_task(client.post("/generate", body)) for _ in range(48)]
+            await asyncio.sleep(1)  # more than run at a time: some are queued
+            assert (await client.post("/abort_request", {"abort_all": True})).status_code == 200
+            await asyncio.gather(*tasks)
+        elif end == "cut off":
+            body = {
+                "input_ids": [5] * 9,
+                "lora_path": name,
+                "sampling_params": LONG,
+                "stream": True,
+            }
+            for _ in range(3):
+                async with http.stream("POST", "/generate", json=body) as stream:
+                    await anext(stream.aiter_lines())
+        elif end == "many samples":
+            sampling = {**SHORT, "n": 4}
+            body = {"input_ids": [5, 6, 7], "lora_path": name, "sampling_params": sampling}
+            for _ in range(2):
+                answer = await client.post("/generate", body)
+                assert answer.status_code == 200 and len(answer.json()) == 4, answer.text
+        elif end == "bad grammar":
+            sampling = {**SHORT, "json_schema": '{"type": "nonsense"}'}
+            body = {"input_ids": [5, 6], "lora_path": name, "sampling_params": sampling}
+            assert (await client.post("/generate", body)).status_code in (200, 400)
+        else:
+            body = {"input_ids": TWO, "lora_path": [name, "nobody"], "sampling_params": SHORT}
+            assert (await client.post("/generate", body)).status_code == 400
+        unloaded = await asyncio.wait_for(
+            client.post("/unload_lora_adapter", {"lora_name": name}), 60
+        )
+        assert unloaded.status_code == 200, unloaded.text
+        body = {"input_ids": ONE, "lora_path": name, "sampling_params": SHORT}
+        refused = await client.post("/generate", body)
+        assert refused.status_code == 400, "an unloaded adapter is served"
+        body = {"lora_name": name, "lora_path": str(adapters[name])}
+        loaded = await asyncio.wait_for(client.post("/load_lora_adapter", body), 60)
+        assert loaded.status_code == 200, loaded.text
+
+    run(server.url, work)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rank_pattern": {"(([a-z_0-9.]+)+)+!": 5}}, {"lora_alpha": 1e308}],
+    ids=["endless expression", "scale that overflows"],
+)
+def test_an_adapter_that_would_end_the_server_is_refused(
+    server: ServerProcess, adapters: dict[str, Path], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for file in adapters["qv-r4"].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    edit_config(folder, **change)
+
+    async def work(client: Client) -> None:
+        body = {"lora_name": "bad", "lora_path": str(folder)}
+        answer = await asyncio.wait_for(client.post("/load_lora_adapter", body), 20)
+        assert answer.status_code == 400 and next(iter(change)) in answer.text
+
+    run(server.url, work)
+
+
+def test_who_names_an_adapter_is_answered_by_it_or_refused(
+    server: ServerProcess, reference: Reference
+) -> None:
+    """By the id that /v1/models lists, or behind the base model's; on each endpoint."""
+    name = "attention-r8"
+    prompt = "The train to the harbour"
+
+    async def work(client: Client) -> None:
+        by_colon = await client.complete(f"{MODEL}:{name}", prompt, num_tokens=8)
+        by_id = await client.complete(name, prompt, num_tokens=8)
+        base = await client.complete(MODEL, prompt, num_tokens=8)
+        assert by_colon.text == by_id.text != base.text
+        listed = (await client.get("/v1/models")).json()["data"]
+        for card in listed:
+            assert (await client.get(f"/v1/models/{card['id']}")).json()["id"] == card["id"]
+        assert (await client.get("/v1/models/nobody")).status_code == 404
+
+        score = {"query": prompt, "items": [" a", " b"], "label_token_ids": [5, 6, 7]}
+        scores = {}
+        for model in (MODEL, name, f"{MODEL}:{name}"):
+            answer = await client.post("/v1/score", {**score, "model": model})
+            assert answer.status_code == 200, answer.text
+            scores[model] = answer.json()["scores"]
+        assert scores[name][0] == pytest.approx(scores[f"{MODEL}:{name}"][0], rel=1e-3)
+        assert scores[name][0] != pytest.approx(scores[MODEL][0], rel=1e-2)
+        unknown = await client.post("/v1/score", {**score, "model": f"{MODEL}:nobody"})
+        assert unknown.status_code == 400 and "nobody" in unknown.text
+
+        texts = {}
+        for model in (MODEL, name, f"{MODEL}:{name}"):
+            ask = {"model": model, "input": prompt, "temperature": 0, "max_output_tokens": 8}
+            answer = await client.post("/v1/responses", ask)
+            assert answer.status_code == 200, answer.text
+            texts[model] = [item.get("content") for item in answer.json()["output"]]
+        bare = {
+            model: [[part["text"] for part in content or ()] for content in contents]
+            for model, contents in texts.items()
+        }
+        assert bare[name] == bare[f"{MODEL}:{name}"] != bare[MODEL]
+        ask = {"model": f"{MODEL}:nobody", "input": prompt, "max_output_tokens": 8}
+        assert 400 <= (await client.post("/v1/responses", ask)).status_code < 500
+
+    run(server.url, work)
