@@ -229,3 +229,28 @@ def test_who_names_an_adapter_is_answered_by_it_or_refused(
         assert 400 <= (await client.post("/v1/responses", ask)).status_code < 500
 
     run(server.url, work)
+
+
+@pytest.mark.parametrize("payload", [["AAAA"], [""], [], "AAAA", ["gASVBQAAAAAAAABDAXgu"]], ids=str)
+def test_tensors_that_are_none_are_refused(server: ServerProcess, payload: Any) -> None:
+    body = {"lora_name": "sent", "config_dict": {"r": 4}, "serialized_named_tensors": payload}
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+        answer = http.post("/load_lora_adapter_from_tensors", json=body)
+    assert 400 <= answer.status_code < 500, answer.text
+
+
+def test_memory_is_not_released_under_requests_nor_resumed_without(server: ServerProcess) -> None:
+    async def work(client: Client) -> None:
+        body = {"input_ids": [5] * 9, "lora_path": "qv-r4", "sampling_params": LONG}
+        running = asyncio.create_task(client.post("/generate", body))
+        await asyncio.sleep(0.5)
+        assert (await client.post("/release_memory_occupation", {})).status_code == 400
+        assert (await client.post("/resume_memory_occupation", {})).status_code == 400
+        await client.post("/abort_request", {"abort_all": True})
+        await running
+        for _ in range(2):
+            assert (await client.post("/release_memory_occupation", {})).status_code == 200
+            assert (await client.post("/release_memory_occupation", {})).status_code == 400
+            assert (await client.post("/resume_memory_occupation", {})).status_code == 200
+
+    run(server.url, work)

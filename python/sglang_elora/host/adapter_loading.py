@@ -120,6 +120,20 @@ def check_before_load_from_tensors(
     return original(self, lora_ref, tensors, config_dict, *rest)
 
 
+def refuse_unreadable_tensors(
+    original: Callable[..., LoRAUpdateOutput], self: Any, recv_req: Any
+) -> LoRAUpdateOutput:
+    """Around a scheduler worker's ``load_lora_adapter_from_tensors``, which unpacks what a client
+    sent: what is no adapter fails that request."""
+    try:
+        return original(self, recv_req)
+    except Exception as error:
+        logger.exception("tensors of LoRA adapter %r cannot be loaded", recv_req.lora_name)
+        manager: LoRAManager = self.model_runner.lora_manager
+        text = f"LoRA adapter {recv_req.lora_name!r}: its tensors cannot be read: {error!r:.300}"
+        return manager.create_lora_update_result(success=False, error_message=text)
+
+
 def _check(name: str, path: str, model: Any, lora: Any, *, read_weights: bool = True) -> Path:
     base, limits = _base_of(model), _limits_of(lora)
     return check_adapter(name, path, base, **limits, read_weights=read_weights).folder

@@ -24,6 +24,7 @@ from sglang_elora.host.messages import AdapterOrderAnswer
 from sglang_elora.host.tokenizer_control import NoAnswer, NotLoaded, TokenizerControl
 
 _MODELS = "/v1/models"
+_CHANGES_FOR_OTHERS = ("/load_lora_adapter_from_tensors",)
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 
 
@@ -134,7 +135,15 @@ def _add_control(app: FastAPI, control: TokenizerControl) -> None:
         return _outcome(await control.order("evict", control.id_of(body.lora_name)))
 
 
+def _close_to_users(app: FastAPI) -> None:
+    """Endpoints of SGLang that change what others get, and that it leaves open to every key."""
+    for route in app.routes:
+        if getattr(route, "path", None) in _CHANGES_FOR_OTHERS:
+            _for_admins(route.endpoint)  # type: ignore[attr-defined]
+
+
 def add_endpoints(app: FastAPI, control: TokenizerControl) -> None:
+    _close_to_users(app)
     _add_control(app, control)
     app.add_exception_handler(NotLoaded, _not_loaded)
     app.add_exception_handler(NoAnswer, _no_answer)

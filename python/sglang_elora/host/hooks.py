@@ -26,6 +26,7 @@ from sglang_elora.host import (
     link,
     lora_manager,
     measure,
+    memory_release,
     messages,
     named_adapters,
     request_checks,
@@ -72,6 +73,41 @@ HOOKS: tuple[Hook, ...] = (
         When.ELORA,
         "Adapter loading has no validator to register; the scheduler finds a wrong shape only at "
         "the first forward pass, where it is fatal.",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
+        ".release_memory_occupation",
+        ("self", "obj", "request"),
+        HookType.AROUND,
+        memory_release.check_release,
+        When.ELORA,
+        "Endpoints have no registry of what they need; the scheduler asserts, and ends.",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
+        ".resume_memory_occupation",
+        ("self", "obj", "request"),
+        HookType.AROUND,
+        memory_release.check_resume,
+        When.ELORA,
+        "As above.",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+        ".release_memory_occupation",
+        ("self", "recv_req"),
+        HookType.AROUND,
+        memory_release.leave_if_busy,
+        When.ELORA,
+        "As above.",
+    ),
+    Hook(
+        "sglang.srt.managers.tp_worker.BaseTpWorker.load_lora_adapter_from_tensors",
+        ("self", "recv_req"),
+        HookType.AROUND,
+        adapter_loading.refuse_unreadable_tensors,
+        When.ELORA,
+        "The scheduler lets an error of what a client sent end the process.",
     ),
     Hook(
         "sglang.srt.lora.lora_manager.LoRAManager.load_lora_adapter_from_tensors",
