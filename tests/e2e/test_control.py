@@ -469,6 +469,11 @@ def test_with_an_admin_key_only_its_owner_may(
                 if what == "prefetch" and status == 200:
                     await asyncio.sleep(1)
         assert (await client.get("/v1/models")).status_code == 200
+        for path in ("/load_lora_adapter", "/load_lora_adapter_from_tensors"):
+            assert (await client.post(path, {"lora_name": "theirs"})).status_code == 401
+        for path in ("/server_info", "/get_server_info"):
+            info = await client.get(path)
+            assert info.status_code == 200 and ADMIN_KEY not in info.text
 
     with ServerProcess(flags, log_path=logs / "admin.log") as server:
         run(server.url, work)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 import time
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import orjson
@@ -21,9 +22,13 @@ from starlette.types import Receive, Scope, Send
 
 from sglang_elora.control import AdapterState, PoolState
 from sglang_elora.host.messages import AdapterOrderAnswer
+from sglang_elora.host.request_checks import MAX_CHARS
 from sglang_elora.host.tokenizer_control import NoAnswer, NotLoaded, TokenizerControl
 
 _MODELS = "/v1/models"
+_SERVER_INFO = ("/server_info", "/get_server_info")
+_SECRETS = ("api_key", "admin_api_key", "ssl_keyfile_password")
+_HIDDEN = "<hidden>"
 _CHANGES_FOR_OTHERS = ("/load_lora_adapter_from_tensors",)
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 
@@ -34,11 +39,15 @@ def _for_admins(endpoint: _Endpoint) -> _Endpoint:
     return endpoint
 
 
+_Name = Annotated[str, Field(min_length=1, max_length=MAX_CHARS)]
+_Names = Annotated[list[_Name], Field(min_length=1, max_length=1000)]
+
+
 class Prefetch(BaseModel):
     """Adapters by the names they are served under, sessions by what requests call them."""
 
-    lora_name: str | list[str] = Field(default=[], min_length=1)
-    session_id: str | list[str] = Field(default=[], min_length=1)
+    lora_name: _Name | _Names | None = None
+    session_id: _Name | _Names | None = None
 
     @model_validator(mode="after")
     def _names_something(self) -> Prefetch:
@@ -50,7 +59,7 @@ class Prefetch(BaseModel):
 class AdapterName(BaseModel):
     """An adapter by the name it is served under."""
 
-    lora_name: str = Field(min_length=1)
+    lora_name: _Name
 
 
 class Pin(AdapterName):
@@ -142,8 +151,29 @@ def _close_to_users(app: FastAPI) -> None:
             _for_admins(route.endpoint)  # type: ignore[attr-defined]
 
 
+def _hide_secrets(app: FastAPI) -> None:
+    """SGLang's description of the server names its keys to whoever may ask."""
+    for path in _SERVER_INFO:
+        app.add_api_route(path, _without_secrets(_taken(app, path)), methods=["GET"])
+
+
+def _without_secrets(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(endpoint)
+    async def without_secrets() -> Any:
+        info = await endpoint()
+        for field in _SECRETS:
+            if secret := info.get(field):
+                info[field] = _HIDDEN
+                command: str = info.get("launch_command") or ""
+                info["launch_command"] = command.replace(secret, _HIDDEN)
+        return info
+
+    return without_secrets
+
+
 def add_endpoints(app: FastAPI, control: TokenizerControl) -> None:
     _close_to_users(app)
+    _hide_secrets(app)
     _add_control(app, control)
     app.add_exception_handler(NotLoaded, _not_loaded)
     app.add_exception_handler(NoAnswer, _no_answer)
@@ -205,8 +235,10 @@ def _add_tiers(app: FastAPI, control: TokenizerControl) -> None:
         return ORJSONResponse(cards[0]) if cards else await original_of_one(model)
 
 
-def _listed(names: str | list[str]) -> list[str]:
-    return list(dict.fromkeys([names] if isinstance(names, str) else names))
+def _listed(names: str | list[str] | None) -> list[str]:
+    return (
+        [] if names is None else list(dict.fromkeys([names] if isinstance(names, str) else names))
+    )
 
 
 def _row(state: AdapterState) -> dict[str, Any]:

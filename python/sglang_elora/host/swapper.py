@@ -216,7 +216,8 @@ class Swapper:
         Raises:
             ValueError: A request uses it or waits for it, or it is pinned.
         """
-        if self._core.is_locked(uid) or self._is_waited_for(uid):
+        is_pinned = self.residency.forest.get(uid).pinned  # also before it is on the device
+        if is_pinned or self._core.is_locked(uid) or self._is_waited_for(uid):
             raise ValueError("a request uses the adapter or waits for it, or it is pinned")
         self._expected.forget(uid)
         if self.residency.forest.get(uid).resident:
