@@ -178,3 +178,30 @@ def test_what_lies_beside_the_adapters_file_is_not_the_adapter(
     (adapter / beside).write_bytes(b"of a trainer's")
     check_adapter("alice", str(adapter), base)
     assert read_adapter("alice", str(adapter)).keys() == expected.keys()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", " a", "a ", "a\nb", "\x1b[2Ja", "a\x00", "a\u202eb", "\ud800", "x" * 257],
+    ids=[
+        "empty",
+        "space before",
+        "space behind",
+        "line",
+        "escape",
+        "null",
+        "turned",
+        "surrogate",
+        "long",
+    ],
+)
+def test_names_that_spoil_a_log_or_terminal_are_refused(
+    adapter: Path, base: BaseShapes, name: str
+) -> None:
+    with pytest.raises(AdapterError, match="name"):
+        check_adapter(name, str(adapter), base)
+
+
+@pytest.mark.parametrize("name", ["a", "team/law", "law:v2", "Größe 5", "法律", "x" * 256])
+def test_usual_names_are_served(adapter: Path, base: BaseShapes, name: str) -> None:
+    assert check_adapter(name, str(adapter), base).name == name

@@ -25,8 +25,9 @@ from sglang_elora.adapters.config_file import (
     parse_config,
     read_config,
 )
-from sglang_elora.adapters.errors import AdapterFolder, Problem
+from sglang_elora.adapters.errors import AdapterError, AdapterFolder, Problem
 from sglang_elora.adapters.module_names import served_name, served_names
+from sglang_elora.adapters.names import MAX_NAME_CHARS, name_problem
 from sglang_elora.adapters.source import find_folder
 from sglang_elora.adapters.tensor_rules import LoraPair, check_shapes, pair_tensors
 from sglang_elora.adapters.weight_files import (
@@ -93,6 +94,7 @@ def check_adapter(
         AdapterError: The adapter cannot be served; the text says which file, why, and what
             to do.
     """
+    _check_name(name, path)
     folder = find_folder(name, path)
     config = read_config(folder)
     files = find_weight_files(folder)
@@ -164,6 +166,7 @@ def check_tensors(
     Raises:
         AdapterError: As ``check_adapter``; the text says "request" for the folder.
     """
+    _check_name(name, "request")
     folder = AdapterFolder(name, Path("request"))
     parsed = parse_config(folder, config)
     stored = [
@@ -174,6 +177,11 @@ def check_tensors(
     _check_limits(folder, parsed, facts, max_rank, target_modules, refused_modules)
     folder.raise_if_any(non_finite("tensors", tensors.items()), _DIVERGED)
     return facts
+
+
+def _check_name(name: str, where: str) -> None:
+    if problem := name_problem(name):
+        raise AdapterError(name[:MAX_NAME_CHARS], where, problem, "Give it another name")
 
 
 def _check_parts(
