@@ -39,7 +39,7 @@ def forked_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Servers fork their scheduler and detokenizer, which SGLang would start anew.
 
     Each start anew imports everything again, which is two thirds of the processor time of a start.
-    ``elora_server``, tests with ``spawned_start``, and ``make demo`` start a server as users do.
+    Tests with ``spawned_start``, and ``make demo``, start a server as users do.
     """
     folder, given = tmp_path_factory.mktemp("forked-start"), os.environ.get("PYTHONPATH", "")
     write_plugin(folder, "forked_start", _FORKED_START)
@@ -95,8 +95,7 @@ def elora_server(
     given = {**adapters, **bad, "missing": models / "no-such-adapter"}
     flags = ["--elora", "--elora-check", *server_flags(checkpoint, given)]
     flags += ["--elora-adapter-dir", str(adapter_dir)]
-    as_for_users = {"PYTHONPATH": ""}
-    with ServerProcess(flags, log_path=logs / "elora.log", env=as_for_users) as server:
+    with ServerProcess(flags, log_path=logs / "elora.log") as server:
         yield server
 
 
