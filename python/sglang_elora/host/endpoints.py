@@ -6,7 +6,7 @@ import asyncio
 import functools
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from importlib import resources
 from typing import Annotated, Any, TypeVar
@@ -161,14 +161,23 @@ def _without_secrets(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(endpoint)
     async def without_secrets() -> Any:
         info = await endpoint()
-        for field in _SECRETS:
-            if secret := info.get(field):
-                info[field] = _HIDDEN
-                command: str = info.get("launch_command") or ""
-                info["launch_command"] = command.replace(secret, _HIDDEN)
-        return info
+        secrets = [secret for field in _SECRETS if (secret := info.get(field))]
+        return _hidden(info, secrets)
 
     return without_secrets
+
+
+def _hidden(value: Any, secrets: Sequence[str]) -> Any:
+    """The same without the secrets, which are in fields, command lines and copies of both."""
+    if isinstance(value, str):
+        for secret in secrets:
+            value = value.replace(secret, _HIDDEN)
+        return value
+    if isinstance(value, dict):
+        return {key: _hidden(inner, secrets) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hidden(inner, secrets) for inner in value]
+    return value
 
 
 def add_endpoints(app: FastAPI, control: TokenizerControl) -> None:
