@@ -36,9 +36,9 @@ multiprocessing.set_start_method = lambda method, force=False: set_start_method(
 
 @pytest.fixture(scope="session", autouse=True)
 def forked_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Servers fork their scheduler and detokenizer, which SGLang would start anew.
+    """Servers fork their scheduler and detokenizer, which SGLang would spawn.
 
-    Each start anew imports everything again, which is two thirds of the processor time of a start.
+    Each spawned process imports everything again: two thirds of the processor time of a start.
     Tests with ``spawned_start``, and ``make demo``, start a server as users do.
     """
     folder, given = tmp_path_factory.mktemp("forked-start"), os.environ.get("PYTHONPATH", "")
@@ -50,7 +50,7 @@ def forked_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def spawned_start(forked_start: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Servers start all their processes anew, as they do for users."""
+    """Servers spawn all their processes, as they do for users."""
     monkeypatch.delenv("PYTHONPATH")
 
 

@@ -35,7 +35,7 @@ def server(checkpoint: Path, adapters: dict[str, Path], logs: Path) -> Iterator[
 def served_on(
     server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
 ) -> Iterator[None]:
-    """Behind each test: no request uses an adapter, and answers are right."""
+    """After each test: no request uses an adapter, and answers are right."""
     yield
     assert server.returncode is None, server.log_tail()
 

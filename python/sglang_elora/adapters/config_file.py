@@ -233,7 +233,7 @@ def _check_expressions(keys: Iterable[str]) -> None:
 
     Each way to match is tried before a match fails: the square of the path's length for one
     repetition of a character or class, twice as many for each alternative. Several repetitions, or
-    one of a group, may take for ever.
+    one of a group, may take indefinitely.
     """
     num_branching = 0
     for key in keys:

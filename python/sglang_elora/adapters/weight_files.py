@@ -62,8 +62,8 @@ class TensorInfo:
 
 
 def weight_names(names: Iterable[str]) -> list[str]:
-    """Which of a folder's files hold the adapter: PEFT's ``adapter_model.*`` alone if it is there
-    (a trainer's value head or the model may lie beside it), else all of one format."""
+    """The files of a folder that hold the adapter: PEFT's ``adapter_model.*`` alone if present (a
+    trainer may save a value head or the model in the same folder), otherwise all of one format."""
     found = {name for name in names if name not in _NOT_WEIGHTS}
     for suffix in WEIGHT_SUFFIXES:
         if WEIGHT_STEM + suffix in found:

@@ -1,7 +1,7 @@
 """Which requests use an adapter, so that an unload waits for them and for nothing else.
 
 SGLang counts: one more when a request's adapter is resolved, one less when its answer is complete.
-Requests that end otherwise (refused behind that point, aborted while they waited, cut off) are
+Requests that end otherwise (refused after that point, aborted in the queue, disconnected) are
 never taken off, and copies made for ``n > 1`` are taken off without having been counted. So nothing
 is counted here: what uses an adapter are the requests in SGLang's own table of requests that are
 not over (``TokenizerManager.rid_to_state``), which names each request's adapter.
@@ -52,7 +52,7 @@ class AdapterUses(LoRARegistry):
         """The adapter ids of a request, which is about to carry them.
 
         Until this returns, the request's state does not name its adapter, so an unload also waits
-        for it. What runs behind it up to there does not yield to other tasks.
+        for it. The code between this return and that assignment does not yield to other tasks.
         """
         token = object()
         self._acquiring.add(token)
@@ -100,7 +100,7 @@ async def forget_what_was_never_sent(
     original: Callable[..., AsyncIterator[Any]], self: TokenizerManager, obj: Any, *rest: Any
 ) -> AsyncIterator[Any]:
     """Around ``TokenizerManager._handle_batch_request``: with ``n > 1`` requests are sent under new
-    ids, and the states made for the ids they came with would stay for ever."""
+    ids, and the states made for their original ids would stay indefinitely."""
     try:
         async with aclosing(original(self, obj, *rest)) as answers:  # type: ignore[type-var]
             async for answer in answers:

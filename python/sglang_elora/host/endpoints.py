@@ -152,7 +152,7 @@ def _close_to_users(app: FastAPI) -> None:
 
 
 def _hide_secrets(app: FastAPI) -> None:
-    """SGLang's description of the server names its keys to whoever may ask."""
+    """SGLang's description of the server contains its keys, and any user may request it."""
     for path in _SERVER_INFO:
         app.add_api_route(path, _without_secrets(_taken(app, path)), methods=["GET"])
 

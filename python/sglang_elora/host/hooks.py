@@ -97,7 +97,16 @@ HOOKS: tuple[Hook, ...] = (
         ".release_memory_occupation",
         ("self", "recv_req"),
         HookType.AROUND,
-        memory_release.leave_if_busy,
+        memory_release.release_if_idle,
+        When.ELORA,
+        "As above.",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+        ".resume_memory_occupation",
+        ("self", "recv_req"),
+        HookType.AROUND,
+        memory_release.resume_if_released,
         When.ELORA,
         "As above.",
     ),
@@ -117,21 +126,28 @@ HOOKS: tuple[Hook, ...] = (
         When.ELORA,
         "As above; these tensors are unpacked in the scheduler only.",
     ),
-    Hook(
-        "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments",
-        ("self",),
-        HookType.AFTER,
-        named_adapters.use_named,
-        When.ELORA,
-        "Endpoints make these requests in their methods, some without the adapter.",
+    *(
+        Hook(
+            f"sglang.srt.managers.io_struct.{kind}.normalize_batch_and_arguments",
+            ("self",),
+            HookType.AFTER,
+            body,
+            When.ELORA,
+            "Request validation has no registry; endpoints make these requests in their methods.",
+        )
+        for kind in ("GenerateReqInput", "EmbeddingReqInput")
+        for body in (named_adapters.use_named, request_checks.check_shape)  # in this order
     ),
-    Hook(
-        "sglang.srt.managers.io_struct.EmbeddingReqInput.normalize_batch_and_arguments",
-        ("self",),
-        HookType.AFTER,
-        named_adapters.use_named,
-        When.ELORA,
-        "Endpoints make these requests in their methods, some without the adapter.",
+    *(
+        Hook(
+            f"sglang.srt.managers.scheduler.Scheduler.handle_{kind}_request",
+            ("self", "recv_req"),
+            HookType.AROUND,
+            request_checks.refuse_alone,
+            When.ELORA,
+            "The scheduler lets an error of one request end the process.",
+        )
+        for kind in ("generate", "embedding")
     ),
     Hook(
         "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._parse_model_parameter",
@@ -156,38 +172,6 @@ HOOKS: tuple[Hook, ...] = (
         named_adapters.note_named,
         When.ELORA,
         "As above; this endpoint does not go through handle_request.",
-    ),
-    Hook(
-        "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments",
-        ("self",),
-        HookType.AFTER,
-        request_checks.check_shape,
-        When.ELORA,
-        "Request validation has no registry.",
-    ),
-    Hook(
-        "sglang.srt.managers.io_struct.EmbeddingReqInput.normalize_batch_and_arguments",
-        ("self",),
-        HookType.AFTER,
-        request_checks.check_shape,
-        When.ELORA,
-        "As above.",
-    ),
-    Hook(
-        "sglang.srt.managers.scheduler.Scheduler.handle_generate_request",
-        ("self", "recv_req"),
-        HookType.AROUND,
-        request_checks.refuse_alone,
-        When.ELORA,
-        "The scheduler lets an error of one request end the process.",
-    ),
-    Hook(
-        "sglang.srt.managers.scheduler.Scheduler.handle_embedding_request",
-        ("self", "recv_req"),
-        HookType.AROUND,
-        request_checks.refuse_alone,
-        When.ELORA,
-        "As above.",
     ),
     Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_lora",

@@ -8,7 +8,10 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.constants import GPU_MEMORY_ALL_TYPES
-from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqOutput
+from sglang.srt.managers.io_struct import (
+    ReleaseMemoryOccupationReqOutput,
+    ResumeMemoryOccupationReqOutput,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler_components.weight_updater import (
@@ -58,19 +61,31 @@ async def check_resume(
     released -= tags
 
 
-def leave_if_busy(
+def release_if_idle(
     original: Callable[..., ReleaseMemoryOccupationReqOutput],
     self: SchedulerWeightUpdaterManager,
     recv_req: Any,
 ) -> ReleaseMemoryOccupationReqOutput:
-    """Around the scheduler's ``release_memory_occupation``, whose answer has no room for an error.
-    What is kept back here can be resumed as if it had been released."""
+    """Around the scheduler's ``release_memory_occupation``, whose answer has no room for an error:
+    a request may have arrived since ``check_release``."""
     paused = self.scheduler is not None and self.scheduler._engine_paused
     if self.is_fully_idle(ignore_waiting=paused):
         return original(self, recv_req)
     logger.error("memory is not released: the scheduler is busy")
-    self.offload_tags |= _tags(recv_req)
     return ReleaseMemoryOccupationReqOutput()
+
+
+def resume_if_released(
+    original: Callable[..., ResumeMemoryOccupationReqOutput],
+    self: SchedulerWeightUpdaterManager,
+    recv_req: Any,
+) -> ResumeMemoryOccupationReqOutput:
+    """Around the scheduler's ``resume_memory_occupation``: ``release_if_idle`` may have released
+    nothing."""
+    if _tags(recv_req) <= self.offload_tags:
+        return original(self, recv_req)
+    logger.error("memory is not resumed: it is not released")
+    return ResumeMemoryOccupationReqOutput()
 
 
 def _tags(obj: Any) -> set[str]:

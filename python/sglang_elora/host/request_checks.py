@@ -42,9 +42,9 @@ _BOUNDED = ("lora_path", "session_id", "extra_key", "cache_salt")
 def check_shape(result: None, self: GenerateReqInput | EmbeddingReqInput) -> None:
     """After ``normalize_batch_and_arguments``: one value of its type for each prompt.
 
-    SGLang makes lists of single values for a batch. What it does not look at is a list beside a
-    single prompt, the length of a list that was sent as one, and what is in it; a scheduler meets
-    that in the middle of a step.
+    SGLang turns single values into lists for a batch. It does not check for a list with a single
+    prompt, nor the length and the elements of a list that the client sent; the scheduler then fails
+    in the middle of a step.
 
     Raises:
         ValueError: A field does not fit (SGLang answers HTTP 400).
@@ -95,8 +95,9 @@ def refuse_alone(
     try:
         original(self, recv_req, *rest, **options)
     except Exception as error:
-        logger.exception("request %s is refused", recv_req.rid)
-        assert not any(req.rid == recv_req.rid for req in self.waiting_queue), "it would run"
+        logger.exception("request %s failed on arrival", recv_req.rid)
+        if any(req.rid == recv_req.rid for req in self.waiting_queue):
+            return  # queued before the error: it runs, and its answer is not to be sent twice
         text = f"the request cannot be served: {type(error).__name__}: {error}"
         reason = {"type": "abort", "status_code": HTTPStatus.BAD_REQUEST, "message": text}
         answer = AbortReq(rid=recv_req.rid, finished_reason=reason)
