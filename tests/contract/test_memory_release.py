@@ -1,4 +1,4 @@
-"""A scheduler survives a release of memory that it cannot carry out, and the resume that follows."""
+"""A scheduler survives a memory release that it cannot carry out, and the resume after it."""
 
 from __future__ import annotations
 
