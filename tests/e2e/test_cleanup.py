@@ -1,18 +1,24 @@
-"""A test that fails with a real server up leaves none of its processes behind."""
+"""Processes end with those they belong to: the servers of a failing test, and a server that lost
+one of its own."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
 from server_flags import server_flags
+from sglang_elora.demo.server import ServerProcess
 
 FAILING_TEST = """
 from pathlib import Path
+import httpx
 import psutil
 import pytest
 from sglang_elora.demo.server import ServerProcess
@@ -57,6 +63,33 @@ def test_no_process_is_left(
     started = [int(pid) for pid in pids.read_text().split()]
     assert len(started) >= 3  # main, scheduler, detokenizer
     assert [pid for pid in started if runs(pid)] == []
+
+
+@pytest.mark.parametrize("name", ["detokenizer", "scheduler"])
+def test_a_server_that_loses_a_process_ends_and_says_so(
+    name: str, checkpoint: Path, adapters: dict[str, Path], logs: Path
+) -> None:
+    """Within ten seconds, in which its clients have their connections closed."""
+    flags = ["--elora", *server_flags(checkpoint, {"qv-r4": adapters["qv-r4"]})]
+    body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}}
+    with ServerProcess(flags, log_path=logs / f"lost-{name}.log") as server:
+        children = psutil.Process(server.pid).children(recursive=True)
+        (lost,) = [child for child in children if name in " ".join(child.cmdline())]
+        with (
+            httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http,
+            http.stream("POST", "/generate", json={**body, "stream": True}) as stream,
+        ):
+            lines = stream.iter_lines()
+            next(lines)
+            lost.kill()
+            deadline_s = time.monotonic() + 10
+            with pytest.raises(httpx.TransportError):
+                list(lines)
+        while server.alive() and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        assert server.alive() == [], server.log_tail()
+        log = server.log_path.read_text()
+    assert re.search(rf"Subprocess {name}\S* \(pid={lost.pid}\) crashed", log)
 
 
 def runs(pid: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import httpx
 import pytest
 
-from bad_adapters import edit_config
+from bad_adapters import edit_config, edit_weights
 from client import MODEL, Client, run
 from control import adapter as row_of
 from reference import Reference
 from server_flags import server_flags
+from sglang_elora.demo.adapters import ALL_LINEAR
 from sglang_elora.demo.server import ServerProcess
 
 NAMES = ("qv-r4", "attention-r8")
@@ -26,7 +28,8 @@ LONG = {"temperature": 0, "max_new_tokens": 2000, "ignore_eos": True}
 def server(checkpoint: Path, adapters: dict[str, Path], logs: Path) -> Iterator[ServerProcess]:
     given = {name: adapters[name] for name in NAMES}
     flags = ["--elora", "--elora-check", *server_flags(checkpoint, given)]
-    flags += ["--max-queued-requests", "64"]
+    flags += ["--max-queued-requests", "64", "--max-lora-rank", "64"]
+    flags += ["--lora-target-modules", *ALL_LINEAR]
     with ServerProcess(flags, log_path=logs / "hostile.log") as server:
         yield server
 
@@ -182,6 +185,45 @@ def test_an_adapter_that_would_end_the_server_is_refused(
         body = {"lora_name": "bad", "lora_path": str(folder)}
         answer = await asyncio.wait_for(client.post("/load_lora_adapter", body), 20)
         assert answer.status_code == 400 and next(iter(change)) in answer.text
+
+    run(server.url, work)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"temperature": 0}, {"top_p": 0.9}, {"top_k": 5, "min_p": 0.1}, {"temperature": 1, "n": 2}],
+    ids=["greedy", "top-p", "top-k and min-p", "several answers"],
+)
+def test_request_whose_logits_are_no_numbers_fails_alone(
+    server: ServerProcess,
+    adapters: dict[str, Path],
+    reference: Reference,
+    prompts: Sequence[list[int]],
+    tmp_path: Path,
+    sampling: dict[str, Any],
+) -> None:
+    """An adapter within all bounds, which overflow when they are multiplied with each other."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapters["mlp-r64"], folder)
+    edit_config(folder, lora_alpha=64 * 4096)
+    edit_weights(folder, lambda ts: {name: 6e4 * t.sign() for name, t in ts.items()})
+    name = NAMES[1]
+
+    async def work(client: Client) -> None:
+        overflow = "overflow " + ", ".join(sampling)
+        body = {"lora_name": overflow, "lora_path": str(folder)}
+        loaded = await client.post("/load_lora_adapter", body)
+        assert loaded.status_code == 200, loaded.text
+        bad = {"input_ids": prompts[0], "lora_path": overflow, "return_logprob": True}
+        bad["sampling_params"] = {"max_new_tokens": 8, **sampling}
+        beside = [client.generate(name, prompts[i], num_tokens=24) for i in (0, 1)]
+        refused, *answers = await asyncio.gather(client.post("/generate", bad), *beside)
+        assert refused.status_code == 400 and "NaN or infinite" in refused.text, refused.text
+        for i, answer in enumerate(answers):
+            expected = reference.generate(name, prompts[i], num_tokens=24)
+            assert list(answer.token_ids) == expected
+        unloaded = await client.post("/unload_lora_adapter", {"lora_name": overflow})
+        assert unloaded.status_code == 200, unloaded.text
 
     run(server.url, work)
 

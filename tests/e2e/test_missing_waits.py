@@ -1,8 +1,8 @@
-"""--elora-check-streams ends the server where a wait between streams is missing.
+"""--elora-check-streams ends the server where a wait between streams, or a pin, is missing.
 
-Each mutation removes one wait by a plugin of its own; what is left is the product. Outputs of the
-unchanged product under the same orders are compared in test_pressure.py. PRESSURE_FULL=1 in the
-environment tries all mutations.
+Each mutation removes one of them by a plugin of its own; what is left is the product. Outputs of
+the unchanged product under the same orders are compared in test_pressure.py. PRESSURE_FULL=1 in
+the environment tries all mutations.
 """
 
 from __future__ import annotations
@@ -57,6 +57,12 @@ def settle_unpinned(self, uid, code):
 Residency.place, Residency.settle = place_unpinned, settle_unpinned
 """
 
+IMAGE_NOT_HELD = """
+from sglang_elora.swapper import HostTier
+HostTier.hold = HostTier.get
+HostTier.release = lambda self, uid: None
+"""
+
 LOAD_OF_A_SESSION_NOT_AWAITED = """
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang_elora.host import radix_cache
@@ -87,31 +93,36 @@ def start_writing(self):
 HiCacheController.start_writing = start_writing
 """
 
+RACE = "RaceError: nothing orders a"
 MUTATIONS = {
-    "no wait before slots": (NO_WAIT_BEFORE_SLOTS, "earliest", "plain"),
-    "no wait for a layer": (NO_WAIT_FOR_A_LAYER, "latest", "plain"),
-    "event before its copy": (EVENT_BEFORE_ITS_COPY, "latest", "plain"),
-    "pin dropped early": (PIN_DROPPED_EARLY, "latest", "plain"),
-    "load of a session not awaited": (LOAD_OF_A_SESSION_NOT_AWAITED, "latest", "sessions"),
-    "backup not after its batch": (BACKUP_NOT_AFTER_ITS_BATCH, "earliest", "sessions"),
-    "backup not awaited": (BACKUP_NOT_AWAITED, "latest", "sessions"),
+    "no wait before slots": (NO_WAIT_BEFORE_SLOTS, "earliest", "pages-chunks-aborts", RACE),
+    "no wait for a layer": (NO_WAIT_FOR_A_LAYER, "latest", "plain", RACE),
+    "event before its copy": (EVENT_BEFORE_ITS_COPY, "latest", "plain", RACE),
+    "pin dropped early": (PIN_DROPPED_EARLY, "latest", "plain", "and may be evicted"),
+    "image not held": (IMAGE_NOT_HELD, "latest", "plain", "may be dropped"),
+    "load of a session not awaited": (LOAD_OF_A_SESSION_NOT_AWAITED, "latest", "sessions", RACE),
+    "backup not after its batch": (BACKUP_NOT_AFTER_ITS_BATCH, "earliest", "write-through", RACE),
+    "backup not awaited": (BACKUP_NOT_AWAITED, "latest", "sessions", RACE),
 }
-"""Name -> (what a plugin changes, order of streams, variant of the pressure that meets it)"""
+"""Name -> (what a plugin changes, order of streams, variant of the pressure, what the log says).
+
+Slots in pages are handed out again at once, single ones last of all; with write-through, KV is
+copied as soon as it is in the tree."""
 
 TRIED = list(MUTATIONS) if "PRESSURE_FULL" in os.environ else ["load of a session not awaited"]
 
 
 @pytest.mark.parametrize("name", TRIED)
-def test_missing_wait_ends_the_server_with_both_call_sites(
+def test_missing_wait_or_pin_ends_the_server_and_is_named(
     name: str, checkpoint: Path, models: Path, logs: Path, tmp_path: Path
 ) -> None:
-    body, order, variant = MUTATIONS[name]
+    body, order, variant, says = MUTATIONS[name]
     write_plugin(tmp_path, "mutation", body)
     adapters = make_adapters(checkpoint, models / "pressure-adapters", PRESSURE_SPECS)
     log_path = logs / f"{name}.log"
     log = _log_of_a_run(VARIANTS[variant], order, adapters, checkpoint, log_path, tmp_path)
-    assert "RaceError: nothing orders a" in log, log[-3000:]
-    print(log[log.index("RaceError") :][:1200])
+    assert says in log, log[-3000:]
+    print(log[log.index(says) :][:1200])
 
 
 def _log_of_a_run(
@@ -127,10 +138,16 @@ def _log_of_a_run(
         *("--max-total-tokens", str(variant.pool_tokens), *variant.flags),
         *("--lora-paths", *(f"{name}={path}" for name, path in adapters.items())),
     ]
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, (str(plugin), os.environ.get("PYTHONPATH"))))}
+    path = os.pathsep.join(filter(None, (str(plugin), os.environ.get("PYTHONPATH"))))
+    env = {**variant.env, "PYTHONPATH": path}
     with (
         contextlib.suppress(httpx.HTTPError, AssertionError),
         ServerProcess(flags, log_path=log_path, env=env) as server,
     ):
-        run_trace(server.url, make_trace(num_requests=150), names_sessions=variant.names_sessions)
+        run_trace(
+            server.url,
+            make_trace(num_requests=150),
+            abort_every=variant.abort_every,
+            names_sessions=variant.names_sessions,
+        )
     return log_path.read_text()

@@ -1,47 +1,79 @@
-"""The kernels in the real server, under Triton's interpreter where there is no GPU."""
+"""The kernels in the real server, under Triton's interpreter where there is no GPU.
+
+Eagerly, and with CUDA graphs as ``recorded_graphs.py`` emulates them: captured by SGLang's own
+graph runners in SGLang's own order of a start, before the cache is built and an adapter is there.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from client import Answer, Client, run
+from recorded_graphs import PLUGIN
 from reference import Reference
+from second_plugin import write_plugin
 from server_flags import server_flags
 from sglang_elora.demo.server import ELORA_SERVER, ServerProcess
 
 # Every module, ranks above and below a tile.
 NAMES = ("attention-r24", "all-r4", None)
+NUM_TOKENS = 3  # because the interpreter takes up to 25 s for a batch
+PREFILL_TOKENS = 16
+GRAPHS = (
+    *("--cuda-graph-bs-decode", "4", "--cuda-graph-bs-prefill", str(PREFILL_TOKENS)),
+    *("--cuda-graph-backend-prefill", "full"),
+)
 
 
+@pytest.mark.parametrize("flags", [(), GRAPHS], ids=["eager", "graphs"])
 def test_outputs_equal_the_reference(
+    flags: Sequence[str],
     checkpoint: Path,
     adapters: dict[str, Path],
     logs: Path,
     reference: Reference,
     prompts: Sequence[list[int]],
+    tmp_path: Path,
 ) -> None:
-    """Mixed batches of prefill and decode, then again from the cache in a shorter batch.
-
-    Two tokens, because the interpreter takes up to 25 s for a batch.
-    """
+    """Mixed batches of prefill and decode, then again from the cache in a shorter batch."""
     few = {name: adapters[name] for name in NAMES if name is not None}
-    flags = ["--elora", "--elora-check", "--lora-backend", "elora_triton"]
+    elora = ["--elora", "--elora-check", "--lora-backend", "elora_triton"]
+    prompt = prompts[0][: PREFILL_TOKENS // 2]
+    write_plugin(tmp_path, "graphs", PLUGIN)
+    path = [str(tmp_path)] if flags else []
+    path += [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
 
     async def ask(client: Client, names: Sequence[str | None]) -> list[Answer]:
-        requests = [client.generate(name, prompts[0], num_tokens=2) for name in names]
+        requests = [client.generate(name, prompt, num_tokens=NUM_TOKENS) for name in names]
         return list(await asyncio.gather(*requests))
 
     with ServerProcess(
-        [*flags, *server_flags(checkpoint, few)],
-        log_path=logs / "triton.log",
+        [*elora, *server_flags(checkpoint, few), *flags],
+        log_path=logs / f"triton{len(flags)}.log",
         program=ELORA_SERVER,
-        env={"TRITON_INTERPRET": "1"},
+        env={"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path)},
     ) as server:
         for names in (NAMES, NAMES[:2]):
             answers = run(server.url, lambda client, names=names: ask(client, names))
             for name, answer in zip(names, answers, strict=True):
-                assert list(answer.token_ids) == reference.generate(name, prompts[0])[:2], name
+                expected = reference.generate(name, prompt)[:NUM_TOKENS]
+                assert list(answer.token_ids) == expected, name
         log = server.log_path.read_text()
     assert "Using elora_triton as backend of LoRA kernels" in log
+    if flags:
+        _check_graphs(log)
+
+
+def _check_graphs(log: str) -> None:
+    """Both kinds were captured before the cache was built, and replayed."""
+    cache = log.index("Compiling LoRA kernels")
+    for kind in ("prefill CUDA", "decode CPU"):
+        assert log.index(f"Capture target {kind} graph end") < cache, kind
+    assert re.search(r"Decode batch, #running-req: [23], .*graph: True", log)
+    assert re.search(r"Prefill batch, .*#running-req: 0.*graph: True", log)

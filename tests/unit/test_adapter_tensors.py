@@ -162,11 +162,16 @@ def test_target_without_weights_is_fine_if_the_base_has_it(adapter: Path, base: 
     check_adapter("a", str(adapter), base)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_non_finite_weights(adapter: Path, base: BaseShapes, value: float) -> None:
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [(float("nan"), "NaN"), (float("-inf"), "infinite"), (-1e37, "1e+37"), (7e4, "at most 65,504")],
+)
+def test_weights_that_are_no_numbers_or_overflow(
+    adapter: Path, base: BaseShapes, value: float, says: str
+) -> None:
     def spoil(tensors: Tensors) -> None:
         tensors[f"{Q0}.lora_B.weight"][0, 0] = value
 
     edit_tensors(adapter, spoil)
     text = refusal(adapter, base)
-    assert_in(text, WEIGHTS, "NaN or infinite", f"{Q0}.lora_B.weight")
+    assert_in(text, WEIGHTS, says, f"{Q0}.lora_B.weight")

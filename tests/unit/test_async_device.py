@@ -146,6 +146,19 @@ def test_host_that_has_synchronized_orders_what_it_launches_next() -> None:
     assert world.journal == ["batch", "copy"]
 
 
+@pytest.mark.parametrize(("order", "seed"), ORDERS)
+def test_host_that_reuses_memory_of_a_copy_under_way_is_a_race(order: Order, seed: int) -> None:
+    world = World(order, seed)
+    there = world.copy("copy", 1, 2)
+    world.device.host_writes("reuse", "pool", np.array([3]))
+    with pytest.raises(RaceError, match=r"nothing orders a reuse .* after a copy"):
+        world.device.host_writes("reuse", "pool", np.array([2, 3]))
+    there.synchronize()
+    world.device.host_writes("reuse", "pool", np.array([1, 2]))
+    world.copy("next copy", 1, 2)  # ordered after the host, which launches it
+    world.device.synchronize()
+
+
 def test_event_recorded_before_its_copy_does_not_order_it() -> None:
     world = World(Order.LATEST)
     early = world.copies.record_event()

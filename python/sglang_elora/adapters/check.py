@@ -35,9 +35,9 @@ from sglang_elora.adapters.weight_files import (
     TensorInfo,
     find_weight_files,
     load_tensors,
-    non_finite,
-    non_finite_tensors,
     read_tensors,
+    unusable,
+    unusable_tensors,
 )
 
 _DIVERGED = "Training diverged: use an earlier checkpoint"
@@ -88,7 +88,7 @@ def check_adapter(
         target_modules: The server's ``--lora-target-modules``, plain or fused names; "all"
             allows everything.
         refused_modules: Served names of modules that the server cannot adapt at all.
-        read_weights: Look for NaN and infinity; else the files' headers are all that is read.
+        read_weights: Look for NaN and for what is beyond float16; else only headers are read.
 
     Raises:
         AdapterError: The adapter cannot be served; the text says which file, why, and what
@@ -103,7 +103,7 @@ def check_adapter(
     facts = _check_parts(folder, config, base, tensors)
     _check_limits(folder, config, facts, max_rank, target_modules, refused_modules)
     if read_weights:
-        folder.raise_if_any(non_finite_tensors(folder, files), _DIVERGED)
+        folder.raise_if_any(unusable_tensors(folder, files), _DIVERGED)
     return replace(facts, files=tuple(files))
 
 
@@ -112,11 +112,11 @@ def read_adapter(name: str, path: str) -> dict[str, Any]:
     """The weights of an adapter that was checked before, as torch tensors by their stored names.
 
     Raises:
-        AdapterError: The folder or a file cannot be read any more, or a weight is not finite.
+        AdapterError: The folder or a file cannot be read any more, or a weight is NaN or too large.
     """
     folder = find_folder(name, path)
     tensors = load_tensors(folder)
-    folder.raise_if_any(non_finite("the weights", tensors.items()), _DIVERGED)
+    folder.raise_if_any(unusable("the weights", tensors.items()), _DIVERGED)
     return tensors
 
 
@@ -175,7 +175,7 @@ def check_tensors(
     ]
     facts = _check_parts(folder, parsed, base, stored)
     _check_limits(folder, parsed, facts, max_rank, target_modules, refused_modules)
-    folder.raise_if_any(non_finite("tensors", tensors.items()), _DIVERGED)
+    folder.raise_if_any(unusable("tensors", tensors.items()), _DIVERGED)
     return facts
 
 

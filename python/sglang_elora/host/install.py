@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from sglang_elora.config import EloraConfig
 from sglang_elora.host import lora_backend, messages, radix_cache
+from sglang_elora.host.crash_end import end_without_empty_diagnostics
 from sglang_elora.host.hook import Hook, When
 from sglang_elora.host.hooks import selected_hooks
 from sglang_elora.host.link import use_emulated_link
@@ -48,6 +50,7 @@ def install(config: EloraConfig) -> None:
     if config.check_streams:
         use_adversarial_streams(config)
     if config.enabled:
+        end_without_empty_diagnostics(os.environ)
         radix_cache.register_backend()
         lora_backend.register_backends(config.max_adapters_per_batch)
         messages.register_types()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_elora.control import StateMirror
+from sglang_elora.host.adapter_node import FULL
 from sglang_elora.host.lora_manager import EloraLoRAManager
 from sglang_elora.host.residency import Residency
 from sglang_elora.host.state import adapter_state, changes_since
@@ -41,8 +42,17 @@ def check_step(result: None, self: Scheduler, *arguments: Any) -> None:
     if isinstance(manager, EloraLoRAManager):
         manager.num_checks += 1
         if manager.residency is not None:
-            manager.residency.host.check_invariants()
+            _check_copies(manager.residency)
             _check_state(manager.residency, self, manager.mirror)
+
+
+def _check_copies(residency: Residency) -> None:
+    """What a copy under way reads and writes stays until it is settled."""
+    residency.host.check_invariants()
+    for uid in residency.copies:
+        pins = residency.core.node_of(uid).component_data[FULL].lock_ref
+        assert pins, f"{residency.name_of(uid)} is being copied and may be evicted"
+        assert residency.host.is_held(uid), f"the image of {residency.name_of(uid)} may be dropped"
 
 
 def _check_state(residency: Residency, scheduler: Scheduler, mirror: StateMirror) -> None:

@@ -250,7 +250,7 @@ class EloraLoRAManager(LoRAManager):
         """The adapter's weights from its file, written to ``chunks``. Runs in a reader's thread.
 
         Raises:
-            AdapterError: It cannot be read, or a weight is NaN or infinite.
+            AdapterError: It cannot be read, or a weight is NaN or too large.
             AdapterChanged: Its shapes are not what its headers said when it was loaded.
             RuntimeError, MemoryError: There is no memory for it, or torch failed otherwise.
         """

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from sglang_elora.config import EloraConfig
-from sglang_elora.pages import HostArena, KVPlanes, PageTable
+from sglang_elora.pages import AdapterImage, HostArena, KVPlanes, PageTable
 from sglang_elora.platforms.async_device import AsyncDevice, Order
 from sglang_elora.platforms.race_check import Blocks
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutput
 
 SLOTS, HOST_SLOTS = "slots of the KV pool", "slots of the host's KV pool"
+HOST_BLOCKS = "blocks of adapters in host memory"
 
 _POISON = 0xFF
 """Each byte of poisoned memory: NaN in every floating-point type, -1 as an integer."""
@@ -38,8 +39,10 @@ def use_adversarial_streams(config: EloraConfig) -> None:
     seed = int(name) if name.isdecimal() else 0
     os.environ["SGLANG_ENABLE_WAR_BARRIER"] = "1"  # CUDA's default
     AsyncDevice(Order.RANDOM if name.isdecimal() else Order(name), seed).install(torch.cpu)
-    original_table, original_write = PageTable.__init__, KVPlanes._to_slots
-    original_arena = HostArena.__init__
+    original_table, original_arena = PageTable.__init__, HostArena.__init__
+    original_write, original_to_slots = KVPlanes.write, KVPlanes._to_slots
+    image_blocks: list[Blocks] = []  # of the image that is being written
+    arena: HostArena | None = None  # of this process
 
     def make_table(self: PageTable, slots: torch.Tensor) -> None:
         self.slots = torch.full_like(slots, -1, dtype=torch.int32)
@@ -60,17 +63,28 @@ def use_adversarial_streams(config: EloraConfig) -> None:
         rows = [plane[layer] for plane in self._planes for layer in layers]
         _device().launch(
             "copy of an adapter",
-            partial(original_write, self, memory, table, *rest, **options),
+            partial(original_to_slots, self, memory, table, *rest, **options),
+            reads=[(HOST_BLOCKS, block) for block in image_blocks],
             writes=[(SLOTS, slots)],
             poison=partial(_poison, rows, slots),
         )
 
+    def write(self: KVPlanes, table: PageTable, image: AdapterImage, **options: Any) -> None:
+        image_blocks[:] = [_blocks_of(arena, chunk) for chunk in image.chunks]
+        original_write(self, table, image, **options)
+
+    def reuse(memory: torch.Tensor) -> None:
+        _device().host_writes("reuse of host memory", HOST_BLOCKS, _blocks_of(arena, memory))
+        memory.fill_(_POISON)
+
     def make_arena(self: HostArena, *args: Any) -> None:
+        nonlocal arena
         original_arena(self, *args)
-        self.on_freed = lambda memory: memory.fill_(_POISON)
+        self.on_freed, arena = reuse, self
 
     HostArena.__init__ = make_arena  # type: ignore[method-assign,assignment]
     PageTable.__init__ = make_table  # type: ignore[method-assign]
+    KVPlanes.write = write  # type: ignore[method-assign]
     KVPlanes._to_slots = to_slots  # type: ignore[method-assign]
 
 
@@ -142,6 +156,7 @@ def poison_freed_pages(self: Any, *page_ids: torch.Tensor) -> None:
 
 def poison_freed_host_slots(self: Any, indices: torch.Tensor) -> None:
     """Before HiCache's host pool takes back int64 ``[tokens]``."""
+    _device().host_writes("reuse of host memory", HOST_SLOTS, _numbers(indices))
     _poison(_host_rows(self), _device().idle(HOST_SLOTS, _numbers(indices)))
 
 
@@ -302,6 +317,15 @@ def _output(logits: torch.Tensor | None) -> ModelRunnerOutput:
     from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 
     return ModelRunnerOutput(LogitsProcessorOutput(logits), can_run_graph=False)
+
+
+def _blocks_of(arena: HostArena | None, memory: torch.Tensor) -> Blocks:
+    """Numbers of the arena's blocks that a uint8 tensor lies in; none if it lies elsewhere."""
+    start = -1 if arena is None else memory.data_ptr() - arena._memory.data_ptr()
+    if arena is None or not 0 <= start < len(arena._memory):
+        return np.empty(0, np.int64)
+    first, end = start // arena.block_bytes, -(-(start + len(memory)) // arena.block_bytes)
+    return np.arange(first, end, dtype=np.int64)
 
 
 def _numbers(indices: torch.Tensor) -> Blocks:

@@ -142,6 +142,18 @@ class AsyncDevice:
             self._run_with_what_it_awaits(operation)
             self._run_ready()
 
+    def host_writes(self, kind: str, memory: str, blocks: Blocks) -> None:
+        """The host writes these slots now, or hands them to somebody who may.
+
+        Raises:
+            RaceError: An operation reads or writes them that the host has not waited for.
+        """
+        self.host_clock[HOST] = self.host_clock.get(HOST, 0) + 1
+        made = self.races.begin(
+            HOST, self.host_clock[HOST], self.host_clock, kind, (), [(memory, blocks)]
+        )
+        self.races.end(made)
+
     def idle(self, memory: str, blocks: Blocks) -> Blocks:
         """Those of ``blocks`` that no operation under way touches."""
         busy = np.zeros(len(blocks), np.bool_)

@@ -239,6 +239,11 @@ class HostTier:
         self._idle.discard(uid)
         return self.get(uid)
 
+    def is_held(self, uid: str) -> bool:
+        """Whether its image stays until ``release``. True for what was unloaded and is gone."""
+        entry = self._entries.get(uid) or self._removed.get(uid)
+        return entry is None or entry.num_holders > 0
+
     def release(self, uid: str) -> None:
         """No copy reads the image any more, on this rank's device either."""
         entry = self._entries.get(uid) or self._removed.get(uid)
