@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+import forked_server
 from adapters import SPECS
 from bad_adapters import make_bad_adapters
 from reference import Reference
 from second_plugin import write_plugin
 from server_flags import server_flags
+from sglang_elora.demo import server as demo_server
 from sglang_elora.demo.adapters import make_adapters
 from sglang_elora.demo.server import ServerProcess, python_module
 
@@ -22,9 +26,11 @@ from sglang_elora.demo.server import ServerProcess, python_module
 def nothing_left_running() -> Iterator[None]:
     """Behind all other fixtures: no process that this run started is still there."""
     yield
-    ours = {"torch_shm_manager"}  # torch's helper of this process; it ends with it
-    left = [p for p in psutil.Process().children(recursive=True) if p.name() not in ours]
-    assert not left, [process.cmdline() for process in left]
+    # Helpers of this process, which end with it.
+    ours = ("torch_shm_manager", forked_server.FORKSERVER, "multiprocessing.resource_tracker")
+    left = [process.cmdline() for process in psutil.Process().children(recursive=True)]
+    left = [command for command in left if not any(name in " ".join(command) for name in ours)]
+    assert not left, left
 
 
 _FORKED_START = """
@@ -34,17 +40,25 @@ multiprocessing.set_start_method = lambda method, force=False: set_start_method(
 """
 
 
+def _forked_or_spawned(command: Sequence[str], **options: Any) -> Any:
+    is_module = command[1] == "-m"
+    return (forked_server.ForkedServer if is_module else subprocess.Popen)(command, **options)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def forked_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Servers fork their scheduler and detokenizer, which SGLang would spawn.
+    """Servers are forked from a process that has their libraries, and fork their scheduler and
+    detokenizer, which SGLang would spawn.
 
-    Each spawned process imports everything again: two thirds of the processor time of a start.
-    Tests with ``spawned_start``, and ``make demo``, start a server as users do.
+    Each process of its own imports everything again: most of the processor time of a start. Tests
+    with ``spawned_start``, and ``make demo``, start a server as users do.
     """
     folder, given = tmp_path_factory.mktemp("forked-start"), os.environ.get("PYTHONPATH", "")
     write_plugin(folder, "forked_start", _FORKED_START)
+    forked_server.start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(folder), given))))
+        patch.setattr(demo_server, "Popen", _forked_or_spawned)
         yield
 
 
@@ -52,6 +66,7 @@ def forked_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def spawned_start(forked_start: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers spawn all their processes, as they do for users."""
     monkeypatch.delenv("PYTHONPATH")
+    monkeypatch.setattr(demo_server, "Popen", subprocess.Popen)
 
 
 @pytest.fixture(scope="session")

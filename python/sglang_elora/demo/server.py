@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen
 from types import TracebackType
 
 import httpx
@@ -75,7 +75,7 @@ class ServerProcess:
         self._env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
         self._startup_timeout_s = startup_timeout_s
         self._stop_timeout_s = stop_timeout_s
-        self._popen: subprocess.Popen[bytes] | None = None
+        self._popen: Popen[bytes] | None = None
         self._tree: ProcessTree | None = None
         self._signals = ExitStack()
 
@@ -127,11 +127,11 @@ class ServerProcess:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with self.log_path.open("wb") as log:
-                self._popen = subprocess.Popen(
+                self._popen = Popen(
                     self.command,
-                    stdin=subprocess.DEVNULL,
+                    stdin=DEVNULL,
                     stdout=log,
-                    stderr=subprocess.STDOUT,
+                    stderr=STDOUT,
                     env=self._env,
                     start_new_session=True,
                 )
@@ -166,7 +166,7 @@ class ServerProcess:
         lines = self.log_path.read_text(errors="replace").splitlines()
         return "\n".join(lines[-num_lines:])
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _started(self) -> Popen[bytes]:
         if self._popen is None:
             raise RuntimeError("the server was not started: use it as a context manager")
         return self._popen

@@ -71,7 +71,7 @@ _LAST_LOADS = 8
 ReplaysGraph = Callable[[int, int], bool]
 """(requests, tokens to compute) -> whether a prefill graph replays such a batch."""
 
-PURGE_NODES = 12
+PURGE_NODES = 6
 """Nodes of unloaded adapters that a step looks at, some 10 us for each that it removes. With more,
 slots are free sooner, and steps are longer meanwhile."""
 

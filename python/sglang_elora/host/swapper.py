@@ -51,11 +51,11 @@ PREFETCH_BELOW = 0.7
 PREFETCH_LOOKS = 8
 """Most evictions looked at per step."""
 
-WORK_PER_STEP = 3
+WORK_PER_STEP = 2
 """What a step may do while batches run, in evictions of leaves; the start of a copy counts as
 ``COPY_WORK``. The rest goes on in the next step. With no batch to delay, all is done at once."""
 
-ROOM_LEAVES = 3
+ROOM_LEAVES = 2
 """Evicted behind the start of a batch, most of them, to have room for the next load."""
 
 COPY_AHEAD_BELOW = 0.1
