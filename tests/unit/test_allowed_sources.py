@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import threading
 from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
-from sglang_elora.adapters import AdapterError, AllowedSources, is_url
-from sglang_elora.adapters.remote import download
+from sglang_elora.adapters import (
+    AdapterError,
+    AllowedSources,
+    download,
+    give_up,
+    has_adapter,
+    is_url,
+    remote,
+)
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -18,6 +31,7 @@ WEIGHTS = "adapter_model.safetensors"
 def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """A place behind a URL: fsspec's own file system in memory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "PROTOCOLS", remote.PROTOCOLS | {"memory"})
     yield "memory://bucket/adapters"
     fsspec.filesystem("memory").store.clear()
 
@@ -35,14 +49,26 @@ def add(folder: Path, text: str = "{}") -> Path:
     return folder
 
 
-def test_the_first_place_that_has_the_name_counts(tmp_path: Path, bucket: str) -> None:
+def find(sources: AllowedSources, name: str) -> str | None:
+    """As a server does, one place after the other."""
+    path, urls = sources.look(name)
+    path = path or next(filter(has_adapter, urls), None)
+    if path is None:
+        sources.missed(name)
+    return path
+
+
+def test_the_first_place_that_has_the_name_counts_and_folders_come_before_urls(
+    tmp_path: Path, bucket: str
+) -> None:
     add(tmp_path / "a" / "sql"), add(tmp_path / "b" / "sql"), add(tmp_path / "b" / "team" / "poem")
     put(f"{bucket}/far", adapter_config__json="{}")
-    sources = AllowedSources([f"{tmp_path}/a/", str(tmp_path / "b"), bucket])
-    assert sources.find("sql") == f"{tmp_path}/a/sql"
-    assert sources.find("team/poem") == f"{tmp_path}/b/team/poem"
-    assert sources.find("far") == f"{bucket}/far"
-    assert sources.find("nowhere") is None
+    sources = AllowedSources([bucket, f"{tmp_path}/a/", str(tmp_path / "b")])
+    put(f"{bucket}/sql", adapter_config__json="{}")
+    assert find(sources, "sql") == f"{tmp_path}/a/sql"
+    assert find(sources, "team/poem") == f"{tmp_path}/b/team/poem"
+    assert find(sources, "far") == f"{bucket}/far"
+    assert find(sources, "nowhere") is None
 
 
 @pytest.mark.parametrize(
@@ -52,7 +78,7 @@ def test_names_that_lead_elsewhere_are_no_names(name: str, tmp_path: Path, bucke
     for folder in ("out", "in/a", "in/.hidden", "in/a b"):
         add(tmp_path / folder)
     put("memory://bucket/out", adapter_config__json="{}")
-    assert AllowedSources([str(tmp_path / "in"), bucket]).find(name) is None
+    assert find(AllowedSources([str(tmp_path / "in"), bucket]), name) is None
 
 
 def test_links_that_lead_out_are_not_followed(tmp_path: Path) -> None:
@@ -60,8 +86,8 @@ def test_links_that_lead_out_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "in" / "linked").symlink_to(outside)
     (inside / "extra.safetensors").symlink_to(outside / WEIGHTS)
     sources = AllowedSources([str(tmp_path / "in")])
-    assert sources.find("linked") is None
-    assert sources.find("a") is None
+    assert find(sources, "linked") is None
+    assert find(sources, "a") is None
 
 
 def test_what_is_missing_is_not_looked_for_again_at_once(
@@ -70,11 +96,11 @@ def test_what_is_missing_is_not_looked_for_again_at_once(
     now_s = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now_s)
     sources = AllowedSources([str(tmp_path)])
-    assert sources.find("late") is None
+    assert find(sources, "late") is None
     add(tmp_path / "late")
-    assert sources.find("late") is None
+    assert find(sources, "late") is None
     now_s += 5.1
-    assert sources.find("late") == f"{tmp_path}/late"
+    assert find(sources, "late") == f"{tmp_path}/late"
 
 
 def test_paths_are_allowed_inside_of_a_place_only(tmp_path: Path) -> None:
@@ -128,12 +154,11 @@ def test_a_version_is_fetched_once_and_whole(bucket: str, tmp_path: Path) -> Non
 def test_a_download_that_breaks_leaves_nothing(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def break_off(self: object, path: str, local: str) -> None:
-        Path(local).write_text("half of it")
+    def break_off(self: object, size: int = -1) -> bytes:
         raise ConnectionError("cut")
 
     put(f"{bucket}/sql", adapter_config__json="{}", adapter_model__safetensors="one")
-    monkeypatch.setattr(type(fsspec.filesystem("memory")), "get_file", break_off)
+    monkeypatch.setattr(MemoryFile, "read", break_off)
     with pytest.raises(AdapterError, match=r"'sql'.*fetching it failed: ConnectionError: cut"):
         download("sql", f"{bucket}/sql")
     assert list((tmp_path / "cache").rglob("*.*")) == []
@@ -144,8 +169,81 @@ def test_errors_name_the_url(bucket: str) -> None:
     for url, reason in (
         (f"{bucket}/empty", "there is no adapter_config.json"),
         (f"{bucket}/none", "fetching it failed: FileNotFoundError"),
-        ("nosuch://bucket/a", "Protocol not known: nosuch"),
+        ("nosuch://bucket/a", "nosuch:// is none of"),
+        ("file:///etc", "file:// is none of"),
+        ("github://acme:adapters@main/sql", "github:// is none of"),
     ):
         with pytest.raises(AdapterError, match=reason) as raised:
             download("sql", url)
         assert url in str(raised.value)
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told before", "found while it comes"])
+def test_an_adapter_that_is_too_large_is_not_fetched(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    monkeypatch.setattr(remote, "MAX_ADAPTER_BYTES", 100)
+    put(f"{bucket}/sql", adapter_config__json="{}", adapter_model__safetensors="x" * 99)
+    if not told:
+        info = MemoryFileSystem.info
+        monkeypatch.setattr(MemoryFileSystem, "info", lambda *a, **o: info(*a, **o) | {"size": 1})
+    with pytest.raises(AdapterError, match=r"of at most 100|more than 100 bytes"):
+        download("sql", f"{bucket}/sql")
+    assert list((tmp_path / "cache").rglob("*.*")) == []
+
+
+def test_the_cache_keeps_what_is_used_and_what_was_used_last(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "MAX_CACHE_BYTES", 250)
+    folders = {}
+    for i, name in enumerate(("held", "oldest", "older", "last")):
+        url = f"{bucket}/{name}"
+        put(url, adapter_config__json="{}", adapter_model__safetensors="x" * 98)
+        folders[name] = download(name, url)
+        os.utime(folders[name], (i, i))
+        if name != "held":
+            give_up(folders[name])
+    assert [name for name, folder in folders.items() if folder.exists()] == ["held", "last"]
+    give_up(folders["held"])
+    again = download("older", f"{bucket}/older")
+    assert again == folders["older"] and again.exists()
+    assert not folders["held"].exists() and folders["last"].exists()
+    give_up(again)
+
+
+def test_no_redirect_leads_to_another_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One to the same host does."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    add(tmp_path / "served" / "sql")
+
+    class Redirecting(SimpleHTTPRequestHandler):
+        def send_head(self) -> Any:
+            for where in ("elsewhere", "here"):
+                if self.path.startswith(f"/{where}/"):
+                    host = "" if where == "here" else f"http://127.0.0.1:{other.server_port}"
+                    self.send_response(302)
+                    self.send_header("Location", host + self.path.removeprefix(f"/{where}"))
+                    self.end_headers()
+                    return None
+            return super().send_head()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = functools.partial(Redirecting, directory=str(tmp_path / "served"))
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
+    for server in servers:
+        threading.Thread(target=server.serve_forever).start()
+    try:
+        url, other = f"http://127.0.0.1:{servers[0].server_port}", servers[1]
+        assert (download("sql", f"{url}/sql") / WEIGHTS).read_text() == "weights"
+        with pytest.raises(AdapterError, match="leads to another host"):
+            download("sql", f"{url}/elsewhere/sql")
+        assert has_adapter(f"{url}/here/sql")
+        with pytest.raises(OSError, match="leads to another host"):
+            has_adapter(f"{url}/elsewhere/sql")
+    finally:
+        for server in servers:
+            server.shutdown()
+            server.server_close()

@@ -13,9 +13,14 @@ __all__ = [
     "BaseShapes",
     "FolderScan",
     "FoundAdapter",
+    "Refusals",
+    "cache_folder",
     "check_adapter",
     "check_tensors",
     "content_digest",
+    "download",
+    "give_up",
+    "has_adapter",
     "is_url",
     "leads_out",
     "read_adapter",
@@ -37,5 +42,6 @@ from sglang_elora.adapters.check import (
 from sglang_elora.adapters.errors import AdapterError
 from sglang_elora.adapters.folder_scan import FolderScan, FoundAdapter, leads_out
 from sglang_elora.adapters.module_names import EMBEDDING_MODULES, served_names
-from sglang_elora.adapters.remote import is_url
+from sglang_elora.adapters.refusals import Refusals
+from sglang_elora.adapters.remote import cache_folder, download, give_up, has_adapter, is_url
 from sglang_elora.adapters.stacked_shapes import why_not_stacked

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sglang_elora.adapters.folder_scan import leads_out
-from sglang_elora.adapters.remote import has_adapter, is_url
+from sglang_elora.adapters.remote import is_url
 from sglang_elora.adapters.weight_files import CONFIG_FILE
 
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")  # no part begins with a dot: neither . nor ..
@@ -20,7 +20,8 @@ class AllowedSources:
     """Folders and URLs under which each adapter is a folder by its name.
 
     Args:
-        places: Local folders and URLs, in the order in which they are asked.
+        places: Local folders and URLs: first the folders are asked, then the URLs, each in this
+            order.
 
     Raises:
         ValueError: A place is neither an absolute folder nor a URL.
@@ -36,28 +37,28 @@ class AllowedSources:
     def __bool__(self) -> bool:
         return bool(self._places)
 
-    def find(self, name: str) -> str | None:
-        """Folder or URL of the adapter of this name. Blocks, on the network where a place is a URL.
+    def look(self, name: str) -> tuple[str | None, list[str]]:
+        """The adapter's path in a local place, and if it is in none, its URL in each other place.
 
         A name is one or more parts of letters, digits, ``_``, ``-`` and ``.``, joined by ``/``, so
-        it leads to nothing outside of the places; nor do links there. What was not found is not
+        it leads to nothing outside of the places; nor do links there. What was ``missed`` is not
         looked for again for 5 s, so that nobody can make a server ask without end.
-
-        Raises:
-            Exception: Of a file system's own kinds, if a URL cannot be asked.
         """
         now_s = time.monotonic()
         if not _NAME.fullmatch(name) or self._missing.get(name, 0.0) > now_s:
-            return None
-        for place in self._places:
-            path = f"{place}/{name}"
-            if has_adapter(path) if is_url(place) else _is_inside(place, Path(path)):
-                return path
+            return None, []
+        paths = [f"{place}/{name}" for place in self._places]
+        for place, path in zip(self._places, paths, strict=True):
+            if not is_url(place) and _is_inside(place, Path(path)):
+                return path, []
+        return None, [path for path in paths if is_url(path)]
+
+    def missed(self, name: str) -> None:
+        """No place has an adapter of this name."""
         self._missing.pop(name, None)
-        self._missing[name] = now_s + _MISSING_S
+        self._missing[name] = time.monotonic() + _MISSING_S
         if len(self._missing) > _MISSING_MOST:
             self._missing.pop(next(iter(self._missing)), None)  # another thread may be faster
-        return None
 
     def allows(self, path: str) -> bool:
         """Whether the adapter at this path (folder, URL or Hugging Face id) lies in one of them."""

@@ -1,5 +1,6 @@
-"""Adapters behind a URL: whatever fsspec has a file system for (``s3://``, ``gs://``, ``hf://``,
-``https://`` with a listing, ...). Their files come to a local folder, once for each version.
+"""Adapters behind a URL: ``s3://``, ``gs://``, ``hf://``, ``https://`` with a listing, others of
+``PROTOCOLS``, by fsspec's file systems. Their files come to a local folder, once for each version.
+Neither what is fetched of one adapter nor what is kept of all grows without bound.
 
 Credentials and endpoints are what the file system takes from its environment (``AWS_*``,
 ``FSSPEC_S3_ENDPOINT_URL``, ...).
@@ -7,6 +8,8 @@ Credentials and endpoints are what the file system takes from its environment (`
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import importlib
 import json
@@ -22,6 +25,18 @@ from typing import Any
 from sglang_elora.adapters.errors import AdapterError
 from sglang_elora.adapters.weight_files import ADDED_TOKENS_FILE, CONFIG_FILE, weight_names
 
+PROTOCOLS = frozenset(
+    {"s3", "s3a", "gs", "gcs", "hf", "http", "https", "az", "abfs", "abfss", "adl", "oss", "obs"}
+)
+"""fsspec has more: of the local machine, of archives within files, of other file systems."""
+
+MAX_ADAPTER_BYTES = 8 * 2**30
+"""Of one adapter's files; rank 64 on all modules of a 70B model is 1.7 GB in bfloat16."""
+
+MAX_CACHE_BYTES = 64 * 2**30
+"""Of all folders in the cache. Those used longest ago go, unless a running server uses them."""
+
+_CHUNK_BYTES = 4 * 2**20
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s:]\S*", re.IGNORECASE)
 _REMEDY = f"Give the URL of a folder that holds {CONFIG_FILE} and its weights"
 _Info = Mapping[str, Any]
@@ -46,26 +61,60 @@ def download(name: str, url: str) -> Path:
 
     A version that is there is not fetched again: the folder's name is a digest of what the file
     system tells of the files (size, etag, time). It appears whole or not at all, also when several
-    processes fetch it, and nothing removes it.
+    processes fetch it. It stays until ``give_up``, or the end of this process.
 
     Raises:
-        AdapterError: It cannot be reached, or there is no adapter.
+        AdapterError: It cannot be reached, it is too large, or there is no adapter.
     """
     try:
         fs, root = _open(url)
         wanted = _wanted(fs.ls(root, detail=True))
         if CONFIG_FILE in wanted:
             return _fetch(fs, url, {file: fs.info(path) for file, path in wanted.items()})
+    except _TooLarge as error:
+        raise AdapterError(name, url, str(error), "Serve a smaller one") from None
     except Exception as error:  # each file system has errors of its own
         raise AdapterError(name, url, f"fetching it failed: {_short(error)}", _REMEDY) from error
     raise AdapterError(name, url, f"there is no {CONFIG_FILE}", _REMEDY)
 
 
+def give_up(folder: Path) -> None:
+    """One of those in this process who use a folder of ``download`` does no more: without any, it
+    may leave the cache."""
+    descriptors = _held.get(folder, [])
+    if descriptors:
+        os.close(descriptors.pop())
+    if not descriptors:
+        _held.pop(folder, None)
+
+
+class _TooLarge(Exception):
+    pass
+
+
 def _open(url: str) -> tuple[Any, str]:
     fsspec: Any = importlib.import_module("fsspec.core")
-    fs, root = fsspec.url_to_fs(url)
+    protocol = url.partition("://")[0].lower()
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"{protocol}:// is none of {', '.join(sorted(PROTOCOLS))}")
+    options = {"get_client": _client_on_one_host} if protocol in ("http", "https") else {}
+    fs, root = fsspec.url_to_fs(url, **options)
     fs.invalidate_cache()  # of listings: what is new there counts
     return fs, root.rstrip("/")
+
+
+async def _client_on_one_host(**options: Any) -> Any:
+    """A client of aiohttp that follows no redirect to another host."""
+    aiohttp: Any = importlib.import_module("aiohttp")
+
+    async def refuse(session: Any, context: Any, request: Any) -> None:
+        target = request.url.join(type(request.url)(request.response.headers["Location"]))
+        if target.origin() != request.url.origin():
+            raise OSError(f"{request.url.origin()} leads to another host, {target.origin()}")
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(refuse)
+    return aiohttp.ClientSession(trace_configs=[trace], **options)
 
 
 def _wanted(listed: Sequence[_Info]) -> dict[str, str]:
@@ -76,16 +125,18 @@ def _wanted(listed: Sequence[_Info]) -> dict[str, str]:
 
 
 def _fetch(fs: Any, url: str, infos: Mapping[str, _Info]) -> Path:
+    known = sum(info.get("size") or 0 for info in infos.values())
+    if known > MAX_ADAPTER_BYTES:
+        raise _TooLarge(f"its files have {known} bytes, of at most {MAX_ADAPTER_BYTES}")
     version = json.dumps([url, infos], sort_keys=True, default=str)
-    cache = _cache_folder()
+    cache = cache_folder()
     folder = cache / hashlib.sha256(version.encode()).hexdigest()[:32]
-    if folder.is_dir():
+    if _hold(folder):
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".", dir=cache))
     try:
-        for file, info in infos.items():
-            fs.get_file(info["name"], str(partial / file))
+        _copy(fs, infos, partial)
         try:
             partial.rename(folder)
         except OSError:
@@ -93,10 +144,62 @@ def _fetch(fs: Any, url: str, infos: Mapping[str, _Info]) -> Path:
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    if not _hold(folder):
+        raise OSError(f"{folder} was removed while it was fetched")
+    _make_room(cache)
     return folder
 
 
-def _cache_folder() -> Path:
+def _copy(fs: Any, infos: Mapping[str, _Info], target: Path) -> None:
+    """What a server says of a size may be missing or wrong: bytes count as they come."""
+    left = MAX_ADAPTER_BYTES
+    for file, info in infos.items():
+        with fs.open(info["name"], "rb") as source, (target / file).open("wb") as copy:
+            while chunk := source.read(_CHUNK_BYTES):
+                left -= len(chunk)
+                if left < 0:
+                    raise _TooLarge(f"its files have more than {MAX_ADAPTER_BYTES} bytes")
+                copy.write(chunk)
+
+
+_held: dict[Path, list[int]] = {}
+"""Folders that this process uses, with a descriptor for each use, which locks it."""
+
+
+def _hold(folder: Path) -> bool:
+    """Keep a folder from being removed, and note that it is used now. Whether it is there."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if not os.path.exists(folder):  # removed before it was locked
+        os.close(descriptor)
+        return False
+    _held.setdefault(folder, []).append(descriptor)
+    os.utime(folder)
+    return True
+
+
+def _make_room(cache: Path) -> None:
+    """Remove folders that no process holds, used longest ago first, until the rest is within
+    ``MAX_CACHE_BYTES``."""
+    folders = [entry for entry in cache.iterdir() if entry.is_dir() and entry.name[0] != "."]
+    sizes = {folder: sum(f.stat().st_size for f in folder.iterdir()) for folder in folders}
+    excess = sum(sizes.values()) - MAX_CACHE_BYTES
+    for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime):
+        if excess <= 0:
+            break
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+            excess -= sizes[folder]
+        os.close(descriptor)
+
+
+def cache_folder() -> Path:
+    """Where folders of ``download`` are, each by the name of its version."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "sglang_elora" / "adapters"
 

@@ -24,12 +24,16 @@ from sglang_elora.adapters import (
     EMBEDDING_MODULES,
     AdapterError,
     BaseShapes,
+    Refusals,
     check_adapter,
     check_tensors,
+    download,
+    give_up,
     is_url,
 )
 from sglang_elora.config import EloraConfig
-from sglang_elora.host.adapter_sources import allowed_sources, refusal
+from sglang_elora.host.adapter_sources import allowed_sources, refusal, source_calls
+from sglang_elora.host.source_calls import Call, SourceUnavailable
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_REFUSALS = Refusals()
 _Load = Callable[..., Awaitable[LoadLoRAAdapterReqOutput]]
 
 
@@ -87,17 +92,30 @@ async def check_before_load(
             error = f"LoRA adapter {name!r} ({path}): {problem}."
             return LoadLoRAAdapterReqOutput(success=False, error_message=error)
         try:
-            folder = await asyncio.to_thread(_check, name, path, get_model(), get_lora())
-        except AdapterError as error:
-            return LoadLoRAAdapterReqOutput(success=False, error_message=str(error))
-        if is_url(path):
-            obj.lora_path = str(folder)
+            if is_url(path):
+                folder = await source_calls().call(Call.FETCH, path, download, name, path)
+                obj.lora_path = str(folder)
+            await asyncio.to_thread(_check, name, obj.lora_path, get_model(), get_lora())
+        except (AdapterError, SourceUnavailable) as error:
+            _give_up(obj, path)
+            text = str(error)
+            if isinstance(error, SourceUnavailable):
+                text = f"LoRA adapter {name!r} ({path}): {text}"
+            return LoadLoRAAdapterReqOutput(success=False, error_message=text)
     output = await original(self, obj, _)
     if output.success and is_url(path) and (ref := self.lora_ref_cache.get(name)):
         self.lora_ref_cache[name] = msgspec.structs.replace(ref, lora_path=path)
+    if not output.success:
+        _give_up(obj, path)
     if not output.success and path not in (output.error_message or ""):
         output.error_message = f"LoRA adapter '{name}' ({path}): {output.error_message}"
     return output
+
+
+def _give_up(obj: LoadLoRAAdapterReqInput, path: str) -> None:
+    """The folder that a URL was fetched to is not used."""
+    if obj.lora_path != path:
+        give_up(Path(obj.lora_path))
 
 
 def check_before_load_from_tensors(
@@ -136,7 +154,8 @@ def refuse_unreadable_tensors(
 
 def _check(name: str, path: str, model: Any, lora: Any, *, read_weights: bool = True) -> Path:
     base, limits = _base_of(model), _limits_of(lora)
-    return check_adapter(name, path, base, **limits, read_weights=read_weights).folder
+    check = functools.partial(check_adapter, name, path, base, **limits, read_weights=read_weights)
+    return _REFUSALS.check(name, path, check).folder
 
 
 def _at(adapter: LoRARef, folder: Path) -> LoRARef:

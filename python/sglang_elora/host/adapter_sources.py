@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-from collections.abc import Awaitable, Callable
+import re
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,28 @@ from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 from sglang.srt.runtime_context import get_lora
 
-from sglang_elora.adapters import AllowedSources, leads_out
+from sglang_elora.adapters import (
+    AllowedSources,
+    cache_folder,
+    has_adapter,
+    is_url,
+    leads_out,
+)
 from sglang_elora.config import EloraConfig
+from sglang_elora.host.source_calls import Call, SourceCalls, SourceUnavailable
 
 if TYPE_CHECKING:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+
+_LISTS = re.compile(r"\n(All loaded|Loaded) adapters: .*", re.DOTALL)
+"""What SGLang adds to errors about unknown adapters."""
+
+
+@functools.cache
+def source_calls() -> SourceCalls:
+    """Of this process."""
+    return SourceCalls()
 
 
 @functools.cache
@@ -54,17 +72,43 @@ async def find_named(
     obj: GenerateReqInput | EmbeddingReqInput,
 ) -> None:
     """Around ``TokenizerManager._resolve_lora_path``, which loads again what was loaded before: a
-    name that lies in one of the places counts as such."""
-    sources = allowed_sources()
-    if sources:
-        names = [obj.lora_path] if isinstance(obj.lora_path, str) else obj.lora_path or ()
+    name that lies in one of the places counts as such.
+
+    Raises:
+        ValueError: An adapter cannot be had (SGLang answers HTTP 400). The text tells neither the
+            server's paths nor the names of other adapters.
+    """
+    names = [obj.lora_path] if isinstance(obj.lora_path, str) else obj.lora_path or ()
+    if allowed_sources():
         for name in set(names) - {None} - self.lora_ref_cache.keys():
-            try:
-                path = await asyncio.to_thread(sources.find, name)
-            except Exception as error:  # each file system has errors of its own
-                raise ValueError(
-                    f"LoRA adapter {name!r} cannot be looked for: {error!r}"
-                ) from error
-            if path is not None:
+            if (path := await _find(name)) is not None:
                 self.lora_ref_cache[name] = LoRARef(lora_name=name, lora_path=path, pinned=False)
-    await original(self, obj)
+    paths = [ref.lora_path for name in names if (ref := self.lora_ref_cache.get(name))]
+    try:
+        await original(self, obj)
+    except ValueError as error:
+        raise ValueError(_for_users(str(error), paths)) from error
+
+
+async def _find(name: str) -> str | None:
+    sources = allowed_sources()
+    path, urls = await asyncio.to_thread(sources.look, name)
+    for url in urls:
+        try:
+            if await source_calls().call(Call.LOOK, url, has_adapter, url):
+                return url
+        except Exception as error:  # each file system has errors of its own
+            text = str(error) if isinstance(error, SourceUnavailable) else repr(error)
+            raise ValueError(f"LoRA adapter {name!r} cannot be looked for: {text}") from error
+    if path is None:
+        sources.missed(name)
+    return path
+
+
+def _for_users(text: str, paths: Iterable[str]) -> str:
+    """An error of SGLang's or ours without the server's folders and without lists of adapters."""
+    for path in paths:
+        if os.path.isabs(path) or is_url(path):
+            text = text.replace(f"{path}/", "").replace(path, os.path.basename(path))
+    cached = rf"{re.escape(str(cache_folder()))}/\w+/?"
+    return _LISTS.sub("", re.sub(cached, "", text))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import functools
+import hashlib
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +23,7 @@ from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
 from sglang_elora.control import AdapterState, PoolState
+from sglang_elora.host.http_guard import PAGE, HttpGuard
 from sglang_elora.host.messages import AdapterOrderAnswer
 from sglang_elora.host.request_checks import MAX_CHARS
 from sglang_elora.host.tokenizer_control import NoAnswer, NotLoaded, TokenizerControl
@@ -29,6 +32,12 @@ _MODELS = "/v1/models"
 _SERVER_INFO = ("/server_info", "/get_server_info")
 _SECRETS = ("api_key", "admin_api_key", "ssl_keyfile_password")
 _HIDDEN = "<hidden>"
+_PAGE_HEADERS = {
+    "X-Frame-Options": "DENY",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
 _CHANGES_FOR_OTHERS = ("/load_lora_adapter_from_tensors",)
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 
@@ -100,12 +109,13 @@ def _add_control(app: FastAPI, control: TokenizerControl) -> None:
         pool = _pool(mirror.pool, control.names())
         return ORJSONResponse({"adapters": rows, "pool": pool, "hints": control.counts})
 
-    @app.get("/elora/ui", tags=["elora"], response_class=HTMLResponse)
+    page = resources.files("sglang_elora.control").joinpath("page.html").read_text()
+    headers = {**_PAGE_HEADERS, "Content-Security-Policy": _content_policy(page)}
+
+    @app.get(PAGE, tags=["elora"], response_class=HTMLResponse)
     async def ui() -> HTMLResponse:
         """A page that shows the state, live. It asks for the admin key where one is needed."""
-        return HTMLResponse(
-            resources.files("sglang_elora.control").joinpath("page.html").read_text()
-        )
+        return HTMLResponse(page, headers=headers)
 
     @app.post("/elora/prefetch", **elora)
     @_for_admins
@@ -142,6 +152,21 @@ def _add_control(app: FastAPI, control: TokenizerControl) -> None:
         """Have an adapter and its KV leave the device within the next iterations. KV without a copy
         on the host is dropped."""
         return _outcome(await control.order("evict", control.id_of(body.lora_name)))
+
+
+def _content_policy(page: str) -> str:
+    """The page's own script and style and nothing else, requests to this server, in no frame."""
+
+    def own(element: str) -> str:
+        (text,) = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        return f"'sha256-{digest}'"
+
+    return (
+        f"default-src 'none'; script-src {own('script')}; style-src {own('style')}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
 
 
 def _close_to_users(app: FastAPI) -> None:
@@ -181,6 +206,7 @@ def _hidden(value: Any, secrets: Sequence[str]) -> Any:
 
 
 def add_endpoints(app: FastAPI, control: TokenizerControl) -> None:
+    app.add_middleware(HttpGuard, routes=app)
     _close_to_users(app)
     _hide_secrets(app)
     _add_control(app, control)

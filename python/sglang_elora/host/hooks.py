@@ -21,6 +21,7 @@ from sglang_elora.host import (
     arrival,
     compatibility,
     control,
+    http_guard,
     invariants,
     kv_order,
     link,
@@ -197,6 +198,14 @@ HOOKS: tuple[Hook, ...] = (
         logits_check.end_with_the_reason,
         When.ELORA,
         "As above.",
+    ),
+    Hook(
+        "sglang.srt.utils.auth.decide_request_auth",
+        ("method", "path"),
+        HookType.AROUND,
+        http_guard.open_page,
+        When.ELORA,
+        "The endpoints that need no key are a list of prefixes in SGLang's code.",
     ),
     Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_lora",

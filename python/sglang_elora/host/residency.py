@@ -68,6 +68,10 @@ _LAST_LOADS = 8
 """Room is kept for the largest of them."""
 
 
+ROOM_BESIDE_PINS = 256
+"""Tokens that pins leave room for, beside the largest adapter that is not pinned; in a small pool
+an eighth of it."""
+
 ReplaysGraph = Callable[[int, int], bool]
 """(requests, tokens to compute) -> whether a prefill graph replays such a batch."""
 
@@ -201,12 +205,14 @@ class Residency:
 
     def _check_pin(self, name: str, num_slots: int, others: int) -> None:
         taken, page_size = self.forest.pinned_slots, self.allocator.page_size
-        if num_slots + others > self.pool_slots - taken - page_size:
+        tokens = max(page_size, min(ROOM_BESIDE_PINS, self.pool_slots // 8))
+        if num_slots + others > self.pool_slots - taken - tokens:
             raise PoolTooSmall(
                 f"LoRA adapter '{name}' cannot be pinned: it takes {num_slots} slots of the KV "
                 f"pool, which has {self.pool_slots}, {taken} of them for other pinned adapters, "
-                f"and another adapter could not be loaded any more ({others} slots): load it "
-                "unpinned, or raise --max-total-tokens or --mem-fraction-static"
+                f"and another adapter ({others} slots) with a request of {tokens} tokens would "
+                "not fit any more: load it unpinned, or raise --max-total-tokens or "
+                "--mem-fraction-static"
             )
 
     def check_content(self, uid: str, image: AdapterImage, *, is_same: bool) -> None:

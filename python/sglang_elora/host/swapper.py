@@ -51,7 +51,7 @@ PREFETCH_BELOW = 0.7
 PREFETCH_LOOKS = 8
 """Most evictions looked at per step."""
 
-WORK_PER_STEP = 2
+WORK_PER_STEP = 3
 """What a step may do while batches run, in evictions of leaves; the start of a copy counts as
 ``COPY_WORK``. The rest goes on in the next step. With no batch to delay, all is done at once."""
 
