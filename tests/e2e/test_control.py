@@ -25,7 +25,7 @@ FRESH_S = 1.1  # after which a scrape looks again
 
 
 NAMES = ("qv-r4", "attention-r8", "attention-r24", "mlp-r24", "all-r4", "rslora-r8")
-ADMIN_KEY = "let-me-in"
+ADMIN_KEY, USER_KEY = "let-me-in", "let-me-ask"
 ORDERS = ("prefetch", "pin", "unpin", "evict")
 
 NOISE = """
@@ -455,10 +455,12 @@ def test_with_an_admin_key_only_its_owner_may(
     checkpoint: Path, adapters: dict[str, Path], logs: Path
 ) -> None:
     given = {"qv-r4": adapters["qv-r4"]}
-    flags = ["--elora", *server_flags(checkpoint, given), "--admin-api-key", ADMIN_KEY]
+    flags = ["--elora", *server_flags(checkpoint, given)]
+    flags += ["--admin-api-key", ADMIN_KEY, "--api-key", USER_KEY]
+    user = {"Authorization": f"Bearer {USER_KEY}"}
 
     async def work(client: Client) -> None:
-        for key, status in ((None, 401), ("wrong", 401), (ADMIN_KEY, 200)):
+        for key, status in ((None, 401), ("wrong", 401), (USER_KEY, 401), (ADMIN_KEY, 200)):
             headers = {} if key is None else {"Authorization": f"Bearer {key}"}
             got = await client._http.get("/elora/state", headers=headers)
             assert got.status_code == status
@@ -468,12 +470,19 @@ def test_with_an_admin_key_only_its_owner_may(
                 assert got.status_code == status, (what, key, got.text)
                 if what == "prefetch" and status == 200:
                     await asyncio.sleep(1)
-        assert (await client.get("/v1/models")).status_code == 200
+        http = client._http
+        assert (await http.get("/v1/models")).status_code == 401
+        assert (await http.get("/v1/models", headers=user)).status_code == 200
         for path in ("/load_lora_adapter", "/load_lora_adapter_from_tensors"):
-            assert (await client.post(path, {"lora_name": "theirs"})).status_code == 401
+            got = await http.post(path, json={"lora_name": "theirs"}, headers=user)
+            assert got.status_code == 401
         for path in ("/server_info", "/get_server_info"):
-            info = await client.get(path)
-            assert info.status_code == 200 and ADMIN_KEY not in info.text
+            info = await http.get(path, headers=user)
+            assert info.status_code == 200
+            assert ADMIN_KEY not in info.text and USER_KEY not in info.text
+        page = await http.get("/elora/ui")  # a browser has no key to send
+        policy = page.headers["content-security-policy"]
+        assert page.status_code == 200 and "frame-ancestors 'none'" in policy
 
     with ServerProcess(flags, log_path=logs / "admin.log") as server:
         run(server.url, work)

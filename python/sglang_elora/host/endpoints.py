@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import functools
-import hashlib
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +21,7 @@ from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
 from sglang_elora.control import AdapterState, PoolState
+from sglang_elora.control.page_policy import content_policy
 from sglang_elora.host.http_guard import PAGE, HttpGuard
 from sglang_elora.host.messages import AdapterOrderAnswer
 from sglang_elora.host.request_checks import MAX_CHARS
@@ -110,7 +109,7 @@ def _add_control(app: FastAPI, control: TokenizerControl) -> None:
         return ORJSONResponse({"adapters": rows, "pool": pool, "hints": control.counts})
 
     page = resources.files("sglang_elora.control").joinpath("page.html").read_text()
-    headers = {**_PAGE_HEADERS, "Content-Security-Policy": _content_policy(page)}
+    headers = {**_PAGE_HEADERS, "Content-Security-Policy": content_policy(page)}
 
     @app.get(PAGE, tags=["elora"], response_class=HTMLResponse)
     async def ui() -> HTMLResponse:
@@ -152,21 +151,6 @@ def _add_control(app: FastAPI, control: TokenizerControl) -> None:
         """Have an adapter and its KV leave the device within the next iterations. KV without a copy
         on the host is dropped."""
         return _outcome(await control.order("evict", control.id_of(body.lora_name)))
-
-
-def _content_policy(page: str) -> str:
-    """The page's own script and style and nothing else, requests to this server, in no frame."""
-
-    def own(element: str) -> str:
-        (text,) = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        return f"'sha256-{digest}'"
-
-    return (
-        f"default-src 'none'; script-src {own('script')}; style-src {own('style')}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
-    )
 
 
 def _close_to_users(app: FastAPI) -> None:

@@ -8,13 +8,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI
-from fastapi.responses import ORJSONResponse
 from sglang.srt.runtime_context import get_serving
 from sglang.srt.utils.auth import AuthDecision, AuthLevel, _get_auth_level_from_app_and_scope
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 PAGE = "/elora/ui"
-_ONLY_READ = ("GET", "HEAD", "OPTIONS")
 
 
 class HttpGuard:
@@ -44,12 +43,12 @@ class HttpGuard:
         elif (
             scope["type"] == "http"
             and not (keys.api_key or keys.admin_api_key)
-            and scope["method"] not in _ONLY_READ
+            and scope["method"] != "OPTIONS"
             and _is_foreign(headers)
             and _get_auth_level_from_app_and_scope(self._routes, scope) != AuthLevel.NORMAL
         ):
             text = "an order from a page of another site: set --admin-api-key to allow it"
-            await ORJSONResponse({"error": text}, status_code=403)(scope, receive, send)
+            await JSONResponse({"error": text}, status_code=403)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -70,5 +69,8 @@ def _has_key(headers: dict[bytes, str], api_key: str | None) -> bool:
 
 
 def _is_foreign(headers: dict[bytes, str]) -> bool:
+    """Whether a browser says so. Some of SGLang's orders are GETs, which have no Origin."""
+    if headers.get(b"sec-fetch-site") in ("cross-site", "same-site"):
+        return True
     origin = headers.get(b"origin")
     return origin is not None and urlsplit(origin).netloc != headers.get(b"host")

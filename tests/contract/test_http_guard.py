@@ -1,0 +1,112 @@
+"""Who may give orders where SGLang's key check does not look."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocketDisconnect
+
+from sglang_elora.control.page_policy import content_policy
+
+KEY, HOST = "let-me-in", "http://127.0.0.1:30000"
+FOREIGN = ("http://elsewhere.example", "null", f"{HOST}.elsewhere.example", "https://127.0.0.1:1")
+ORDERS = ("/load_lora_adapter", "/flush_cache", "/abort_request", "/release_memory_occupation")
+
+Guarded = Callable[..., Any]  # starlette's TestClient
+
+
+async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+    """What the guard stands before: lets everybody in."""
+    if scope["type"] == "websocket":
+        await receive()
+        await send({"type": "websocket.accept"})
+        await send({"type": "websocket.close"})
+    else:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"done"})
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Guarded:
+    """``guarded(api_key=..., admin_api_key=...)``: a client of a server with these keys."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sglang.srt.entrypoints.http_server import app
+        from starlette.testclient import TestClient
+
+        from sglang_elora.host import http_guard
+
+    def make(api_key: str | None = None, admin_api_key: str | None = None) -> Any:
+        keys: Any = SimpleNamespace(api_key=api_key, admin_api_key=admin_api_key)
+        monkeypatch.setattr(http_guard, "get_serving", lambda: keys)
+        return TestClient(http_guard.HttpGuard(answer, routes=app), base_url=HOST)
+
+    return make
+
+
+@pytest.mark.parametrize("origin", FOREIGN)
+def test_pages_of_other_sites_give_no_orders_where_no_key_is_set(
+    origin: str, guarded: Guarded
+) -> None:
+    client = guarded()
+    for path in ORDERS:
+        got = client.post(path, headers={"Origin": origin})
+        assert got.status_code == 403 and "--admin-api-key" in got.text, path
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_nor_do_they_by_what_they_show(site: str, guarded: Guarded) -> None:
+    """An image of a page is requested by GET, without an Origin; SGLang takes that as an order."""
+    for path in ("/flush_cache", "/release_memory_occupation"):
+        assert guarded().get(path, headers={"Sec-Fetch-Site": site}).status_code == 403, path
+    assert guarded().get("/flush_cache", headers={"Sec-Fetch-Site": "none"}).status_code == 200
+
+
+def test_others_give_them(guarded: Guarded) -> None:
+    """Pages of this server, what is no browser, and who has a key, which SGLang checks."""
+    for path in ORDERS:
+        assert guarded().post(path).status_code == 200
+        assert guarded().post(path, headers={"Origin": HOST}).status_code == 200
+        for keys in ({"api_key": KEY}, {"admin_api_key": KEY}):
+            got = guarded(**keys).post(path, headers={"Origin": FOREIGN[0]})
+            assert got.status_code == 200
+
+
+def test_requests_of_users_may_come_from_any_page(guarded: Guarded) -> None:
+    for path in ("/generate", "/v1/chat/completions", "/v1/completions", "/v1/embeddings"):
+        assert guarded().post(path, headers={"Origin": FOREIGN[0]}).status_code == 200
+    assert guarded().get("/v1/models", headers={"Origin": FOREIGN[0]}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("given", "enters"),
+    [(None, False), ("Bearer wrong", False), (f"Basic {KEY}", False), (f"Bearer {KEY}", True)],
+)
+def test_a_websocket_needs_the_key(given: str | None, enters: bool, guarded: Guarded) -> None:
+    headers = {} if given is None else {"Authorization": given}
+    client = guarded(api_key=KEY)
+    if enters:
+        with client.websocket_connect("/v1/realtime", headers=headers):
+            return
+    with (
+        pytest.raises(WebSocketDisconnect),
+        client.websocket_connect("/v1/realtime", headers=headers),
+    ):
+        pass
+
+
+def test_without_keys_websockets_are_open(guarded: Guarded) -> None:
+    with guarded(admin_api_key=KEY).websocket_connect("/v1/realtime"):
+        pass
+
+
+def test_the_page_runs_its_own_script_alone_and_in_no_frame() -> None:
+    policy = content_policy("<style>a</style><script>b</script>")
+    assert "frame-ancestors 'none'" in policy and "default-src 'none'" in policy
+    assert "'unsafe" not in policy and "connect-src 'self'" in policy
+    assert policy != content_policy("<style>a</style><script>c</script>")
