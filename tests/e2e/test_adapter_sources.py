@@ -117,13 +117,16 @@ def test_one_that_changed_behind_its_url_is_another(
     ],
 )
 def test_a_request_gets_nothing_from_elsewhere(
-    name: str, reason: str, server: ServerProcess, prompts: Sequence[list[int]]
+    name: str, reason: str, server: ServerProcess, places: Places, prompts: Sequence[list[int]]
 ) -> None:
+    """Nor does it learn where the server has its adapters, and which others."""
+
     async def work(client: Client) -> None:
         for _ in range(2):
             answer = await client.post("/generate", {"text": "Hello", "lora_path": name})
             assert answer.status_code == 400
             assert reason in answer.text
+            assert str(places.folder) not in answer.text and "start" not in answer.text
         assert (await client.generate("start", prompts[0])).token_ids
 
     run(server.url, work)
