@@ -148,6 +148,7 @@ VARIANTS = {
     ),
     "sessions": Variant(
         ORDERS,
+        share=0.08 if ALL else 0.25,  # so little that KV leaves between two turns
         flags=(*_HOST_TIER, "write_back"),
         names_sessions=True,
         check=_kv_was_prefetched_and_used,
