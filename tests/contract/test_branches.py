@@ -74,7 +74,7 @@ def test_an_unload_removes_a_bounded_number_of_nodes_per_step_on_an_idle_server_
         if is_busy:
             made.swapper.prepare()
         steps += 1
-    assert 20 <= steps <= 22
+    assert 20 <= steps <= 24  # not every look finds a node that can go
     assert not made.swapper.is_waiting
     assert made.cache.allocator.available_size() == made.residency.pool_slots
     counts = made.residency.statistics()

@@ -30,12 +30,12 @@ _REFRESHED = 8
 """Kinds per ``refresh``. Ranks fade with time, and with one at a time those of 200 kinds are too
 old to find the lowest by: it cost a third of the hits (benchmarks/replay)."""
 
-MOST_LOOKS = 64
-"""Per search, where it has a choice; a look takes some 2 us: 16 kinds are ranked, or 8 outdated
-entries removed, whose nodes are in no cache of the processor."""
+_MOST_RANKED = 16
+"""Kinds per search, some 2 us each."""
 
-_LOOKS_PER_RANK = 4
-_LOOKS_PER_ENTRY = 8
+MOST_OUTDATED = 32
+"""Outdated entries that a search removes, where it has a choice. Each takes up to 15 us, because
+its node is in no cache of the processor."""
 
 
 def _one_kind(node: Any) -> Hashable:
@@ -51,8 +51,8 @@ class LeafOrder(set[Node]):
     ``discard`` is the set's own, and a visit of a leaf costs nothing until that leaf reaches the
     top. ``add``, ``lower`` and ``refresh`` are O(log n) in the worst case too: outdated entries are
     swept out a few per call. ``take_lowest`` first removes the outdated entries that are lower than
-    the lowest member, each of which was made by one earlier call: ``MOST_LOOKS`` bounds how many,
-    unless all kinds have more of them, or there is only one kind.
+    the lowest member, each of which was made by one earlier call. ``MOST_OUTDATED`` bounds how
+    many, unless all kinds have more of them, or there is only one kind.
 
     That works for priorities that do not fall (time or number of visits): an entry of a heap is
     then at most too low, and is put right, or dropped if its node has left, when it comes up. A
@@ -88,7 +88,7 @@ class LeafOrder(set[Node]):
         self._taken: dict[Node, int] = {}  # with the numbers of their entries
         self._num_entries = 0  # numbered so far
         self._num_in_heaps = 0
-        self._looks_left = sys.maxsize  # of the search under way
+        self._outdated_left = sys.maxsize  # that the search under way may remove
         self._ranking: SweptHeap[tuple[Any, int, Hashable]] = SweptHeap()  # of kinds, by their top
         self._ranked: dict[Hashable, int] = {}  # number of a kind's valid entry there
         # Kinds to be ranked again, the last one first; those with many outdated entries come last.
@@ -171,7 +171,7 @@ class LeafOrder(set[Node]):
 
     def _lowest_kind(self) -> tuple[Hashable] | None:
         """The kind whose top is the lowest of all (in a tuple, for None is a kind too)."""
-        self._looks_left = sys.maxsize
+        self._outdated_left = sys.maxsize
         if len(self._heaps) == 1:
             (kind,) = self._heaps
             if self._top(kind) is not None and len(self._heaps) == 1:
@@ -179,17 +179,18 @@ class LeafOrder(set[Node]):
         if len(self._heaps) <= _FEW:
             self._stale.update(dict.fromkeys(self._heaps))
         fresh: dict[Hashable, Any] = {}  # ranks found by this search
-        self._looks_left = MOST_LOOKS
+        left, self._outdated_left = _MOST_RANKED, MOST_OUTDATED
         while True:
-            while self._stale and self._looks_left > 0:
+            while self._stale and left and self._outdated_left > 0:
                 kind = self._stale.popitem()[0]
                 fresh.pop(kind, None)
                 if (rank := self._rank_anew(kind)) is not None:
                     fresh[kind] = rank
-            if self._looks_left <= 0:
+                left -= 1
+            if self._stale:
                 if fresh:
                     return (min(fresh, key=fresh.__getitem__),)
-                self._looks_left = MOST_LOOKS
+                left, self._outdated_left = _MOST_RANKED, MOST_OUTDATED
                 continue
             ranked = self._ranking.top()
             if ranked is None:
@@ -197,11 +198,9 @@ class LeafOrder(set[Node]):
             rank, number, kind = ranked
             if self._ranked.get(kind) != number:  # replaced
                 self._ranking.pop()
-                self._looks_left -= 1
                 continue
             if kind in fresh:
                 return (kind,)
-            self._looks_left -= _LOOKS_PER_RANK
             top = self._top(kind)
             if top is None or self._rank(kind, top[0]) != rank:
                 self._stale[kind] = None
@@ -210,7 +209,6 @@ class LeafOrder(set[Node]):
 
     def _rank_anew(self, kind: Hashable) -> Any:
         """Its rank; None if nothing is left of it, or it has to be looked at again."""
-        self._looks_left -= _LOOKS_PER_RANK
         top = self._top(kind) if kind in self._heaps else None
         if top is None:
             if kind in self._heaps:
@@ -230,7 +228,7 @@ class LeafOrder(set[Node]):
     def _top(self, kind: Hashable) -> _Entry[Node] | None:
         """The lowest entry of a kind, with its node's present priority.
 
-        None if there is none, and the kind is gone then; or if the search has no looks left.
+        None if there is none, and the kind is gone then; or if the search may remove no more.
         """
         heap = self._heaps[kind]
         while (top := heap.top()) is not None:
@@ -247,8 +245,8 @@ class LeafOrder(set[Node]):
                 heap.replace_top((current, entry, node))
             else:
                 return top
-            self._looks_left -= _LOOKS_PER_ENTRY
-            if self._looks_left <= 0 and len(heap):
+            self._outdated_left -= 1
+            if self._outdated_left <= 0 and len(heap):
                 return None
         if self._heaps.get(kind) is heap:  # a push may have swept it away already
             self._drop_kind(kind)
