@@ -17,7 +17,7 @@ _LIBRARIES = (
     *("transformers.models.auto", "transformers.processing_utils", "transformers.masking_utils"),
     *("openai", "openai.types.responses", "fastapi.openapi.models", "uvicorn", "aiohttp", "zmq"),
     *("scipy.special", "xgrammar", "numba", "pydantic_extra_types.language_code", "sympy"),
-    *("httpx", "msgspec", "prometheus_client", "networkx", "peft"),
+    *("httpx", "msgspec", "networkx", "peft"),
 )
 
 with warnings.catch_warnings():
