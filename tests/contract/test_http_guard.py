@@ -85,9 +85,17 @@ def test_requests_of_users_may_come_from_any_page(guarded: Guarded) -> None:
 
 @pytest.mark.parametrize(
     ("given", "enters"),
-    [(None, False), ("Bearer wrong", False), (f"Basic {KEY}", False), (f"Bearer {KEY}", True)],
+    [
+        (None, False),
+        ("Bearer wrong", False),
+        (b"Bearer wr\xf6ng", False),
+        (f"Basic {KEY}", False),
+        (f"Bearer {KEY}", True),
+    ],
 )
-def test_a_websocket_needs_the_key(given: str | None, enters: bool, guarded: Guarded) -> None:
+def test_a_websocket_needs_the_key(
+    given: str | bytes | None, enters: bool, guarded: Guarded
+) -> None:
     headers = {} if given is None else {"Authorization": given}
     client = guarded(api_key=KEY)
     if enters:

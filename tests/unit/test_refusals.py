@@ -60,3 +60,15 @@ def test_only_so_many_are_remembered(tmp_path: Path) -> None:
         with pytest.raises(AdapterError):
             refusals.check("first", str(folder), check)
     assert check.num_calls == MOST + 2, "the first was forgotten, the last was not"
+
+
+def test_what_the_machine_could_not_do_is_no_refusal(tmp_path: Path) -> None:
+    (tmp_path / "weights").touch()
+    refusals = Refusals()
+
+    def fail() -> str:
+        raise AdapterError("first", "adapter", "cannot read it", "Copy it") from OSError("EMFILE")
+
+    with pytest.raises(AdapterError):
+        refusals.check("first", str(tmp_path), fail)
+    assert refusals.check("first", str(tmp_path), lambda: "facts") == "facts"

@@ -19,9 +19,9 @@ __all__ = [
     "check_tensors",
     "content_digest",
     "download",
-    "give_up",
     "has_adapter",
     "is_url",
+    "keep_only",
     "leads_out",
     "read_adapter",
     "served_modules",
@@ -43,5 +43,5 @@ from sglang_elora.adapters.errors import AdapterError
 from sglang_elora.adapters.folder_scan import FolderScan, FoundAdapter, leads_out
 from sglang_elora.adapters.module_names import EMBEDDING_MODULES, served_names
 from sglang_elora.adapters.refusals import Refusals
-from sglang_elora.adapters.remote import cache_folder, download, give_up, has_adapter, is_url
+from sglang_elora.adapters.remote import cache_folder, download, has_adapter, is_url, keep_only
 from sglang_elora.adapters.stacked_shapes import why_not_stacked

@@ -38,10 +38,11 @@ class AllowedSources:
         return bool(self._places)
 
     def look(self, name: str) -> tuple[str | None, list[str]]:
-        """The adapter's path in a local place, and if it is in none, its URL in each other place.
+        """The adapter's path in a local place, and if it is in none, its URL in each other place,
+        for the caller to ask there and to say if it was ``missed``.
 
         A name is one or more parts of letters, digits, ``_``, ``-`` and ``.``, joined by ``/``, so
-        it leads to nothing outside of the places; nor do links there. What was ``missed`` is not
+        it leads to nothing outside of the places; nor do links there. What is in no place is not
         looked for again for 5 s, so that nobody can make a server ask without end.
         """
         now_s = time.monotonic()
@@ -51,10 +52,13 @@ class AllowedSources:
         for place, path in zip(self._places, paths, strict=True):
             if not is_url(place) and _is_inside(place, Path(path)):
                 return path, []
-        return None, [path for path in paths if is_url(path)]
+        urls = [path for path in paths if is_url(path)]
+        if not urls:
+            self.missed(name)
+        return None, urls
 
     def missed(self, name: str) -> None:
-        """No place has an adapter of this name."""
+        """No place has an adapter of this name, as was found just now."""
         self._missing.pop(name, None)
         self._missing[name] = time.monotonic() + _MISSING_S
         if len(self._missing) > _MISSING_MOST:

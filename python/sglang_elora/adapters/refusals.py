@@ -19,7 +19,11 @@ T = TypeVar("T")
 
 
 class Refusals:
-    """Of folders that are as they were when they were refused, by the files' sizes and times."""
+    """Of folders that are as they were when they were refused, by the files' sizes and times.
+
+    What the machine could not do (open another file, find memory) says nothing of the adapter, and
+    is not kept.
+    """
 
     def __init__(self) -> None:
         self._known: OrderedDict[str, tuple[Stamp, AdapterError]] = OrderedDict()
@@ -38,7 +42,7 @@ class Refusals:
         try:
             return check()
         except AdapterError as error:
-            if stamp:
+            if stamp and not isinstance(error.__cause__, OSError | MemoryError):
                 self._known[path] = (stamp, error)
                 while len(self._known) > MOST:
                     self._known.popitem(last=False)
@@ -52,4 +56,4 @@ def _stamp(folder: Path) -> Stamp:
             files = [(entry.name, entry.stat()) for entry in islice(entries, _MOST_FILES)]
     except OSError:
         return ()
-    return tuple(sorted((n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in files))
+    return tuple(sorted((n, s.st_size, s.st_ctime_ns, s.st_ino) for n, s in files))

@@ -18,7 +18,7 @@ import posixpath
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def download(name: str, url: str) -> Path:
 
     A version that is there is not fetched again: the folder's name is a digest of what the file
     system tells of the files (size, etag, time). It appears whole or not at all, also when several
-    processes fetch it. It stays until ``give_up``, or the end of this process.
+    processes fetch it. It stays until ``keep_only`` leaves it out, or the
+    end of this process.
 
     Raises:
         AdapterError: It cannot be reached, it is too large, or there is no adapter.
@@ -78,14 +79,16 @@ def download(name: str, url: str) -> Path:
     raise AdapterError(name, url, f"there is no {CONFIG_FILE}", _REMEDY)
 
 
-def give_up(folder: Path) -> None:
-    """One of those in this process who use a folder of ``download`` does no more: without any, it
-    may leave the cache."""
-    descriptors = _held.get(folder, [])
-    if descriptors:
-        os.close(descriptors.pop())
-    if not descriptors:
-        _held.pop(folder, None)
+def keep_only(paths: Iterable[str]) -> None:
+    """What this process serves adapters from: of the folders of ``download`` these stay in the
+    cache, and others may leave it."""
+    cache = str(cache_folder())
+    used = {Path(path) for path in paths if os.path.dirname(path) == cache}
+    for folder in list(_held):
+        if folder not in used:
+            os.close(_held.pop(folder))
+    for folder in used - set(_held):  # another load was over before this one was known
+        _hold(folder)
 
 
 class _TooLarge(Exception):
@@ -162,21 +165,22 @@ def _copy(fs: Any, infos: Mapping[str, _Info], target: Path) -> None:
                 copy.write(chunk)
 
 
-_held: dict[Path, list[int]] = {}
-"""Folders that this process uses, with a descriptor for each use, which locks it."""
+_held: dict[Path, int] = {}
+"""Folders that this process uses, with the descriptor that locks each of them."""
 
 
 def _hold(folder: Path) -> bool:
     """Keep a folder from being removed, and note that it is used now. Whether it is there."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return False
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
-    if not os.path.exists(folder):  # removed before it was locked
-        os.close(descriptor)
-        return False
-    _held.setdefault(folder, []).append(descriptor)
+    if folder not in _held:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            return False
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if folder in _held or not folder.exists():  # by another thread; removed before the lock
+            os.close(descriptor)
+            return folder in _held
+        _held[folder] = descriptor
     os.utime(folder)
     return True
 

@@ -28,11 +28,10 @@ from sglang_elora.adapters import (
     check_adapter,
     check_tensors,
     download,
-    give_up,
     is_url,
 )
 from sglang_elora.config import EloraConfig
-from sglang_elora.host.adapter_sources import allowed_sources, refusal, source_calls
+from sglang_elora.host.adapter_sources import allowed_sources, keep_loaded, refusal, source_calls
 from sglang_elora.host.source_calls import Call, SourceUnavailable
 
 if TYPE_CHECKING:
@@ -97,7 +96,6 @@ async def check_before_load(
                 obj.lora_path = str(folder)
             await asyncio.to_thread(_check, name, obj.lora_path, get_model(), get_lora())
         except (AdapterError, SourceUnavailable) as error:
-            _give_up(obj, path)
             text = str(error)
             if isinstance(error, SourceUnavailable):
                 text = f"LoRA adapter {name!r} ({path}): {text}"
@@ -105,17 +103,10 @@ async def check_before_load(
     output = await original(self, obj, _)
     if output.success and is_url(path) and (ref := self.lora_ref_cache.get(name)):
         self.lora_ref_cache[name] = msgspec.structs.replace(ref, lora_path=path)
-    if not output.success:
-        _give_up(obj, path)
+    keep_loaded(self)
     if not output.success and path not in (output.error_message or ""):
         output.error_message = f"LoRA adapter '{name}' ({path}): {output.error_message}"
     return output
-
-
-def _give_up(obj: LoadLoRAAdapterReqInput, path: str) -> None:
-    """The folder that a URL was fetched to is not used."""
-    if obj.lora_path != path:
-        give_up(Path(obj.lora_path))
 
 
 def check_before_load_from_tensors(

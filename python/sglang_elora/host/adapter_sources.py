@@ -19,6 +19,7 @@ from sglang_elora.adapters import (
     cache_folder,
     has_adapter,
     is_url,
+    keep_only,
     leads_out,
 )
 from sglang_elora.config import EloraConfig
@@ -66,6 +67,11 @@ def refusal(path: str) -> str:
     return f"it is not in --elora-adapter-sources: {sources}"
 
 
+def keep_loaded(manager: TokenizerManager) -> None:
+    """After a load or an unload: what was fetched stays in the cache while it is loaded."""
+    keep_only(ref.lora_path for ref in manager.lora_registry.get_all_adapters().values())
+
+
 async def find_named(
     original: Callable[..., Awaitable[None]],
     self: TokenizerManager,
@@ -100,7 +106,7 @@ async def _find(name: str) -> str | None:
         except Exception as error:  # each file system has errors of its own
             text = str(error) if isinstance(error, SourceUnavailable) else repr(error)
             raise ValueError(f"LoRA adapter {name!r} cannot be looked for: {text}") from error
-    if path is None:
+    if urls:
         sources.missed(name)
     return path
 

@@ -15,14 +15,13 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.lora.lora_registry import LoRARegistry
 from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput, UnloadLoRAAdapterReqOutput
 from sglang.srt.runtime_context import get_lora
 
-from sglang_elora.adapters import give_up
+from sglang_elora.host.adapter_sources import keep_loaded
 
 if TYPE_CHECKING:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -123,12 +122,10 @@ async def forget_path(
 ) -> UnloadLoRAAdapterReqOutput:
     """Around ``unload_lora_adapter``: SGLang would load it again for the next request that names
     it, as it does with adapters that ``--max-loaded-loras`` drove out."""
-    loaded = self.lora_registry.get_all_adapters().get(obj.lora_name)
     output = await original(self, obj, *rest)
     if output.success:
         self.lora_ref_cache.pop(obj.lora_name, None)
-        if loaded is not None:
-            give_up(Path(loaded.lora_path))
+    keep_loaded(self)
     return output
 
 

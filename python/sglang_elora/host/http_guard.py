@@ -65,7 +65,8 @@ def open_page(
 
 def _has_key(headers: dict[bytes, str], api_key: str | None) -> bool:
     scheme, _, key = headers.get(b"authorization", "").partition(" ")
-    return not api_key or (scheme.lower() == "bearer" and secrets.compare_digest(key, api_key))
+    is_same = secrets.compare_digest(key.encode(), (api_key or "").encode())
+    return not api_key or (scheme.lower() == "bearer" and is_same)
 
 
 def _is_foreign(headers: dict[bytes, str]) -> bool:
