@@ -31,7 +31,13 @@ _REFRESHED = 8
 old to find the lowest by: it cost a third of the hits (benchmarks/replay)."""
 
 _MOST_RANKED = 16
-"""Kinds per search, some 2 us each."""
+"""Kinds that are ranked again by the first search after ``give_back``, 2 to 30 us each."""
+
+_RANKED_LATER = 4
+"""The same by each later search, which knows what the first has found."""
+
+_MOST_FRESH = 64
+"""Ranks that later searches compare; then one ranks as many again as a first one does."""
 
 MOST_OUTDATED = 32
 """Outdated entries that a search removes, where it has a choice. Each takes up to 15 us, because
@@ -72,7 +78,8 @@ class LeafOrder(set[Node]):
         rank: Of a kind and a priority: what kinds are compared by. It rises with the priority, and
             may change with time: where kinds are few that is seen at once, else when ``refresh``
             comes round to them. When the ranks of many change together, a search looks at so many
-            of them as it has time for and takes the lowest of these; later ones look on.
+            of them as it has time for and takes the lowest of these; later ones look on. Until
+            ``give_back``, a search knows what the ones before it have found.
     """
 
     def __init__(
@@ -89,6 +96,7 @@ class LeafOrder(set[Node]):
         self._num_entries = 0  # numbered so far
         self._num_in_heaps = 0
         self._outdated_left = sys.maxsize  # that the search under way may remove
+        self._fresh: dict[Hashable, Any] = {}  # ranks found since ``give_back``
         self._ranking: SweptHeap[tuple[Any, int, Hashable]] = SweptHeap()  # of kinds, by their top
         self._ranked: dict[Hashable, int] = {}  # number of a kind's valid entry there
         # Kinds to be ranked again, the last one first; those with many outdated entries come last.
@@ -120,7 +128,9 @@ class LeafOrder(set[Node]):
 
     def lowest_rank(self) -> Any:
         """Of the node that ``take_lowest`` would return; None if there is none."""
+        self._fresh.clear()  # ``give_back`` does not follow this call
         lowest = self._lowest_kind()
+        self._fresh.clear()
         if lowest is None:
             return None
         top = self._top(lowest[0])
@@ -133,6 +143,7 @@ class LeafOrder(set[Node]):
             if node in self and node not in self._entry:
                 self._push(node, number)
         self._taken.clear()
+        self._fresh.clear()
 
     def check_invariants(self) -> None:
         """Recompute everything from the members.
@@ -178,19 +189,22 @@ class LeafOrder(set[Node]):
                 return (kind,)
         if len(self._heaps) <= _FEW:
             self._stale.update(dict.fromkeys(self._heaps))
-        fresh: dict[Hashable, Any] = {}  # ranks found by this search
-        left, self._outdated_left = _MOST_RANKED, MOST_OUTDATED
+        if len(self._fresh) >= _MOST_FRESH:
+            self._fresh.clear()
+        knows_little = not self._fresh or len(self._heaps) <= _FEW
+        most_ranked = _MOST_RANKED if knows_little else _RANKED_LATER
+        left, self._outdated_left = most_ranked, MOST_OUTDATED
         while True:
             while self._stale and left and self._outdated_left > 0:
                 kind = self._stale.popitem()[0]
-                fresh.pop(kind, None)
+                self._fresh.pop(kind, None)
                 if (rank := self._rank_anew(kind)) is not None:
-                    fresh[kind] = rank
+                    self._fresh[kind] = rank
                 left -= 1
             if self._stale:
-                if fresh:
-                    return (min(fresh, key=fresh.__getitem__),)
-                left, self._outdated_left = _MOST_RANKED, MOST_OUTDATED
+                if (lowest := self._lowest_fresh()) is not None:
+                    return lowest
+                left, self._outdated_left = most_ranked, MOST_OUTDATED
                 continue
             ranked = self._ranking.top()
             if ranked is None:
@@ -199,13 +213,26 @@ class LeafOrder(set[Node]):
             if self._ranked.get(kind) != number:  # replaced
                 self._ranking.pop()
                 continue
-            if kind in fresh:
-                return (kind,)
             top = self._top(kind)
             if top is None or self._rank(kind, top[0]) != rank:
                 self._stale[kind] = None
             if not self._stale:  # else other tops have changed by the search
                 return (kind,)
+
+    def _lowest_fresh(self) -> tuple[Hashable] | None:
+        """The lowest of the kinds ranked since ``give_back``; their tops may have left since."""
+        while self._fresh:
+            kind = min(self._fresh, key=self._fresh.__getitem__)
+            top = None if kind in self._stale else self._top(kind)
+            if top is None:
+                self._fresh.pop(kind, None)
+                if kind in self._heaps:
+                    self._stale[kind] = None
+            elif (rank := self._rank(kind, top[0])) == self._fresh[kind]:
+                return (kind,)
+            else:
+                self._fresh[kind] = rank
+        return None
 
     def _rank_anew(self, kind: Hashable) -> Any:
         """Its rank; None if nothing is left of it, or it has to be looked at again."""
@@ -270,6 +297,7 @@ class LeafOrder(set[Node]):
         """Forget a kind whose heap is empty."""
         del self._heaps[kind], self._rotation[kind], self._unswept[kind]
         self._ranked.pop(kind, None)
+        self._fresh.pop(kind, None)
 
     def _push(self, node: Node, number: int | None = None) -> None:
         if self._has_many_outdated:
