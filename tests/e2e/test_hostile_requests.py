@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -296,3 +297,50 @@ def test_memory_is_not_released_under_requests_nor_resumed_without(server: Serve
             assert (await client.post("/resume_memory_occupation", {})).status_code == 200
 
     run(server.url, work)
+
+
+NOT_CALLED = {
+    "/slow_down": "delays every later batch, as it should",
+    "/start_profile": "writes a trace of the whole server",
+    "/init_weights_update_group": "waits minutes for a peer, between two batches",
+    "/init_weights_send_group_for_remote_instance": "waits minutes for a peer, between two batches",
+}
+
+
+def test_every_endpoint_refuses_or_serves_its_smallest_body(server: ServerProcess) -> None:
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+        schema = http.get("/openapi.json").json()
+        called, failed = 0, {}
+        for path, methods in schema["paths"].items():
+            for method, operation in methods.items():
+                if path in NOT_CALLED:
+                    continue
+                content = operation.get("requestBody", {}).get("content", {})
+                body = content.get("application/json", {}).get("schema")
+                answer = http.request(
+                    method.upper(),
+                    re.sub(r"{\w+}", "x", path),
+                    json=None if body is None else smallest(body, schema),
+                )
+                called += 1
+                if answer.status_code >= 500:
+                    failed[method, path] = answer.text
+    assert called > 100
+    assert set(failed) == {("post", "/v1/messages/count_tokens")}, failed
+
+
+def smallest(field: dict[str, Any], schema: dict[str, Any]) -> Any:
+    """A value that a JSON schema allows, with what it demands and nothing more."""
+    if "$ref" in field:
+        return smallest(schema["components"]["schemas"][field["$ref"].split("/")[-1]], schema)
+    if field.get("default") is not None:
+        return field["default"]
+    if "anyOf" in field:
+        return smallest(field["anyOf"][0], schema)
+    if "enum" in field or "const" in field:
+        return field["enum"][0] if "enum" in field else field["const"]
+    if field.get("type") == "object":
+        required, fields = field.get("required", ()), field.get("properties", {})
+        return {name: smallest(fields[name], schema) for name in required}
+    values = {"array": [], "string": "x", "integer": 1, "number": 1.0, "boolean": True}
+    return values.get(field.get("type", ""))

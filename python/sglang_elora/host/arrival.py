@@ -11,6 +11,7 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_elora.host.endpoints import add_endpoints
 from sglang_elora.host.kv_hints import adapters_named
 from sglang_elora.host.named_adapters import adapter_of
+from sglang_elora.host.orders import hear_failures
 from sglang_elora.host.tokenizer_control import TokenizerControl
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ _HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 def attach(result: None, self: TokenizerManager) -> None:
     """After ``TokenizerManager.init_request_dispatcher``. Where there is an HTTP server, its app is
     there by now and takes no requests yet."""
+    hear_failures(self)
     if not self.enable_lora:
         return
     if get_parallel().dp_size > 1:

@@ -24,6 +24,7 @@ from sglang_elora.host.messages import (
     Undecodable,
     valid,
 )
+from sglang_elora.host.orders import GuardedDispatcher
 from sglang_elora.host.residency import Residency
 from sglang_elora.host.state import changes_since, tier_of
 from sglang_elora.host.swapper import Swapper
@@ -115,6 +116,7 @@ def add_to_dispatcher(result: None, self: Scheduler) -> None:
     swapper = getattr(self.tree_cache, "swapper", None)
     if swapper is not None:
         Control(self, swapper).add_to(self._request_dispatcher)
+    self._request_dispatcher = GuardedDispatcher(self._request_dispatcher)
 
 
 def _text(message: Any) -> str:

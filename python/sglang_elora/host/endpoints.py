@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +25,11 @@ from sglang_elora.control import AdapterState, PoolState
 from sglang_elora.control.page_policy import content_policy
 from sglang_elora.host.http_guard import PAGE, HttpGuard
 from sglang_elora.host.messages import AdapterOrderAnswer
+from sglang_elora.host.orders import OrderRefused
 from sglang_elora.host.request_checks import MAX_CHARS
 from sglang_elora.host.tokenizer_control import NoAnswer, NotLoaded, TokenizerControl
+
+logger = logging.getLogger(__name__)
 
 _MODELS = "/v1/models"
 _SERVER_INFO = ("/server_info", "/get_server_info")
@@ -194,7 +198,10 @@ def add_endpoints(app: FastAPI, control: TokenizerControl) -> None:
     _close_to_users(app)
     _hide_secrets(app)
     _add_control(app, control)
-    app.add_exception_handler(NotLoaded, _not_loaded)
+    for refusal in (NotLoaded, OrderRefused):
+        app.add_exception_handler(refusal, _refused)
+    for raised in (ValueError, TypeError, LookupError):
+        app.add_exception_handler(raised, _misfit)
     app.add_exception_handler(NoAnswer, _no_answer)
     _add_tiers(app, control)
     if control.serves_metrics:
@@ -288,8 +295,14 @@ def _failure(text: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST, **more: Any
     return ORJSONResponse(body, status_code=status)
 
 
-def _not_loaded(request: Request, error: Exception) -> ORJSONResponse:
+def _refused(request: Request, error: Exception) -> ORJSONResponse:
     return _failure(str(error))
+
+
+def _misfit(request: Request, error: Exception) -> ORJSONResponse:
+    """What SGLang's endpoints raise for values of the right type that they cannot work with."""
+    logger.warning("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _failure(f"the request cannot be served: {type(error).__name__}: {error}")
 
 
 def _no_answer(request: Request, error: Exception) -> ORJSONResponse:

@@ -31,6 +31,7 @@ from sglang_elora.host import (
     memory_release,
     messages,
     named_adapters,
+    orders,
     request_checks,
     selection,
     sessions,
@@ -272,6 +273,14 @@ HOOKS: tuple[Hook, ...] = (
         When.ELORA,
         "SGLang lists its message types in the method; hook_custom_types only makes ours "
         "decodable.",
+    ),
+    Hook(
+        "sglang.srt.managers.communicator.FanOutCommunicator.__call__",
+        ("self", "obj"),
+        HookType.AROUND,
+        orders.raise_failure,
+        When.ELORA,
+        "Answers are of SGLang's classes, not all of which can tell a failure.",
     ),
     Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.auto_create_handle_loop",

@@ -53,13 +53,23 @@ class AdapterOrderAnswer(BaseReq, tag="elora.order.answer", kw_only=True):  # ty
     tier: str  # of the adapter, afterwards; empty for a session
 
 
+class OrderFailed(BaseReq, tag="elora.order.failed", kw_only=True):  # type: ignore[call-arg]
+    """In place of SGLang's answer to an order that raised."""
+
+    answer: str  # name of the class that the answer would have
+    error: str
+
+
 class Undecodable(BaseReq, tag="elora.undecodable", kw_only=True):  # type: ignore[call-arg]
     """In place of a message whose bytes say nothing."""
 
     reason: str
 
 
-TYPES = (AdapterHint, StateRequest, StateAnswer, AdapterOrder, AdapterOrderAnswer, Undecodable)
+TYPES = (
+    *(AdapterHint, StateRequest, StateAnswer, AdapterOrder, AdapterOrderAnswer),
+    *(OrderFailed, Undecodable),
+)
 
 
 def register_types() -> None:
