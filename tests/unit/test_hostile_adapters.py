@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,11 @@ import torch
 
 import test_adapter_support as support
 from sglang_elora.adapters import AdapterError, BaseShapes, check_adapter, read_adapter
-from sglang_elora.adapters.bounded_files import MAX_HEADER_BYTES, MAX_JSON_BYTES
+from sglang_elora.adapters.bounded_files import (
+    MAX_HEADER_BYTES,
+    MAX_JSON_BYTES,
+    MAX_PROGRAM_BYTES,
+)
 from test_adapter_support import CONFIG, WEIGHTS, assert_in, edit_config, refusal
 
 base, saved, adapter = support.base, support.saved, support.adapter
@@ -205,3 +210,187 @@ def test_names_that_spoil_a_log_or_terminal_are_refused(
 @pytest.mark.parametrize("name", ["a", "team/law", "law:v2", "Größe 5", "法律", "x" * 256])
 def test_usual_names_are_served(adapter: Path, base: BaseShapes, name: str) -> None:
     assert check_adapter(name, str(adapter), base).name == name
+
+
+def numbered(count: int, value: object) -> dict[str, object]:
+    return {f"m{i}": value for i in range(count)}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rank_pattern", numbered(100_000, 5)),
+        ("target_modules", list(numbered(100_000, 5))),
+        ("modules_to_save", list(numbered(100_000, 5))),
+        ("r", 10**400),
+        ("rank_pattern", {"[[a]": 5}),
+        ("alpha_pattern", {"[a--b]": 5}),
+    ],
+    ids=["many keys", "many targets", "many saved", "huge rank", "nested set", "set difference"],
+)
+def test_a_config_that_asks_for_too_much_is_answered_soon(
+    adapter: Path, base: BaseShapes, key: str, value: object
+) -> None:
+    edit_config(adapter, **{key: value})
+    start = time.monotonic()
+    if key == "modules_to_save":
+        check_adapter("alice", str(adapter), base)
+    else:
+        assert_in(refusal(adapter, base), f"{adapter}/{CONFIG}", key)
+    assert time.monotonic() - start < 5
+
+
+def test_a_pattern_for_each_of_many_modules_is_read(adapter: Path, base: BaseShapes) -> None:
+    edit_config(adapter, rank_pattern=numbered(1000, 5))
+    check_adapter("alice", str(adapter), base)
+
+
+def write_header(file: Path, header: object) -> None:
+    content = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(content)) + content)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.model." + "model." * 100_000 + "layers.0.self_attn.q_proj.lora_A.weight",
+        f"model.layers.{'7' * 5000}.self_attn.q_proj.lora_A.weight",
+        "\x1b[2J.lora_A.weight",
+        "a\nb",
+        "\u202ea.lora_A.weight",
+    ],
+    ids=["long", "many digits", "escape", "line", "turned"],
+)
+def test_names_of_tensors_that_no_module_has_are_refused(
+    adapter: Path, base: BaseShapes, name: str
+) -> None:
+    entry = {"dtype": "F32", "shape": [0, 2], "data_offsets": [0, 0]}
+    write_header(adapter / WEIGHTS, {name: entry})
+    text = refusal(adapter, base)
+    assert_in(text, f"{adapter}/{WEIGHTS}", "characters")
+    assert text.isprintable() and len(text) < 3000
+
+
+def test_more_tensors_than_any_adapter_has_are_refused(adapter: Path, base: BaseShapes) -> None:
+    entry = {"dtype": "F32", "shape": [0, 2], "data_offsets": [0, 0]}
+    write_header(adapter / WEIGHTS, numbered(20_000, entry))
+    assert_in(refusal(adapter, base), f"{adapter}/{WEIGHTS}", "20000 tensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"rank_pattern": {f"(a|b|.*x{i}|c)z": 5 for i in range(32)}}, "rank_pattern"),
+        ({"target_modules": [f"x{i}" for i in range(2000)]}, "not in target_modules"),
+    ],
+    ids=["expressions", "targets"],
+)
+def test_many_modules_of_an_unknown_base_are_compared_soon(
+    adapter: Path, changes: dict[str, Any], part: str
+) -> None:
+    from safetensors.torch import save_file
+
+    edit_config(adapter, r=1, **{"target_modules": "all-linear"} | changes)
+    save_file(
+        {
+            f"{'y.' * 40}layers.{i}.q{i}.lora_{side}.weight": torch.ones(1, 1)
+            for i in range(5000)
+            for side in "AB"
+        },
+        adapter / WEIGHTS,
+    )
+    start = time.monotonic()
+    assert_in(refusal(adapter, BaseShapes.unknown("a test")), f"{adapter}/{CONFIG}", part)
+    assert time.monotonic() - start < 5
+
+
+def test_many_tensors_that_are_not_served_are_counted_soon(adapter: Path, base: BaseShapes) -> None:
+    edit_config(adapter, modules_to_save=list(numbered(2000, 5)))
+    entry = {"dtype": "F32", "shape": [0, 2], "data_offsets": [0, 0]}
+    write_header(adapter / WEIGHTS, numbered(16_000, entry))
+    start = time.monotonic()
+    assert_in(refusal(adapter, base), f"{adapter}/{WEIGHTS}", "and 15997 more")
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"data_offsets": [0, "4"]}, {"data_offsets": [0, 4.0]}, {"shape": "11"}, {"shape": [1.0]}],
+    ids=str,
+)
+def test_sizes_that_are_no_numbers_are_refused_by_file(
+    adapter: Path, base: BaseShapes, changes: dict[str, Any]
+) -> None:
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | changes
+    write_header(adapter / WEIGHTS, {"a": entry})
+    assert_in(refusal(adapter, base), f"{adapter}/{WEIGHTS}", "does not parse")
+
+
+@pytest.mark.parametrize("key", ["peft_type", "r", "lora_alpha", "target_modules"])
+@pytest.mark.parametrize(
+    "value", [["x"] * 1000, "\x1b[2J\u202e", "y" * 100_000], ids=["list", "escape", "long"]
+)
+def test_what_a_refusal_quotes_is_cut_and_can_be_printed(
+    adapter: Path, base: BaseShapes, key: str, value: object
+) -> None:
+    edit_config(adapter, **{key: {"a": value}})
+    text = refusal(adapter, base)
+    assert text.isprintable() and len(text) < 3000
+
+
+@pytest.mark.parametrize("file", ["\x1b[2J.safetensors", "\u202e.bin"], ids=["escape", "turned"])
+def test_a_files_name_is_shown_as_can_be_printed(
+    adapter: Path, base: BaseShapes, file: str
+) -> None:
+    (adapter / WEIGHTS).rename(adapter / file)
+    (adapter / file).write_bytes(b"broken")
+    text = refusal(adapter, base)
+    assert_in(text, str(adapter), Path(file).suffix)
+    assert text.isprintable()
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["torch.storage\nUntypedStorage", "torch\nTensor", "builtins\nbytearray", "os\nsystem"],
+    ids=lambda call: call.split("\n")[1],
+)
+def test_a_pickle_that_calls_what_tensors_do_not_need_is_not_run(
+    adapter: Path, base: BaseShapes, call: str
+) -> None:
+    stored = as_pickle(adapter)
+    huge = b"\x8a\x06" + (1 << 40).to_bytes(6, "little")
+    program = b"\x80\x02}X\x01\x00\x00\x00a" + f"c{call}\n".encode() + huge + b"\x85Rs."
+    edit_archive(stored, lambda name, content: program if name.endswith(".pkl") else content)
+    assert_in(refusal(adapter, base), f"{adapter}/{PICKLED}", call.split("\n")[1])
+
+
+def test_a_pickle_that_calls_tensors_makers_wrongly_is_refused_by_file(
+    adapter: Path, base: BaseShapes
+) -> None:
+    stored = as_pickle(adapter)
+    program = b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n)Rs."
+    edit_archive(stored, lambda name, content: program if name.endswith(".pkl") else content)
+    assert_in(refusal(adapter, base), f"{adapter}/{PICKLED}", "TypeError")
+
+
+def test_a_pickle_longer_than_any_adapters_is_not_run(adapter: Path, base: BaseShapes) -> None:
+    stored = as_pickle(adapter)
+    program = b"\x80\x02" + b"N0" * MAX_PROGRAM_BYTES + b"N."
+    edit_archive(stored, lambda name, content: program if name.endswith(".pkl") else content)
+    assert_in(refusal(adapter, base), f"{adapter}/{PICKLED}", str(MAX_PROGRAM_BYTES))
+
+
+def test_parameters_are_read_as_tensors(adapter: Path, base: BaseShapes) -> None:
+    tensors = torch.load(as_pickle(adapter), weights_only=True)
+    torch.save({n: torch.nn.Parameter(t) for n, t in tensors.items()}, adapter / PICKLED)
+    check_adapter("alice", str(adapter), base)
+    assert not any(t.requires_grad for t in read_adapter("alice", str(adapter)).values())
+
+
+def edit_archive(file: Path, change: Callable[[str, bytes], bytes]) -> None:
+    """Change the contents of a file of torch.save."""
+    with zipfile.ZipFile(file) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(name, change(name, content))

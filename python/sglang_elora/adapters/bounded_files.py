@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import pickletools
 import stat
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar
 
@@ -15,12 +16,26 @@ from sglang_elora.adapters.errors import AdapterError
 MAX_JSON_BYTES = 4 << 20
 """Of adapter_config.json. PEFT's are a few KiB."""
 
-MAX_TOKENS_BYTES = 64 << 20
+MAX_TOKENS_BYTES = 8 << 20
 """Of added_tokens.json, which may name a whole vocabulary."""
 
-MAX_HEADER_BYTES = 32 << 20
+MAX_HEADER_BYTES = 4 << 20
 """Of a safetensors file; a tensor takes some 150 bytes of it."""
 
+MAX_PROGRAM_BYTES = 1 << 20
+"""Of the pickle in a file of torch.save; a tensor takes some 250 bytes of it."""
+
+# All that a dictionary of tensors needs. Of what else torch allows as safe, some calls allocate as
+# much as they are told, such as torch.storage.UntypedStorage(1 << 40).
+_CALLS = frozenset(
+    {
+        "collections OrderedDict",
+        "torch._utils _rebuild_parameter",
+        "torch._utils _rebuild_tensor_v2",
+        *(f"torch {kind}Storage" for kind in "BFloat16 Bool Byte Char Double Float Half".split()),
+        *(f"torch {kind}Storage" for kind in "Int Long Short".split()),
+    }
+)
 _SOURCE = "Get it from a source that you trust, and as PEFT's save_pretrained wrote it"
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -58,22 +73,43 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
 def check_zip(path: Path) -> None:
     """See that a file that torch saved takes no more memory than it has bytes.
 
-    Torch stores what it saves in a zip archive without compression.
+    Torch stores what it saves in a zip archive without compression, and a pickle in it says how to
+    make tensors of it.
 
     Raises:
-        OSError: It cannot be read, is no such archive, or would be inflated.
+        OSError: It cannot be read, is no such archive, would be inflated, or its pickle calls what
+            no dictionary of tensors needs.
     """
     with open_regular(path) as stream:
         size = os.fstat(stream.fileno()).st_size
         try:
             with zipfile.ZipFile(stream) as archive:
                 entries = archive.infolist()
+                _check_entries(entries, size)
+                programs = [entry for entry in entries if entry.filename.endswith("data.pkl")]
+                for entry in programs:
+                    _check_program(archive.read(entry))
         except (zipfile.BadZipFile, ValueError, LookupError, NotImplementedError) as error:
             raise OSError(f"not a file of torch.save since 1.6: {error}") from error
+
+
+def _check_entries(entries: Sequence[zipfile.ZipInfo], archive_bytes: int) -> None:
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise OSError("its content is compressed, which torch does not do")
-    if sum(entry.file_size for entry in entries) > size:
+    if sum(entry.file_size for entry in entries) > archive_bytes:
         raise OSError("its directory names more bytes than it has")
+    if len({entry.filename for entry in entries}) < len(entries):
+        raise OSError("its directory has a name twice")
+    for entry in entries:
+        if entry.filename.endswith("data.pkl") and entry.file_size > MAX_PROGRAM_BYTES:
+            text = f"its pickle has {entry.file_size} bytes, of at most {MAX_PROGRAM_BYTES}"
+            raise OSError(text)
+
+
+def _check_program(program: bytes) -> None:
+    for opcode, argument, _ in pickletools.genops(program):
+        if opcode.name == "GLOBAL" and argument not in _CALLS:
+            raise OSError(f"its pickle names {argument}, which tensors do not need")
 
 
 def refused_not_raised(check: Callable[_P, _T]) -> Callable[_P, _T]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,15 @@ from sglang_elora.adapters.weight_files import ADDED_TOKENS_FILE, CONFIG_FILE
 MAX_SCALING = 4096.0
 """alpha / r. Trained adapters have 0.5 to 64; far above, products overflow in 16 bits."""
 
+_MAX_RANK = 1 << 16
+_MAX_NAMES = 2048  # all linear layers of a 405B model: 882
+_MAX_COMPARED = 1 << 20  # keys of a pattern, each with each module; an expression counts as 32
 _MAX_PATTERN_CHARS = 512
 _MAX_ALTERNATIVES = 4
 _MAX_BRANCHING = 32  # expressions with repetitions or alternatives, of all in a pattern
+_PLAIN = re.compile(r"[\w.-]+")  # names: what is behind the last dot stands for itself
 _REPETITION = re.compile(r"[*+?{]")
-_UNREAD = re.compile(r"\)[*+?{]|\(\?|\\[1-9]")  # repeated groups, extensions, back references
+_UNREAD = re.compile(r"\)[*+?{]|\(\?|\\[1-9]|\[[^\]]*(\[|--|&&|~~|\|\|)")  # see _check_expressions
 
 ALL_LINEAR = frozenset({"all", "all-linear"})
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
@@ -72,9 +76,11 @@ class AdapterConfig:
 
     def targets(self, path: str) -> bool:
         """PEFT's rule for a list: the whole path or its last components."""
-        return self.target_modules is None or any(
-            path == target or path.endswith("." + target) for target in self.target_modules
-        )
+        if self.target_modules is None:
+            return True
+        parts = path.split(".")
+        endings = {".".join(parts[i:]) for i in range(len(parts))}
+        return not endings.isdisjoint(self.target_modules)
 
 
 def read_config(folder: AdapterFolder) -> AdapterConfig:
@@ -104,6 +110,8 @@ def parse_config(folder: AdapterFolder, raw: Mapping[str, Any]) -> AdapterConfig
     rank, alpha = raw["r"], raw["lora_alpha"]
     if type(rank) is not int or rank <= 0:
         raise folder.error(CONFIG_FILE, f"r must be a positive integer, got {rank!r}", _RESAVE)
+    if rank > _MAX_RANK:
+        raise folder.error(CONFIG_FILE, f"r must be at most {_MAX_RANK}, got {rank}", _RESAVE)
     if type(alpha) not in (int, float) or alpha != alpha or alpha in (math.inf, -math.inf):
         raise folder.error(CONFIG_FILE, f"lora_alpha must be a number, got {alpha!r}", _RESAVE)
     if abs(alpha) > rank * MAX_SCALING:
@@ -118,7 +126,7 @@ def parse_config(folder: AdapterFolder, raw: Mapping[str, Any]) -> AdapterConfig
         alpha=float(alpha),
         use_rslora=bool(raw.get("use_rslora")),
         target_modules=_targets(folder, raw["target_modules"]),
-        modules_to_save=_names(raw.get("modules_to_save")),
+        modules_to_save=_names(raw.get("modules_to_save"))[:_MAX_NAMES],
         rank_pattern=_pattern(folder, raw, "rank_pattern"),
         alpha_pattern=_pattern(folder, raw, "alpha_pattern"),
         base_model_name=base_name if isinstance(base_name, str) and base_name else None,
@@ -132,11 +140,22 @@ def check_patterns(folder: AdapterFolder, config: AdapterConfig, modules: Iterab
         ("rank_pattern", config.rank_pattern, config.rank),
         ("alpha_pattern", config.alpha_pattern, config.alpha),
     ):
+        if all(value == default for value in pattern.values()):
+            continue
+        plain = {key: _PLAIN.fullmatch(key) is not None for key in pattern}
+        if sum(1 if plain[key] else 32 for key in pattern) * len(paths) > _MAX_COMPARED:
+            text = f"{option} has {len(pattern)} keys, too many for {len(paths)} modules"
+            raise folder.error(CONFIG_FILE, text, _RESAVE)
+        expressions = [
+            (key.rsplit(".", 1)[-1] if plain[key] else "", re.compile(rf"(.*\.)?({key})$"), value)
+            for key, value in pattern.items()
+        ]
         problems = []
         for path in paths:
-            key = next((k for k in pattern if re.match(rf"(.*\.)?({k})$", path)), None)
-            if key is not None and pattern[key] != default:
-                text = f"{option} gives {path} {pattern[key]:g} where the rest has {default:g}"
+            matching = (v for end, e, v in expressions if path.endswith(end) and e.match(path))
+            value = next(matching, default)
+            if value != default:
+                text = f"{option} gives {path} {value:g} where the rest has {default:g}"
                 problems.append(Problem(CONFIG_FILE, text))
         folder.raise_if_any(
             problems, f"Train or re-save it with one rank and one lora_alpha. Or: {MERGE}"
@@ -211,6 +230,9 @@ def _targets(folder: AdapterFolder, targets: Any) -> tuple[str, ...] | None:
         raise folder.error(
             CONFIG_FILE, f"target_modules must be a list of names, got {targets!r}", _RESAVE
         )
+    if len(targets) > _MAX_NAMES:
+        text = f"target_modules has {len(targets)} names, of at most {_MAX_NAMES}"
+        raise folder.error(CONFIG_FILE, text, _RESAVE)
     if not targets:
         raise folder.error(CONFIG_FILE, "target_modules is empty", _RESAVE)
     return tuple(targets)
@@ -228,14 +250,17 @@ def _pattern(folder: AdapterFolder, raw: Mapping[str, Any], option: str) -> dict
     return values
 
 
-def _check_expressions(keys: Iterable[str]) -> None:
+def _check_expressions(keys: Collection[str]) -> None:
     """Refuse expressions whose match with a module's path may take long.
 
     Each way to match is tried before a match fails: the square of the path's length for one
     repetition of a character or class, twice as many for each alternative. Several repetitions, or
-    one of a group, may take indefinitely.
+    one of a group, may take indefinitely. Not read either are extensions, back references and what
+    Python warns of in sets.
     """
     num_branching = 0
+    if len(keys) > _MAX_NAMES:
+        raise ValueError(f"it has {len(keys)} keys, of at most {_MAX_NAMES}")
     for key in keys:
         num_repetitions, num_alternatives = len(_REPETITION.findall(key)), key.count("|")
         if len(key) > _MAX_PATTERN_CHARS:

@@ -11,25 +11,36 @@ MERGE = (
     "and serve the result as its own model"
 )
 
-_SHOWN = 3
+SHOWN = 3
+"""Problems whose texts are in an error; the rest are counted."""
+
+_MAX_PROBLEM_CHARS = 500
+_MAX_REASON_CHARS = 2000
+_MAX_WHERE_CHARS = 4500  # the longest path, and a file in it
 
 
 class AdapterError(ValueError):
     """An adapter that cannot be served: a mistake of the user's, not of ours.
 
-    Text: ``LoRA adapter 'NAME' (PATH/FILE): REASON. REMEDY.``
+    Text: ``LoRA adapter 'NAME' (PATH/FILE): REASON. REMEDY.`` Reasons quote what a stranger wrote,
+    and go into logs and terminals: what cannot be printed is escaped, what is long is cut.
     """
 
     def __init__(self, name: str, where: str, reason: str, remedy: str) -> None:
-        super().__init__(name, where, reason, remedy)  # args in full, so that it pickles
         self.name = name
-        self.where = where
-        self.reason = reason
-        self.remedy = remedy
+        self.where = _shown(where, _MAX_WHERE_CHARS)
+        self.reason = _shown(reason, _MAX_REASON_CHARS)
+        self.remedy = _shown(remedy, _MAX_REASON_CHARS)
+        super().__init__(name, self.where, self.reason, self.remedy)  # so that it pickles
 
     def __str__(self) -> str:
         text = f"{_closed(self.reason)} {_closed(self.remedy)}"
         return f"LoRA adapter {self.name!r} ({self.where}): {text}"
+
+
+def _shown(text: str, most: int) -> str:
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[: most + 1])
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 
 
 def _closed(sentence: str) -> str:
@@ -58,7 +69,7 @@ class AdapterFolder:
         """Raise one error that shows the first problems and counts the rest."""
         if not problems:
             return
-        reason = "; ".join(problem.reason for problem in problems[:_SHOWN])
-        if len(problems) > _SHOWN:
-            reason += f"; and {len(problems) - _SHOWN} more like this"
+        reason = "; ".join(_shown(p.reason, _MAX_PROBLEM_CHARS) for p in problems[:SHOWN])
+        if len(problems) > SHOWN:
+            reason += f"; and {len(problems) - SHOWN} more like this"
         raise self.error(problems[0].file, reason, remedy)

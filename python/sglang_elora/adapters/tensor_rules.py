@@ -14,7 +14,7 @@ from sglang_elora.adapters.base_shapes import (
     layer_of,
 )
 from sglang_elora.adapters.config_file import AdapterConfig
-from sglang_elora.adapters.errors import MERGE, AdapterFolder, Problem
+from sglang_elora.adapters.errors import MERGE, SHOWN, AdapterFolder, Problem
 from sglang_elora.adapters.weight_files import TensorInfo
 
 _PREFIX = "base_model.model."
@@ -56,10 +56,9 @@ def pair_tensors(
     """
     factors, others = _split(tensors)
     paths = {canonical(path) for _, path, _ in factors}
-    problems = []
-    for tensor in others:
-        if not _is_frozen_copy(tensor, paths, base):
-            problems.append(Problem(tensor.file, _why_not_lora(tensor.name, config)))
+    refused = [tensor for tensor in others if not _is_frozen_copy(tensor, paths, base)]
+    problems = [Problem(t.file, _why_not_lora(t.name, config)) for t in refused[:SHOWN]]
+    problems += [Problem(t.file, "") for t in refused[SHOWN:]]  # only counted
     folder.raise_if_any(problems, _RETRAIN)
     folder.raise_if_any(
         [

@@ -6,7 +6,6 @@ import importlib
 import json
 import math
 import os
-import pickle
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +36,8 @@ _FLOATS = {
 }
 _SIZES = dict(_FLOATS.values())
 _SERIAL_ELEMENTS = 1 << 14
+_MAX_TENSORS = 16_384  # a factor pair of each linear layer of a 405B model: 1764
+_MAX_NAME_CHARS = 256
 
 MAX_WEIGHT = 65_504
 """The largest number of float16, and far beyond what training gives. Larger ones are finite in the
@@ -97,6 +98,19 @@ def find_weight_files(folder: AdapterFolder) -> list[Path]:
 def read_tensors(folder: AdapterFolder, files: Sequence[Path]) -> list[TensorInfo]:
     """Headers of all files; a broken file or a tensor stored twice is an AdapterError."""
     tensors = [info for file in files for info in _read_file(folder, file)]
+    if len(tensors) > _MAX_TENSORS:
+        text = f"the adapter has {len(tensors)} tensors, of at most {_MAX_TENSORS}"
+        raise folder.error(files[0].name, text, _COPY_AGAIN)
+    folder.raise_if_any(
+        [
+            Problem(
+                info.file, f"tensor {info.name[:40]!r} has a name of {len(info.name)} characters"
+            )
+            for info in tensors
+            if len(info.name) > _MAX_NAME_CHARS or not info.name.isprintable()
+        ],
+        f"Names have at most {_MAX_NAME_CHARS} characters, all printable. {_COPY_AGAIN}",
+    )
     seen: dict[str, TensorInfo] = {}
     twice = []
     for info in tensors:
@@ -186,9 +200,11 @@ def _read_safetensors(folder: AdapterFolder, file: Path, size_bytes: int) -> lis
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        data_bytes = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        data_bytes = max(
+            (_number(entry["data_offsets"][1]) for entry in header.values()), default=0
+        )
         infos = [
-            TensorInfo(file.name, name, _dtype(entry["dtype"]), tuple(entry["shape"]))
+            TensorInfo(file.name, name, _dtype(entry["dtype"]), tuple(map(_number, entry["shape"])))
             for name, entry in header.items()
         ]
     except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
@@ -225,6 +241,12 @@ def _whole(file: Path) -> bytes:
         return stream.read()
 
 
+def _number(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{str(value)[:40]!r} is not a whole number")
+    return value
+
+
 def _dtype(code: str) -> str:
     return _FLOATS[code][0] if code in _FLOATS else code
 
@@ -232,12 +254,11 @@ def _dtype(code: str) -> str:
 def _load_pickle(folder: AdapterFolder, file: Path) -> dict[str, Any]:
     """Load a .bin or .pt on the CPU, tensors only (``weights_only``: no code is run)."""
     torch: Any = importlib.import_module("torch")
-    failures = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError)
     load: Callable[..., Any] = torch.load
     try:
         check_zip(file)
         state = load(str(file), map_location="cpu", weights_only=True)
-    except failures as error:
+    except Exception as error:  # of the functions that the file calls with what it likes
         first_line = (str(error).splitlines() or [""])[0]
         raise folder.error(
             file.name,
@@ -252,6 +273,15 @@ def _load_pickle(folder: AdapterFolder, file: Path) -> dict[str, Any]:
             "it is not a flat dictionary of tensors",
             "Re-save the adapter with PEFT's save_pretrained",
         )
+    if any(
+        tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized
+        for tensor in state.values()
+    ):
+        raise folder.error(
+            file.name,
+            "it has tensors that are sparse, quantized or without data",
+            "Re-save the adapter with PEFT's save_pretrained",
+        )
     announced, held = sum(tensor.nbytes for tensor in state.values()), file.stat().st_size
     if announced > held:
         raise folder.error(
@@ -259,7 +289,7 @@ def _load_pickle(folder: AdapterFolder, file: Path) -> dict[str, Any]:
             f"its tensors have {announced} bytes, the file holds {held}",
             "Save contiguous tensors, each with its own data",
         )
-    return state
+    return {name: tensor.detach() for name, tensor in state.items()}
 
 
 def _data(folder: AdapterFolder, file: Path) -> Iterator[tuple[str, Any]]:
