@@ -47,19 +47,23 @@ clean:  ## remove what the targets above made
 	rm -rf $(VENV) .demo .bench build
 
 # On a CUDA machine SGLang and its CUDA packages come whole. Elsewhere they do not build, so the
-# locks list what SGLang needs to run on a CPU and pip is told not to look at dependencies. Where that
-# brings a torch built for CUDA, which does not import without CUDA's libraries, the CPU build from
-# PyTorch's own index takes its place.
+# locks list what SGLang needs to run on a CPU, with the sha256 of every file; pip is told not to
+# look at dependencies and takes no other file. A torch built for the CPU that lies in one of pip's
+# own folders (find-links) goes first. Where the locks bring a torch built for CUDA, which does not
+# import without CUDA's libraries, the CPU build from PyTorch's own index takes its place: that is
+# the one file whose sha256 is not checked.
 $(READY): pyproject.toml requirements/cpu.lock requirements/dev.lock requirements/clients.lock
 	$(PYTHON) -m venv $(VENV)
 	if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then \
 	  $(BIN)/pip install --quiet --editable '.[cuda,clients,dev]'; \
 	else \
-	  $(BIN)/pip install --quiet --no-deps \
+	  { sed -n '/^torch==/,/[^\]$$/p' requirements/cpu.lock | $(BIN)/pip install --quiet --no-index \
+	      --no-deps --require-hashes --requirement /dev/stdin 2>/dev/null || true; } && \
+	  $(BIN)/pip install --quiet --no-deps --require-hashes \
 	    --requirement requirements/cpu.lock --requirement requirements/dev.lock \
 	    --requirement requirements/clients.lock && \
 	  { $(BIN)/python -c 'import torch' || $(BIN)/pip install --quiet --no-deps --force-reinstall \
-	      --index-url $(TORCH_CPU_INDEX) $$(grep '^torch==' requirements/cpu.lock); } && \
+	      --index-url $(TORCH_CPU_INDEX) $$(grep -o '^torch==[^ ]*' requirements/cpu.lock); } && \
 	  $(BIN)/pip install --quiet --no-deps --editable .; \
 	fi
 	touch $(READY)
