@@ -23,10 +23,9 @@ from packaging.utils import (
     parse_wheel_filename,
 )
 from packaging.version import Version
-from pip._internal.models.index import PyPI
 
 FOLDER = Path(__file__).parent
-INDEX = os.environ.get("PIP_INDEX_URL", PyPI.simple_url)
+INDEX = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple")
 JSON = "application/vnd.pypi.simple.v1+json"
 PYTHONS = range(10, 14)
 PLATFORM = re.compile(

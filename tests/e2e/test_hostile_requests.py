@@ -62,6 +62,13 @@ async def _settled(client: Client, name: str) -> dict[str, Any]:
 
 
 ONE, TWO = [5, 6], [[5, 6], [7, 8]]
+_LOGPROBS = {"input_ids": ONE, "return_logprob": True}
+
+
+def _sampled(**params: Any) -> dict[str, Any]:
+    return {"input_ids": ONE, "sampling_params": {**SHORT, **params}}
+
+
 MALFORMED: dict[str, dict[str, Any]] = {
     "a list for one prompt": {"input_ids": ONE, "lora_path": ["qv-r4"]},
     "an empty list": {"input_ids": ONE, "lora_path": []},
@@ -85,6 +92,21 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "a processor for others": {"input_ids": ONE, "custom_logit_processor": ["x"]},
     "a priority that is text": {"input_ids": ONE, "priority": "high"},
     "a salt that is a list": {"input_ids": ONE, "extra_key": ["a", "b"]},
+    "a negative token": {"input_ids": [5, -6]},
+    "a negative token of one prompt": {"input_ids": [[5], [-6]]},
+    "a token above the vocabulary": {"input_ids": [5, 1_000_000]},
+    "embeddings of another width": {"input_embeds": [[1.0, 2.0]]},
+    "embeddings of two widths": {"input_embeds": [[1.0, 2.0], [1.0]]},
+    "top logprobs above the vocabulary": {**_LOGPROBS, "top_logprobs_num": 1_000_000},
+    "a negative number of top logprobs": {**_LOGPROBS, "top_logprobs_num": -3},
+    "a negative start of logprobs": {**_LOGPROBS, "logprob_start_len": -100},
+    "a bias that is text": _sampled(logit_bias={"5": "nan"}),
+    "a bias beyond float32": _sampled(logit_bias={"5": 1e308}),
+    "biases that are a list": _sampled(logit_bias=[5]),
+    "ends that are text": _sampled(stop_token_ids=["a"]),
+    "a top_k beyond int32": _sampled(temperature=1, top_k=10**30),
+    "a temperature beyond float32": _sampled(temperature=1e300),
+    "an answer without end": _sampled(max_new_tokens=10**30),
 }
 
 
@@ -97,6 +119,14 @@ def test_a_malformed_request_is_refused(server: ServerProcess, name: str) -> Non
     assert 400 <= answer.status_code < 500, (answer.status_code, answer.text)
     assert streamed.status_code < 500
     assert "error" in streamed.text or streamed.status_code >= 400
+
+
+def test_ends_that_the_model_cannot_say_are_no_ends(server: ServerProcess) -> None:
+    body = _sampled(stop_token_ids=[-5, 1_000_000], min_new_tokens=2)
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+        answer = http.post("/generate", json=body)
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["output_ids"]) == SHORT["max_new_tokens"]
 
 
 def test_completions_with_lists_of_adapters(server: ServerProcess) -> None:

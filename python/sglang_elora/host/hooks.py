@@ -236,7 +236,7 @@ HOOKS: tuple[Hook, ...] = (
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_and_resolve_lora",
         ("self", "obj"),
         HookType.BEFORE,
-        request_checks.refuse_adapter_ids,
+        request_checks.check_values,
         When.ELORA,
         "Request validation has no registry.",
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,9 @@ _PER_PROMPT: dict[str, tuple[type, ...]] = {
 """Fields of which each prompt has its own value, or None, and the value's type."""
 
 _PER_REQUEST: dict[str, type] = {"session_id": str, "priority": int}
+
+_MOST_NUMBER = 2**31 - 1
+"""Numbers of a request become int32 or float32 in the scheduler."""
 
 _BOUNDED = ("lora_path", "session_id", "extra_key", "cache_salt")
 
@@ -74,17 +78,75 @@ def check_shape(result: None, self: GenerateReqInput | EmbeddingReqInput) -> Non
         _check_length(field, value)
 
 
-def refuse_adapter_ids(self: TokenizerManager, obj: GenerateReqInput | EmbeddingReqInput) -> None:
-    """Before ``_validate_and_resolve_lora``: adapters are asked for by name.
+def check_values(self: TokenizerManager, obj: GenerateReqInput | EmbeddingReqInput) -> None:
+    """Before ``_validate_and_resolve_lora``: adapters are asked for by name, and the model has what
+    the request's numbers stand for.
 
     ``lora_id`` is SGLang's internal id of a loaded adapter. Sent by a client it would bypass the
-    registry, so that the adapter could be unloaded under the running request.
+    registry, so that the adapter could be unloaded under the running request. Tokens that the
+    vocabulary lacks end the scheduler in its forward pass, on CUDA by an assertion of the device.
 
     Raises:
         ValueError: The request carries one (SGLang answers HTTP 400).
     """
     if obj.lora_id is not None:
         raise ValueError("lora_id is internal to SGLang: name the adapter with lora_path")
+    config = self.model_config
+    for ids in _of_each_prompt(obj, "input_ids"):
+        if len(ids) and not 0 <= min(ids) <= max(ids) < config.vocab_size:
+            wrong = next(id_ for id_ in ids if not 0 <= id_ < config.vocab_size)
+            text = f"input_ids has the token {wrong}; valid range is [0, {config.vocab_size})"
+            raise ValueError(text)
+    for rows in _of_each_prompt(obj, "input_embeds"):
+        if not isinstance(rows, list) or not all(_is_embedding(row, config) for row in rows):
+            raise ValueError(f"input_embeds must be rows of {config.hidden_size} numbers each")
+    for params in _of_each_prompt(obj, "sampling_params"):
+        _check_sampling(params or {}, config.vocab_size)
+    for field, (least, most) in {
+        "top_logprobs_num": (0, config.vocab_size),
+        "logprob_start_len": (-1, _MOST_NUMBER),
+        "priority": (-_MOST_NUMBER, _MOST_NUMBER),
+    }.items():
+        given = getattr(obj, field, None)
+        for number in given if isinstance(given, list) else [given]:
+            if number is not None and not least <= number <= most:
+                raise ValueError(f"{field} must be from {least} to {most}, not {number}")
+
+
+def _of_each_prompt(obj: GenerateReqInput | EmbeddingReqInput, field: str) -> list[Any]:
+    given = getattr(obj, field, None)
+    if given is None:
+        return []
+    return [given] if obj.is_single else list(given)
+
+
+def _check_sampling(params: dict[str, Any], vocab_size: int) -> None:
+    """What becomes a tensor in the scheduler; SGLang checks the rest, and the keys of biases."""
+    for name, value in params.items():
+        is_number = isinstance(value, (int, float)) and name != "sampling_seed"
+        if is_number and not abs(value) <= _MOST_NUMBER:
+            raise ValueError(f"{name} must be at most {_MOST_NUMBER}, not {value}")
+    biases = params.get("logit_bias")
+    if biases is not None and not (
+        isinstance(biases, dict)
+        and all(_is_number(bias) and abs(bias) <= _MOST_NUMBER for bias in biases.values())
+    ):
+        raise ValueError(f"logit_bias must be numbers from -{_MOST_NUMBER} to {_MOST_NUMBER}")
+    ends = params.get("stop_token_ids")
+    if ends is None:
+        return
+    if not isinstance(ends, list) or set(map(type, ends)) - {int}:
+        raise ValueError("stop_token_ids must be a list of integers")
+    # What the model cannot say ends no answer; with min_new_tokens they are places in the logits.
+    params["stop_token_ids"] = [end for end in ends if 0 <= end < vocab_size]
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_embedding(row: Any, config: Any) -> bool:
+    return isinstance(row, list) and len(row) == config.hidden_size and all(map(_is_number, row))
 
 
 def refuse_alone(
