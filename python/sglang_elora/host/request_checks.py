@@ -98,7 +98,7 @@ def check_values(self: TokenizerManager, obj: GenerateReqInput | EmbeddingReqInp
             text = f"input_ids has the token {wrong}; valid range is [0, {config.vocab_size})"
             raise ValueError(text)
     for rows in _of_each_prompt(obj, "input_embeds"):
-        if not isinstance(rows, list) or not all(_is_embedding(row, config) for row in rows):
+        if any(len(row) != config.hidden_size for row in rows):
             raise ValueError(f"input_embeds must be rows of {config.hidden_size} numbers each")
     for params in _of_each_prompt(obj, "sampling_params"):
         _check_sampling(params or {}, config.vocab_size)
@@ -143,10 +143,6 @@ def _check_sampling(params: dict[str, Any], vocab_size: int) -> None:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
-
-
-def _is_embedding(row: Any, config: Any) -> bool:
-    return isinstance(row, list) and len(row) == config.hidden_size and all(map(_is_number, row))
 
 
 def refuse_alone(
