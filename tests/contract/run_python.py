@@ -1,4 +1,4 @@
-"""The type of the fixture ``run_python``."""
+"""The type of the fixtures ``run_python`` and ``run_fresh_python``."""
 
 from __future__ import annotations
 

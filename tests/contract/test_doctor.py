@@ -10,8 +10,8 @@ from second_plugin import write_plugin
 DOCTOR = ("-m", "sglang_elora.cli", "doctor")
 
 
-def test_a_ready_machine(run_python: RunPython) -> None:
-    result = run_python(*DOCTOR)
+def test_a_ready_machine(run_fresh_python: RunPython) -> None:
+    result = run_fresh_python(*DOCTOR)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "FAIL" not in result.stdout
     assert "[  ok] sglang: 0.5.21, as pinned" in result.stdout
@@ -21,7 +21,7 @@ def test_a_ready_machine(run_python: RunPython) -> None:
     assert result.stdout.rstrip().endswith("Ready.")
 
 
-def test_everything_wrong_at_once(run_python: RunPython, tmp_path: Path) -> None:
+def test_everything_wrong_at_once(run_fresh_python: RunPython, tmp_path: Path) -> None:
     write_plugin(tmp_path, "vandal", "pass")
     (tmp_path / "sitecustomize.py").write_text(
         "from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable\n"
@@ -29,7 +29,9 @@ def test_everything_wrong_at_once(run_python: RunPython, tmp_path: Path) -> None
         "from sglang.srt.lora.lora import LoRAAdapter\n"
         "del LoRAAdapter._normalize_weights\n"
     )
-    result = run_python(*DOCTOR, path=tmp_path, SGLANG_ELORA="perhaps", SGLANG_PLUGINS="vandal")
+    result = run_fresh_python(
+        *DOCTOR, path=tmp_path, SGLANG_ELORA="perhaps", SGLANG_PLUGINS="vandal"
+    )
     assert result.returncode == 1
     lines = result.stdout.splitlines()
     failures = [line for line in lines if line.startswith("[FAIL]")]

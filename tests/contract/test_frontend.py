@@ -24,14 +24,14 @@ from run_python import RunPython
 LONG = "A sentence that is long enough for a prefix to be worth caching, by a margin. "
 
 
-def _results(run_python: RunPython, which: str) -> Any:
-    done = run_python("-W", "ignore", __file__, which)
+def _results(run_fresh_python: RunPython, which: str) -> Any:
+    done = run_fresh_python("-W", "ignore", __file__, which)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_without_adapters_it_is_the_stock_frontend(run_python: RunPython) -> None:
-    stock, ours = (_results(run_python, which) for which in ("stock", "plain"))
+def test_without_adapters_it_is_the_stock_frontend(run_fresh_python: RunPython) -> None:
+    stock, ours = (_results(run_fresh_python, which) for which in ("stock", "plain"))
     assert len(stock["sent"]) > 15
     assert stock == ours
     assert not any("lora_path" in body for path, body in ours["sent"])

@@ -49,20 +49,20 @@ print("untouched")
 """
 
 
-def test_no_hook_and_no_patch_is_applied(run_python: RunPython) -> None:
-    result = run_python("-c", UNTOUCHED)
+def test_no_hook_and_no_patch_is_applied(run_fresh_python: RunPython) -> None:
+    result = run_fresh_python("-c", UNTOUCHED)
     assert result.returncode == 0, result.stderr
     assert "untouched" in result.stdout
 
 
-def test_where_the_cpu_platform_declines_torch_is_untouched(run_python: RunPython) -> None:
-    result = run_python("-c", TORCH_UNTOUCHED, SGLANG_USE_CPU_ENGINE="1")
+def test_where_the_cpu_platform_declines_torch_is_untouched(run_fresh_python: RunPython) -> None:
+    result = run_fresh_python("-c", TORCH_UNTOUCHED, SGLANG_USE_CPU_ENGINE="1")
     assert result.returncode == 0, result.stderr
     assert "untouched" in result.stdout
 
 
-def test_the_same_process_with_elora_is_touched(run_python: RunPython) -> None:
+def test_the_same_process_with_elora_is_touched(run_fresh_python: RunPython) -> None:
     """The test above can fail: with ELORA on, it does."""
-    result = run_python("-c", UNTOUCHED, SGLANG_ELORA="1")
+    result = run_fresh_python("-c", UNTOUCHED, SGLANG_ELORA="1")
     assert result.returncode != 0
     assert "AssertionError: sglang.srt." in result.stderr

@@ -69,9 +69,11 @@ def test_contents(wheel: Path) -> None:
     assert all(name.split("/")[0].startswith("sglang_elora") for name in names)
 
 
-def test_works_outside_the_checkout(wheel: Path, run_python: RunPython, tmp_path: Path) -> None:
+def test_works_outside_the_checkout(
+    wheel: Path, run_fresh_python: RunPython, tmp_path: Path
+) -> None:
     target = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(target)
-    result = run_python("-c", IN_USE, str(target), path=target)
+    result = run_fresh_python("-c", IN_USE, str(target), path=target)
     assert result.returncode == 0, result.stderr
     assert "in use" in result.stdout

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-import forked_server
+import forked
 from adapters import SPECS
 from bad_adapters import make_bad_adapters
 from reference import Reference
@@ -27,7 +27,7 @@ def nothing_left_running() -> Iterator[None]:
     """Behind all other fixtures: no process that this run started is still there."""
     yield
     # Helpers of this process, which end with it.
-    ours = ("torch_shm_manager", forked_server.FORKSERVER, "multiprocessing.resource_tracker")
+    ours = ("torch_shm_manager", forked.FORKSERVER, "multiprocessing.resource_tracker")
     left = [process.cmdline() for process in psutil.Process().children(recursive=True)]
     left = [command for command in left if not any(name in " ".join(command) for name in ours)]
     assert not left, left
@@ -42,7 +42,7 @@ multiprocessing.set_start_method = lambda method, force=False: set_start_method(
 
 def _forked_or_spawned(command: Sequence[str], **options: Any) -> Any:
     is_module = command[1] == "-m"
-    return (forked_server.ForkedServer if is_module else subprocess.Popen)(command, **options)
+    return (forked.ForkedServer if is_module else subprocess.Popen)(command, **options)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,7 +55,7 @@ def forked_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """
     folder, given = tmp_path_factory.mktemp("forked-start"), os.environ.get("PYTHONPATH", "")
     write_plugin(folder, "forked_start", _FORKED_START)
-    forked_server.start()
+    forked.ensure_started()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(folder), given))))
         patch.setattr(demo_server, "Popen", _forked_or_spawned)
