@@ -122,6 +122,17 @@ def test_a_request_that_is_retracted_counts_its_next_wait_by_itself() -> None:
         assert counts["requests_waited_for_adapter"] == 1
 
 
+def test_a_request_that_is_retracted_is_not_passed_by_as_many_again() -> None:
+    made = admission()
+    req, other = request(uid(0)), request(None)
+    for _ in range(MAX_BYPASS):
+        assert one_pass(made, [req, other]) == [other]
+    req.lora_id = None  # its adapter is there
+    assert one_pass(made, [req, other]) == [req, other]
+    req.lora_id = uid(0)  # it was retracted, and its adapter evicted
+    assert one_pass(made, [req, other]) == []
+
+
 def test_the_adapters_of_the_batch_are_counted_without_a_copy_of_them_per_request() -> None:
     made = admission()
     running: Any = Running({None, *(f"other{i}" for i in range(8))})

@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import httpx
 
-from sglang_elora.demo.adapters import COVERAGE_NAMES, AdapterSpec, Module
-from sglang_elora.demo.checkpoint import ModelShape
+from sglang_elora.demo.adapters import COVERAGE_NAMES, AdapterSpec, Module, make_adapters
+from sglang_elora.demo.checkpoint import ModelShape, make_checkpoint
 
 _RANKS = (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64)
 _COVERAGES = tuple(COVERAGE_NAMES)
@@ -35,6 +36,23 @@ def _spec(i: int) -> AdapterSpec:
 
 
 PRESSURE_SPECS = tuple(_spec(i) for i in range(32))
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A checkpoint, and an adapter of it for each of PRESSURE_SPECS."""
+
+    checkpoint: Path
+    adapters: Mapping[str, Path]
+
+
+def make_model(folder: Path, *, small: bool = False) -> Model:
+    """The demo's model of four layers, or with ``small`` one of two: half of a forward's time."""
+    shape = ModelShape(num_layers=2) if small else ModelShape()
+    checkpoint = make_checkpoint(folder / "pressure-base", shape=shape)
+    return Model(
+        checkpoint, make_adapters(checkpoint, folder / "pressure-adapters", PRESSURE_SPECS)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from client import MODEL
 
 
-def server_flags(checkpoint: Path, adapters: dict[str, Path] | None = None) -> list[str]:
+def server_flags(checkpoint: Path, adapters: Mapping[str, Path] | None = None) -> list[str]:
     """The demo model in float32, LoRA on, and the given adapters, all in one batch."""
     flags = [
         *("--model-path", str(checkpoint), "--served-model-name", MODEL, "--dtype", "float32"),

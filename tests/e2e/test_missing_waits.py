@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 
-from pressure import PRESSURE_SPECS, make_trace, run_trace
+from pressure import Model, make_model, make_trace, run_trace
 from second_plugin import write_plugin
 from server_flags import server_flags
-from sglang_elora.demo.adapters import make_adapters
 from sglang_elora.demo.server import ServerProcess
 from test_pressure import VARIANTS, Variant
 
@@ -108,17 +106,16 @@ TRIED = list(MUTATIONS) if "PRESSURE_FULL" in os.environ else ["load of a sessio
 
 @pytest.mark.parametrize("name", TRIED)
 def test_missing_wait_or_pin_ends_the_server_and_is_named(
-    name: str, checkpoint: Path, models: Path, logs: Path, tmp_path: Path
+    name: str, models: Path, logs: Path, tmp_path: Path
 ) -> None:
     body, order, variant, says = MUTATIONS[name]
     write_plugin(tmp_path, "mutation", body)
-    adapters = make_adapters(checkpoint, models / "pressure-adapters", PRESSURE_SPECS)
+    model = make_model(models, small="PRESSURE_FULL" not in os.environ)
     log_path = logs / f"{name}.log"
     log = _log_of_a_run(
         {**VARIANTS, "retracted": _RETRACTED}[variant],
         order,
-        adapters,
-        checkpoint,
+        model,
         log_path,
         tmp_path,
     )
@@ -129,15 +126,15 @@ def test_missing_wait_or_pin_ends_the_server_and_is_named(
 def _log_of_a_run(
     variant: Variant,
     order: str,
-    adapters: Mapping[str, Path],
-    checkpoint: Path,
+    model: Model,
     log_path: Path,
     plugin: Path,
 ) -> str:
     flags = [
-        *("--elora", "--elora-check", "--elora-check-streams", order, *server_flags(checkpoint)),
+        *("--elora", "--elora-check", "--elora-check-streams", order),
+        *server_flags(model.checkpoint),
         *("--max-total-tokens", str(variant.pool_tokens), *variant.flags),
-        *("--lora-paths", *(f"{name}={path}" for name, path in adapters.items())),
+        *("--lora-paths", *(f"{name}={path}" for name, path in model.adapters.items())),
     ]
     path = os.pathsep.join(filter(None, (str(plugin), os.environ.get("PYTHONPATH"))))
     env = {**variant.env, "PYTHONPATH": path}

@@ -3,7 +3,7 @@
 Every server gets the same chats. The first is SGLang as it is, with room for everything; the others
 have room for at most a quarter of the adapters and KV, and run copies and batches in another order
 that CUDA's streams would allow. PRESSURE_FULL=1 in the environment runs 600 requests, and every
-order in every variant.
+order in every variant, and a model of twice as many layers.
 """
 
 from __future__ import annotations
@@ -19,9 +19,17 @@ import httpx
 import pytest
 
 from disturbances import Disturb, flush_often, reload_copies
-from pressure import PRESSURE_SPECS, Record, Trace, make_trace, pool_tokens, run_trace
+from pressure import (
+    PRESSURE_SPECS,
+    Model,
+    Record,
+    Trace,
+    make_model,
+    make_trace,
+    pool_tokens,
+    run_trace,
+)
 from server_flags import server_flags
-from sglang_elora.demo.adapters import make_adapters
 from sglang_elora.demo.server import ServerProcess, python_module
 
 ALL = "PRESSURE_FULL" in os.environ
@@ -201,18 +209,16 @@ RUNS = [
 
 
 @pytest.fixture(scope="module")
-def many_adapters(checkpoint: Path, models: Path) -> dict[str, Path]:
-    return make_adapters(checkpoint, models / "pressure-adapters", PRESSURE_SPECS)
+def model(models: Path) -> Model:
+    return make_model(models, small=not ALL)
 
 
 @pytest.fixture(scope="module")
-def expected(
-    checkpoint: Path, many_adapters: dict[str, Path], logs: Path
-) -> Iterator[dict[Trace, _Outputs]]:
+def expected(model: Model, logs: Path) -> Iterator[dict[Trace, _Outputs]]:
     """Outputs of SGLang with all adapters and all KV on the device."""
-    slots = len(many_adapters) + 1  # one for the base model
+    slots = len(model.adapters) + 1  # one for the base model
     flags = [
-        *server_flags(checkpoint, many_adapters),
+        *server_flags(model.checkpoint, model.adapters),
         *("--max-loras-per-batch", str(slots)),
         *("--max-total-tokens", str(CHATS.num_kv_tokens + LONG_ANSWERS.num_kv_tokens)),
     ]
@@ -231,20 +237,20 @@ def expected(
 def test_outputs_are_right_under_pressure(
     name: str,
     order: str,
-    checkpoint: Path,
-    many_adapters: dict[str, Path],
+    model: Model,
     expected: dict[Trace, _Outputs],
     logs: Path,
 ) -> None:
     variant = VARIANTS[name]
     flags = [
-        *("--elora", "--elora-check", "--elora-check-streams", order, *server_flags(checkpoint)),
+        *("--elora", "--elora-check", "--elora-check-streams", order),
+        *server_flags(model.checkpoint),
         *("--max-total-tokens", str(variant.pool_tokens), *variant.flags),
-        *("--lora-paths", *(f"{name}={path}" for name, path in many_adapters.items())),
+        *("--lora-paths", *(f"{name}={path}" for name, path in model.adapters.items())),
     ]
     log_path = logs / f"pressure-{name}-{order}.log"
     with ServerProcess(flags, log_path=log_path, env={**_ENV, **variant.env}) as server:
-        records = run(server, variant, many_adapters)
+        records = run(server, variant, model.adapters)
         info = _idle_server_info(server)
         log = log_path.read_text()  # before the end: libraries report leaks of their own at exit
         assert server.returncode is None, server.log_tail()

@@ -49,10 +49,16 @@ class _Refusal:
     """What is known of a waiting request that was refused. The request carries it
     (``elora_refusal``), so that nothing is left of requests that are aborted."""
 
-    moment_s: float  # of the first refusal, by the monotonic clock
+    since_s: float | None  # it waits, by the monotonic clock; None while it runs
     asked_in: _Pass  # the last one
     num_admitted: int  # by that pass before the refusal
-    num_bypasses: int = 0  # requests after it in the queue that earlier passes admitted
+    num_bypasses: int = 0
+    """Requests after it in the queue that earlier passes admitted, also before a retraction: who
+    waited long enough once is not sent to wait as long again."""
+
+    def add_bypasses(self) -> None:
+        """Those of the pass that asked about the request last."""
+        self.num_bypasses += self.asked_in.num_admitted - self.num_admitted
 
 
 class Admission:
@@ -72,11 +78,12 @@ class Admission:
     def taken(self, req: Req) -> None:
         """SGLang put the request into the batch: all that it uses is visited."""
         refusal = _refusal_of(req)
-        if refusal is not None:
-            waited_s = time.monotonic() - refusal.moment_s
+        if refusal is not None and refusal.since_s is not None:
+            waited_s = time.monotonic() - refusal.since_s
             self.residency.core.counts["requests_waited_for_adapter"] += 1
             self.residency.core.counts["ms_waited_for_adapter"] += round(1e3 * waited_s)
-            req.elora_refusal = None  # it may be retracted, and wait once more
+            refusal.since_s = None  # it may be retracted, and wait once more
+            refusal.add_bypasses()
         if not req.retracted_stain:
             self._count_prompt(req)
         self._pass.num_admitted += 1
@@ -143,7 +150,10 @@ class Admission:
             req.elora_refusal = _Refusal(time.monotonic(), now, now.num_admitted)
             return
         num_before = refusal.num_bypasses
-        refusal.num_bypasses += refusal.asked_in.num_admitted - refusal.num_admitted
+        if refusal.since_s is None:
+            refusal.since_s = time.monotonic()
+        else:
+            refusal.add_bypasses()
         refusal.asked_in, refusal.num_admitted = now, now.num_admitted
         now.is_held = refusal.num_bypasses >= MAX_BYPASS
         if now.is_held and num_before < MAX_BYPASS:
