@@ -12,11 +12,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from adapters import SPECS
 from client import Answer, Client, run
 from recorded_graphs import PLUGIN
 from reference import Reference
 from second_plugin import write_plugin
 from server_flags import server_flags
+from sglang_elora.demo.adapters import make_adapters
+from sglang_elora.demo.checkpoint import ModelShape, make_checkpoint
 from sglang_elora.demo.server import ELORA_SERVER, ServerProcess
 
 # Every module, ranks above and below a tile.
@@ -30,16 +33,17 @@ GRAPHS = (
 
 
 def test_outputs_equal_the_reference(
-    checkpoint: Path,
-    adapters: dict[str, Path],
+    models: Path,
     logs: Path,
-    reference: Reference,
     prompts: Sequence[list[int]],
     tmp_path: Path,
     spawned_start: None,  # Triton's interpreter is chosen when Triton is imported
 ) -> None:
     """Mixed batches of prefill and decode, then again from the cache in a shorter batch."""
-    few = {name: adapters[name] for name in NAMES if name is not None}
+    checkpoint = make_checkpoint(models / "two-layers", shape=ModelShape(num_layers=2))
+    specs = [spec for spec in SPECS if spec.name in NAMES]
+    adapters = make_adapters(checkpoint, models / "two-layers-adapters", specs)
+    reference = Reference(checkpoint, adapters)
     elora = ["--elora", "--elora-check", "--lora-backend", "elora_triton"]
     prompt = prompts[0][: PREFILL_TOKENS // 2]
     write_plugin(tmp_path, "graphs", PLUGIN)
@@ -49,7 +53,7 @@ def test_outputs_equal_the_reference(
         return list(await asyncio.gather(*requests))
 
     with ServerProcess(
-        [*elora, *server_flags(checkpoint, few), *GRAPHS],
+        [*elora, *server_flags(checkpoint, adapters), *GRAPHS],
         log_path=logs / "triton.log",
         program=ELORA_SERVER,
         env={"TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path)},
