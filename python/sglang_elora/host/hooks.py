@@ -21,7 +21,6 @@ from sglang_elora.host import (
     arrival,
     compatibility,
     control,
-    http_guard,
     invariants,
     kv_order,
     link,
@@ -37,6 +36,7 @@ from sglang_elora.host import (
     sessions,
     swapper,
 )
+from sglang_elora.host.endpoint_hooks import ENDPOINT_HOOKS
 from sglang_elora.host.hook import Hook, When
 from sglang_elora.host.stream_hooks import STREAM_HOOKS
 
@@ -143,6 +143,17 @@ HOOKS: tuple[Hook, ...] = (
     ),
     *(
         Hook(
+            f"sglang.srt.managers.io_struct.{kind}.normalize_batch_and_arguments",
+            ("self",),
+            HookType.AROUND,
+            request_checks.raise_value_errors,
+            When.ELORA,
+            "As above; what does not fit is asserted there.",
+        )
+        for kind in ("GenerateReqInput", "EmbeddingReqInput")
+    ),
+    *(
+        Hook(
             f"sglang.srt.managers.scheduler.Scheduler.handle_{kind}_request",
             ("self", "recv_req"),
             HookType.AROUND,
@@ -151,30 +162,6 @@ HOOKS: tuple[Hook, ...] = (
             "The scheduler lets an error of one request end the process.",
         )
         for kind in ("generate", "embedding")
-    ),
-    Hook(
-        "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._parse_model_parameter",
-        ("self", "model"),
-        HookType.AROUND,
-        named_adapters.parse_model,
-        When.ELORA,
-        "How a model is named has no registry.",
-    ),
-    Hook(
-        "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.handle_request",
-        ("self", "request", "raw_request"),
-        HookType.BEFORE,
-        named_adapters.note_named,
-        When.ELORA,
-        "As above.",
-    ),
-    Hook(
-        "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses.create_responses",
-        ("self", "request", "raw_request"),
-        HookType.BEFORE,
-        named_adapters.note_named,
-        When.ELORA,
-        "As above; this endpoint does not go through handle_request.",
     ),
     Hook(
         "sglang.srt.layers.sampler.Sampler.forward",
@@ -199,14 +186,6 @@ HOOKS: tuple[Hook, ...] = (
         logits_check.end_with_the_reason,
         When.ELORA,
         "As above.",
-    ),
-    Hook(
-        "sglang.srt.utils.auth.decide_request_auth",
-        ("method", "path"),
-        HookType.AROUND,
-        http_guard.open_page,
-        When.ELORA,
-        "The endpoints that need no key are a list of prefixes in SGLang's code.",
     ),
     Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_lora",
@@ -255,15 +234,6 @@ HOOKS: tuple[Hook, ...] = (
         adapter_sources.find_named,
         When.ELORA,
         "The registry of adapters knows only what was loaded, and takes no resolver.",
-    ),
-    Hook(
-        "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.handle_request",
-        ("self", "request", "raw_request"),
-        HookType.BEFORE,
-        arrival.announce_openai,
-        When.ELORA,
-        "Arrival has no registry, and a chat is rendered and tokenized before the tokenizer "
-        "manager hears of it.",
     ),
     Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_request_dispatcher",
@@ -484,6 +454,7 @@ HOOKS: tuple[Hook, ...] = (
         When.LINK,
         "The overlap loader makes its copy stream itself.",
     ),
+    *ENDPOINT_HOOKS,
     *STREAM_HOOKS,
 )
 

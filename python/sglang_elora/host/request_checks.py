@@ -40,7 +40,24 @@ _PER_REQUEST: dict[str, type] = {"session_id": str, "priority": int}
 _MOST_NUMBER = 2**31 - 1
 """Numbers of a request become int32 or float32 in the scheduler."""
 
+_LEAST_NUMBER = 2.0**-126  # what is nearer to 0 is 0 in float32
+_LEAST_NUMBERS = {"temperature": 0, "repetition_penalty": 1e-6}
+"""Logits are divided by these two. SGLang takes the smallest temperatures for 0."""
+
 _BOUNDED = ("lora_path", "session_id", "extra_key", "cache_salt")
+
+
+def raise_value_errors(original: Callable[..., None], self: Any) -> None:
+    """Around ``normalize_batch_and_arguments``, whose assertions and failures are about what the
+    client sent, and would be HTTP 500.
+
+    Raises:
+        ValueError: It raised (SGLang answers HTTP 400).
+    """
+    try:
+        original(self)
+    except (AssertionError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"malformed request: {error}") from error
 
 
 def check_shape(result: None, self: GenerateReqInput | EmbeddingReqInput) -> None:
@@ -126,6 +143,9 @@ def _check_sampling(params: dict[str, Any], vocab_size: int) -> None:
         is_number = isinstance(value, (int, float)) and name != "sampling_seed"
         if is_number and not abs(value) <= _MOST_NUMBER:
             raise ValueError(f"{name} must be at most {_MOST_NUMBER}, not {value}")
+        if is_number and 0 < abs(value) < _LEAST_NUMBERS.get(name, _LEAST_NUMBER):
+            least = _LEAST_NUMBERS.get(name, _LEAST_NUMBER)
+            raise ValueError(f"{name} must be 0 or at least {least}, not {value}")
     biases = params.get("logit_bias")
     if biases is not None and not (
         isinstance(biases, dict)
