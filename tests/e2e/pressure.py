@@ -93,6 +93,19 @@ class Trace:
         shared = {session.adapter: len(session.system) for session in self.sessions}
         return sum(shared.values()) + sum(session.num_own_tokens for session in self.sessions)
 
+    def prompt(
+        self, key: tuple[int, int], outputs: Mapping[tuple[int, int], Sequence[int]]
+    ) -> list[int]:
+        """Of a turn, (session, turn), after those outputs of the turns before it."""
+        number, last = key
+        session = self.sessions[number]
+        prompt = list(session.system)
+        for i, turn in enumerate(session.turns[: last + 1]):
+            prompt += turn.new_tokens
+            if i < last:
+                prompt += outputs[number, i]
+        return prompt
+
     @property
     def adapters(self) -> set[str]:
         return {session.adapter for session in self.sessions if session.adapter is not None}

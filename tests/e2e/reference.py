@@ -62,6 +62,16 @@ class Reference:
         chosen: torch.Tensor = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])
         return [float(value) for value in chosen[:, 0]]
 
+    def shortfall(self, adapter: str | None, prompt: Sequence[int], output: Sequence[int]) -> float:
+        """How far the logit of a token of the output lies below the highest one, at most: 0 where
+        it is what ``generate`` gives, and very little where rounding decides between two."""
+        tokens = torch.tensor([[*prompt, *output]])
+        with torch.inference_mode():
+            logits = self._with_adapter(adapter, lambda: self._model(tokens).logits[0, :-1])
+        logits = logits[len(prompt) - 1 :]
+        chosen: torch.Tensor = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+        return float((logits.amax(-1) - chosen).max())
+
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         ids: list[int] = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False

@@ -29,6 +29,7 @@ from pressure import (
     pool_tokens,
     run_trace,
 )
+from reference import Reference
 from server_flags import server_flags
 from sglang_elora.demo.server import ServerProcess, python_module
 
@@ -41,6 +42,8 @@ _CHUNK = 32
 _PAGE = 16
 _ADAPTERS = 4
 _TP_SIZE = 2
+_ROUNDING = 1e-4
+"""Of a logit, in float32: with tokens so close, the answer depends on the sizes of batches."""
 _Outputs = Mapping[tuple[int, int], tuple[int, ...]]
 
 
@@ -166,6 +169,7 @@ VARIANTS = {
     ),
     "flushes": Variant(
         (_SEEDED,),
+        share=0.08 if ALL else 0.25,  # so little that it is full between two flushes
         flags=(*_HOST_TIER, "write_back"),
         concurrency=1,
         names_sessions=True,
@@ -256,7 +260,7 @@ def test_outputs_are_right_under_pressure(
         assert server.returncode is None, server.log_tail()
     outcome = Outcome(records, info["internal_states"][0]["elora"], info, log)
     _print_counts(f"{name}, {order}", variant, outcome)
-    _check_answers(records, variant.trace, expected[variant.trace])
+    _check_answers(records, variant.trace, expected[variant.trace], model)
     _check_pressure(outcome, variant)
     variant.check(outcome)
     assert not re.search("leak", log, re.IGNORECASE)
@@ -288,12 +292,26 @@ def _idle_server_info(server: ServerProcess) -> dict[str, Any]:
     return info
 
 
-def _check_answers(records: Sequence[Record], trace: Trace, expected: _Outputs) -> None:
+def _check_answers(
+    records: Sequence[Record], trace: Trace, expected: _Outputs, model: Model
+) -> None:
     assert not [(*record.key, record.error) for record in records if record.error is not None]
     assert len(records) == trace.num_requests
-    wrong = [record for record in records if record.output != expected[record.key]]
+    others = [record for record in records if record.output != expected[record.key]]
+    if not others:
+        return
+    reference = Reference(model.checkpoint, model.adapters)
+    outputs = _outputs(records)
+    shortfalls = {
+        record.key: reference.shortfall(
+            record.adapter, trace.prompt(record.key, outputs), record.output
+        )
+        for record in others
+    }
+    print(f"of other tokens than expected, and how far below the highest logit: {shortfalls}")
+    wrong = [record for record in others if shortfalls[record.key] > _ROUNDING]
     first = [(*record.key, record.adapter, record.num_cached) for record in wrong[:5]]
-    assert not wrong, f"{len(wrong)} of {len(records)} differ, the first ones: {first}"
+    assert not wrong, f"{len(wrong)} of {len(records)} are wrong, the first ones: {first}"
 
 
 def _check_pressure(outcome: Outcome, variant: Variant) -> None:
