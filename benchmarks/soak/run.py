@@ -199,7 +199,11 @@ def main() -> None:
         ]
         with ServerProcess(flags, log_path=folder / "server.log") as server:
             on_record = disturb(model.adapters, broken, counts)
-            samples = soak(server, options.minutes, on_record, counts)
+            try:
+                samples = soak(server, options.minutes, on_record, counts)
+            except BaseException:
+                print(server.log_tail())
+                raise
     for quantity in QUANTITIES:
         second, last = growth(samples, quantity)
         print(f"{quantity}: {second:.1f} in the second quarter, {last:.1f} in the last")

@@ -27,7 +27,9 @@ def flush_often(adapters: Mapping[str, Path]) -> OnRecord:
             return
         announced = [next(names) for _ in range(_ANNOUNCED)]
         await _post(http, "/elora/prefetch", lora_name=announced)
-        await _post(http, "/elora/prefetch", session_id=str(record.session))
+        announced_turn = {"session_id": str(record.session)}
+        answer = await http.post("/elora/prefetch", json=announced_turn)
+        assert answer.is_success or "session" in answer.text  # all that it used has been evicted
         await _post(http, "/flush_cache?timeout=30")
 
     return flush

@@ -35,6 +35,7 @@ from sglang_elora.demo.server import ServerProcess, python_module
 
 ALL = "PRESSURE_FULL" in os.environ
 CHATS = make_trace(small=not ALL)
+pytestmark = pytest.mark.timeout(3600 if ALL else 600)
 LONG_ANSWERS = make_trace(num_requests=600 if ALL else 60, output_tokens=(64, 128))
 
 _ENV = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
