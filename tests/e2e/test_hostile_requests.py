@@ -257,6 +257,9 @@ def test_request_whose_logits_are_no_numbers_fails_alone(
         for i, answer in enumerate(answers):
             expected = reference.generate(name, prompts[i], num_tokens=24)
             assert list(answer.token_ids) == expected
+        assert (await _settled(client, overflow))[
+            "kv_tokens_device"
+        ] == 0  # which others would meet
         unloaded = await client.post("/unload_lora_adapter", {"lora_name": overflow})
         assert unloaded.status_code == 200, unloaded.text
 

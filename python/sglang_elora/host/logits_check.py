@@ -63,4 +63,5 @@ def end_with_the_reason(
             HTTPStatus.INTERNAL_SERVER_ERROR if self.lora_id is None else HTTPStatus.BAD_REQUEST,
             "InternalServerError" if self.lora_id is None else "BadRequestError",
         )
+        self.skip_radix_cache_insert = True  # its KV may hold no numbers either
     return is_over
