@@ -49,15 +49,11 @@ from pressure import (  # noqa: E402
     pool_tokens,
     run_trace,
 )
-from server_flags import server_flags  # noqa: E402
+from server_flags import HOST_TIER, server_flags  # noqa: E402
 from sglang_elora.bench.machine import machine  # noqa: E402
 from sglang_elora.demo.server import ServerProcess  # noqa: E402
 
 TRACE = make_trace(num_requests=150)
-HOST_TIER = (
-    *("--enable-hierarchical-cache", "--hicache-size", "1", "--hicache-io-backend", "direct"),
-    *("--hicache-mem-layout", "layer_first", "--hicache-write-policy", "write_back"),
-)
 SAMPLE_EVERY_S = 5.0
 MALFORMED: Sequence[dict[str, Any]] = (
     {"input_ids": [5, 6], "lora_path": ["a00-r1"]},
@@ -192,7 +188,8 @@ def main() -> None:
         model = make_model(folder)
         broken = list(make_bad_adapters(model.adapters["a04-r8"], folder / "bad").values())
         flags = [
-            *("--elora", "--elora-check", *server_flags(model.checkpoint), *HOST_TIER),
+            *("--elora", "--elora-check", *server_flags(model.checkpoint)),
+            *(*HOST_TIER, "write_back"),
             *("--max-total-tokens", str(pool_tokens(PRESSURE_SPECS, TRACE, 0.25))),
             *("--context-length", "4096"),
             *("--lora-paths", *(f"{name}={path}" for name, path in model.adapters.items())),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 
-from pressure import OnRecord, Record
+from pressure import OnRecord, Record, announce_turn
 
 Disturb = Callable[[Mapping[str, Path]], OnRecord]
 """Adapters' folders by name -> what to do between a turn's answer and the next turn."""
@@ -27,9 +27,7 @@ def flush_often(adapters: Mapping[str, Path]) -> OnRecord:
             return
         announced = [next(names) for _ in range(_ANNOUNCED)]
         await _post(http, "/elora/prefetch", lora_name=announced)
-        announced_turn = {"session_id": str(record.session)}
-        answer = await http.post("/elora/prefetch", json=announced_turn)
-        assert answer.is_success or "session" in answer.text  # all that it used has been evicted
+        await announce_turn(http, record.session)
         await _post(http, "/flush_cache?timeout=30")
 
     return flush

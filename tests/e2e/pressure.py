@@ -282,9 +282,7 @@ class _Run:
             if self._names_sessions:
                 body["session_id"] = str(session.number)
                 if i:
-                    announced = {"session_id": body["session_id"]}
-                    answer = await http.post("/elora/prefetch", json=announced)
-                    assert answer.is_success or "session" in answer.text  # gone with a flush
+                    await announce_turn(http, session.number)
             answer = await http.post("/generate", json=body)
             record = _record(session, i, len(history), int(aborts), answer)
             self._records.append(record)
@@ -293,6 +291,12 @@ class _Run:
             if record.error is not None:
                 return
             history += record.output
+
+
+async def announce_turn(http: httpx.AsyncClient, session: int) -> None:
+    """Unless a flush or evictions have taken all that the session used: it is not alive then."""
+    answer = await http.post("/elora/prefetch", json={"session_id": str(session)})
+    assert answer.is_success or "session" in answer.text, answer.text
 
 
 def _body(session: Session, prompt: Sequence[int], num_output: int) -> dict[str, Any]:

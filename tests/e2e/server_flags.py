@@ -7,6 +7,12 @@ from pathlib import Path
 
 from client import MODEL
 
+HOST_TIER = (
+    *("--enable-hierarchical-cache", "--hicache-size", "1", "--hicache-io-backend", "direct"),
+    *("--hicache-mem-layout", "layer_first", "--hicache-write-policy"),
+)
+"""A host tier of 1 GB for KV; the policy follows."""
+
 
 def server_flags(checkpoint: Path, adapters: Mapping[str, Path] | None = None) -> list[str]:
     """The demo model in float32, LoRA on, and the given adapters, all in one batch."""

@@ -44,13 +44,16 @@ def served_on(
     yield
     assert server.returncode is None, server.log_tail()
 
-    async def work(client: Client) -> None:
-        for name in NAMES:
-            assert (await _settled(client, name))["num_requests"] == 0
-            answer = await client.generate(name, prompts[0], num_tokens=8)
-            assert list(answer.token_ids) == reference.generate(name, prompts[0], num_tokens=8)
+    run(server.url, lambda client: assert_right(client, reference, prompts[0]))
 
-    run(server.url, work)
+
+async def assert_right(client: Client, reference: Reference, prompt: list[int]) -> None:
+    """No request uses an adapter, and the answers of the base model and of both adapters."""
+    for name in (None, *NAMES):
+        if name is not None:
+            assert (await _settled(client, name))["num_requests"] == 0
+        answer = await client.generate(name, prompt, num_tokens=8)
+        assert list(answer.token_ids) == reference.generate(name, prompt, num_tokens=8)
 
 
 async def _settled(client: Client, name: str) -> dict[str, Any]:

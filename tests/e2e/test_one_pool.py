@@ -14,16 +14,12 @@ from adapters import NAMES, SPECS
 from client import Client, run
 from pressure import adapter_slots
 from reference import Reference
-from server_flags import server_flags
+from server_flags import HOST_TIER, server_flags
 from sglang_elora.demo.adapters import ALL_LINEAR, AdapterSpec, make_adapters
 from sglang_elora.demo.server import ServerProcess
 
 POOL_SLOTS = 2600
 LARGEST = "all-r64"
-HOST_TIER = (
-    *("--enable-hierarchical-cache", "--hicache-size", "1", "--hicache-io-backend", "direct"),
-    *("--hicache-mem-layout", "layer_first", "--hicache-write-policy", "write_through"),
-)
 SLOTS = {spec.name: adapter_slots(spec) for spec in SPECS}
 
 
@@ -34,7 +30,8 @@ def server(checkpoint: Path, adapters: dict[str, Path], logs: Path) -> Iterator[
     The host tier is on, and KV is copied there as it is computed: unloading has both to clear.
     """
     assert SLOTS[LARGEST] < POOL_SLOTS < sum(SLOTS.values()) / 2
-    flags = [*server_flags(checkpoint, adapters), "--max-total-tokens", str(POOL_SLOTS), *HOST_TIER]
+    flags = [*server_flags(checkpoint, adapters), "--max-total-tokens", str(POOL_SLOTS)]
+    flags += [*HOST_TIER, "write_through"]
     log_path = logs / "one-pool.log"
     with ServerProcess(["--elora", "--elora-check", *flags], log_path=log_path) as server:
         yield server

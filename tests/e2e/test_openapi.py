@@ -21,13 +21,12 @@ import pytest
 import requests
 from hypothesis import HealthCheck, Phase, given, settings
 
-from client import Client, run
-from control import adapter as row_of
+from client import run
 from reference import Reference
 from server_flags import server_flags
 from sglang_elora.demo.adapters import ALL_LINEAR
 from sglang_elora.demo.server import ServerProcess
-from test_hostile_requests import NOT_CALLED
+from test_hostile_requests import NAMES, NOT_CALLED, assert_right
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -35,7 +34,6 @@ with warnings.catch_warnings():
 
 FULL = "OPENAPI_FULL" in os.environ
 CASES = 20 if FULL else 4  # of an operation; those that take nothing have one
-NAMES = ("qv-r4", "attention-r8")
 UNDER_WAY = "mlp-r24"
 TIMEOUT_S = 40.0
 
@@ -77,7 +75,7 @@ def test_no_request_of_the_schema_is_answered_with_a_server_error(
     assert rounds[200, 200, 200] > 3 or not under_way
     with httpx.Client(base_url=server.url, timeout=TIMEOUT_S, trust_env=False) as http:
         _undo(http)
-    run(server.url, lambda client: _is_right(client, reference, prompts[0]))
+    run(server.url, lambda client: assert_right(client, reference, prompts[0]))
 
 
 def _try_all(url: str) -> tuple[Counter[int], list[str]]:
@@ -152,11 +150,3 @@ def _load_use_unload(http: httpx.Client, path: Path) -> tuple[int, ...]:
         http.post("/unload_lora_adapter", json=name),
     )
     return tuple(answer.status_code for answer in answers)
-
-
-async def _is_right(client: Client, reference: Reference, prompt: list[int]) -> None:
-    for name in (None, *NAMES):
-        answer = await client.generate(name, prompt, num_tokens=8)
-        assert list(answer.token_ids) == reference.generate(name, prompt, num_tokens=8)
-        if name is not None:
-            assert (await row_of(client, name))["num_requests"] == 0

@@ -30,7 +30,7 @@ from pressure import (
     run_trace,
 )
 from reference import Reference
-from server_flags import server_flags
+from server_flags import HOST_TIER, server_flags
 from sglang_elora.demo.server import ServerProcess, python_module
 
 ALL = "PRESSURE_FULL" in os.environ
@@ -145,33 +145,28 @@ class Variant:
 
 
 _LATEST, _EARLIEST, _SEEDED = ORDERS = ("latest", "earliest", "7")
-_HOST_TIER = (
-    *("--enable-hierarchical-cache", "--hicache-size", "1"),
-    *("--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first"),
-    *("--hicache-write-policy",),
-)
 
 VARIANTS = {
     "plain": Variant(ORDERS, share=0.15),
     "host-tier": Variant(
         (_LATEST,),
-        flags=(*_HOST_TIER, "write_back"),
+        flags=(*HOST_TIER, "write_back"),
         check=_kv_was_copied_ahead_and_came_back,
     ),
     "write-through": Variant(
-        (_EARLIEST,), flags=(*_HOST_TIER, "write_through"), check=_kv_came_back_from_the_host
+        (_EARLIEST,), flags=(*HOST_TIER, "write_through"), check=_kv_came_back_from_the_host
     ),
     "sessions": Variant(
         ORDERS,
         share=0.08 if ALL else 0.25,  # so little that KV leaves between two turns
-        flags=(*_HOST_TIER, "write_back"),
+        flags=(*HOST_TIER, "write_back"),
         names_sessions=True,
         check=_kv_was_prefetched_and_used,
     ),
     "flushes": Variant(
         (_SEEDED,),
         share=0.08 if ALL else 0.25,  # so little that it is full between two flushes
-        flags=(*_HOST_TIER, "write_back"),
+        flags=(*HOST_TIER, "write_back"),
         concurrency=1,
         names_sessions=True,
         disturb=flush_often,

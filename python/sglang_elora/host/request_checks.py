@@ -143,8 +143,8 @@ def _check_sampling(params: dict[str, Any], vocab_size: int) -> None:
         is_number = isinstance(value, (int, float)) and name != "sampling_seed"
         if is_number and not abs(value) <= _MOST_NUMBER:
             raise ValueError(f"{name} must be at most {_MOST_NUMBER}, not {value}")
-        if is_number and 0 < abs(value) < _LEAST_NUMBERS.get(name, _LEAST_NUMBER):
-            least = _LEAST_NUMBERS.get(name, _LEAST_NUMBER)
+        least = _LEAST_NUMBERS.get(name, _LEAST_NUMBER)
+        if is_number and 0 < abs(value) < least:
             raise ValueError(f"{name} must be 0 or at least {least}, not {value}")
     biases = params.get("logit_bias")
     if biases is not None and not (
