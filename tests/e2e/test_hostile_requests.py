@@ -229,8 +229,14 @@ def test_an_adapter_that_would_end_the_server_is_refused(
 
 @pytest.mark.parametrize(
     "sampling",
-    [{"temperature": 0}, {"top_p": 0.9}, {"top_k": 5, "min_p": 0.1}, {"temperature": 1, "n": 2}],
-    ids=["greedy", "top-p", "top-k and min-p", "several answers"],
+    [
+        {"temperature": 0},
+        {"top_p": 0.9},
+        {"top_k": 5, "min_p": 0.1},
+        {"temperature": 1, "n": 2},
+        {"max_new_tokens": 0},
+    ],
+    ids=["greedy", "top-p", "top-k and min-p", "several answers", "no token"],
 )
 def test_request_whose_logits_are_no_numbers_fails_alone(
     server: ServerProcess,
@@ -256,13 +262,14 @@ def test_request_whose_logits_are_no_numbers_fails_alone(
         bad["sampling_params"] = {"max_new_tokens": 8, **sampling}
         beside = [client.generate(name, prompts[i], num_tokens=24) for i in (0, 1)]
         refused, *answers = await asyncio.gather(client.post("/generate", bad), *beside)
-        assert refused.status_code == 400 and "NaN or infinite" in refused.text, refused.text
+        refused_alone = await client.post("/generate", bad)  # in a batch of its own
+        for answer in (refused, refused_alone):
+            assert answer.status_code == 400 and "NaN or infinite" in answer.text, answer.text
         for i, answer in enumerate(answers):
             expected = reference.generate(name, prompts[i], num_tokens=24)
             assert list(answer.token_ids) == expected
-        assert (await _settled(client, overflow))[
-            "kv_tokens_device"
-        ] == 0  # which others would meet
+        row = await _settled(client, overflow)
+        assert row["kv_tokens_device"] == 0, "KV of NaN was cached, which others would meet"
         unloaded = await client.post("/unload_lora_adapter", {"lora_name": overflow})
         assert unloaded.status_code == 200, unloaded.text
 

@@ -34,18 +34,26 @@ def replace_rows_without_numbers(
     such value: masks set it.
     """
     logits = logits_output.next_token_logits
-    marked = ~(logits.amax(dim=-1) < math.inf)  # bool [rows]; the maximum of NaN and more is NaN
+    marked = _rows_without_numbers(logits)
     logits.masked_fill_(marked[:, None], 0.0)
     setattr(logits_output, _MARK, marked)
+
+
+def _rows_without_numbers(logits: torch.Tensor) -> torch.Tensor:
+    """float ``[rows, vocabulary]`` -> bool ``[rows]``."""
+    return ~(logits.amax(dim=-1) < math.inf)  # the maximum of NaN and more is NaN
 
 
 def tell_host_of_marked_rows(
     result: None, self: Any, batch: Any, future_indices: Any, batch_result: Any
 ) -> None:
     """After ``Scheduler._relay_forward_payload``: the next batch has its tokens, any that exist;
-    what is copied to the host is ``NO_TOKEN`` for a marked row."""
-    marked = getattr(batch_result.logits_output, _MARK, None)
-    tokens = batch_result.next_token_ids
+    what is copied to the host is ``NO_TOKEN`` for a marked row. A batch of requests that want no
+    token was not sampled, so its logits are looked at here."""
+    output, tokens = batch_result.logits_output, batch_result.next_token_ids
+    marked = getattr(output, _MARK, None)
+    if marked is None and output is not None and output.next_token_logits is not None:
+        marked = _rows_without_numbers(output.next_token_logits)
     if marked is not None and tokens is not None:
         batch_result.next_token_ids = torch.where(marked, NO_TOKEN, tokens)
 
@@ -63,5 +71,6 @@ def end_with_the_reason(
             HTTPStatus.INTERNAL_SERVER_ERROR if self.lora_id is None else HTTPStatus.BAD_REQUEST,
             "InternalServerError" if self.lora_id is None else "BadRequestError",
         )
+        self.finished_len = None  # or an answer of no tokens would be cut to what was asked for
         self.skip_radix_cache_insert = True  # its KV may hold no numbers either
     return is_over
