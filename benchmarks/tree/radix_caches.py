@@ -71,7 +71,7 @@ class Cache:
             if page_size == 1
             else self._sglang.PagedTokenToKVPoolAllocator(num_slots, page_size, **options)
         )
-        params = self._sglang.CacheInitParams(
+        self.params = params = self._sglang.CacheInitParams(
             disable=False,
             req_to_token_pool=None,
             token_to_kv_pool_allocator=self.allocator,

@@ -9,74 +9,9 @@ from typing import Any
 
 import pytest
 
-from radix_caches import Cache, sglang
-from sglang_elora.tree import Adapter, namespace_of
-
-NUM_SLOTS = 400
-
-
-class AdapterCache(Cache):
-    """A cache and the adapters in its pool, loaded and unloaded as the server does it."""
-
-    def __init__(self, num_slots: int = NUM_SLOTS, policy: str = "lru") -> None:
-        super().__init__("elora", num_slots, policy)
-        self.core = self.tree.tree_core
-        self.forest = self.core.forest
-        self.left: list[str] = []
-        self.core.on_evicted = self.left.append
-
-    def add(self, uid: str, num_slots: int, *, pinned: bool = False) -> Adapter:
-        return self.forest.register(uid, num_slots=num_slots, pinned=pinned, version="1")
-
-    def load(self, uid: str) -> bool:
-        adapter = self.forest.get(uid)
-        if adapter.resident:
-            return True
-        self.make_room(adapter.num_slots)
-        slots = self.allocator.alloc(adapter.num_slots)
-        if slots is None:
-            return False
-        self.core.place(uid, slots)
-        return True
-
-    def make_room(self, num_slots: int) -> None:
-        if (shortfall := num_slots - self.allocator.available_size()) > 0:
-            self.evict(shortfall)
-
-    def chat(self, tokens: Sequence[int], uid: str | None) -> bool:
-        """Cache KV as a request with this adapter does: path locked, room made, inserted."""
-        namespace = None if uid is None else namespace_of(uid)
-        node = self.match(tokens, namespace).last_device_node
-        receipt = self.lock(node)
-        self.make_room(len(tokens))
-        cached = self.insert(tokens, namespace)
-        self.unlock(node, receipt)
-        return cached
-
-    def unload(self, uid: str) -> None:
-        if uid in self.forest:
-            self.forest.retire(uid)
-            self.purge(uid)
-
-    def purge(self, uid: str, most_looks: int = 1_000) -> bool:
-        """Whether nothing is left."""
-        return self.purge_some(uid, most_looks).is_over
-
-    def purge_some(self, uid: str, most_looks: int) -> Any:
-        from sglang_elora.host import branches
-
-        done = branches.purge(self.core, uid, most_looks)
-        self.tree._free_values(done.freed.device_frees, done.freed.host_frees)
-        return done
-
-    def check(self, used: Sequence[int] = ()) -> None:
-        """Own invariants, SGLang's, and that slots are free or in the tree, never both."""
-        self.tree.sanity_check()
-        self.core.check_invariants()
-        owners = Counter(self.free_slots() + self.core.all_values_flatten().tolist() + list(used))
-        assert owners == Counter(range(1, self.allocator.size + 1))
-        budget = self.tree.evictable_size() + self.core.protected_size()
-        assert self.allocator.available_size() + budget == self.allocator.size
+from adapter_cache import AdapterCache
+from radix_caches import sglang
+from sglang_elora.tree import namespace_of
 
 
 def test_an_adapter_goes_after_its_kv() -> None:
@@ -171,7 +106,7 @@ def test_extra_keys_share_the_adapter() -> None:
         cache.insert(range(30), namespace_of("a", salt))
     assert cache.forest.get("a").device_tokens == 60
     cache.unload("a")
-    assert cache.allocator.available_size() == NUM_SLOTS
+    assert cache.allocator.available_size() == 400
     cache.check()
 
 
@@ -188,7 +123,7 @@ def test_unload_takes_what_nothing_holds_and_the_rest_later() -> None:
     cache.check()
     cache.unlock(node, receipt)
     assert cache.purge("a") and "a" not in cache.forest
-    assert cache.left == ["a"] and cache.allocator.available_size() == NUM_SLOTS
+    assert cache.left == ["a"] and cache.allocator.available_size() == 400
     cache.check()
 
 
@@ -225,7 +160,7 @@ def test_an_adapter_of_no_size_is_never_a_victim() -> None:
     cache.add("a", 0)
     cache.load("a")
     cache.chat(range(30), "a")
-    assert cache.evict(NUM_SLOTS) == 30 and cache.left == []
+    assert cache.evict(400) == 30 and cache.left == []
     cache.check()
 
 

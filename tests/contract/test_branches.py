@@ -151,10 +151,11 @@ def test_one_purge_in_turns_serves_all_adapters_of_which_one_is_held() -> None:
 def test_kv_of_an_unloaded_adapter_is_not_copied_to_the_host_when_it_is_evicted() -> None:
     made = world(4 * PURGE_NODES)
     made.core.is_write_back = True
-    (begin,) = made.core.node_of(uid(0)).children.values()  # has KV below it: always copied
-    assert made.core._is_worth_host_copy(begin)
+    (begin,) = made.core.node_of(uid(0)).children.values()
+    leaf = next(iter(begin.children.values()))
     made.residency.retire(uid(0))
-    assert not made.core._is_worth_host_copy(begin)
+    assert not made.core._is_worth_host_copy(leaf)
+    assert made.core._is_worth_host_copy(begin), "what is below it would be lost"
     made.core.is_write_back = False
 
 
@@ -176,7 +177,7 @@ def test_evicting_an_adapter_passes_over_its_kv_on_the_host_once() -> None:
     top = made.core.node_of(uid(0))
     begin = next(iter(top.children.values()))
     begin.children = children = CountedChildren(begin.children)
-    for node in [n for n in top.kv_nodes.values() if n is not begin]:
+    for node in top.kv_nodes.values():
         data = node.component_data[0]
         data.host_value = torch.arange(len(data.value))
         made.residency.forest.count_kv(adapter, device=0, host=len(data.value))
@@ -190,6 +191,6 @@ def test_evicting_an_adapter_passes_over_its_kv_on_the_host_once() -> None:
         calls += 1
         assert calls <= num_leaves, "nothing is evicted"
     made.swapper.prepare()
-    assert adapter.device_tokens == 0 and adapter.host_tokens == num_leaves
+    assert adapter.device_tokens == 0 and adapter.host_tokens == num_leaves + 2
     assert calls <= 2 + num_leaves // EVICT_LEAVES
     assert children.num_seen <= 8 * num_leaves

@@ -258,8 +258,7 @@ class _Run:
         self._records: list[Record] = []
 
     async def run(self, concurrency: int) -> list[Record]:
-        # A connection that the server closes, after 5 s, is not to be taken for the next request.
-        limits = httpx.Limits(max_connections=None, keepalive_expiry=2)
+        limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(
             base_url=self._url, timeout=_TIMEOUT_S, trust_env=False, limits=limits
         ) as http:

@@ -21,6 +21,10 @@ from sglang_elora.host.tree_core import EloraTreeCore
 LOOKS_PER_LEAF = 16
 """Nodes that an eviction looks at per leaf that it may evict: those on the host are passed by."""
 
+Frees = dict[ComponentType, list[torch.Tensor]]
+Freed = tuple[dict[ComponentType, int], Frees, Frees]
+"""Tokens, slots of the device and slots of the host that removals add theirs to."""
+
 
 @dataclass(slots=True)
 class Purge:
@@ -42,6 +46,8 @@ def evict(
 ) -> bool:
     """Evict leaves of one adapter from the device, the adapter last, unless a request holds it.
 
+    KV without a copy on the host is dropped, with what is below it on the host: out of reach then.
+
     Returns:
         Whether nothing is left that could be evicted.
     """
@@ -55,8 +61,13 @@ def evict(
         if node is top and not core._is_device_leaf(top):  # an adapter of no size
             break
         while num_leaves < most_leaves and core._is_device_leaf(node):
-            parent = node.parent
-            core._take_off_device(node, tracker, device_frees, host_frees)
+            parent, freed = node.parent, (tracker, device_frees, host_frees)
+            if node.children and not node.backuped:
+                looks_left = LOOKS_PER_LEAF * most_leaves - num_looks
+                num_looks += _remove_below(core, node, looks_left, freed)
+                if node.children:  # more than may be looked at, or held
+                    break
+            core._take_off_device(node, *freed)
             num_leaves += 1
             if parent.id not in top.kv_nodes:  # the adapter, or removed with its child
                 break
@@ -100,17 +111,35 @@ def _remove_upwards(
         if done.num_looks > most_looks:
             break
         parent, freed = node.parent, done.freed
-        medium = StorageMedium.CPU if node.evicted else StorageMedium.GPU
-        core._release_all_component_layers(
-            node, medium, freed.tracker, freed.device_frees, freed.host_frees
-        )
-        core._remove_leaf_from_parent(node)
+        _remove(core, node, (freed.tracker, freed.device_frees, freed.host_frees))
         done.num_removed += 1
         if isinstance(parent, AdapterNode):
             return
         node = parent
         done.num_looks += not node.children
     core._update_evictable_leaf_sets(node)
+
+
+def _remove_below(core: EloraTreeCore, top: UnifiedTreeNode, most_nodes: int, freed: Freed) -> int:
+    """Remove nodes below one, leaves first, until one is held; how many were removed."""
+    leaf, num_removed = top, 0
+    while num_removed < most_nodes:
+        while leaf.children:
+            leaf = next(iter(leaf.children.values()))
+        if leaf is top or _is_held(leaf):
+            break
+        parent = leaf.parent
+        _remove(core, leaf, freed)
+        num_removed += 1
+        leaf = parent
+    core._update_evictable_leaf_sets(leaf)
+    return num_removed
+
+
+def _remove(core: EloraTreeCore, leaf: UnifiedTreeNode, freed: Freed) -> None:
+    medium = StorageMedium.CPU if leaf.evicted else StorageMedium.GPU
+    core._release_all_component_layers(leaf, medium, *freed)
+    core._remove_leaf_from_parent(leaf)
 
 
 def _is_held(node: UnifiedTreeNode) -> bool:

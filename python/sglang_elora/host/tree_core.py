@@ -296,12 +296,14 @@ class EloraTreeCore(OrderedTreeCore):
         return item.group is not None and self.forest.get(item.group).retired
 
     def _is_worth_host_copy(self, leaf: UnifiedTreeNode) -> bool:
-        """Also against what would have to go for it. KV below a leaf, which is on the host, would
-        be out of reach without it."""
+        """Also against what would have to go for it. Nodes below a leaf, whose KV is on the host,
+        would be lost without it: always copied."""
         policy, item = self.policy, leaf.item
+        if leaf.children:
+            return True
         if self._is_retired(item):
             return False
-        if policy is None or leaf.children:
+        if policy is None:
             return True
         if not policy.worth_host_copy(item):
             return False

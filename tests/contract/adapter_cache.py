@@ -1,0 +1,80 @@
+"""The tree of KV and adapters without a server."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from radix_caches import Cache
+from sglang_elora.tree import Adapter, namespace_of
+
+
+class AdapterCache(Cache):
+    """A cache and the adapters in its pool, loaded and unloaded as the server does it."""
+
+    def __init__(self, num_slots: int = 400, policy: str = "lru", kv_pool: Any = None) -> None:
+        super().__init__("elora", num_slots, policy, kv_pool)
+        self.core = self.tree.tree_core
+        self.forest = self.core.forest
+        self.left: list[str] = []
+        self.core.on_evicted = self.left.append
+
+    def add(self, uid: str, num_slots: int, *, pinned: bool = False) -> Adapter:
+        return self.forest.register(uid, num_slots=num_slots, pinned=pinned, version="1")
+
+    def load(self, uid: str) -> bool:
+        adapter = self.forest.get(uid)
+        if adapter.resident:
+            return True
+        self.make_room(adapter.num_slots)
+        slots = self.allocator.alloc(adapter.num_slots)
+        if slots is None:
+            return False
+        self.core.place(uid, slots)
+        return True
+
+    def make_room(self, num_slots: int) -> None:
+        if (shortfall := num_slots - self.allocator.available_size()) > 0:
+            self.evict(shortfall)
+
+    def chat(self, tokens: Sequence[int], uid: str | None) -> bool:
+        """Cache KV as a request with this adapter does: path locked, room made, inserted."""
+        namespace = None if uid is None else namespace_of(uid)
+        node = self.match(tokens, namespace).last_device_node
+        receipt = self.lock(node)
+        self.make_room(len(tokens))
+        cached = self.insert(tokens, namespace)
+        self.unlock(node, receipt)
+        return cached
+
+    def unload(self, uid: str) -> None:
+        if uid in self.forest:
+            self.forest.retire(uid)
+            self.purge(uid)
+
+    def purge(self, uid: str, most_looks: int = 1_000) -> bool:
+        """Whether nothing is left."""
+        return self.purge_some(uid, most_looks).is_over
+
+    def purge_some(self, uid: str, most_looks: int) -> Any:
+        from sglang_elora.host import branches
+
+        done = branches.purge(self.core, uid, most_looks)
+        self.tree._free_values(done.freed.device_frees, done.freed.host_frees)
+        return done
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether SGLang's own check holds, which is made for an idle server."""
+        return True
+
+    def check(self, used: Sequence[int] = ()) -> None:
+        """Own invariants, SGLang's, and that slots are free or in the tree, never both."""
+        if self.is_settled:
+            self.tree.sanity_check()
+        self.core.check_invariants()
+        owners = Counter(self.free_slots() + self.core.all_values_flatten().tolist() + list(used))
+        assert owners == Counter(range(1, self.allocator.size + 1))
+        budget = self.tree.evictable_size() + self.core.protected_size()
+        assert self.allocator.available_size() + budget == self.allocator.size
