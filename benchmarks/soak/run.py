@@ -137,6 +137,9 @@ def soak(
             counts["rounds"] += 1
             counts["answers"] += len(records)
             counts["errors"] += sum(record.error is not None for record in records)
+            for record in records:
+                if record.error is not None:
+                    print(record.error, flush=True)
             counts["other answers"] += sum(outputs[key] != expected[key] for key in expected)
             counts["aborted"] += sum(record.num_aborted for record in records)
             flush = httpx.post(f"{server.url}/flush_cache?timeout=30", trust_env=False)

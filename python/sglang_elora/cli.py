@@ -14,6 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("demo", help="serve 16 adapters and chat with them", add_help=False)
     commands.add_parser("bench", help="measure stock and ELORA, or any server", add_help=False)
     commands.add_parser("top", help="watch a server's pool and adapters", add_help=False)
+    commands.add_parser("check-sglang", help="what another SGLang would break", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "demo":
         from sglang_elora.demo.__main__ import main as demo
@@ -23,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sglang_elora.bench.__main__ import main as bench
 
         return bench(rest)
+    if arguments.command == "check-sglang":
+        from sglang_elora.upstream.__main__ import main as check_sglang
+
+        return check_sglang(rest)
     if arguments.command == "top":
         from sglang_elora.top import main as top
 

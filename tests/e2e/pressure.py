@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -273,17 +274,19 @@ class _Run:
         history = list(session.system)
         for i, turn in enumerate(session.turns):
             history += turn.new_tokens
+            not_aborted = None
             aborts = self._abort_every and (session.number + i) % self._abort_every == 0
             if aborts:
                 by_request = (session.number + i) // self._abort_every % 2 == 0
-                await _abort(http, _body(session, history, _ABORTED_TOKENS), by_request)
+                stream = _body(session, history, _ABORTED_TOKENS)
+                not_aborted = await _abort(http, stream, by_request)
             body = _body(session, history, turn.num_output)
             if self._names_sessions:
                 body["session_id"] = str(session.number)
                 if i:
                     await announce_turn(http, session.number)
             answer = await http.post("/generate", json=body)
-            record = _record(session, i, len(history), int(aborts), answer)
+            record = _record(session, i, len(history), int(aborts), answer, not_aborted)
             self._records.append(record)
             if self._on_record is not None:
                 await self._on_record(http, record)
@@ -305,7 +308,12 @@ def _body(session: Session, prompt: Sequence[int], num_output: int) -> dict[str,
 
 
 def _record(
-    session: Session, turn: int, num_prompt: int, num_aborted: int, answer: httpx.Response
+    session: Session,
+    turn: int,
+    num_prompt: int,
+    num_aborted: int,
+    answer: httpx.Response,
+    not_aborted: str | None,
 ) -> Record:
     facts = (session.number, turn, session.adapter, num_prompt)
     if answer.status_code != httpx.codes.OK:
@@ -314,20 +322,27 @@ def _record(
     meta = body["meta_info"]
     from_host = (meta.get("cached_tokens_details") or {}).get("host", 0)
     finished = meta["finish_reason"]["type"]
-    error = None if finished == "length" else f"finished by {finished}"
+    error = not_aborted if finished == "length" else f"finished by {finished}"
     output = tuple(body["output_ids"])
     return Record(*facts, meta["cached_tokens"], from_host, output, num_aborted, error)
 
 
-async def _abort(http: httpx.AsyncClient, body: dict[str, Any], by_request: bool) -> None:
-    """Take one token of a stream, then end it from this side."""
-    body = {**body, "stream": True}
+async def _abort(http: httpx.AsyncClient, body: dict[str, Any], by_request: bool) -> str | None:
+    """Take one token of a stream, then end it from this side; what went wrong, if anything."""
+    body, begun = {**body, "stream": True}, time.monotonic()
     async with http.stream("POST", "/generate", json=body) as stream:
         assert stream.status_code == httpx.codes.OK, await stream.aread()
         lines = (line async for line in stream.aiter_lines() if line.startswith("data: "))
         first = json.loads((await anext(lines))[6:])
         if not by_request:
-            return
+            return None
+        sent = time.monotonic()
         await http.post("/abort_request", json={"rid": first["meta_info"]["id"]})
+        answered = time.monotonic()
         last = [json.loads(line[6:]) async for line in lines if line != "data: [DONE]"][-1]
-        assert last["meta_info"]["finish_reason"]["type"] == "abort", last["meta_info"]
+        if last["meta_info"]["finish_reason"]["type"] == "abort":
+            return None
+        return (
+            f"not aborted, though told {sent - begun:.2f} s after its start, which was answered "
+            f"{answered - begun:.2f} s after it: {last['meta_info']}"
+        )

@@ -16,7 +16,7 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
 # Folder -> folders of this package it may import from. Top-level modules are ".".
 ALLOWED = {
-    ".": {".", "bench", "demo", "host", "platforms"},
+    ".": {".", "bench", "demo", "host", "platforms", "upstream"},
     "adapters": {"adapters"},
     "bench": {"bench", "demo", "platforms", "workloads"},
     "control": {"control"},
@@ -43,6 +43,7 @@ ALLOWED = {
     "sim": {"estimators", "policy", "sim", "tree", "workloads"},
     "swapper": {"pages", "swapper", "tree"},
     "tree": {"policy", "tree"},
+    "upstream": {"upstream"},
     "workloads": {"workloads"},
 }
 MAY_IMPORT_SGLANG = {"host", "platforms"}
