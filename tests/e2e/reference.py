@@ -20,8 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 class Reference:
     """Greedy generation in float32, one prompt at a time, without any cache between prompts."""
 
-    def __init__(self, checkpoint: Path, adapters: Mapping[str, Path]) -> None:
-        self._checkpoint = checkpoint
+    def __init__(
+        self, checkpoint: Path, adapters: Mapping[str, Path], auto: Any = AutoModelForCausalLM
+    ) -> None:
+        self._checkpoint, self._auto = checkpoint, auto
         self._adapters = adapters
         self._answers: dict[tuple[str | None, tuple[int, ...], int], list[int]] = {}
 
@@ -31,7 +33,7 @@ class Reference:
 
     @cached_property
     def _model(self) -> Any:
-        base = AutoModelForCausalLM.from_pretrained(self._checkpoint, dtype=torch.float32)
+        base = self._auto.from_pretrained(self._checkpoint, dtype=torch.float32)
         base.generation_config.eos_token_id = None  # the servers are told to ignore it, too
         first, *others = self._adapters.items()
         model = PeftModel.from_pretrained(base, first[1], adapter_name=first[0])

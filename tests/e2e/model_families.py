@@ -1,0 +1,120 @@
+"""A small random checkpoint of each model family, with adapters, and what transformers makes of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reference import Reference
+from sglang_elora.demo.tokenizer import train_tokenizer
+
+from peft import LoraConfig, get_peft_model  # noqa: E402, isort: skip
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText  # noqa: E402, isort: skip
+
+VOCABULARY = 1024
+_SIZES = {
+    **{"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY},
+    **{"max_position_embeddings": 2048, "tie_word_embeddings": False, "pad_token_id": 0},
+}
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to make one, and what its adapters target: each entry is one adapter's modules."""
+
+    name: str
+    model_type: str
+    targets: Mapping[str, Sequence[str]] = field(
+        default_factory=lambda: {"attention": _ATTENTION, "all": (*_ATTENTION, *_MLP)}
+    )
+    options: Mapping[str, Any] = field(default_factory=dict)
+    flags: Sequence[str] = ()
+    embedding_std: float = 1.0
+    auto: Any = AutoModelForCausalLM
+
+
+FAMILIES = (
+    Family("Llama", "llama"),
+    Family("Mistral", "mistral", options={"head_dim": 32, "sliding_window": None}),
+    Family("Qwen2.5", "qwen2"),
+    Family("Qwen3", "qwen3", options={"head_dim": 32}),
+    Family(
+        "Gemma 3",
+        "gemma3_text",
+        options={
+            **{"head_dim": 32, "num_hidden_layers": 7, "sliding_window": 16},
+            **{"query_pre_attn_scalar": 32, "tie_word_embeddings": True},
+        },
+        embedding_std=0.02,  # it is scaled up, and is the output layer too: or tokens repeat
+    ),
+    Family(
+        "Phi-4",
+        "phi3",
+        targets={"attention": ("qkv_proj", "o_proj"), "MLP": ("gate_up_proj", "down_proj")},
+        options={"bos_token_id": 1, "eos_token_id": 2},
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A checkpoint and its adapters."""
+
+    checkpoint: Path
+    adapters: Mapping[str, Path]
+    family: Family
+
+    def reference(self) -> Reference:
+        return Reference(self.checkpoint, self.adapters, auto=self.family.auto)
+
+
+def make_family(family: Family, folder: Path) -> Made:
+    """Write a checkpoint and its adapters to a new folder."""
+    checkpoint = folder / "checkpoint"
+    tokenizer = train_tokenizer(VOCABULARY, seed=0)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = AutoConfig.for_model(
+        family.model_type, **{**_SIZES, **ids, "dtype": "float32", **family.options}
+    )
+    model = family.auto.from_config(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(_random(name, weight.shape))
+            if "embed" in name:
+                weight *= family.embedding_std
+    model.tie_weights()
+    model.save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    adapters = {}
+    for name, modules in family.targets.items():
+        lora = LoraConfig(r=8, lora_alpha=16, target_modules=list(modules), task_type="CAUSAL_LM")
+        adapted = get_peft_model(model, lora)
+        with torch.no_grad():
+            for path, weight in adapted.named_parameters():
+                if "lora_" in path:
+                    weight.copy_(_random(f"{name}/{path}", weight.shape) * 0.5)
+        adapters[name] = folder / name
+        adapted.save_pretrained(str(adapters[name]))
+        model = adapted.unload()
+    return Made(checkpoint, adapters, family)
+
+
+def _random(name: str, shape: Sequence[int]) -> torch.Tensor:
+    """Noise that depends on the name only, strong enough that answers differ."""
+    digest = hashlib.sha256(name.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    noise = torch.randn(tuple(shape), generator=generator)
+    if "norm" in name:
+        return 1 + 0.1 * noise
+    if len(shape) == 1:
+        return 0.1 * noise
+    gain = 3.0 if "lm_head" in name else 1.5
+    return noise * (1.0 if "embed" in name else gain * shape[-1] ** -0.5)

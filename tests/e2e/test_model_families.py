@@ -1,0 +1,44 @@
+"""Bases of other families answer as transformers + PEFT, without an adapter and with each."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from client import Answer, Client, run
+from model_families import FAMILIES, VOCABULARY, Family, make_family
+from server_flags import server_flags
+from sglang_elora.demo.server import ServerProcess
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_answers_equal_those_of_transformers(family: Family, tmp_path: Path, logs: Path) -> None:
+    made = make_family(family, tmp_path)
+    rng = random.Random(0)
+    prompts = [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in (5, 40, 90)]
+    names = (None, *made.adapters)
+
+    async def ask(client: Client) -> list[Answer]:
+        return [
+            await client.generate(name, prompt, num_tokens=16)
+            for _ in range(2)  # the second time from the cache
+            for name in names
+            for prompt in prompts
+        ]
+
+    flags = [*server_flags(made.checkpoint, dict(made.adapters)), *family.flags]
+    log_path = logs / f"family-{family.model_type}.log"
+    with ServerProcess(["--elora", "--elora-check", *flags], log_path=log_path) as server:
+        answers = run(server.url, ask)
+    reference = made.reference()
+    questions = [(name, prompt) for _ in range(2) for name in names for prompt in prompts]
+    outputs = set()
+    for (name, prompt), answer in zip(questions, answers, strict=True):
+        output = list(answer.token_ids)
+        expected = reference.generate(name, prompt, num_tokens=16)
+        assert output == expected or reference.shortfall(name, prompt, output) < 1e-4, name
+        outputs.add(tuple(output))
+    assert len(outputs) > len(questions) / 4, "the answers say nothing"
+    assert sum(answer.cached_tokens for answer in answers) > 300
