@@ -1,9 +1,9 @@
-"""A small random checkpoint of each model family, with adapters, and what transformers makes of it."""
+"""A small random checkpoint of each model family, with adapters."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,17 @@ import torch
 from reference import Reference
 from sglang_elora.demo.tokenizer import train_tokenizer
 
-from peft import LoraConfig, get_peft_model  # noqa: E402, isort: skip
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText  # noqa: E402, isort: skip
-
 VOCABULARY = 1024
 _SIZES = {
-    **{"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY},
-    **{"max_position_embeddings": 2048, "tie_word_embeddings": False, "pad_token_id": 0},
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
 }
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -32,13 +35,14 @@ class Family:
 
     name: str
     model_type: str
-    targets: Mapping[str, Sequence[str]] = field(
+    targets: Mapping[str, Sequence[str] | str] = field(
         default_factory=lambda: {"attention": _ATTENTION, "all": (*_ATTENTION, *_MLP)}
     )
     options: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, Any] = field(default_factory=lambda: _SIZES)
     flags: Sequence[str] = ()
     embedding_std: float = 1.0
-    auto: Any = AutoModelForCausalLM
+    auto: str = "AutoModelForCausalLM"
 
 
 FAMILIES = (
@@ -50,10 +54,34 @@ FAMILIES = (
         "Gemma 3",
         "gemma3_text",
         options={
-            **{"head_dim": 32, "num_hidden_layers": 7, "sliding_window": 16},
-            **{"query_pre_attn_scalar": 32, "tie_word_embeddings": True},
+            "head_dim": 32,
+            "num_hidden_layers": 7,
+            "sliding_window": 16,
+            "query_pre_attn_scalar": 32,
+            "tie_word_embeddings": True,
         },
         embedding_std=0.02,  # it is scaled up, and is the output layer too: or tokens repeat
+    ),
+    Family(
+        "Qwen2.5-VL",
+        "qwen2_5_vl",
+        targets={"attention": _ATTENTION, "all": r".*language_model\..*_proj"},
+        sizes={},
+        options={
+            "text_config": {
+                **_SIZES,
+                "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+            },
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_heads": 2,
+                "out_hidden_size": 128,
+            },
+            "tie_word_embeddings": False,
+        },
+        auto="AutoModelForImageTextToText",
     ),
     Family(
         "Phi-4",
@@ -73,18 +101,21 @@ class Made:
     family: Family
 
     def reference(self) -> Reference:
-        return Reference(self.checkpoint, self.adapters, auto=self.family.auto)
+        return Reference(self.checkpoint, self.adapters, self.family.auto)
 
 
 def make_family(family: Family, folder: Path) -> Made:
     """Write a checkpoint and its adapters to a new folder."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
     checkpoint = folder / "checkpoint"
     tokenizer = train_tokenizer(VOCABULARY, seed=0)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = AutoConfig.for_model(
-        family.model_type, **{**_SIZES, **ids, "dtype": "float32", **family.options}
+    config = transformers.AutoConfig.for_model(
+        family.model_type, **{**family.sizes, **ids, "dtype": "float32", **family.options}
     )
-    model = family.auto.from_config(config)
+    model = getattr(transformers, family.auto).from_config(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(_random(name, weight.shape))
@@ -95,7 +126,8 @@ def make_family(family: Family, folder: Path) -> Made:
     tokenizer.save_pretrained(checkpoint)
     adapters = {}
     for name, modules in family.targets.items():
-        lora = LoraConfig(r=8, lora_alpha=16, target_modules=list(modules), task_type="CAUSAL_LM")
+        wanted = modules if isinstance(modules, str) else list(modules)
+        lora = LoraConfig(r=8, lora_alpha=16, target_modules=wanted, task_type="CAUSAL_LM")
         adapted = get_peft_model(model, lora)
         with torch.no_grad():
             for path, weight in adapted.named_parameters():

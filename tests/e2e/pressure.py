@@ -260,7 +260,8 @@ class _Run:
         self._records: list[Record] = []
 
     async def run(self, concurrency: int) -> list[Record]:
-        limits = httpx.Limits(max_connections=None)
+        # The server closes a connection that was idle for 5 s: not at the moment it is taken again.
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=2)
         async with httpx.AsyncClient(
             base_url=self._url, timeout=_TIMEOUT_S, trust_env=False, limits=limits
         ) as http:

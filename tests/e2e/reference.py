@@ -13,15 +13,19 @@ from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importabl
 
 ensure_torchvision_importable()
 
+import transformers  # noqa: E402
 from peft import PeftModel  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 
 
 class Reference:
     """Greedy generation in float32, one prompt at a time, without any cache between prompts."""
 
     def __init__(
-        self, checkpoint: Path, adapters: Mapping[str, Path], auto: Any = AutoModelForCausalLM
+        self,
+        checkpoint: Path,
+        adapters: Mapping[str, Path],
+        auto: str = "AutoModelForCausalLM",
     ) -> None:
         self._checkpoint, self._auto = checkpoint, auto
         self._adapters = adapters
@@ -33,7 +37,9 @@ class Reference:
 
     @cached_property
     def _model(self) -> Any:
-        base = self._auto.from_pretrained(self._checkpoint, dtype=torch.float32)
+        base = getattr(transformers, self._auto).from_pretrained(
+            self._checkpoint, dtype=torch.float32
+        )
         base.generation_config.eos_token_id = None  # the servers are told to ignore it, too
         first, *others = self._adapters.items()
         model = PeftModel.from_pretrained(base, first[1], adapter_name=first[0])
