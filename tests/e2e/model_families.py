@@ -35,14 +35,16 @@ class Family:
 
     name: str
     model_type: str
-    targets: Mapping[str, Sequence[str] | str] = field(
+    targets: Mapping[str, Sequence[str]] = field(
         default_factory=lambda: {"attention": _ATTENTION, "all": (*_ATTENTION, *_MLP)}
     )
     options: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, Any] = field(default_factory=lambda: _SIZES)
     flags: Sequence[str] = ()
     embedding_std: float = 1.0
+    processor: bool = False  # of images, without which SGLang starts no such model
     auto: str = "AutoModelForCausalLM"
+    differs: bool = False  # from Llama, in more than a detail of attention
 
 
 FAMILIES = (
@@ -61,11 +63,12 @@ FAMILIES = (
             "tie_word_embeddings": True,
         },
         embedding_std=0.02,  # it is scaled up, and is the output layer too: or tokens repeat
+        differs=True,
     ),
     Family(
         "Qwen2.5-VL",
         "qwen2_5_vl",
-        targets={"attention": _ATTENTION, "all": r".*language_model\..*_proj"},
+        targets={"attention": _ATTENTION, "query": ("q_proj",)},  # no module of the image encoder
         sizes={},
         options={
             "text_config": {
@@ -82,12 +85,15 @@ FAMILIES = (
             "tie_word_embeddings": False,
         },
         auto="AutoModelForImageTextToText",
+        processor=True,
+        differs=True,
     ),
     Family(
         "Phi-4",
         "phi3",
         targets={"attention": ("qkv_proj", "o_proj"), "MLP": ("gate_up_proj", "down_proj")},
         options={"bos_token_id": 1, "eos_token_id": 2},
+        differs=True,
     ),
 )
 
@@ -124,10 +130,11 @@ def make_family(family: Family, folder: Path) -> Made:
     model.tie_weights()
     model.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
+    if family.processor:
+        _save_processor(tokenizer, checkpoint)
     adapters = {}
     for name, modules in family.targets.items():
-        wanted = modules if isinstance(modules, str) else list(modules)
-        lora = LoraConfig(r=8, lora_alpha=16, target_modules=wanted, task_type="CAUSAL_LM")
+        lora = LoraConfig(r=8, lora_alpha=16, target_modules=list(modules), task_type="CAUSAL_LM")
         adapted = get_peft_model(model, lora)
         with torch.no_grad():
             for path, weight in adapted.named_parameters():
@@ -137,6 +144,15 @@ def make_family(family: Family, folder: Path) -> Made:
         adapted.save_pretrained(str(adapters[name]))
         model = adapted.unload()
     return Made(checkpoint, adapters, family)
+
+
+def _save_processor(tokenizer: Any, folder: Path) -> None:
+    from transformers import Qwen2_5_VLProcessor
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    parts = (Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor())
+    Qwen2_5_VLProcessor(*parts, chat_template="{{ messages }}").save_pretrained(folder)
 
 
 def _random(name: str, shape: Sequence[int]) -> torch.Tensor:
