@@ -1,6 +1,6 @@
 """Bases of other families answer as transformers + PEFT, without an adapter and with each.
 
-FAMILIES_FULL=1 runs those too that differ little from what the other tests serve.
+FAMILIES_FULL=1 in the environment runs those too that differ little from what the other tests serve.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ from model_families import FAMILIES, VOCABULARY, Family, make_family
 from server_flags import server_flags
 from sglang_elora.demo.server import ServerProcess
 
-
-SERVED = (
-    FAMILIES if os.environ.get("FAMILIES_FULL") else [each for each in FAMILIES if each.differs]
-)
+SERVED = [each for each in FAMILIES if each.differs or "FAMILIES_FULL" in os.environ]
 
 
 @pytest.mark.parametrize("family", SERVED, ids=lambda family: family.name)
