@@ -1,6 +1,6 @@
 """Bases of other families answer as transformers + PEFT, without an adapter and with each.
 
-FAMILIES_FULL=1 in the environment runs those too that differ little from what the other tests serve.
+FAMILIES_FULL=1 in the environment runs those too that differ little from what other tests serve.
 """
 
 from __future__ import annotations
