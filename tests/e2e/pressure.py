@@ -260,8 +260,9 @@ class _Run:
         self._records: list[Record] = []
 
     async def run(self, concurrency: int) -> list[Record]:
-        # The server closes a connection that was idle for 5 s: not at the moment it is taken again.
-        limits = httpx.Limits(max_connections=None, keepalive_expiry=2)
+        # Each request has a connection of its own: the pool, or the server, may close one that was
+        # idle at the moment it is taken again.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with httpx.AsyncClient(
             base_url=self._url, timeout=_TIMEOUT_S, trust_env=False, limits=limits
         ) as http:
