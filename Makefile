@@ -9,7 +9,8 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 LOADED := $(addprefix tests/e2e/test_,pressure.py missing_waits.py gpu_server_stages.py \
   host_tier.py lang.py examples.py one_pool.py bad_adapters.py sent_adapters.py namespace.py \
   triton_backend.py outputs.py dtypes.py events.py entry_points.py two_replicas.py \
-  hostile_requests.py openapi.py adapter_sources.py chats.py cleanup.py model_families.py)
+  hostile_requests.py openapi.py adapter_sources.py chats.py cleanup.py model_families.py \
+  engine.py)
 DEMO ?=
 BENCH ?=
 
