@@ -190,8 +190,7 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _body(node: Function) -> str:
-    first = node.body[0]
-    has_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    has_text = ast.get_docstring(node, clean=False) is not None
     return ast.dump(ast.Module(node.body[has_text:], []))
 
 
