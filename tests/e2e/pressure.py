@@ -293,7 +293,7 @@ class _Run:
             self._records.append(record)
             if self._on_record is not None:
                 await self._on_record(http, record)
-            if record.error is not None:
+            if record.error is not None and record.error != not_aborted:
                 return
             history += record.output
 
