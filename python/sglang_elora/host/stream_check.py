@@ -8,6 +8,7 @@ and write. Slots that are freed are poisoned, as are the destinations of copies 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -38,6 +39,7 @@ def use_adversarial_streams(config: EloraConfig) -> None:
     name = config.check_streams
     seed = int(name) if name.isdecimal() else 0
     os.environ["SGLANG_ENABLE_WAR_BARRIER"] = "1"  # CUDA's default
+    sys.setrecursionlimit(20_000)  # a delayed batch runs inside one that waits for it, and so on
     AsyncDevice(Order.RANDOM if name.isdecimal() else Order(name), seed).install(torch.cpu)
     original_table, original_arena = PageTable.__init__, HostArena.__init__
     original_write, original_to_slots = KVPlanes.write, KVPlanes._to_slots
