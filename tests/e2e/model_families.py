@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from reference import Reference
+from sglang_elora.demo.noise import noise
 from sglang_elora.demo.tokenizer import train_tokenizer
 
 VOCABULARY = 1024
@@ -40,7 +40,6 @@ class Family:
     )
     options: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, Any] = field(default_factory=lambda: _SIZES)
-    flags: Sequence[str] = ()
     embedding_std: float = 1.0
     processor: bool = False  # of images, without which SGLang starts no such model
     auto: str = "AutoModelForCausalLM"
@@ -157,12 +156,10 @@ def _save_processor(tokenizer: Any, folder: Path) -> None:
 
 def _random(name: str, shape: Sequence[int]) -> torch.Tensor:
     """Noise that depends on the name only, strong enough that answers differ."""
-    digest = hashlib.sha256(name.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    noise = torch.randn(tuple(shape), generator=generator)
+    values = noise(name, shape)
     if "norm" in name:
-        return 1 + 0.1 * noise
+        return 1 + 0.1 * values
     if len(shape) == 1:
-        return 0.1 * noise
+        return 0.1 * values
     gain = 3.0 if "lm_head" in name else 1.5
-    return noise * (1.0 if "embed" in name else gain * shape[-1] ** -0.5)
+    return values * (1.0 if "embed" in name else gain * shape[-1] ** -0.5)

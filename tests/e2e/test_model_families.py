@@ -34,7 +34,7 @@ def test_answers_equal_those_of_transformers(family: Family, tmp_path: Path, log
             for prompt in prompts
         ]
 
-    flags = [*server_flags(made.checkpoint, dict(made.adapters)), *family.flags]
+    flags = server_flags(made.checkpoint, made.adapters)
     log_path = logs / f"family-{family.model_type}.log"
     with ServerProcess(["--elora", "--elora-check", *flags], log_path=log_path) as server:
         answers = run(server.url, ask)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -157,16 +156,16 @@ def _randomise(adapted: PeftModel, spec: AdapterSpec) -> None:
     """
     import torch
 
+    from sglang_elora.demo.noise import noise
+
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
             if "lora_" not in name:
                 continue
-            digest = hashlib.sha256(f"{spec}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
             std = weight.shape[1] ** -0.5
             if "lora_B" in name:
                 std *= _STRENGTH / spec.scaling
-            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+            weight.copy_(noise(f"{spec}/{name}", weight.shape) * std)
 
 
 def _sort_target_modules(config_path: Path) -> None:

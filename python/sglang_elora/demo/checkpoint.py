@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from sglang_elora.demo.build_once import build_once
+from sglang_elora.demo.noise import noise
 from sglang_elora.demo.tokenizer import speakable_token_ids, train_tokenizer
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
 
@@ -167,14 +167,12 @@ def _random_weight(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
     """
     if name.endswith("norm.weight"):
         return torch.ones(shape)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    noise = torch.randn(shape, generator=generator)
+    values = noise(f"{seed}/{name}", shape)
     if name.endswith(".bias"):
-        return noise.mul_(0.1)
+        return values.mul_(0.1)
     gain = _GAIN[name.split(".")[-2]]
     fan_in = 1 if "embed_tokens" in name else shape[-1]
-    return noise.mul_(gain * fan_in**-0.5)
+    return values.mul_(gain * fan_in**-0.5)
 
 
 def _silence(lm_head: torch.Tensor, keep: list[int]) -> None:

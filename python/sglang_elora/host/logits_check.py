@@ -52,9 +52,9 @@ def tell_host_of_marked_rows(
     token was not sampled, so its logits are looked at here."""
     output, tokens = batch_result.logits_output, batch_result.next_token_ids
     marked = getattr(output, _MARK, None)
-    is_unsampled = marked is None and output is not None and batch.is_prefill_only
-    if is_unsampled and output.next_token_logits is not None:
-        marked = _rows_without_numbers(output.next_token_logits)
+    logits = getattr(output, "next_token_logits", None)
+    if marked is None and logits is not None and batch.is_prefill_only:
+        marked = _rows_without_numbers(logits)
     if marked is not None and tokens is not None:
         batch_result.next_token_ids = torch.where(marked, NO_TOKEN, tokens)
 

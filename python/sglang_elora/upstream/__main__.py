@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib.resources import files as resources
 from pathlib import Path
+from zipfile import BadZipFile
 
-from sglang_elora.upstream.comparison import Finding, Verdict, compare
+from sglang_elora.upstream.comparison import Finding, UnknownSeam, Verdict, compare
 from sglang_elora.upstream.seams import OURS, find_seams
 from sglang_elora.upstream.sources import Files, Sources
 
@@ -28,7 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--all", action="store_true", help="show what is unchanged, too")
     options = parser.parse_args(argv)
-    findings = check(options.wheel, options.pinned or _folder_of("sglang"), options.also)
+    try:
+        findings = check(options.wheel, options.pinned or _folder_of("sglang"), options.also)
+    except (OSError, BadZipFile, UnknownSeam, ModuleNotFoundError) as error:
+        parser.error(str(error))
     for line in report(findings, shows_all=options.all):
         print(line)
     return int(any(f.verdict in (Verdict.GONE, Verdict.CHANGED) for f in findings))
@@ -71,7 +75,8 @@ def report(findings: Iterable[Finding], *, shows_all: bool = False) -> list[str]
 
 def _folder_of(package: str) -> Path:
     spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.origin is not None, f"{package} is not installed"
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"{package} is not installed")
     return Path(spec.origin).parents[1]
 
 

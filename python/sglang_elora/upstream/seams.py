@@ -278,9 +278,7 @@ def _upstream(ours: Class, name: str, with_own: bool = False) -> Definition | No
     for each in ours.lineage():
         if each.name.startswith("sglang."):
             return each.find(name)
-        if with_own and name in each.own and each is not ours and each.own[name]:
-            return None
-        if with_own and each is ours and each.own.get(name):
+        if with_own and each.own.get(name):
             return None
     return None
 

@@ -23,9 +23,10 @@ class Files:
         self._texts: dict[str, str] = {}
         if path.is_dir():
             self._folder: Path | None = path
-            self._names = None
         else:
             self._folder = None
+            if path.is_file() and not zipfile.is_zipfile(path):
+                raise zipfile.BadZipFile(f"{path} is not a wheel")
             with zipfile.ZipFile(path) as wheel:
                 for name in wheel.namelist():
                     if name.endswith(".py"):
