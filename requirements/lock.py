@@ -2,7 +2,7 @@
 
 Run `.venv/bin/python requirements/lock.py` after a version in a lock was changed or a line added:
 one line `name==version` is enough, its hashes follow. The files are those that pip's index has of
-that version for CPython 3.10 to 3.13 on Linux and macOS (64-bit Intel and ARM), and the source.
+that version for CPython 3.11 to 3.13 on Linux and macOS (64-bit Intel and ARM), and the source.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from packaging.version import Version
 FOLDER = Path(__file__).parent
 INDEX = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple")
 JSON = "application/vnd.pypi.simple.v1+json"
-PYTHONS = range(10, 14)
+PYTHONS = range(11, 14)
 PLATFORM = re.compile(
     r"any|(manylinux|linux)\w*_(x86_64|aarch64)|macosx\w*_(x86_64|arm64|universal2)"
 )

@@ -117,7 +117,7 @@ class Bench:
         """Its slots, which are free then."""
         slots = self.residency.core.node_of(uid).slots
         result = self.residency.core.displace(uid)
-        self.residency.cache._free_values(result.device_frees, result.host_frees)
+        self.residency.cache._apply_eviction_result(result)
         return slots
 
     def in_slots(self, slots: torch.Tensor, layer: int) -> torch.Tensor:

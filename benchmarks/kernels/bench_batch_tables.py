@@ -12,7 +12,7 @@ import json
 import platform
 import statistics
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def main() -> None:
         "unknown",
     )
     facts = {
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": cpu.rpartition(":")[2].strip(),
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "numpy")},

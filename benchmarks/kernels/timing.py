@@ -6,7 +6,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -36,7 +36,7 @@ def facts() -> dict[str, Any]:
 
     query = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
     return {
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "gpu": output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,

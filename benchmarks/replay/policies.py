@@ -113,7 +113,7 @@ class Replay:
                 tokens += _answer(session, turn.num_output)
         namespace = namespace_of(uid)
         match = self.cache.match(tokens, namespace)
-        hit = len(match.device_indices)
+        hit = match.device_prefix_len
         self.core.refresh_order()
         receipt = self.cache.lock(match.last_device_node)
         self.core.visit(match.last_device_node)

@@ -167,7 +167,7 @@ class Bench:
         """The batch takes the request, and its KV is cached."""
         self.world.waiting.remove(req)
         node = self.world.core.node_of(req.lora_id)
-        req.retracted_stain, req.prefix_indices, req.last_node = False, [], node.id
+        req.retracted_stain, req.prefix_len, req.last_node = False, 0, node.id
         req.materialized_host_hit_len = lambda: 0
         self.admission.taken(req)
         self._cache_kv(req.lora_id)

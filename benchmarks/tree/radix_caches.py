@@ -98,6 +98,12 @@ class Cache:
         params = self._sglang.base.MatchPrefixParams(key=self._key(tokens, namespace))
         return self.tree.match_prefix(params)
 
+    def slots(self, match: Any, namespace: str | None = None) -> Any:
+        """Slots of the device that hold what was matched: int64 ``[tokens]``."""
+        core = self.tree.tree_core
+        root = core.root_node_handle(namespace)
+        return core.collect_full_device_indices(match.last_device_node, root)
+
     def evict(self, num_tokens: int) -> int:
         params = self._sglang.base.EvictParams(num_tokens=num_tokens)
         return int(self.tree.evict(params).num_tokens_evicted)

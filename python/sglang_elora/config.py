@@ -13,7 +13,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-SGLANG_PIN = "0.5.21"
+SGLANG_PIN = "0.5.23"
 """The one version of SGLang this package runs on. pyproject.toml repeats it; a test compares."""
 
 POLICIES = ("elora", "elora_paper", "gdsf", "lru")

@@ -61,7 +61,7 @@ class AdapterCache(Cache):
         from sglang_elora.host import branches
 
         done = branches.purge(self.core, uid, most_looks)
-        self.tree._free_values(done.freed.device_frees, done.freed.host_frees)
+        self.tree._apply_eviction_result(done.freed)
         return done
 
     @property

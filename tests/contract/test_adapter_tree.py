@@ -43,7 +43,7 @@ def test_an_unused_adapter_goes_before_younger_kv_of_others() -> None:
     cache.chat(range(30), None)
     assert cache.evict(1) == 20
     assert cache.left == ["a"]
-    assert len(cache.match(range(30)).device_indices) == 30
+    assert cache.match(range(30)).device_prefix_len == 30
 
 
 @pytest.mark.parametrize("tokens", [(), range(30)])
@@ -92,10 +92,10 @@ def test_the_same_tokens_under_two_adapters_are_two_paths() -> None:
         cache.add(uid, 20)
         cache.load(uid)
     cache.chat(range(30), "a")
-    assert len(cache.match(range(30), namespace_of("b")).device_indices) == 0
-    assert len(cache.match(range(30)).device_indices) == 0
-    assert len(cache.match(range(30), namespace_of("a", "salt")).device_indices) == 0
-    assert len(cache.match(range(30), namespace_of("a")).device_indices) == 30
+    assert cache.match(range(30), namespace_of("b")).device_prefix_len == 0
+    assert cache.match(range(30)).device_prefix_len == 0
+    assert cache.match(range(30), namespace_of("a", "salt")).device_prefix_len == 0
+    assert cache.match(range(30), namespace_of("a")).device_prefix_len == 30
 
 
 def test_extra_keys_share_the_adapter() -> None:

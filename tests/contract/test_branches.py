@@ -94,7 +94,7 @@ def test_an_adapter_loaded_again_during_the_purge_of_its_old_id_keeps_its_own_kv
     assert uid(0) in made.residency.forest
     purge(made)
     assert uid(0) not in made.residency.forest
-    assert len(made.cache.match([7, 8, 1000], namespace_of("again")).device_indices) == 3
+    assert made.cache.match([7, 8, 1000], namespace_of("again")).device_prefix_len == 3
     assert made.residency.forest.device_tokens == 3
     made.check()
 

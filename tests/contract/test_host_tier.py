@@ -7,7 +7,7 @@ prefix's KV is seen, wherever its KV has been meanwhile.
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,20 +101,24 @@ class HostTierCache(AdapterCache):
 
     def check_found(self, tokens: Sequence[int], uid: str | None) -> int:
         """What a match returns is this prefix's KV under this adapter; its length."""
-        found = self.match(tokens, None if uid is None else namespace_of(uid)).device_indices
+        namespace = None if uid is None else namespace_of(uid)
+        found = self.slots(self.match(tokens, namespace), namespace)
         expected = kv_of(tokens, uid)[: len(found)]
         assert torch.equal(self.pool.k_buffer[0][found], expected), f"{uid} got another's KV"
         return len(found)
 
     def evict_adapter(self, uid: str, most_leaves: int) -> None:
         """As ``/elora/evict_adapter`` does."""
-        from sglang_elora.host import branches
+        from sglang.srt.mem_cache.unified_cache import unified_tree_core_interface as interface
 
-        freed: tuple[Any, Any, Any] = (defaultdict(int), defaultdict(list), defaultdict(list))
+        from sglang_elora.host import branches
+        from sglang_elora.host.tree_core import parts_of
+
+        freed = interface.BaseEvictionResult()
         for _ in range(100):
-            if branches.evict(self.core, uid, most_leaves, *freed):
+            if branches.evict(self.core, uid, most_leaves, parts_of(freed)):
                 break
-        self.tree._free_values(*freed[1:])
+        self.tree._apply_eviction_result(freed)
 
     @property
     def is_settled(self) -> bool:

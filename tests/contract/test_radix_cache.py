@@ -67,8 +67,10 @@ def test_same_victims_in_the_same_order(seed: int, stock: str, policy: str) -> N
             assert ours.evict(argument) == theirs.evict(argument)
             evictions += 1
         elif kind == "match":
-            mine = ours.match(argument, namespace).device_indices
-            assert mine.tolist() == theirs.match(argument, namespace).device_indices.tolist()
+            found = [(cache, cache.match(argument, namespace)) for cache in (ours, theirs)]
+            mine, other = (cache.slots(match, namespace).tolist() for cache, match in found)
+            assert mine == other
+            assert {match.device_prefix_len for _, match in found} == {len(mine)}
         elif kind == "lock":
             held = []
             for cache in (ours, theirs):
@@ -96,8 +98,8 @@ def test_a_leaf_that_cannot_go_is_met_once_per_eviction() -> None:
     core.is_write_back = True
     component.evict_device_start(5)
     tracker = {sglang().ComponentType.FULL: 0}
-    assert component.evict_device_next_node(tracker, {}, {}) is not None
-    assert component.evict_device_next_node(tracker, {}, {}) is None
+    assert component.evict_device_next_node(tracker, {}, {}, []) is not None
+    assert component.evict_device_next_node(tracker, {}, {}, []) is None
     component.evict_device_end()
     core.is_write_back = False
     check(cache)

@@ -129,7 +129,7 @@ def test_an_adapter_does_not_take_the_room_of_a_prompt_s_next_chunks(
     made = world(4 * SLOTS)
     bring(made, 7)
     made.scheduler.chunked_req = SimpleNamespace(
-        full_untruncated_fill_ids=range(1000), prefix_indices=range(1000 - rest)
+        full_untruncated_fill_ids=range(1000), prefix_len=1000 - rest
     )
     made.arrive(uid(0))
     made.step()

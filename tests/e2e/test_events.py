@@ -53,15 +53,14 @@ def test_events_say_whose_kv_it_is_and_where_adapters_are(
 
     async def work(client: Client) -> None:
         ids = {row["lora_name"]: row["lora_id"] for row in (await state(client))["adapters"]}
-        numbers = {name: int(uid[:15], 16) for name, uid in ids.items()}
         published()  # of the start, as far as it was heard
         for name in (*given, None):
             await client.generate(name, prompts[1])
             blocks, moved = published()
-            assert blocks and {block.lora_id for block in blocks} == {numbers.get(name or "")}
+            assert blocks and {block.lora_name for block in blocks} == {name}
             tokens = [token for block in blocks for token in block.token_ids]
             assert tokens[: len(prompts[1])] == prompts[1]
-            assert {event.lora_id for event in moved} == {numbers[name]} if name else not moved
+            assert {event.lora_id for event in moved} == {ids[name]} if name else not moved
             assert not name or moved[-1].tier == "device"
         first, second = given
         await off_device(client, first)

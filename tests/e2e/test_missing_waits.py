@@ -55,8 +55,12 @@ cache.ready_to_load_host_cache = UnifiedRadixCache.ready_to_load_host_cache
 """
 
 BACKUP_NOT_AFTER_ITS_BATCH = """
-from sglang_elora.host.kv_order import order_backup_after_forward
-order_backup_after_forward.__code__ = (lambda self: None).__code__
+from sglang.srt.managers.cache_controller import HiCacheController
+original = HiCacheController.start_writing
+def start_writing(self):
+    self.write_fence_stream = None
+    original(self)
+HiCacheController.start_writing = start_writing
 """
 
 BACKUP_NOT_AWAITED = """

@@ -17,9 +17,9 @@ Unloaded = Literal["unloaded"]
 
 
 class AdapterMoved(msgspec.Struct, frozen=True, tag=True):
-    """An adapter's weights are in this tier now. ``lora_id`` is that of its KV's events."""
+    """An adapter's weights are in this tier now. SGLang's events of its KV say ``lora_name``."""
 
-    lora_id: int
+    lora_id: str
     lora_name: str
     tier: Tier | Unloaded
 

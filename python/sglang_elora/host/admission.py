@@ -92,7 +92,7 @@ class Admission:
             self.swapper.used(req.lora_id)
 
     def _count_prompt(self, req: Req) -> None:
-        counts, found = self.residency.core.counts, len(req.prefix_indices)
+        counts, found = self.residency.core.counts, req.prefix_len
         from_host = min(found, req.materialized_host_hit_len())
         counts["prompt_tokens.device"] += found - from_host
         counts["prompt_tokens.host"] += from_host

@@ -9,21 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from sglang.srt.disaggregation.kv_events import StorageMedium
-from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.mem_cache.unified_cache.unified_tree_core import UnifiedTreeNode
-from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import DropSubtreeNoHostResult
+from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import BaseEvictionResult
 
 from sglang_elora.host.adapter_node import AdapterNode
-from sglang_elora.host.tree_core import EloraTreeCore
+from sglang_elora.host.tree_core import EloraTreeCore, Freed, parts_of
 
 LOOKS_PER_LEAF = 16
 """Nodes that an eviction looks at per leaf that it may evict: those on the host are passed by."""
-
-Frees = dict[ComponentType, list[torch.Tensor]]
-Freed = tuple[dict[ComponentType, int], Frees, Frees]
-"""Tokens, slots of the device and slots of the host that removals add theirs to."""
 
 
 @dataclass(slots=True)
@@ -33,17 +27,10 @@ class Purge:
     num_looks: int = 1
     num_removed: int = 0  # nodes, the adapter's among them
     is_over: bool = False  # nothing is left of the adapter
-    freed: DropSubtreeNoHostResult = field(default_factory=DropSubtreeNoHostResult)
+    freed: BaseEvictionResult = field(default_factory=BaseEvictionResult)
 
 
-def evict(
-    core: EloraTreeCore,
-    uid: str,
-    most_leaves: int,
-    tracker: dict[ComponentType, int],
-    device_frees: dict[ComponentType, list[torch.Tensor]],
-    host_frees: dict[ComponentType, list[torch.Tensor]],
-) -> bool:
+def evict(core: EloraTreeCore, uid: str, most_leaves: int, freed: Freed) -> bool:
     """Evict leaves of one adapter from the device, the adapter last, unless a request holds it.
 
     KV without a copy on the host is dropped, with what is below it on the host: out of reach then.
@@ -61,7 +48,7 @@ def evict(
         if node is top and not core._is_device_leaf(top):  # an adapter of no size
             break
         while num_leaves < most_leaves and core._is_device_leaf(node):
-            parent, freed = node.parent, (tracker, device_frees, host_frees)
+            parent = node.parent
             if node.children and not node.backuped:
                 looks_left = LOOKS_PER_LEAF * most_leaves - num_looks
                 num_looks += _remove_below(core, node, looks_left, freed)
@@ -110,8 +97,8 @@ def _remove_upwards(
     while not node.children and not _is_held(node):
         if done.num_looks > most_looks:
             break
-        parent, freed = node.parent, done.freed
-        _remove(core, node, (freed.tracker, freed.device_frees, freed.host_frees))
+        parent = node.parent
+        _remove(core, node, parts_of(done.freed))
         done.num_removed += 1
         if isinstance(parent, AdapterNode):
             return

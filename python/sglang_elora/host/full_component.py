@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any, cast
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolTransfer
 from sglang.srt.mem_cache.unified_cache.cache_action import (
+    CacheAction,
     ComponentAction,
     FreeComponentDeviceSlot,
 )
@@ -34,6 +36,7 @@ all leaves stays.
 
 _Frees = dict[ComponentType, list[torch.Tensor]]
 _Tracker = dict[ComponentType, int]
+_Actions = list[CacheAction | ComponentAction]
 
 
 class EloraFullComponent(FullComponent):
@@ -50,6 +53,7 @@ class EloraFullComponent(FullComponent):
         self.spared_since = -1
         self.leaves_left = sys.maxsize
         self.spares_adapters = False
+        self._leaves_per_step = 1
 
     @contextmanager
     def sparing(
@@ -68,6 +72,16 @@ class EloraFullComponent(FullComponent):
             self.spared_since, self.leaves_left = -1, sys.maxsize
             self.spares_adapters = False
 
+    @contextmanager
+    def in_one_step(self) -> Iterator[None]:
+        """A step of an eviction takes all that is wanted, where SGLang's walk asks after each leaf
+        whether it was enough. Its end is marked by the next leaf that has to be copied first."""
+        self._leaves_per_step = sys.maxsize
+        try:
+            yield
+        finally:
+            self._leaves_per_step = 1
+
     @property
     def host_room(self) -> int:
         """Tokens that fit into the host tier."""
@@ -82,9 +96,12 @@ class EloraFullComponent(FullComponent):
         node: UnifiedTreeNode,
         device_frees: _Frees,
         host_frees: _Frees,
+        cache_actions: _Actions,
         target: EvictLayer = EvictLayer.DEVICE,
     ) -> tuple[int, int]:
-        device, host = super().evict_component(node, device_frees, host_frees, target)
+        device, host = super().evict_component(
+            node, device_frees, host_frees, cache_actions, target
+        )
         self.tree_core.count_kv(node, device=-device, host=-host)
         return device, host
 
@@ -119,37 +136,26 @@ class EloraFullComponent(FullComponent):
         self._tokens_wanted = request_cnt
 
     def _evict_device_next_node(
-        self, tracker: _Tracker, device_frees: _Frees, host_frees: _Frees
+        self,
+        tracker: _Tracker,
+        device_frees: _Frees,
+        host_frees: _Frees,
+        cache_actions: _Actions,
     ) -> NodeId | None:
+        freed = (tracker, device_frees, host_frees, cache_actions)
         if not self.keeps_order:
-            return super()._evict_device_next_node(tracker, device_frees, host_frees)
-        while tracker[self.component_type] < self._tokens_wanted and self.leaves_left:
+            return super()._evict_device_next_node(*freed)
+        most_leaves = min(self._leaves_per_step, self.leaves_left)
+        while tracker[self.component_type] < self._tokens_wanted and most_leaves:
             leaf = self._next_leaf()
             if leaf is None:
                 break
             self.leaves_left -= 1
-            # SGLang's caller takes one leaf at a time, and reads progress off the tracker as well.
-            if not self.tree_core.evict_at_once(leaf, tracker, device_frees, host_frees):
+            most_leaves -= 1
+            # SGLang's caller reads progress off the tracker as well.
+            if not self.tree_core.evict_at_once(leaf, *freed):
                 return leaf.id
         return None
-
-    def evict_without_copies(
-        self, num_tokens: int, device_frees: _Frees, host_frees: _Frees
-    ) -> tuple[int, bool]:
-        """Evict leaf by leaf until one has to be copied to the host first.
-
-        Returns:
-            Tokens that were freed, and whether such a leaf is next.
-        """
-        tracker: _Tracker = defaultdict(int)
-        self.evict_device_start(num_tokens)
-        try:
-            next_id = self.evict_device_next_node(tracker, device_frees, host_frees)
-        finally:
-            self.evict_device_end()
-        if next_id is not None:
-            self.leaves_left += 1  # it will be taken again
-        return tracker[self.component_type], next_id is not None
 
     def _next_leaf(self) -> UnifiedTreeNode | None:
         """The lowest leaf that no waiting request needs, then those that the last of them need."""
@@ -173,11 +179,17 @@ class EloraFullComponent(FullComponent):
         self._wanted.clear()
 
     def drive_host_eviction(
-        self, num_tokens: int, tracker: _Tracker, device_frees: _Frees, host_frees: _Frees
+        self,
+        num_tokens: int,
+        tracker: _Tracker,
+        device_frees: _Frees,
+        host_frees: _Frees,
+        cache_actions: _Actions,
     ) -> None:
         """Free host tokens, leaf by leaf in eviction order, until ``num_tokens`` are free."""
+        freed = (tracker, device_frees, host_frees, cache_actions)
         if not self.keeps_order:
-            super().drive_host_eviction(num_tokens, tracker, device_frees, host_frees)
+            super().drive_host_eviction(num_tokens, *freed)
             return
         leaves = self._order(self.tree_core.evictable_host_leaves)
         leaves.refresh()
@@ -185,7 +197,7 @@ class EloraFullComponent(FullComponent):
             leaf = leaves.take_lowest()
             if leaf is None:
                 break
-            self.tree_core._evict_host_leaf(leaf, tracker, device_frees, host_frees)
+            self.tree_core._evict_host_leaf(leaf, *freed)
         leaves.give_back()
 
     def apply_component_action(self, action: ComponentAction) -> None:
@@ -199,3 +211,29 @@ class EloraFullComponent(FullComponent):
     @staticmethod
     def _order(leaves: set[UnifiedTreeNode]) -> LeafOrder[UnifiedTreeNode]:
         return cast("LeafOrder[UnifiedTreeNode]", leaves)
+
+
+def evict_without_copies(cache: Any, num_tokens: int) -> tuple[int, bool]:
+    """Evict in one step, until a leaf has to be copied to the host first.
+
+    SGLang's walk, which takes twice as long, is there for the rest.
+
+    Args:
+        cache: A ``UnifiedRadixCache`` over an ``EloraTreeCore``.
+
+    Returns:
+        Tokens that were freed, and whether such a leaf is next.
+    """
+    started_s = time.perf_counter()
+    full: EloraFullComponent = cache.tree_core.full
+    tracker: _Tracker = defaultdict(int)
+    full.evict_device_start(num_tokens)
+    try:
+        with full.in_one_step():
+            next_id, _ = cache._evict_device_next_node(full.component_type, tracker)
+    finally:
+        full.evict_device_end()
+    if next_id is not None:
+        full.leaves_left += 1  # it will be taken again
+    cache.update_eviction_metrics(tracker[full.component_type], started_s)
+    return tracker[full.component_type], next_id is not None

@@ -22,7 +22,6 @@ from sglang_elora.host import (
     compatibility,
     control,
     invariants,
-    kv_order,
     link,
     logits_check,
     lora_manager,
@@ -389,14 +388,6 @@ HOOKS: tuple[Hook, ...] = (
         swapper.prepare,
         When.ELORA,
         "As above: what need not be done before a batch is done while the device is at work.",
-    ),
-    Hook(
-        "sglang.srt.managers.cache_controller.HiCacheController.start_writing",
-        ("self",),
-        HookType.BEFORE,
-        kv_order.order_backup_after_forward,
-        When.ELORA,
-        "The controller fences loads behind forward passes (load_fence_stream), not backups.",
     ),
     Hook(
         "sglang.srt.managers.scheduler.Scheduler.process_batch_result",

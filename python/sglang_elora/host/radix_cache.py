@@ -9,9 +9,18 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache, InsertParams, InsertResult
+from sglang.srt.mem_cache.base_prefix_cache import (
+    BasePrefixCache,
+    EvictParams,
+    EvictResult,
+    InsertParams,
+    InsertResult,
+)
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.registry import (
     TreeCacheBuildContext,
     create_unified_radix_cache,
@@ -28,8 +37,8 @@ from sglang_elora.config import EloraConfig
 from sglang_elora.host import compatibility
 from sglang_elora.host.adapter_memory import arena_for, position_of
 from sglang_elora.host.admission import Admission
-from sglang_elora.host.full_component import EloraFullComponent
-from sglang_elora.host.kv_events import AdapterEventRecorder, AdapterMoves
+from sglang_elora.host.full_component import EloraFullComponent, evict_without_copies
+from sglang_elora.host.kv_events import AdapterMoves
 from sglang_elora.host.lora_manager import EloraLoRAManager
 from sglang_elora.host.measure import Measure
 from sglang_elora.host.policies import make_policy
@@ -54,6 +63,7 @@ class EloraRadixCache(UnifiedRadixCache):
 
     tree_core: EloraTreeCore
     adapter_moves: AdapterMoves | None = None  # None: not to be told
+    _turn_end: NodeId | None = None  # of the request that is put into the tree
 
     def take_events(self) -> list[Any]:
         moves = [] if self.adapter_moves is None else self.adapter_moves.take()
@@ -82,17 +92,44 @@ class EloraRadixCache(UnifiedRadixCache):
             return index
         return newest
 
-    def insert_req(self, req: Req, *, up_to: int, **options: Any) -> None:
-        self._turn_end: NodeId | None = None
-        super().insert_req(req, up_to=up_to, **options)
+    def evict_for_alloc(
+        self,
+        params: EvictParams,
+        *,
+        allocation_reclaim_satisfied: Callable[[], bool] | None = None,
+    ) -> EvictResult:
+        """What an allocation lacks, in one step; SGLang's walk for what is lacking after it."""
+        evicted = 0
+        if allocation_reclaim_satisfied is None and self.tree_core.full.keeps_order:
+            allocator = self.token_to_kv_pool_allocator
+            wanted = allocator.available_size() + params.num_tokens
+            evicted, _ = evict_without_copies(self, params.num_tokens)
+            lacking = wanted - allocator.available_size()
+            if lacking <= 0:
+                return EvictResult(num_tokens_evicted=evicted)
+            params = replace(params, num_tokens=lacking)
+        result: EvictResult = super().evict_for_alloc(
+            params, allocation_reclaim_satisfied=allocation_reclaim_satisfied
+        )
+        result.num_tokens_evicted += evicted
+        return result
+
+    def touch_prefix(self, key: RadixKey) -> None:
+        """Nothing where a policy orders evictions: it counts requests, and knows who waits."""
+        if self.tree_core.policy is None:
+            super().touch_prefix(key)
+
+    def checkpoint_into_tree(self, req: Req, *, up_to: int, **options: Any) -> None:
+        self._turn_end = None
+        super().checkpoint_into_tree(req, up_to=up_to, **options)
         node = None if self._turn_end is None else self.tree_core.find(self._turn_end)
-        if node is not None:
+        if node is not None and req.finished():
             self.sessions.turn(str(req.session_id), node)
 
     def insert(self, params: InsertParams) -> InsertResult:
         result: InsertResult = super().insert(params)
-        if params.session_id is not None and not params.chunked:
-            self._turn_end = result.last_device_node
+        if params.session_id is not None and self._turn_end is None:
+            self._turn_end = result.last_device_node  # of the whole turn; its prompt comes next
         return result
 
     @property
@@ -123,7 +160,6 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
         assert isinstance(manager, EloraLoRAManager), type(manager)
         config = EloraConfig.from_env(os.environ)
         core: EloraTreeCore = cache.tree_core
-        core.kv_events = AdapterEventRecorder.in_place_of(core.kv_events)
         stream = ctx.tp_worker.model_runner.forward_stream
         is_async = str(ctx.params.token_to_kv_pool_allocator.device) != "cpu"
         cache.measure = Measure(cache, is_async=is_async)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import BaseEvictionResult
 
 from sglang_elora.control import Histogram, Tier
 from sglang_elora.host import branches
 from sglang_elora.host.copy_stream import CopyStream
 from sglang_elora.host.free_order import FreeOrder
+from sglang_elora.host.full_component import evict_without_copies
 from sglang_elora.host.ranks import Ranks
-from sglang_elora.host.tree_core import EloraTreeCore
+from sglang_elora.host.tree_core import EloraTreeCore, parts_of
 from sglang_elora.pages import AdapterImage, AdapterLayout, KVPlanes, PagedAdapter
 from sglang_elora.swapper import AdapterCopy, Copied, HostTier, ReadImage
 from sglang_elora.tree import Adapter
@@ -264,7 +266,7 @@ class Residency:
                 break
             with self.core.evicting("unloaded"):
                 done = branches.purge(self.core, str(adapter.uid), most_nodes - num_looks)
-            self.cache._free_values(done.freed.device_frees, done.freed.host_frees)
+            self.cache._apply_eviction_result(done.freed)
             num_looks += done.num_looks
             num_removed += done.num_removed
         self.is_purging = num_removed > 0 and self.forest.num_retired > 0
@@ -338,7 +340,7 @@ class Residency:
             return False
         full = self.core.full
         with full.sparing(sys.maxsize, most_leaves, adapters=True), self.core.evicting("ahead"):
-            evicted, _ = self._evict_without_copies(shortfall)
+            evicted, _ = evict_without_copies(self.cache, shortfall)
         return evicted > 0
 
     def evict_branch(self, uid: str, most_leaves: int) -> bool:
@@ -349,36 +351,20 @@ class Residency:
         Returns:
             Whether nothing is left that could go.
         """
-        tracker: dict[Any, int] = defaultdict(int)
-        device_frees: dict[Any, list[torch.Tensor]] = defaultdict(list)
-        host_frees: dict[Any, list[torch.Tensor]] = defaultdict(list)
+        freed = BaseEvictionResult()
         with self.core.evicting("told"):
-            is_over = branches.evict(self.core, uid, most_leaves, tracker, device_frees, host_frees)
-        self.cache._free_values(device_frees, host_frees)
+            is_over = branches.evict(self.core, uid, most_leaves, parts_of(freed))
+        self.cache._apply_eviction_result(freed)
         return is_over
 
     def _make_room(self, num_slots: int, wanted_since: int) -> None:
-        """Evict, as far as ``work_left`` goes.
-
-        SGLang's own drive of an eviction is there for what has to be copied to the host first; for
-        the rest it would take twice as long as the eviction.
-        """
+        """Evict, as far as ``work_left`` goes."""
         full = self.core.full
         with full.sparing(wanted_since, self.work_left):
-            evicted, is_stuck = self._evict_without_copies(num_slots)
+            evicted, is_stuck = evict_without_copies(self.cache, num_slots)
             if is_stuck:
                 self.cache.evict(EvictParams(num_tokens=num_slots - evicted))
             self.work_left = full.leaves_left
-
-    def _evict_without_copies(self, num_slots: int) -> tuple[int, bool]:
-        """Slots that were freed, and whether what is next has to be copied to the host first."""
-        started_s = time.perf_counter()
-        device_frees: dict[Any, list[torch.Tensor]] = defaultdict(list)
-        host_frees: dict[Any, list[torch.Tensor]] = defaultdict(list)
-        evicted, is_stuck = self.core.full.evict_without_copies(num_slots, device_frees, host_frees)
-        self.cache._free_values(device_frees, host_frees)
-        self.cache.update_eviction_metrics(evicted, started_s)
-        return evicted, is_stuck
 
     def settle(self, uid: str, code: Copied) -> Exception | None:
         """A copy is over on all ranks, or has failed on one, which is returned as an error."""
@@ -394,7 +380,7 @@ class Residency:
             self.load_s.observe(time.monotonic() - copy.started_s)
             return None
         result = self.core.displace(uid)
-        self.cache._free_values(result.device_frees, result.host_frees)
+        self.cache._apply_eviction_result(result)
         return copy.error or RuntimeError("another rank could not copy it")
 
     def launched(self) -> None:

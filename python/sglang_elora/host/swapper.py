@@ -336,7 +336,8 @@ class Swapper:
         if chunked is None:
             return 0
         page_size: int = self.residency.allocator.page_size
-        return len(chunked.full_untruncated_fill_ids) - len(chunked.prefix_indices) + page_size
+        num_left: int = len(chunked.full_untruncated_fill_ids) - chunked.prefix_len
+        return num_left + page_size
 
     def _bring_wanted(self, waiting: list[Req], reserved: int) -> None:
         """Start what the first waiting requests need, as far as the pool can hold it with them.

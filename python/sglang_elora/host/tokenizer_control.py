@@ -191,7 +191,7 @@ class TokenizerControl:
         try:
             self._manager._dispatch_to_scheduler(request)
             return await asyncio.wait_for(future, ANSWER_S)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise NoAnswer(f"the scheduler has not answered within {ANSWER_S:.0f} s") from None
         finally:
             del self._asked[request.rid]

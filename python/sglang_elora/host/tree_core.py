@@ -19,7 +19,11 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.radix_cache import RadixKey
-from sglang.srt.mem_cache.unified_cache.cache_action import BackupKV
+from sglang.srt.mem_cache.unified_cache.cache_action import (
+    BackupKV,
+    CacheAction,
+    ComponentAction,
+)
 from sglang.srt.mem_cache.unified_cache.components.base import (
     ComponentType,
     get_and_increase_time_counter,
@@ -29,7 +33,7 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core import (
     UnifiedTreeNode,
 )
 from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import (
-    DropSubtreeNoHostResult,
+    BaseEvictionResult,
     EvictDeviceLeafResult,
     InsertStepResult,
 )
@@ -38,6 +42,15 @@ from sglang_elora.host.adapter_node import FULL, AdapterNode
 from sglang_elora.host.ordered_tree_core import OrderedTreeCore
 from sglang_elora.policy import Item
 from sglang_elora.tree import AdapterForest, LeafOrder, adapter_of
+
+Freed = tuple[
+    dict[ComponentType, int],
+    dict[ComponentType, list[torch.Tensor]],
+    dict[ComponentType, list[torch.Tensor]],
+    list[CacheAction | ComponentAction],
+]
+"""What an eviction adds to: tokens, slots of the device, slots of the host, and what SGLang's cache
+has to do for it."""
 
 CHURN_S = 10.0
 """An adapter that comes back within this time of its eviction should not have been evicted."""
@@ -120,7 +133,7 @@ class EloraTreeCore(OrderedTreeCore):
     def _match_on_device(self, root: UnifiedTreeNode, key: RadixKey) -> MatchResult:
         """SGLang's match for one component and no host tier, where all of its cases are one."""
         node, length, page_size = root, len(key), self.page_size
-        values, matched, actions = [], 0, []
+        matched, actions = 0, []
         while matched < length:
             child = node.children.get(key.child_key_at(matched, page_size))
             if child is None:
@@ -130,7 +143,6 @@ class EloraTreeCore(OrderedTreeCore):
             if not is_whole:
                 child, action = self._split_node(child.key, child, shared)
                 actions += [] if action is None else [action]
-            values.append(child.component_data[FULL].value)
             node, matched = child, matched + shared
             if not is_whole:
                 break
@@ -138,16 +150,34 @@ class EloraTreeCore(OrderedTreeCore):
         while visited is not None:  # as SGLang dates a path: its end is the youngest
             visited.last_access_time = time
             visited, time = visited.parent, time - 0.00001
-        indices = torch.cat(values) if values else self._no_slots
         found = node.id
         return MatchResult(
-            indices, found, found, found, full_kv_hit_length=matched, cache_actions=actions
+            matched,
+            found,
+            found,
+            found,
+            full_kv_hit_length=matched,
+            cache_actions=actions,
+            last_visited_node_id=None if node is root else found,
         )
+
+    def collect_full_device_indices(
+        self, from_node_id: NodeId, until_node_id: NodeId
+    ) -> torch.Tensor:
+        """The slots of the KV on a path, without those of the adapter that it begins at.
+
+        SGLang reads a request's row off its path up to the root of all namespaces.
+        """
+        until = self.node_by_id(until_node_id)
+        if until is self._tree_root:
+            until = self._root_of(self.node_by_id(from_node_id).key.extra_key)
+        slots: torch.Tensor = super().collect_full_device_indices(from_node_id, until.id)
+        return slots
 
     def begin_insert(self, params: InsertParams) -> InsertStepResult:
         root = self._root_of(params.key.extra_key)
-        if not params.chunked:
-            root.hit_count += 1  # as each node on the path
+        if params.inserted_len == 0:
+            root.hit_count += 1  # once per request, as each node on the path
         return self._walk_from(root, super().begin_insert, params)
 
     def match_full_device_prefix(self, key: RadixKey) -> tuple[int, NodeId, int]:
@@ -254,7 +284,7 @@ class EloraTreeCore(OrderedTreeCore):
         if not isinstance(node, AdapterNode):
             return super().evict_device_leaf(node_id, is_write_back)
         result = EvictDeviceLeafResult()
-        self.evict_at_once(node, result.tracker, result.device_frees, result.host_frees)
+        self.evict_at_once(node, *parts_of(result))
         return result
 
     def evict_at_once(
@@ -263,6 +293,7 @@ class EloraTreeCore(OrderedTreeCore):
         tracker: dict[ComponentType, int],
         device_frees: dict[ComponentType, list[torch.Tensor]],
         host_frees: dict[ComponentType, list[torch.Tensor]],
+        cache_actions: list[CacheAction | ComponentAction],
     ) -> bool:
         """Evict a leaf of the device; False if its KV has to be copied to the host first."""
         assert self._is_device_leaf(leaf), f"node {leaf.id} is not a leaf"
@@ -271,7 +302,7 @@ class EloraTreeCore(OrderedTreeCore):
         is_alone = not isinstance(leaf, AdapterNode) and not leaf.backuped
         if is_alone and self.is_write_back and self._is_worth_host_copy(leaf):
             return False
-        self._take_off_device(leaf, tracker, device_frees, host_frees)
+        self._take_off_device(leaf, tracker, device_frees, host_frees, cache_actions)
         return True
 
     def _take_off_device(
@@ -280,6 +311,7 @@ class EloraTreeCore(OrderedTreeCore):
         tracker: dict[ComponentType, int],
         device_frees: dict[ComponentType, list[torch.Tensor]],
         host_frees: dict[ComponentType, list[torch.Tensor]],
+        cache_actions: list[CacheAction | ComponentAction],
     ) -> None:
         if isinstance(leaf, AdapterNode):
             tracker[FULL] += len(leaf.slots)
@@ -288,9 +320,11 @@ class EloraTreeCore(OrderedTreeCore):
             leaf.adapter.evicted_s = time.monotonic()
             self.note_eviction(leaf)
         elif leaf.backuped:
-            self._demote(leaf, tracker, device_frees, host_frees)
+            self._demote(leaf, tracker, device_frees, host_frees, cache_actions)
         else:
-            self._delete_unbacked_device_leaf(leaf, tracker, device_frees, host_frees)
+            self._delete_unbacked_device_leaf(
+                leaf, tracker, device_frees, host_frees, cache_actions
+            )
 
     def _is_retired(self, item: Item) -> bool:
         return item.group is not None and self.forest.get(item.group).retired
@@ -352,9 +386,9 @@ class EloraTreeCore(OrderedTreeCore):
             self.inc_full_pin(node.id)
         self._update_evictable_leaf_sets(node)
 
-    def displace(self, uid: str) -> DropSubtreeNoHostResult:
+    def displace(self, uid: str) -> BaseEvictionResult:
         """Take back the slots that ``place`` gave and nobody has used."""
-        result, node = DropSubtreeNoHostResult(), self.node_of(uid)
+        result, node = BaseEvictionResult(), self.node_of(uid)
         if node.adapter.pinned and node.adapter.resident:
             self.dec_full_pin(node.id)
         assert self._is_device_leaf(node), f"adapter {uid} is in use"
@@ -446,3 +480,8 @@ class EloraTreeCore(OrderedTreeCore):
         while node is not None and node is not ancestor:
             node = node.parent
         return node is ancestor
+
+
+def parts_of(result: BaseEvictionResult) -> Freed:
+    """The parts of a step's result, which SGLang's cache drains (``_apply_eviction_result``)."""
+    return result.tracker, result.device_frees, result.host_frees, result.cache_actions

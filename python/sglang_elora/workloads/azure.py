@@ -9,7 +9,7 @@ import csv
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from sglang_elora.workloads.assignment import DEFAULT, Assignment, bad_row
@@ -119,4 +119,4 @@ def _seconds(path: Path, line: int, text: str) -> float:
         moment = datetime.fromisoformat(whole.partition("+")[0].rstrip("Z"))
     except ValueError:
         raise bad_row(path, line, f"{text!r} is not a time like 2023-11-16 18:15:46.68") from None
-    return moment.replace(tzinfo=timezone.utc).timestamp() + float(f"0.{digits or 0}")
+    return moment.replace(tzinfo=UTC).timestamp() + float(f"0.{digits or 0}")

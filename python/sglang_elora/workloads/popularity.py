@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from enum import Enum
+from enum import StrEnum
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
 
-class Law(str, Enum):
+class Law(StrEnum):
     """Shares of the adapters by rank r = 0, 1, ..., n - 1; ``skew`` is the law's one number."""
 
     ZIPF = "zipf"  # (1 + r) ** -skew
