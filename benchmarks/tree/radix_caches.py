@@ -20,11 +20,12 @@ def sglang() -> Any:
         from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
         from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+        from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
         from sglang.srt.mem_cache.radix_cache import RadixKey
         from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
         from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-        from sglang_elora.host.radix_cache import register_backend, use_elora_tree
+        from sglang_elora.host.radix_cache import EloraRadixCache, register_backend, use_elora_tree
 
         register_backend()
     return SimpleNamespace(
@@ -33,6 +34,8 @@ def sglang() -> Any:
         TokenToKVPoolAllocator=TokenToKVPoolAllocator,
         PagedTokenToKVPoolAllocator=PagedTokenToKVPoolAllocator,
         CacheInitParams=CacheInitParams,
+        EloraRadixCache=EloraRadixCache,
+        ReqToTokenPool=ReqToTokenPool,
         RadixKey=RadixKey,
         ComponentType=ComponentType,
         UnifiedRadixCache=UnifiedRadixCache,
@@ -71,9 +74,10 @@ class Cache:
             if page_size == 1
             else self._sglang.PagedTokenToKVPoolAllocator(num_slots, page_size, **options)
         )
+        self.rows = self._sglang.ReqToTokenPool(8, 4096, device, False)
         self.params = params = self._sglang.CacheInitParams(
             disable=False,
-            req_to_token_pool=None,
+            req_to_token_pool=self.rows,
             token_to_kv_pool_allocator=self.allocator,
             page_size=page_size,
             eviction_policy=policy,
@@ -81,9 +85,10 @@ class Cache:
         )
         if core == "elora":
             self._sglang.use_elora_tree(params)
+            self.tree = self._sglang.EloraRadixCache(params)
         else:
             params.tree_core_backend = core
-        self.tree = self._sglang.UnifiedRadixCache(params)
+            self.tree = self._sglang.UnifiedRadixCache(params)
 
     def insert(self, tokens: Sequence[int], namespace: str | None = None) -> bool:
         """Cache the KV of ``tokens``, as a finished request does; False if slots ran out."""

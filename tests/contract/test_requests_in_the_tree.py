@@ -1,0 +1,156 @@
+"""A request's KV goes into the tree, and room is made for it, by SGLang's own calls."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from adapter_cache import AdapterCache
+from radix_caches import Cache
+from sglang_elora.policy import Expectation
+from sglang_elora.tree import namespace_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of what SGLang imports
+
+PROMPT, ANSWER = list(range(10)), list(range(100, 106))
+
+
+@pytest.fixture
+def cache() -> Iterator[AdapterCache]:
+    from sglang_elora.host.measure import Measure
+    from sglang_elora.policy import Elora
+
+    made = AdapterCache()
+    made.core.use_policy(Elora(Measure(made.tree).costs, made.core.is_held), 400)
+    for uid in ("a", "b"):
+        made.add(uid, 30)
+        assert made.load(uid)
+    yield made
+    made.check()
+
+
+class Request:
+    """SGLang's ``Req`` with a row of slots, as its scheduler handles it."""
+
+    def __init__(self, cache: AdapterCache, uid: str, session: str | None = None) -> None:
+        from sglang.srt.managers.schedule_batch import Req
+        from sglang.srt.sampling.sampling_params import SamplingParams
+
+        self.cache, self.tree = cache, cache.tree
+        prompt = array("q", PROMPT)
+        self.req = Req("rid", "", prompt, SamplingParams(), extra_key=namespace_of(uid))
+        self.req.session_id = session
+        self.req.init_next_round_input(self.tree)
+        self.req.lock = self.tree.lock(self.req.last_node)
+        self.req.kv.req_pool_idx = cache.rows.free_slots.pop()
+        self.row = cache.rows.req_to_token[self.req.kv.req_pool_idx]
+        held = self.tree.prefix_device_indices(self.req)
+        self.row[: len(held)] = held.to(torch.int32)
+        self._compute(len(PROMPT) - len(held))
+
+    def _compute(self, num_tokens: int) -> None:
+        first = int(self.req.kv.kv_allocated_len) or self.req.prefix_len
+        slots = self.cache.allocator.alloc(num_tokens)
+        self.row[first : first + num_tokens] = slots.to(torch.int32)
+        self.req.kv.kv_allocated_len = first + num_tokens
+
+    def checkpoint(self) -> None:
+        self.req.refresh_fill_ids()
+        self.tree.checkpoint(self.req, up_to=self.req.kv.kv_allocated_len)
+
+    def answer(self) -> None:
+        from sglang.srt.managers.schedule_batch import FINISH_LENGTH
+
+        self.req.output_ids = array("q", ANSWER)
+        self._compute(len(ANSWER))
+        self.req.finished_reason = FINISH_LENGTH(len(ANSWER))
+        self.checkpoint()
+        self.tree.unlock(self.req.lock)
+        self.cache.rows.free_slots.append(self.req.kv.req_pool_idx)
+
+    @property
+    def slots(self) -> list[int]:
+        slots: list[int] = self.row[: self.req.kv.kv_allocated_len].tolist()
+        return slots
+
+
+def test_a_requests_row_never_holds_slots_of_its_adapter(cache: AdapterCache) -> None:
+    """They lie on its path up to the root; put into a row, they would be attended to as KV."""
+    adapter = set(cache.core.node_of("a").slots.tolist())
+    request = Request(cache, "a")
+    for step in (request.checkpoint, request.answer):
+        step()
+        path = cache.tree.path_device_indices(request.req.last_node).tolist()
+        assert path == request.slots
+        assert not adapter & set(path)
+    again = Request(cache, "a")
+    assert again.req.prefix_len == len(PROMPT) - 1
+    assert again.slots[:-1] == request.slots[: len(PROMPT) - 1]
+    again.answer()
+
+
+def test_a_request_is_one_hit_of_its_adapter(cache: AdapterCache) -> None:
+    for num_requests in (1, 2, 3):
+        request = Request(cache, "a")
+        request.checkpoint()
+        request.checkpoint()
+        request.answer()
+        assert cache.core.node_of("a").hit_count == num_requests
+    assert cache.core.node_of("b").hit_count == 0
+
+
+def test_a_turn_ends_with_its_request(cache: AdapterCache) -> None:
+    request = Request(cache, "a", session="s")
+    request.checkpoint()
+    assert len(cache.core.sessions) == 0, "its prompt is no turn"
+    request.answer()
+    assert len(cache.core.sessions) == 1
+    found = cache.match([*PROMPT, *ANSWER, 7], namespace_of("a"))
+    end = cache.core.node_by_id(found.last_device_node)
+    path = [node.item for node in cache.core.path_of(end)]
+    assert found.device_prefix_len == len(PROMPT) + len(ANSWER)
+    assert [item.num_slots for item in path] == [len(ANSWER), len(PROMPT), 30]
+    assert {item.expectation for item in path} == {Expectation.ALIVE}
+    Request(cache, "a").answer()
+    assert len(cache.core.sessions) == 1, "of no session"
+
+
+@pytest.mark.parametrize("policy", ["lru", "priority"])
+def test_an_allocation_evicts_what_it_lacks(policy: str) -> None:
+    """SGLang's walk may take all that can be evicted, and asks after each leaf whether it is
+    enough."""
+    for core in ("python", "elora"):
+        cache = Cache(core, 100, policy)
+        for first in range(0, 1000, 100):
+            cache.insert(range(first, first + 10))
+        evicted = cache.tree.evict_for_alloc(_evict_params(15))
+        assert evicted.num_tokens_evicted == 20
+        assert cache.allocator.available_size() == 20
+
+
+def test_an_allocator_that_keeps_some_back_is_given_more() -> None:
+    cache = Cache("elora", 100)
+    for first in range(0, 1000, 100):
+        cache.insert(range(first, first + 10))
+    allocator: Any = cache.allocator
+    available = allocator.available_size
+    allocator.available_size = lambda: max(0, available() - 25)
+    cache.tree.evict_for_alloc(_evict_params(15))
+    assert allocator.available_size() == 15, "40 are free, 25 of them are kept back"
+
+
+def _evict_params(num_tokens: int) -> Any:
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+    return EvictParams(num_tokens=num_tokens)
+
+
+def test_to_touch_a_prefix_splits_no_node_where_a_policy_orders(cache: AdapterCache) -> None:
+    cache.chat(PROMPT, "a")
+    num_nodes = len(cache.core._node_arena)
+    cache.tree.touch_prefix(cache._key(PROMPT[:4], namespace_of("a")))
+    assert len(cache.core._node_arena) == num_nodes
