@@ -82,8 +82,8 @@ def contents(root: Any) -> tuple[Counter[str | None], Counter[str | None]]:
 
 
 def adapter_of(namespace: str | None) -> str | None:
-    """Stock's namespace is the id, ELORA's is ``lora/<id>/``."""
-    return namespace and namespace.removeprefix("lora/").removesuffix("/")
+    """Stock's namespace is the id, ELORA's is ``lora//<id>``."""
+    return namespace and namespace.removeprefix("lora//")
 
 
 def device_bytes(scheduler: Any) -> dict[str, int]:

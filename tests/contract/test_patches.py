@@ -15,6 +15,7 @@ import subprocess
 import sys
 from array import array
 from collections import defaultdict
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,7 @@ from sglang_elora.host.patching import (
     patched_source,
     preflight,
 )
+from sglang_elora.tree import adapter_of, namespace_of
 
 FOLDER = Path(__file__).parents[2] / "patches"
 PATCHES = load_patches(FOLDER)
@@ -89,11 +91,13 @@ CHANGED = {  # patch -> module and functions
 }
 
 # Small alphabets make concatenations meet; the rest is what a caller may try on purpose.
-ADAPTERS = (None, "a", "b", "ab", "ba", "aab")
+IDS = ("0123456789abcdef" * 2, "fedcba9876543210" * 2)  # as SGLang draws them
+ADAPTERS = (None, "a", "b", "ab", "ba", "aab", *IDS)
 KEYS = (
     None,
     *("".join(key) for n in range(3) for key in itertools.product("ab/", repeat=n)),
-    *("lora/a/", "lora/a", "base/a", "lora/a/a", "base/", "lora/", "|elastic_ep_size=2"),
+    *("lora/a/", "lora/a", "lora//a", "base/a", "base/a/", "lora/a/a", "base/", "lora/"),
+    *("|elastic_ep_size=2", f"x{IDS[0]}", f"lora//{IDS[0]}"),
 )
 
 
@@ -232,9 +236,27 @@ def test_a_request_sent_to_a_prefill_server_again_is_namespaced_once(seen: Any) 
 
 
 def test_adapter_ids_have_no_slash(seen: Any) -> None:
-    """What makes ``lora/<id>/<key>`` unambiguous."""
+    """What makes ``lora/<key>/<id>`` unambiguous."""
     for adapter_id in seen["adapter ids"]:
         assert re.fullmatch(r"[0-9a-f]{32}", adapter_id), adapter_id
+
+
+def test_kv_events_name_the_adapter_of_a_request_and_none_for_the_base_model(seen: Any) -> None:
+    """SGLang looks for the id at the end of the namespace."""
+    for pair, name in seen["names in events"].items():
+        adapter, _ = json.loads(pair)
+        assert name == (f"name of {adapter}" if adapter in IDS else None), pair
+
+
+def test_the_tree_reads_the_adapter_out_of_a_namespace(seen: Any) -> None:
+    for pair, namespace in seen["patched"].items():
+        adapter, key = json.loads(pair)
+        assert adapter_of(namespace) == adapter
+        assert adapter is None or namespace_of(adapter, key or "") == namespace
+
+
+def test_no_two_made_up_requests_share_a_namespace(seen: Any) -> None:
+    assert seen["property"] == "holds"
 
 
 def _sharing(namespaces: dict[str, str | None]) -> dict[str | None, list[Any]]:
@@ -247,6 +269,26 @@ def _sharing(namespaces: dict[str, str | None]) -> dict[str | None, list[Any]]:
 # The script.
 
 
+def _search_for_a_shared_namespace(request: Callable[[str | None, str | None], Any]) -> str:
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    pieces = st.sampled_from(["lora", "base", "/", "a", *IDS])  # of which namespaces are made
+    keys = st.none() | st.lists(pieces, max_size=6).map("".join) | st.text(max_size=4)
+    pairs = st.tuples(st.sampled_from([None, *IDS]), keys)
+
+    @settings(max_examples=300, deadline=None, database=None, derandomize=True)
+    @given(st.lists(pairs, min_size=20, max_size=20))
+    def search(some: list[tuple[str | None, str | None]]) -> None:
+        owners: dict[str | None, tuple[str | None, str]] = {}
+        for adapter, key in some:
+            namespace = request(adapter, key).extra_key
+            assert owners.setdefault(namespace, (adapter, key or "")) == (adapter, key or "")
+
+    search()
+    return "holds"
+
+
 def _observe() -> dict[str, Any]:
     from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
 
@@ -254,13 +296,16 @@ def _observe() -> dict[str, Any]:
     from sglang.srt.lora.lora_registry import LoRARef
     from sglang.srt.managers import schedule_batch
     from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.events import LoRANameTable
     from sglang.srt.sampling.sampling_params import SamplingParams
+
+    def request(adapter: str | None, key: str | None) -> Any:
+        tokens = array("q", [1])
+        return Req("rid", "", tokens, SamplingParams(), lora_id=adapter, extra_key=key)
 
     def requests() -> dict[str, Any]:
         return {
-            json.dumps((adapter, key)): Req(
-                "rid", "", array("q", [1]), SamplingParams(), lora_id=adapter, extra_key=key
-            )
+            json.dumps((adapter, key)): request(adapter, key)
             for adapter, key in itertools.product(ADAPTERS, KEYS)
         }
 
@@ -276,7 +321,14 @@ def _observe() -> dict[str, Any]:
         verdict["again"] = list(apply_patch(patch))
         verdict["applied after"] = is_applied(patch)
     patched = requests()
+    names = LoRANameTable()
+    for adapter in IDS:
+        names.register(lora_id=adapter, lora_name=f"name of {adapter}")
     return {
+        "property": _search_for_a_shared_namespace(request),
+        "names in events": {
+            pair: names.resolve(request.extra_key) for pair, request in patched.items()
+        },
         "patches": verdicts,
         "changed": changed,
         "same objects": Req is schedule_batch.Req

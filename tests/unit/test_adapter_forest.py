@@ -13,11 +13,11 @@ from sglang_elora.tree import Adapter, AdapterForest, adapter_of, namespace_of
     ("namespace", "uid"),
     [
         (None, None),
-        ("base/", None),
-        ("base/lora/a/", None),
-        ("lora/a/", "a"),
-        ("lora/a/extra", "a"),
-        ("lora/a/base/b/lora/c/", "a"),
+        ("base/x/", None),
+        ("base/lora//a/", None),
+        ("lora//a", "a"),
+        ("lora/extra/a", "a"),
+        ("lora/base/b/lora//c/a", "a"),
     ],
 )
 def test_adapter_of(namespace: str | None, uid: str | None) -> None:
@@ -25,7 +25,7 @@ def test_adapter_of(namespace: str | None, uid: str | None) -> None:
 
 
 def test_namespace_of() -> None:
-    assert namespace_of("a") == "lora/a/"
+    assert namespace_of("a") == "lora//a"
     assert adapter_of(namespace_of("a", "x/y")) == "a"
 
 

@@ -16,18 +16,18 @@ _LORA = "lora/"
 def adapter_of(namespace: str | None) -> str | None:
     """The adapter id in a request's cache namespace; None is the base model.
 
-    Namespaces are ``lora/<adapter id>/<extra key>``, ``base/<extra key>`` or None (patch 01). An
+    Namespaces are ``lora/<extra key>/<adapter id>``, ``base/<extra key>/`` or None (patch 01). An
     adapter id holds no slash, and SGLang draws a new one for every load, so it names the adapter
     and the version of its content.
     """
     if namespace is None or not namespace.startswith(_LORA):
         return None
-    return namespace[len(_LORA) : namespace.index("/", len(_LORA))]
+    return namespace.rpartition("/")[2]
 
 
 def namespace_of(uid: str, extra_key: str = "") -> str:
     """Inverse of ``adapter_of``."""
-    return f"{_LORA}{uid}/{extra_key}"
+    return f"{_LORA}{extra_key}/{uid}"
 
 
 @dataclass(slots=True, eq=False)
