@@ -163,7 +163,7 @@ CASES: dict[str, dict[str, Any]] = {
 def test_lora_kernels_of_any_batch_are_compiled_by_warm_up(serve: Any, name: str) -> None:
     server = serve(**CASES[name])
     for max_batch in (25, 32):  # captures of graphs come before the cache, so before warm-up
-        server.backend.init_cuda_graph_batch_info(max_batch, 1)
+        server.backend.init_decode_cuda_graph_batch_info(max_batch, 1)
         server.backend.init_prefill_cuda_graph_batch_info(max_batch)
         server.launches.keys.clear()
         server.backend.warm_up(server.planes)

@@ -281,7 +281,7 @@ def test_what_cannot_be_computed_is_refused(backends: Backends) -> None:
     with pytest.raises(NotImplementedError, match="embed_tokens or lm_head are refused"):
         backend.run_lora_a_sgemm(torch.zeros(4, 128), a, pruned_batch_info=None)
     with pytest.raises(NotImplementedError, match="set_batch"):
-        backend.prepare_lora_batch(None, [0], [8], [1.0], use_cuda_graph=False)
+        backend.prepare_lora_batch(None, [0], [8], [1.0], use_decode_cuda_graph=False)
 
 
 class Replays:
@@ -317,7 +317,7 @@ def test_graphs_compute_what_the_tables_hold_at_replay(
     backend = triton_backends.over(adapters[0].pool)
     graph = sglang.Graph[phase]
     if graph is sglang.Graph.DECODE:
-        backend.init_cuda_graph_batch_info(max_bs_in_cuda_graph=8, num_tokens_per_req=1)
+        backend.init_decode_cuda_graph_batch_info(max_bs_in_cuda_graph=8, num_tokens_per_req=1)
     else:
         backend.init_prefill_cuda_graph_batch_info(max_num_tokens=8, max_num_requests=5)
     replay = Replays(sglang.triton_backend, monkeypatch)
@@ -363,7 +363,7 @@ def test_deterministic_inference(triton_backends: Backends) -> None:
     """Bit by bit: a row alone, among many others, in a decode graph and in a prefill graph."""
     adapters = make_adapters(torch.float32, [24, 8, 64], seed=0)
     backend = triton_backends.over(adapters[0].pool, deterministic=True)
-    backend.init_cuda_graph_batch_info(max_bs_in_cuda_graph=8, num_tokens_per_req=1)
+    backend.init_decode_cuda_graph_batch_info(max_bs_in_cuda_graph=8, num_tokens_per_req=1)
     backend.init_prefill_cuda_graph_batch_info(max_num_tokens=200, max_num_requests=5)
     generator = torch.Generator().manual_seed(0)
     x, base = torch.randn(1, 96, generator=generator), torch.randn(1, 256, generator=generator)

@@ -27,6 +27,11 @@ def host() -> Any:
         warnings.simplefilter("ignore")
         from sglang.srt.model_executor.forward_batch_info import ForwardMode
         from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+        from sglang.srt.model_executor.runner.decode_cuda_graph_runner import (
+            DecodeCudaGraphRunner,
+            _lora_backend_skips_inactive,
+        )
+        from sglang.srt.model_executor.runner_utils import capture_mode
 
         from sglang_elora.host import triton_backend
         from sglang_elora.host.lora_manager import EloraLoRAManager
@@ -35,6 +40,9 @@ def host() -> Any:
         mode=ForwardMode,
         triton_backend=triton_backend,
         manager=EloraLoRAManager,
+        capture_mode=capture_mode,
+        decode_runner=DecodeCudaGraphRunner,
+        skips=_lora_backend_skips_inactive,
         torch_backend=EloraTorchBackend,
         forward_over=lambda pool: forward_context(
             ForwardContext(attn_backend=SimpleNamespace(token_to_kv_pool=pool))
@@ -51,7 +59,7 @@ class Server:
         self.manager = object.__new__(host.manager)  # of what its constructor sets, without a model
         self.manager.residency = self.manager._measure = None
         self.manager.max_adapters_in_batch, self.manager.lora_refs = 0, {}
-        self.manager.enable_dp_attention = False
+        self.manager.attn_dp_enabled = False
         self.manager.base_model = torch.nn.Module()
         self.manager.lora_backend = self.backend(host.triton_backend.EloraTritonBackend)
 
@@ -73,6 +81,14 @@ class Server:
             )
         )
         return self.manager.lora_backend.get_batch_info()
+
+    def capture(self, mode: str, variant: str | None) -> Any:
+        """What SGLang's runner captures a graph over, and which of two."""
+        with (
+            self.host.capture_mode.model_capture_mode(),
+            self.host.capture_mode.capture_lora_variant(variant),
+        ):
+            return self.prepare(mode, [None] * ROWS, [1] * ROWS)
 
     def build_cache(self) -> None:
         self.manager.bind(self.world.residency, self.world.measure)
@@ -142,8 +158,8 @@ def test_graphs_captured_before_the_cache_replay_what_later_batches_say(
 ) -> None:
     manager, world = server.manager, server.world
     manager.init_prefill_cuda_graph_batch_info(max_num_tokens=ROWS, max_num_requests=ROWS)
-    manager.init_cuda_graph_batch_info(max_bs_in_cuda_graph=ROWS, num_tokens_per_req=1)
-    captured = server.prepare(mode, [None] * ROWS, [1] * ROWS)
+    manager.init_decode_cuda_graph_batch_info(max_bs_in_cuda_graph=ROWS, num_tokens_per_req=1)
+    captured = server.capture(mode, "lora" if mode == "DECODE" else None)
     assert captured.graph and captured.has_active_lora, "the graph would have no LoRA kernels"
     x, output = torch.zeros(ROWS, WIDTH), torch.zeros(ROWS, WIDTH)
     run(manager.lora_backend, x, output)
@@ -163,10 +179,14 @@ def test_graphs_captured_before_the_cache_replay_what_later_batches_say(
         output.copy_(base)
         waits = any(name in world.residency.copies for name in ids if name is not None)
         world.measure.has_waited = False
-        assert server.prepare(mode, ids, [1] * len(ids)).tables is captured.tables
+        prepared = server.prepare(mode, ids, [1] * len(ids))
         assert world.measure.has_waited == waits
-        for launch in graph:
-            launch()
+        if mode == "DECODE" and not any(ids):
+            assert prepared is None, "SGLang replays the graph without LoRA kernels"
+        else:
+            assert prepared.tables is captured.tables
+            for launch in graph:
+                launch()
         reference.set_batch(
             [(None if name is None else world.residency.paged(name), 1) for name in ids]
             + [(None, ROWS - len(ids))]
@@ -179,17 +199,37 @@ def test_graphs_captured_before_the_cache_replay_what_later_batches_say(
     world.check()
 
 
+def test_decode_is_captured_with_lora_kernels_and_without(server: Server) -> None:
+    """As SGLang's runner captures both, and replays by the adapters that a batch names."""
+    manager = server.manager
+    runner = object.__new__(server.host.decode_runner)
+    runner.record_nolora_graph = server.host.skips(SimpleNamespace(lora_manager=manager))
+    assert runner.record_nolora_graph
+    manager.init_decode_cuda_graph_batch_info(max_bs_in_cuda_graph=ROWS, num_tokens_per_req=1)
+    active = {}
+    for variant in ("lora", "nolora"):
+        captured = server.capture("DECODE", variant)
+        active[variant] = captured is not None and captured.has_active_lora
+    assert active == {"lora": True, "nolora": False}
+
+    server.build_cache()
+    server.bring(uid(0))
+    for ids in ([None], [None] * ROWS, [uid(0)], [None, uid(0)]):
+        prepared = server.prepare("DECODE", ids, [1] * len(ids))
+        variant = runner._resolve_lora_variant(SimpleNamespace(lora_ids=ids))
+        assert active[variant] == (prepared is not None and prepared.has_active_lora)
+
+
 def test_batches_that_graphs_may_replay_reach_their_tables(server: Server) -> None:
-    """Also one without adapters: the graph would compute those of the batch before."""
-    server.manager.init_cuda_graph_batch_info(max_bs_in_cuda_graph=4, num_tokens_per_req=1)
+    """Also prefill without adapters: the graph would compute those of the batch before."""
+    server.manager.init_decode_cuda_graph_batch_info(max_bs_in_cuda_graph=4, num_tokens_per_req=1)
     server.manager.init_prefill_cuda_graph_batch_info(max_num_tokens=16, max_num_requests=2)
     server.build_cache()
     server.bring(uid(0))
 
     decode = server.prepare("DECODE", [uid(0), None], [1, 1])
     assert decode.graph and decode.tables.num_tiles == 1 and decode.tables.rows[0] == 0
-    again = server.prepare("DECODE", [None, None], [1, 1])
-    assert again.tables is decode.tables and not decode.tables.tiles.any()
+    assert server.prepare("DECODE", [None, None], [1, 1]) is None  # another graph's
 
     prefill = server.prepare("EXTEND", [uid(0), None], [3, 9])
     assert prefill.graph and prefill.tables is not decode.tables
@@ -208,7 +248,7 @@ def test_batches_that_graphs_may_replay_reach_their_tables(server: Server) -> No
 def test_dummy_batches_beyond_all_graphs_need_no_cache(mode: str, server: Server) -> None:
     """SGLang's warm-up runs a forward pass over base-model rows, with graphs or without."""
     assert server.prepare(mode, [None] * ROWS, [1] * ROWS) is None
-    server.manager.init_cuda_graph_batch_info(max_bs_in_cuda_graph=4, num_tokens_per_req=1)
+    server.manager.init_decode_cuda_graph_batch_info(max_bs_in_cuda_graph=4, num_tokens_per_req=1)
     assert server.prepare(mode, [None] * ROWS, [1] * ROWS) is None
 
 

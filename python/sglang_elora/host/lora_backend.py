@@ -15,6 +15,7 @@ import torch
 from sglang.srt.lora.backend.base_backend import BaseLoRABackend
 from sglang.srt.lora.backend.lora_registry import register_lora_backend
 from sglang.srt.server_args import ServerArgs
+from typing_extensions import override
 
 from sglang_elora.pages import KVPlanes, ModuleShape, PagedAdapter, WeightRef
 from sglang_elora.swapper import AdapterCopy
@@ -86,14 +87,17 @@ class PagedLoRABackend(BaseLoRABackend):
         for copy in copies if graph is not None else ():
             copy.wait()
 
+    @override
     def prepare_lora_batch(self, *_: Any, **__: Any) -> None:
         """Refused: SGLang's does nothing, so the last batch's adapters would be computed again."""
         raise NotImplementedError(f"{self.name} takes its batches from set_batch")
 
+    @override
     def run_lora_a_embedding(self, *_: Any, **__: Any) -> torch.Tensor:
         """Refused: SGLang's returns nothing."""
         raise NotImplementedError(_NO_EMBEDDINGS)
 
+    @override
     def run_lora_a_sgemm(
         self, x: torch.Tensor, weights: WeightRef, *_: Any, **options: Any
     ) -> torch.Tensor:
@@ -111,6 +115,7 @@ class PagedLoRABackend(BaseLoRABackend):
             raise NotImplementedError(_NO_EMBEDDINGS)
         return self._shrink_when_there(x, weights)
 
+    @override
     def run_lora_b_sgemm(
         self,
         x: torch.Tensor,
@@ -129,6 +134,7 @@ class PagedLoRABackend(BaseLoRABackend):
         """
         return self.expand(x, weights, base_output)
 
+    @override
     def run_qkv_lora(
         self, x: torch.Tensor, qkv_lora_a: WeightRef, qkv_lora_b: WeightRef, **options: Any
     ) -> torch.Tensor:
@@ -136,6 +142,7 @@ class PagedLoRABackend(BaseLoRABackend):
             self._shrink_when_there(x, qkv_lora_a), qkv_lora_b, options["base_output"]
         )
 
+    @override
     def run_gate_up_lora(
         self, x: torch.Tensor, gate_up_lora_a: WeightRef, gate_up_lora_b: WeightRef, **options: Any
     ) -> torch.Tensor:

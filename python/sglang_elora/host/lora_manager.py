@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.lora.lora import LoRAAdapter
 from sglang.srt.lora.lora_manager import LoRAManager
-from sglang.srt.lora.utils import EMBEDDING_NAMES, generate_sequence_lengths
+from sglang.srt.lora.utils import (
+    EMBEDDING_NAMES,
+    capturing_lora_graph,
+    generate_sequence_lengths,
+)
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from typing_extensions import override
 
 from sglang_elora.adapters import (
     content_digest,
@@ -59,23 +64,22 @@ class EloraLoRAManager(LoRAManager):
         self._shapes = self.memory_pool.module_shapes(self.lora_modules)
         max_rank = kwargs.get("max_lora_rank") or max(self.max_lora_rank, MAX_RANK)
         self.lora_backend.set_model(
-            self._shapes, self.dtype, max_rank=max_rank, tp_size=self.tp_size
+            self._shapes, self.dtype, max_rank=max_rank, tp_size=self.memory_pool.tp_size
         )
         self.memory_pool.max_rank = self.lora_backend.max_rank
 
+    @override
     def init_lora_shapes(self, *args: Any, **kwargs: Any) -> None:
         super().init_lora_shapes(*args, **kwargs)
         # "all" names them too; adapters that have them were refused.
         self.target_modules: set[str] = self.target_modules - set(EMBEDDING_NAMES)
 
+    @override
     def init_memory_pool(self) -> None:
         self.memory_pool = PagedLoRAPool(
             base_hf_config=self.base_hf_config,
             max_loras_per_batch=1,  # a slab's slots; there are none
             dtype=self.dtype,
-            tp_size=self.tp_size,
-            tp_rank=self.tp_rank,
-            attn_tp_size=self.attn_tp_size,
             max_lora_rank=max(self.max_lora_rank, 1),
             target_modules=self.target_modules,
             base_model=self.base_model,
@@ -105,6 +109,7 @@ class EloraLoRAManager(LoRAManager):
                 "start the server again"
             )
 
+    @override
     def load_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
         """Load an adapter on all tensor-parallel ranks or on none. Reading its weights begins."""
         result = self._agree_on_load(lora_ref, super().load_lora_adapter(lora_ref))
@@ -112,6 +117,7 @@ class EloraLoRAManager(LoRAManager):
             self.residency.host.request(lora_ref.lora_id)
         return result
 
+    @override
     def load_lora_adapter_from_tensors(
         self, lora_ref: LoRARef, *args: Any, **kwargs: Any
     ) -> LoRAUpdateOutput:
@@ -142,6 +148,7 @@ class EloraLoRAManager(LoRAManager):
         num_slots = self.residency.forest.get(uid).num_slots
         return repr((num_slots, sorted(self.configs[uid].hf_config.items())))
 
+    @override
     def load_lora_weights(self, lora_ref: LoRARef) -> None:
         """Make an adapter known by its configuration and the headers of its file.
 
@@ -152,6 +159,7 @@ class EloraLoRAManager(LoRAManager):
             with self._forgetting_on_error(lora_ref):
                 self._take_in(self._source_of(lora_ref))
 
+    @override
     def load_lora_weights_from_tensors(
         self, lora_ref: LoRARef, tensors: Mapping[str, torch.Tensor]
     ) -> None:
@@ -169,15 +177,18 @@ class EloraLoRAManager(LoRAManager):
             )
             self._take_in(source)
 
+    @override
     def validate_lora_batch(self, lora_ids: set[str | None]) -> bool:
         """Always: admission has secured each adapter's slots."""
         return True
 
+    @override
     def fetch_new_loras(
         self, new_loras: set[str | None], running_loras: set[str | None] | None = None
     ) -> None:
         """Nothing: ``prepare_lora_batch``, which always follows, brings the weights."""
 
+    @override
     def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
         """Tell the backend which adapter computes which rows of the next forward pass.
 
@@ -187,7 +198,7 @@ class EloraLoRAManager(LoRAManager):
         ids = forward_batch.lora_ids
         distinct = sorted(set(ids) - {None})
         graph = self._graph_of(forward_batch)
-        if not distinct and graph is None:
+        if not distinct and self._runs_without_kernels(graph):
             self.lora_backend.reset_batch_state()
             return
         adapters, awaited = self._adapters_of(distinct)
@@ -222,6 +233,16 @@ class EloraLoRAManager(LoRAManager):
         if self._use_cuda_graph_batch(forward_batch):
             return Graph.DECODE
         return Graph.PREFILL if self.can_use_prefill_cuda_graph(forward_batch) else None
+
+    def _runs_without_kernels(self, graph: Graph | None) -> bool:
+        """Whether a batch without adapters launches no LoRA kernels.
+
+        SGLang captures decode twice, with them and without, and replays the second graph for such
+        a batch. It captures prefill once, with them, so such a batch fills the static tables.
+        """
+        if graph is Graph.DECODE:
+            return self.lora_backend.skip_inactive_dense_lora and not capturing_lora_graph()
+        return graph is None
 
     def _replays_prefill_graph(self, num_requests: int, num_tokens: int) -> bool:
         """Whether SGLang's rule for prefill graphs takes a batch of this size."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.lora.mem_pool import LoRAMemoryPool
 from sglang.srt.lora.utils import get_target_module_name
+from typing_extensions import override
 
 from sglang_elora.pages import AdapterImage, AdapterLayout, ModuleShape, WeightRef
 
@@ -31,6 +32,7 @@ class _Shaped(LoRAMemoryPool):
 
     _entry: Callable[[int, str, tuple[int, ...]], Any]  # (layer, module, shape)
 
+    @override
     def init_buffers(self, base_model: torch.nn.Module) -> None:
         self.base_model = base_model
         for buffers, shape_of in (
@@ -57,10 +59,12 @@ class PagedLoRAPool(_Shaped):
         device = next(self.base_model.parameters()).device
         return WeightRef(layer, module, shape, device)
 
+    @override
     def remove_lora(self, uid: str) -> None:
         """An adapter was unloaded. No slot of a slab became free."""
         self.on_removed(uid)
 
+    @override
     def can_support(self, config: LoRAConfig | Iterable[LoRAConfig]) -> bool:
         """Any rank fits pages, up to what the backend computes; the user's limit comes before."""
         configs = [config] if not isinstance(config, Iterable) else list(config)
@@ -143,9 +147,6 @@ class _Staging(_Shaped):
             base_hf_config=pool.base_hf_config,
             max_loras_per_batch=1,
             dtype=pool.dtype,
-            tp_size=pool.tp_size,
-            tp_rank=pool.tp_rank,
-            attn_tp_size=pool.attn_tp_size,
             max_lora_rank=rank,
             target_modules=pool.target_modules,
             base_model=pool.base_model,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
+from typing_extensions import override
 
 from sglang_elora.host.lora_backend import TRITON, Graph, PagedLoRABackend, Segment
 from sglang_elora.kernels import (
@@ -68,12 +69,13 @@ class EloraTritonBackend(PagedLoRABackend):
     """Two kernels per module, whatever adapters the batch has. Nothing waits for the device.
 
     Batches that CUDA graphs may replay are described in static memory, which every such batch
-    overwrites on the stream of the forward passes: also one without adapters, because the graph
-    computes what it finds there.
+    overwrites on the stream of the forward passes. A prefill batch without adapters does so too,
+    because the graph computes what it finds there; decode has a second graph for such batches.
     """
 
     name = TRITON
     supports_prefill_cuda_graph = True
+    skip_inactive_dense_lora = True  # capture decode a second time, without LoRA kernels
 
     def __init__(self, *args: Any, server_args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -90,7 +92,8 @@ class EloraTritonBackend(PagedLoRABackend):
         self._tp_size = tp_size
         self.max_rank: int = max_rank  # CUDA graphs are captured with room for it
 
-    def init_cuda_graph_batch_info(
+    @override
+    def init_decode_cuda_graph_batch_info(
         self, max_bs_in_cuda_graph: int, num_tokens_per_req: int
     ) -> None:
         max_rows = max_bs_in_cuda_graph * num_tokens_per_req
@@ -98,6 +101,7 @@ class EloraTritonBackend(PagedLoRABackend):
             max_rows, min(max_bs_in_cuda_graph, self.max_adapters), DECODE_TILE_ROWS
         )
 
+    @override
     def init_prefill_cuda_graph_batch_info(
         self, max_num_tokens: int, max_num_requests: int | None = None
     ) -> None:
@@ -128,6 +132,7 @@ class EloraTritonBackend(PagedLoRABackend):
         tables.load(batch)
         self.batch_info = LaunchedBatch(tables, batch.num_rows, max_rank, graph is not None)
 
+    @override
     def run_lora_a_sgemm(
         self, x: torch.Tensor, weights: WeightRef, *args: Any, **options: Any
     ) -> torch.Tensor:
