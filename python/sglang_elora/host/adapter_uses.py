@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.lora.lora_registry import LoRARegistry
 from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput, UnloadLoRAAdapterReqOutput
 from sglang.srt.runtime_context import get_lora
+from typing_extensions import override
 
 from sglang_elora.host.adapter_sources import keep_loaded
 
@@ -50,6 +51,7 @@ class AdapterUses(LoRARegistry):
         ids = (getattr(state.obj, "lora_id", None) for state in states)
         return Counter(uid for uid in ids if isinstance(uid, str))
 
+    @override
     async def acquire(self, lora_name: str | list[str]) -> str | list[str]:
         """The adapter ids of a request, which is about to carry them.
 
@@ -64,9 +66,11 @@ class AdapterUses(LoRARegistry):
         finally:
             self._acquiring.discard(token)
 
+    @override
     async def release(self, lora_id: str | list[str]) -> None:
         """Does nothing: a request's state names its adapter until it is removed."""
 
+    @override
     async def wait_for_unload(self, lora_id: str) -> None:
         """Return when no request uses the adapter, which takes no new ones any more.
 

@@ -21,6 +21,7 @@ from sglang_elora.host.crash_end import end_without_empty_diagnostics
 from sglang_elora.host.hook import Hook, When
 from sglang_elora.host.hooks import selected_hooks
 from sglang_elora.host.link import use_emulated_link
+from sglang_elora.host.overrides import override_problems
 from sglang_elora.host.patching import Patch, apply_patch, load_patches
 from sglang_elora.host.patching import preflight as preflight_patch
 from sglang_elora.host.seams import (
@@ -77,6 +78,8 @@ def preflight(config: EloraConfig) -> list[str]:
         problems += preflight_patch(patch)
     for hook in selected_hooks(config):
         problems += hook_problems(hook)
+    if config.enabled:
+        problems += override_problems()
     return problems
 
 

@@ -13,11 +13,13 @@ import torch
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from torch.nn.functional import scaled_dot_product_attention
+from typing_extensions import override
 
 
 class CpuAttention(TorchNativeAttnBackend):
     """``torch_native`` with another prefill, for causal attention without a window."""
 
+    @override
     def _run_sdpa_forward_extend(
         self,
         query: torch.Tensor,

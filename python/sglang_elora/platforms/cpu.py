@@ -14,6 +14,7 @@ from typing import Any
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
+from typing_extensions import override
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +28,12 @@ class EloraCpuPlatform(CpuDeviceMixin, SRTPlatform):
     device_name = "cpu"
     device_type = "cpu"
 
-    def get_device(self, local_rank: int = 0) -> str:
+    @override
+    def get_device(self, device_id: int = 0) -> str:
         """The device string; SGLang splits it at ':', so a torch.device will not do."""
         return "cpu"
 
+    @override
     def init_backend(self) -> None:
         """Called once in each worker, when SGLang's model runner is imported."""
         from sglang_elora.platforms.attention import use_cpu_attention
@@ -40,6 +43,7 @@ class EloraCpuPlatform(CpuDeviceMixin, SRTPlatform):
         use_plain_memory()
         use_plain_host_tier()
 
+    @override
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Defaults of the CPU: backends that need no GPU, no CUDA graphs."""
         if server_args.device is None:
@@ -57,20 +61,6 @@ class EloraCpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.hicache_io_backend = "direct"
             server_args.hicache_mem_layout = "layer_first"
 
+    @override
     def get_default_attention_backend(self) -> str:
         return "torch_native"
-
-    def get_mha_kv_pool_cls(self) -> Any:
-        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-
-        return MHATokenToKVPool
-
-    def get_mla_kv_pool_cls(self) -> Any:
-        from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
-
-        return MLATokenToKVPool
-
-    def get_paged_allocator_cls(self) -> Any:
-        from sglang_elora.platforms.allocator import allocator_for_page_size
-
-        return allocator_for_page_size

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeVar
 
 from sglang.lang.ir import SglExpr, SglFunction, SglGen, SglSelect, SglVariable
 from sglang.lang.tracer import StopTracing, TracerProgramState
+from typing_extensions import override
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class _State(TracerProgramState):
     calls: list[str | None]
     stream_executor: _Executor
 
+    @override
     def fork(
         self, size: int = 1, position_ids_offset: list[int] | None = None, lora_path: Any = None
     ) -> Any:
@@ -75,21 +77,25 @@ class _State(TracerProgramState):
             _as_ours(state, self.calls)
         return group
 
+    @override
     def get_var(self, name: str) -> Any:
         found = self.variables[name]
         if isinstance(found, list):  # of forks that have joined
             return [_Answer(variable.name, variable.source) for variable in found]
         return _Answer(found.name, found.source)
 
+    @override
     def text_iter(self, var_name: str | None = None) -> NoReturn:
         raise StopTracing
 
     text_async_iter = get_meta_info = text_iter
 
+    @override
     def _execute_gen(self, expr: SglGen) -> None:
         self._note(expr)
         super()._execute_gen(expr)
 
+    @override
     def _execute_select(self, expr: SglSelect) -> None:
         self._note(expr)
         super()._execute_select(expr)

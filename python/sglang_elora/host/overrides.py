@@ -1,0 +1,78 @@
+"""Whether SGLang's classes have the methods that our subclasses override.
+
+A method that SGLang renamed fails without an error: its class no longer calls ours. So each method
+of ours that overrides one of SGLang's is marked with ``typing_extensions.override``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+_OURS, _SGLANG = "sglang_elora", "sglang"
+_IMPORTED_LATER = (f"{_OURS}.host.torch_backend", f"{_OURS}.host.triton_backend")
+
+
+def override_problems() -> list[str]:
+    """Each override without a method to override, in the modules of this package loaded so far."""
+    for module in _IMPORTED_LATER:
+        importlib.import_module(module)
+    return [
+        f"{cls.__module__}.{cls.__qualname__}.{name} overrides nothing: no class of SGLang above "
+        "it has such a method"
+        for cls in subclasses_of_sglang()
+        for name, member in vars(cls).items()
+        if _is_marked(member) and not _is_overriding(cls, name)
+    ]
+
+
+def unmarked_overrides(classes: Iterable[type]) -> list[str]:
+    """Methods of ``classes`` that override one of SGLang's without saying so."""
+    return [
+        f"{cls.__module__}.{cls.__qualname__}.{name}"
+        for cls in classes
+        for name, member in vars(cls).items()
+        if _is_method(member) and not _is_special(name)
+        if _is_overriding(cls, name) and not _is_marked(member)
+    ]
+
+
+def subclasses_of_sglang() -> Iterator[type]:
+    """The classes of this package's loaded modules that are derived from a class of SGLang."""
+    for module in [m for name, m in sys.modules.items() if _is_in(_OURS, name)]:
+        for value in vars(module).values():
+            if isinstance(value, type) and value.__module__ == module.__name__:
+                if any(_is_in(_SGLANG, base.__module__) for base in value.__mro__):
+                    yield value
+
+
+def _is_overriding(cls: type, name: str) -> bool:
+    """Whether a base class outside this package has the name."""
+    return any(
+        name in vars(base)
+        for base in cls.__mro__[1:]
+        if base is not object and not _is_in(_OURS, base.__module__)
+    )
+
+
+def _is_in(package: str, module: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def _is_special(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
+
+
+def _functions(member: Any) -> list[Any]:
+    """What makes up a method: itself, what a class method or static method wraps, a getter."""
+    return [member, getattr(member, "__func__", None), getattr(member, "fget", None)]
+
+
+def _is_method(member: Any) -> bool:
+    return isinstance(member, (classmethod, staticmethod, property)) or callable(member)
+
+
+def _is_marked(member: Any) -> bool:
+    return any(getattr(function, "__override__", False) for function in _functions(member))
