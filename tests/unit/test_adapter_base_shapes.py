@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,29 @@ def test_base_from_a_folder(tmp_path: Path) -> None:
     assert base == BaseShapes.from_config(tiny_config("Llama"))
     shape = base.modules["model.layers.1.mlp.down_proj"]
     assert (shape.in_size, shape.out_size) == (INTERMEDIATE, HIDDEN)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
+        {"quant_method": "mxfp4"},
+    ],
+    ids=lambda config: str(config["quant_method"]),
+)
+def test_a_quantised_base_has_the_shapes_of_its_modules(
+    tmp_path: Path, quantization: dict[str, object]
+) -> None:
+    """Not those of its packed weights, which may also need packages that are not there."""
+    tiny_config("Llama").save_pretrained(str(tmp_path))
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": quantization}
+    path.write_text(json.dumps(config))
+    assert BaseShapes.from_pretrained(str(tmp_path)) == BaseShapes.from_config(tiny_config("Llama"))
 
 
 @pytest.mark.parametrize("content", ['{"model_type": "never_heard_of"}', "{", '{"x": 1}'])
