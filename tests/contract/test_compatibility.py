@@ -16,7 +16,9 @@ ATTENTION = ["qkv_proj", "o_proj"]
 
 # What is changed in the resolved arguments (or "env", "raw", "model") -> how its line begins.
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"enable_dp_attention": True}, "--enable-dp-attention: "),
+    ({"attn_dp_size": 2}, "--attn-dp-size 2 (or --enable-dp-attention): "),
+    ({"enable_kv_cache_sharding": True}, "--enable-kv-cache-sharding: "),
+    ({"enable_layernorm_sp": True}, "--enable-layernorm-sp: "),
     ({"pp_size": 2}, "--pp-size 2: "),
     ({"attn_cp_size": 2}, "--attn-cp-size 2 / --enable-prefill-cp: "),
     ({"enable_prefill_cp": True}, "--attn-cp-size 1 / --enable-prefill-cp: "),
@@ -64,6 +66,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dllm_algorithm": "LowConfidence"}, "--dllm-algorithm LowConfidence: "),
     ({"enable_priority_scheduling": True}, "--enable-priority-scheduling with preemption: "),
     ({"raw": {"lora_backend": "triton"}}, "--lora-backend triton: "),
+    ({"raw": {"lora_backend": "triton_v2"}}, "--lora-backend triton_v2: "),
+    ({"moe_runner_backend": "lora_triton"}, "--moe-runner-backend lora_triton: "),
+    ({"enable_nvidia_megakernel": True}, "--enable-nvidia-megakernel: "),
+    ({"enable_amd_monokernel": True}, "--enable-amd-monokernel: "),
     ({"enable_lora_overlap_loading": True}, "--enable-lora-overlap-loading: "),
     ({"lora_drain_wait_threshold": 0.5}, "--lora-drain-wait-threshold 0.5: "),
     ({"lora_use_virtual_experts": True}, "--lora-use-virtual-experts: "),
@@ -205,6 +211,43 @@ print(json.dumps([problems(resolve(*lora, *flags)), problems(resolve(*flags)),
     ]
     assert without == []
     assert len(implied) == 1
+
+
+def test_attention_that_is_data_parallel_is_refused_however_it_is_spelled(
+    run_python: RunPython, checkpoint: Path
+) -> None:
+    code = """
+lora = json.loads(sys.argv[2])
+spellings = [["--attn-dp-size", "2"], ["--enable-dp-attention", "--dp-size", "2"]]
+print(json.dumps([problems(resolve(*lora, "--tp-size", "2", *flags)) for flags in spellings]))
+"""
+    found = _in_process(run_python, checkpoint, code, json.dumps(LORA))
+    for (problem,) in found:
+        assert problem.startswith("  --attn-dp-size 2 (or --enable-dp-attention): ")
+
+
+def test_fields_that_rows_look_at_can_be_set_by_a_flag(
+    run_python: RunPython, checkpoint: Path
+) -> None:
+    """A field that no flag sets any more would never be refused."""
+    code = """
+from typing import get_type_hints
+from sglang.srt.server_args import ServerArgs
+fields = get_type_hints(ServerArgs, include_extras=True)
+source = Path(compatibility.__file__).read_text()
+looked_at = sorted({*re.findall(r"\\bcfg\\.([a-z]\\w*)", source),
+                    *re.findall(r'_raw_input\\["(\\w+)"\\]', source)})
+found = {name: name in fields and not any(getattr(argument, "no_cli", False)
+                                          for argument in fields[name].__metadata__)
+         for name in looked_at}
+print(json.dumps([found, fields["enable_dp_attention"].__metadata__[0].no_cli]))
+"""
+    found, can_fail = _in_process(
+        run_python, checkpoint, "import re\nfrom pathlib import Path" + code
+    )
+    assert can_fail and len(found) > 40
+    # SGLang derives this one from the model.
+    assert [name for name, settable in found.items() if not settable] == ["uses_mamba_radix_cache"]
 
 
 def test_adapter_events_need_a_stream(run_python: RunPython, checkpoint: Path) -> None:

@@ -298,7 +298,7 @@ def manager_of(made: World) -> Any:
     manager.residency = made.residency
     manager.configs, manager.loras, manager.lora_refs = {}, {}, {}
     manager.num_pinned_loras, manager.max_loras_per_batch = 0, 100
-    manager.enable_dp_attention = False
+    manager.attn_dp_enabled = False
     manager.device, manager.dtype = torch.device("cpu"), torch.float32
     manager.base_hf_config = SimpleNamespace(vocab_size=1000)
     manager._shapes = (ModuleShape("o_proj", WIDTH, (WIDTH,)),)

@@ -60,10 +60,10 @@ class Refusal:
 
 PARALLELISM = (
     Refusal(
-        "--enable-dp-attention",
-        lambda cfg: cfg.enable_dp_attention,
+        "--attn-dp-size {cfg.attn_dp_size} (or --enable-dp-attention)",
+        lambda cfg: cfg.attn_dp_size > 1,
         "its ranks hold different batches, so they would place adapters differently",
-        "use --dp-size without it, or run without --elora",
+        "use --dp-size alone, or run without --elora",
     ),
     Refusal(
         "--pp-size {cfg.pp_size}",
@@ -82,6 +82,17 @@ PARALLELISM = (
         lambda cfg: cfg.dcp_size > 1,
         "each rank's pool holds a part of the slots, an adapter needs all of its own",
         "use --tp-size, or run without --elora",
+    ),
+    Refusal(
+        "--enable-kv-cache-sharding",
+        lambda cfg: cfg.enable_kv_cache_sharding,
+        "each rank's pool holds a part of the pages, an adapter needs all of its own",
+        "use --tp-size, or run without --elora",
+    ),
+    Refusal(
+        "--enable-layernorm-sp",
+        lambda cfg: cfg.enable_layernorm_sp,
+        "it spreads a prompt's rows over ranks, the rows of adapters are not",
     ),
     Refusal(
         "--elastic-ep-backend {cfg.elastic_ep_backend}",
@@ -261,6 +272,21 @@ LORA = (
         "--lora-drain-wait-threshold {cfg.lora_drain_wait_threshold}",
         lambda cfg: cfg.lora_drain_wait_threshold > 0,
         "it drains slots that do not exist; a waiting request is passed by a bounded number",
+    ),
+    Refusal(
+        "--moe-runner-backend {cfg.moe_runner_backend}",
+        lambda cfg: cfg.moe_runner_backend.startswith("lora_"),
+        "LoRA on MoE experts is not served",
+    ),
+    Refusal(
+        "--enable-nvidia-megakernel",
+        lambda cfg: cfg.enable_nvidia_megakernel,
+        "its kernels replace the model's layers, and LoRA with them",
+    ),
+    Refusal(
+        "--enable-amd-monokernel",
+        lambda cfg: cfg.enable_amd_monokernel,
+        "its kernels replace the model's layers, and LoRA with them",
     ),
     Refusal(
         "--lora-use-virtual-experts",
