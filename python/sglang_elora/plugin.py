@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+_WITHOUT_ADAPTERS = ("sglang::detokenizer", "sglang::data_parallel_controller")
+
 
 def left_out(environ: Mapping[str, str]) -> str | None:
     """Which variable makes SGLang skip this package's plugins, and how; None if none does."""
@@ -27,10 +29,19 @@ def left_out(environ: Mapping[str, str]) -> str | None:
     return None
 
 
+def passes_messages_on() -> bool:
+    """Whether this is SGLang's detokenizer or data-parallel controller, by the title that SGLang
+    gives such a process before it loads plugins."""
+    import setproctitle
+
+    return setproctitle.getproctitle().startswith(_WITHOUT_ADAPTERS)
+
+
 def load() -> None:
     """Entry point ``sglang.srt.plugins``: install what the configuration selects.
 
-    Called by SGLang in every process, before the engine is built.
+    Called by SGLang in every process, before the engine is built. A process that only passes
+    messages on gets nothing installed, and so does not import the scheduler.
 
     Raises:
         SystemExit: The configuration is invalid, or a seam of SGLang is not as
@@ -40,6 +51,8 @@ def load() -> None:
         from sglang_elora.config import EloraConfig
 
         config = EloraConfig.from_env(os.environ)
+        if config.selects_anything and passes_messages_on():
+            return
         if config.emulates_link:
             from sglang_elora.platforms.selection import require_cpu_platform
 
