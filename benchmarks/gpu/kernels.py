@@ -244,7 +244,7 @@ def main() -> None:
 
     rates = {} if DRY_RUN else bandwidths()
     try:
-        import sglang.kernels.ops.gemm.chunked_sgmv_shrink  # noqa: F401
+        import sglang.kernels.ops.lora.dense.chunked_sgmv_shrink  # noqa: F401
 
         rivals: Any = True
     except Exception as error:  # noqa: BLE001  whatever keeps it from importing is a fact of the run

@@ -57,8 +57,12 @@ class Csgmv(Slabs):
     """As ``ChunkedSgmvLoRABackend`` launches them."""
 
     def __init__(self, world: World, shape: ModuleShape) -> None:
-        from sglang.kernels.ops.gemm.chunked_sgmv_expand import chunked_sgmv_lora_expand_forward
-        from sglang.kernels.ops.gemm.chunked_sgmv_shrink import chunked_sgmv_lora_shrink_forward
+        from sglang.kernels.ops.lora.dense.chunked_sgmv_expand import (
+            chunked_sgmv_lora_expand_forward,
+        )
+        from sglang.kernels.ops.lora.dense.chunked_sgmv_shrink import (
+            chunked_sgmv_lora_shrink_forward,
+        )
         from sglang.srt.lora.utils import LoRABatchInfo
 
         super().__init__(world, shape)
@@ -101,10 +105,10 @@ class Triton(Slabs):
     """As ``TritonLoRABackend`` launches them in decode: rows sorted by adapter."""
 
     def __init__(self, world: World, shape: ModuleShape) -> None:
-        from sglang.kernels.ops.gemm.gate_up_lora_b import gate_up_lora_b_fwd
-        from sglang.kernels.ops.gemm.qkv_lora_b import qkv_lora_b_fwd
-        from sglang.kernels.ops.gemm.sgemm_lora_a import sgemm_lora_a_fwd
-        from sglang.kernels.ops.gemm.sgemm_lora_b import sgemm_lora_b_fwd
+        from sglang.kernels.ops.lora.dense.gate_up_lora_b import gate_up_lora_b_fwd
+        from sglang.kernels.ops.lora.dense.qkv_lora_b import qkv_lora_b_fwd
+        from sglang.kernels.ops.lora.dense.sgemm_lora_a import sgemm_lora_a_fwd
+        from sglang.kernels.ops.lora.dense.sgemm_lora_b import sgemm_lora_b_fwd
         from sglang.srt.lora.utils import LoRABatchInfo
 
         super().__init__(world, shape)
