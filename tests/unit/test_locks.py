@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ def locked() -> list[Requirement]:
 
 def ranges() -> dict[str, list[Requirement]]:
     """What each extra of pyproject.toml asks for."""
-    tomllib: Any = pytest.importorskip("tomllib", reason="reads pyproject.toml")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return {
         extra: [Requirement(line) for line in lines if not line.startswith(project["name"])]

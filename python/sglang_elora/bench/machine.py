@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "sglang", "sglang-elora")
 
 def machine() -> dict[str, str]:
     return {
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": f"{os.cpu_count()} x {_cpu_model()}",
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},

@@ -117,7 +117,7 @@ class TokenizerControl:
     async def glance(self) -> StateMirror:
         """The state as of a moment ago; older if the schedulers take their time to answer."""
         if time.monotonic() - self._mirrored_s > FRESH_S:
-            with contextlib.suppress(NoAnswer, asyncio.TimeoutError):
+            with contextlib.suppress(NoAnswer, TimeoutError):
                 await asyncio.wait_for(self.refresh(), _PATIENCE_S)
         return self.mirror
 
