@@ -6,6 +6,7 @@ from pathlib import Path
 
 from run_python import RunPython
 from second_plugin import write_plugin
+from sglang_elora.config import SGLANG_PIN
 
 DOCTOR = ("-m", "sglang_elora.cli", "doctor")
 
@@ -14,7 +15,7 @@ def test_a_ready_machine(run_fresh_python: RunPython) -> None:
     result = run_fresh_python(*DOCTOR)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "FAIL" not in result.stdout
-    assert "[  ok] sglang: 0.5.21, as pinned" in result.stdout
+    assert f"[  ok] sglang: {SGLANG_PIN}, as pinned" in result.stdout
     assert "sglang.srt.lora.lora.LoRAAdapter.__init__" in result.stdout
     assert "01-cache-namespace.patch" in result.stdout
     assert "would be applied by --elora" in result.stdout

@@ -11,6 +11,7 @@ import pytest
 
 from run_python import RunPython
 from second_plugin import write_plugin
+from sglang_elora.config import SGLANG_PIN
 
 LAUNCH = ("-m", "sglang_elora.launch_server", "--elora", "--model-path", "no-such-model")
 TARGET = "sglang.srt.lora.lora.LoRAAdapter._normalize_weights"
@@ -37,7 +38,7 @@ def test_missing_hook_target(run_python: RunPython, tmp_path: Path) -> None:
     result = run_python(*LAUNCH, path=tmp_path)
     assert result.returncode != 0
     assert f"hook target {TARGET} is not there" in result.stderr
-    assert "sglang==0.5.21" in result.stderr
+    assert f"sglang=={SGLANG_PIN}" in result.stderr
 
 
 def test_changed_signature(run_python: RunPython, tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_changed_patched_file(run_python: RunPython, sglang_copy: Path) -> None:
     assert result.returncode != 0
     assert PATCHED_FILE in result.stderr
     assert "sha256" in result.stderr
-    assert "sglang==0.5.21" in result.stderr
+    assert f"sglang=={SGLANG_PIN}" in result.stderr
 
 
 def test_left_out_by_sglang_plugins(run_python: RunPython) -> None:

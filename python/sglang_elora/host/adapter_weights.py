@@ -1,6 +1,6 @@
 """Hook bodies that make SGLang compute what PEFT means, for adapters it would get wrong.
 
-Two PEFT features load without an error in SGLang 0.5.21 and give other outputs:
+Two PEFT features load without an error in SGLang 0.5.23 and give other outputs:
 rank-stabilised scaling, and adapters on part of a fused projection.
 """
 
