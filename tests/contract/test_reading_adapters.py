@@ -8,7 +8,7 @@ import shutil
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,7 +76,17 @@ def files(checkpoint: Path, models: Path) -> dict[str, Path]:
 
 
 @pytest.fixture
-def manager(checkpoint: Path, pins: Pins, monkeypatch: pytest.MonkeyPatch) -> Any:
+def one_rank() -> Iterator[None]:
+    """What SGLang's layers and pool ask for the sizes of tensor parallelism."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sglang.srt.runtime_context import get_parallel
+    with get_parallel().override(tp_size=1, tp_rank=0, attn_tp_size=1, attn_tp_rank=0):
+        yield
+
+
+@pytest.fixture
+def manager(checkpoint: Path, pins: Pins, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Our LoRA manager as far as it reads files: SGLang's layers, its loader and our pool."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -113,12 +123,7 @@ def manager(checkpoint: Path, pins: Pins, monkeypatch: pytest.MonkeyPatch) -> An
         max_adapters=8,
         server_args=SimpleNamespace(enable_deterministic_inference=False),
     )
-    here: dict[str, Any] = {
-        "bias": False,
-        "tp_rank": 0,
-        "tp_size": 1,
-        "params_dtype": torch.float32,
-    }
+    here: dict[str, Any] = {"bias": False, "params_dtype": torch.float32}
     layers = []
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
@@ -142,9 +147,6 @@ def manager(checkpoint: Path, pins: Pins, monkeypatch: pytest.MonkeyPatch) -> An
         base_hf_config=config,
         max_loras_per_batch=1,
         dtype=torch.float32,
-        tp_size=1,
-        tp_rank=0,
-        attn_tp_size=1,
         max_lora_rank=64,
         target_modules={"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
         base_model=made.base_model,
