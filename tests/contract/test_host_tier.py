@@ -112,7 +112,7 @@ class HostTierCache(AdapterCache):
         from sglang.srt.mem_cache.unified_cache import unified_tree_core_interface as interface
 
         from sglang_elora.host import branches
-        from sglang_elora.host.tree_core import parts_of
+        from sglang_elora.host.freed import parts_of
 
         freed = interface.BaseEvictionResult()
         for _ in range(100):

@@ -13,7 +13,7 @@ from radix_caches import Cache, sglang
 from sglang_elora.tree import LeafOrder
 
 NUM_SLOTS = 600
-NAMESPACES = (None, None, "lora/a/", "lora/b/")
+NAMESPACES = (None, None, "lora//a", "lora//b")
 
 
 def check(cache: Cache) -> None:

@@ -14,7 +14,8 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core import UnifiedTreeNode
 from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import BaseEvictionResult
 
 from sglang_elora.host.adapter_node import AdapterNode
-from sglang_elora.host.tree_core import EloraTreeCore, Freed, parts_of
+from sglang_elora.host.freed import Freed, parts_of
+from sglang_elora.host.tree_core import EloraTreeCore
 
 LOOKS_PER_LEAF = 16
 """Nodes that an eviction looks at per leaf that it may evict: those on the host are passed by."""
@@ -54,7 +55,7 @@ def evict(core: EloraTreeCore, uid: str, most_leaves: int, freed: Freed) -> bool
                 num_looks += _remove_below(core, node, looks_left, freed)
                 if node.children:  # more than may be looked at, or held
                     break
-            core._take_off_device(node, *freed)
+            core._take_off_device(node, freed)
             num_leaves += 1
             if parent.id not in top.kv_nodes:  # the adapter, or removed with its child
                 break

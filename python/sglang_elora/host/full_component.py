@@ -24,6 +24,7 @@ from sglang.srt.mem_cache.unified_cache.components.base import (
 )
 from sglang.srt.mem_cache.unified_cache.components.full import FullComponent
 from sglang.srt.mem_cache.unified_cache.unified_tree_core import NodeId, UnifiedTreeNode
+from typing_extensions import override
 
 from sglang_elora.tree import LeafOrder
 
@@ -91,6 +92,7 @@ class EloraFullComponent(FullComponent):
     def keeps_order(self) -> bool:
         return self._stock_order or self.tree_core.policy is not None
 
+    @override
     def evict_component(
         self,
         node: UnifiedTreeNode,
@@ -105,6 +107,7 @@ class EloraFullComponent(FullComponent):
         self.tree_core.count_kv(node, device=-device, host=-host)
         return device, host
 
+    @override
     def commit_hicache_transfer(
         self,
         node: UnifiedTreeNode,
@@ -129,12 +132,14 @@ class EloraFullComponent(FullComponent):
                 num_tokens = len(loaded.component_data[self.component_type].value)
                 self.tree_core.count_kv(loaded, device=num_tokens)
 
+    @override
     def _evict_device_start(self, request_cnt: int) -> None:
         if not self.keeps_order:
             super()._evict_device_start(request_cnt)
             return
         self._tokens_wanted = request_cnt
 
+    @override
     def _evict_device_next_node(
         self,
         tracker: _Tracker,
@@ -153,7 +158,7 @@ class EloraFullComponent(FullComponent):
             self.leaves_left -= 1
             most_leaves -= 1
             # SGLang's caller reads progress off the tracker as well.
-            if not self.tree_core.evict_at_once(leaf, *freed):
+            if not self.tree_core.evict_at_once(leaf, freed):
                 return leaf.id
         return None
 
@@ -171,6 +176,7 @@ class EloraFullComponent(FullComponent):
                 return leaf
         return None
 
+    @override
     def _evict_device_end(self) -> None:
         if not self.keeps_order:
             super()._evict_device_end()
@@ -178,6 +184,7 @@ class EloraFullComponent(FullComponent):
         self._order(self.tree_core.evictable_device_leaves).give_back()
         self._wanted.clear()
 
+    @override
     def drive_host_eviction(
         self,
         num_tokens: int,
@@ -200,6 +207,7 @@ class EloraFullComponent(FullComponent):
             self.tree_core._evict_host_leaf(leaf, *freed)
         leaves.give_back()
 
+    @override
     def apply_component_action(self, action: ComponentAction) -> None:
         if isinstance(action, FreeComponentDeviceSlot) and len(action.indices) > 1:
             # Whole pages each, so they are one segment; the allocator copies its list per segment.

@@ -20,6 +20,7 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core import (
     UnifiedTreeCore,
     UnifiedTreeNode,
 )
+from typing_extensions import override
 
 from sglang_elora.policy import Expectation, Item, Policy
 from sglang_elora.tree import LeafOrder, adapter_of
@@ -46,6 +47,7 @@ class OrderedTreeCore(UnifiedTreeCore):
         self._node_arena: dict[int, UnifiedTreeNode] = {}
         super().__init__(params, components)
 
+    @override
     def reset(self) -> None:
         for node in self._node_arena.values():
             self._forget(node)
@@ -92,12 +94,14 @@ class OrderedTreeCore(UnifiedTreeCore):
                     self.counts["prefetched_slots_used"] += item.num_slots
             self.policy.visit(path)
 
+    @override
     def _new_node(self, priority: int = 0) -> UnifiedTreeNode:
         node = super()._new_node(priority=priority)
         node.item, self._next_item = self._next_item, _no_item()
         node.sessions, node.num_sessions = NOBODY, 0
         return node
 
+    @override
     def _split_node(
         self, key: RadixKey, child: UnifiedTreeNode, split_len: int
     ) -> tuple[UnifiedTreeNode, Any]:
@@ -108,6 +112,7 @@ class OrderedTreeCore(UnifiedTreeCore):
             self.sessions.split(child, first)
         return first, action
 
+    @override
     def _unregister_node(self, node: UnifiedTreeNode) -> None:
         super()._unregister_node(node)
         self._forget(node)
@@ -185,6 +190,7 @@ class OrderedTreeCore(UnifiedTreeCore):
         if self.policy is not None:
             self.policy.advance(num_slots / self._pool_slots)
 
+    @override
     def _add_new_node(
         self, parent: UnifiedTreeNode, key: RadixKey, value: torch.Tensor, **options: Any
     ) -> UnifiedTreeNode:

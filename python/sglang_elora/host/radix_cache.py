@@ -32,6 +32,7 @@ from sglang.srt.mem_cache.unified_cache.tree_core_registry import register_tree_
 from sglang.srt.mem_cache.unified_cache.unified_tree_core import NodeId
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_memory
+from typing_extensions import override
 
 from sglang_elora.config import EloraConfig
 from sglang_elora.host import compatibility
@@ -65,6 +66,7 @@ class EloraRadixCache(UnifiedRadixCache):
     adapter_moves: AdapterMoves | None = None  # None: not to be told
     _turn_end: NodeId | None = None  # of the request that is put into the tree
 
+    @override
     def take_events(self) -> list[Any]:
         moves = [] if self.adapter_moves is None else self.adapter_moves.take()
         return [*super().take_events(), *moves]
@@ -73,6 +75,7 @@ class EloraRadixCache(UnifiedRadixCache):
         """Start the queued loads of KV outside of a batch; later batches wait for them."""
         super().ready_to_load_host_cache()
 
+    @override
     def ready_to_load_host_cache(self) -> int:
         """Start the queued loads of KV, and return what the next batch has to wait for.
 
@@ -92,6 +95,7 @@ class EloraRadixCache(UnifiedRadixCache):
             return index
         return newest
 
+    @override
     def evict_for_alloc(
         self,
         params: EvictParams,
@@ -114,11 +118,13 @@ class EloraRadixCache(UnifiedRadixCache):
         result.num_tokens_evicted += evicted
         return result
 
+    @override
     def touch_prefix(self, key: RadixKey) -> None:
         """Nothing where a policy orders evictions: it counts requests, and knows who waits."""
         if self.tree_core.policy is None:
             super().touch_prefix(key)
 
+    @override
     def checkpoint_into_tree(self, req: Req, *, up_to: int, **options: Any) -> None:
         self._turn_end = None
         super().checkpoint_into_tree(req, up_to=up_to, **options)
@@ -126,6 +132,7 @@ class EloraRadixCache(UnifiedRadixCache):
         if node is not None and req.finished():
             self.sessions.turn(str(req.session_id), node)
 
+    @override
     def insert(self, params: InsertParams) -> InsertResult:
         result: InsertResult = super().insert(params)
         if params.session_id is not None and self._turn_end is None:

@@ -18,9 +18,10 @@ from sglang_elora.control import Histogram, Tier
 from sglang_elora.host import branches
 from sglang_elora.host.copy_stream import CopyStream
 from sglang_elora.host.free_order import FreeOrder
+from sglang_elora.host.freed import parts_of
 from sglang_elora.host.full_component import evict_without_copies
 from sglang_elora.host.ranks import Ranks
-from sglang_elora.host.tree_core import EloraTreeCore, parts_of
+from sglang_elora.host.tree_core import EloraTreeCore
 from sglang_elora.pages import AdapterImage, AdapterLayout, KVPlanes, PagedAdapter
 from sglang_elora.swapper import AdapterCopy, Copied, HostTier, ReadImage
 from sglang_elora.tree import Adapter

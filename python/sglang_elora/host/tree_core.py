@@ -19,11 +19,7 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.radix_cache import RadixKey
-from sglang.srt.mem_cache.unified_cache.cache_action import (
-    BackupKV,
-    CacheAction,
-    ComponentAction,
-)
+from sglang.srt.mem_cache.unified_cache.cache_action import BackupKV
 from sglang.srt.mem_cache.unified_cache.components.base import (
     ComponentType,
     get_and_increase_time_counter,
@@ -37,20 +33,13 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import (
     EvictDeviceLeafResult,
     InsertStepResult,
 )
+from typing_extensions import override
 
 from sglang_elora.host.adapter_node import FULL, AdapterNode
+from sglang_elora.host.freed import Freed, parts_of
 from sglang_elora.host.ordered_tree_core import OrderedTreeCore
 from sglang_elora.policy import Item
 from sglang_elora.tree import AdapterForest, LeafOrder, adapter_of
-
-Freed = tuple[
-    dict[ComponentType, int],
-    dict[ComponentType, list[torch.Tensor]],
-    dict[ComponentType, list[torch.Tensor]],
-    list[CacheAction | ComponentAction],
-]
-"""What an eviction adds to: tokens, slots of the device, slots of the host, and what SGLang's cache
-has to do for it."""
 
 CHURN_S = 10.0
 """An adapter that comes back within this time of its eviction should not have been evicted."""
@@ -67,6 +56,7 @@ class EloraTreeCore(OrderedTreeCore):
         self.on_evicted: Callable[[str], None] = lambda uid: None
         super().__init__(params, components)
 
+    @override
     def reset(self) -> None:
         super().reset()
         for uid in [str(adapter.uid) for adapter in self.forest if adapter.resident]:
@@ -113,12 +103,15 @@ class EloraTreeCore(OrderedTreeCore):
             self._register_node(node)
         return node
 
+    @override
     def root_node_handle(self, extra_key: str | None = None) -> NodeId:
         return self._root_of(extra_key).id
 
+    @override
     def is_root(self, node_id: NodeId) -> bool:
         return isinstance(self.node_by_id(node_id), AdapterNode) or super().is_root(node_id)
 
+    @override
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         root = self._root_of(params.key.extra_key)
         if not (self.enable_hicache or self.is_eagle):
@@ -161,6 +154,7 @@ class EloraTreeCore(OrderedTreeCore):
             last_visited_node_id=None if node is root else found,
         )
 
+    @override
     def collect_full_device_indices(
         self, from_node_id: NodeId, until_node_id: NodeId
     ) -> torch.Tensor:
@@ -174,12 +168,14 @@ class EloraTreeCore(OrderedTreeCore):
         slots: torch.Tensor = super().collect_full_device_indices(from_node_id, until.id)
         return slots
 
+    @override
     def begin_insert(self, params: InsertParams) -> InsertStepResult:
         root = self._root_of(params.key.extra_key)
         if params.inserted_len == 0:
             root.hit_count += 1  # once per request, as each node on the path
         return self._walk_from(root, super().begin_insert, params)
 
+    @override
     def match_full_device_prefix(self, key: RadixKey) -> tuple[int, NodeId, int]:
         walk = super().match_full_device_prefix
         found: tuple[int, NodeId, int] = self._walk_from(self._root_of(key.extra_key), walk, key)
@@ -218,6 +214,7 @@ class EloraTreeCore(OrderedTreeCore):
         if uid is not None and had_kv != (adapter.device_tokens > 0):
             self._update_evictable_leaf_sets(self.node_of(uid))
 
+    @override
     def _add_new_node(
         self, parent: UnifiedTreeNode, key: RadixKey, value: torch.Tensor, **options: Any
     ) -> UnifiedTreeNode:
@@ -226,6 +223,7 @@ class EloraTreeCore(OrderedTreeCore):
         self.count_kv(node, device=len(value))
         return node
 
+    @override
     def _split_node(
         self, key: RadixKey, child: UnifiedTreeNode, split_len: int
     ) -> tuple[UnifiedTreeNode, Any]:
@@ -239,6 +237,7 @@ class EloraTreeCore(OrderedTreeCore):
         if uid is not None:
             self.node_of(uid).kv_nodes[node.id] = node
 
+    @override
     def _unregister_node(self, node: UnifiedTreeNode) -> None:
         super()._unregister_node(node)
         uid = adapter_of(node.key.extra_key)
@@ -251,6 +250,7 @@ class EloraTreeCore(OrderedTreeCore):
         if self.evicted and self.evicted[-1] == node.id and self._is_retired(node.item):
             self.evicted.pop()
 
+    @override
     def _unevict_node_on_insert(
         self, node: UnifiedTreeNode, fresh_value: torch.Tensor, session_id: str | None = None
     ) -> None:
@@ -259,6 +259,7 @@ class EloraTreeCore(OrderedTreeCore):
 
     # ==== Adapters as leaves ====
 
+    @override
     def _is_device_leaf(self, node: UnifiedTreeNode) -> bool:
         data = node.component_data[FULL]
         if data.value is None or data.lock_ref > 0 or node is self.root_node:
@@ -271,30 +272,26 @@ class EloraTreeCore(OrderedTreeCore):
                 return False
         return True
 
+    @override
     def _is_host_leaf(self, node: UnifiedTreeNode) -> bool:
         if node.component_data[FULL].value is not None:  # the usual case, told apart early
             return False
         return bool(super()._is_host_leaf(node))
 
+    @override
     def _is_settled_full_host_duplicate(self, node: UnifiedTreeNode) -> bool:
         return not isinstance(node, AdapterNode) and super()._is_settled_full_host_duplicate(node)
 
+    @override
     def evict_device_leaf(self, node_id: NodeId, is_write_back: bool) -> EvictDeviceLeafResult:
         node = self.node_by_id(node_id)
         if not isinstance(node, AdapterNode):
             return super().evict_device_leaf(node_id, is_write_back)
         result = EvictDeviceLeafResult()
-        self.evict_at_once(node, *parts_of(result))
+        self.evict_at_once(node, parts_of(result))
         return result
 
-    def evict_at_once(
-        self,
-        leaf: UnifiedTreeNode,
-        tracker: dict[ComponentType, int],
-        device_frees: dict[ComponentType, list[torch.Tensor]],
-        host_frees: dict[ComponentType, list[torch.Tensor]],
-        cache_actions: list[CacheAction | ComponentAction],
-    ) -> bool:
+    def evict_at_once(self, leaf: UnifiedTreeNode, freed: Freed) -> bool:
         """Evict a leaf of the device; False if its KV has to be copied to the host first."""
         assert self._is_device_leaf(leaf), f"node {leaf.id} is not a leaf"
         if self.policy is not None:
@@ -302,29 +299,21 @@ class EloraTreeCore(OrderedTreeCore):
         is_alone = not isinstance(leaf, AdapterNode) and not leaf.backuped
         if is_alone and self.is_write_back and self._is_worth_host_copy(leaf):
             return False
-        self._take_off_device(leaf, tracker, device_frees, host_frees, cache_actions)
+        self._take_off_device(leaf, freed)
         return True
 
-    def _take_off_device(
-        self,
-        leaf: UnifiedTreeNode,
-        tracker: dict[ComponentType, int],
-        device_frees: dict[ComponentType, list[torch.Tensor]],
-        host_frees: dict[ComponentType, list[torch.Tensor]],
-        cache_actions: list[CacheAction | ComponentAction],
-    ) -> None:
+    def _take_off_device(self, leaf: UnifiedTreeNode, freed: Freed) -> None:
         if isinstance(leaf, AdapterNode):
+            tracker, device_frees, *_ = freed
             tracker[FULL] += len(leaf.slots)
             self._release_slots(leaf, device_frees)
             self.counts[f"adapter_evictions.{self.reason}"] += 1
             leaf.adapter.evicted_s = time.monotonic()
             self.note_eviction(leaf)
         elif leaf.backuped:
-            self._demote(leaf, tracker, device_frees, host_frees, cache_actions)
+            self._demote(leaf, *freed)
         else:
-            self._delete_unbacked_device_leaf(
-                leaf, tracker, device_frees, host_frees, cache_actions
-            )
+            self._delete_unbacked_device_leaf(leaf, *freed)
 
     def _is_retired(self, item: Item) -> bool:
         return item.group is not None and self.forest.get(item.group).retired
@@ -480,8 +469,3 @@ class EloraTreeCore(OrderedTreeCore):
         while node is not None and node is not ancestor:
             node = node.parent
         return node is ancestor
-
-
-def parts_of(result: BaseEvictionResult) -> Freed:
-    """The parts of a step's result, which SGLang's cache drains (``_apply_eviction_result``)."""
-    return result.tracker, result.device_frees, result.host_frees, result.cache_actions
