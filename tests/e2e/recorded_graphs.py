@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,17 +139,16 @@ def use() -> None:
 
 
 def _prepare_attention(*_: Any, **__: Any) -> None:
-    from sglang.srt.layers import radix_attention
+    from msgspec.structs import replace
+    from sglang.srt.platforms import current_platform
 
     from sglang_elora.platforms.attention import CpuAttention
 
+    current_platform.capabilities = replace(current_platform.capabilities, graph_capture=True)
     for name in ("_run_sdpa_forward_decode", "_run_sdpa_forward_extend"):
         setattr(CpuAttention, name, _as_one_launch(getattr(CpuAttention, name)))
     CpuAttention.init_cuda_graph_state = lambda self, *sizes: None
     CpuAttention.get_cuda_graph_seq_len_fill_value = lambda self: 1
-    attend = radix_attention._unified_attention_with_output_impl
-    # SGLang registers this operator for CUDA only.
-    radix_attention.unified_attention_with_output = partial(attend, return_lse=False)
 
 
 def _capture_decode(original: Callable[..., Any], *, model_runner: Any) -> Any:

@@ -54,15 +54,6 @@ cache = radix_cache.EloraRadixCache
 cache.ready_to_load_host_cache = UnifiedRadixCache.ready_to_load_host_cache
 """
 
-BACKUP_NOT_AFTER_ITS_BATCH = """
-from sglang.srt.managers.cache_controller import HiCacheController
-original = HiCacheController.start_writing
-def start_writing(self):
-    self.write_fence_stream = None
-    original(self)
-HiCacheController.start_writing = start_writing
-"""
-
 BACKUP_NOT_AWAITED = """
 import torch
 from sglang.srt.managers.cache_controller import HiCacheController
@@ -85,7 +76,6 @@ MUTATIONS = {
     "event before its copy": (EVENT_BEFORE_ITS_COPY, "latest", "plain", RACE),
     "image not held": (IMAGE_NOT_HELD, "latest", "plain", "may be dropped"),
     "load of a session not awaited": (LOAD_OF_A_SESSION_NOT_AWAITED, "latest", "sessions", RACE),
-    "backup not after its batch": (BACKUP_NOT_AFTER_ITS_BATCH, "earliest", "write-through", RACE),
     "backup not awaited": (BACKUP_NOT_AWAITED, "latest", "sessions", RACE),
 }
 """Name -> (what a plugin changes, order of streams, variant of the pressure, what the log says).

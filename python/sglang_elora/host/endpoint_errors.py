@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
     from sglang.srt.entrypoints.openai.protocol import DetokenizeRequest
     from sglang.srt.entrypoints.openai.serving_tokenize import OpenAIServingDetokenize
+    from sglang.srt.entrypoints.openai.serving_transcription import OpenAIServingTranscription
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,17 @@ async def check_tokens(
             if isinstance(token, int) and not 0 <= token < most:
                 raise ValueError(f"tokens has the token {token}; valid range is [0, {most})")
     return await original(self, adapted_request, request, raw_request)
+
+
+def refuse_audio(self: OpenAIServingTranscription, *_: Any, **__: Any) -> None:
+    """Before ``OpenAIServingTranscription._convert_to_internal_request``, which makes parameters
+    of Whisper's for a model that it does not know.
+
+    Raises:
+        ValueError: The model takes no audio (SGLang answers HTTP 400).
+    """
+    if not self.tokenizer_manager.model_config.is_audio_understandable_model:
+        raise ValueError("the model takes no audio")
 
 
 async def blame_the_messages(

@@ -59,6 +59,15 @@ ENDPOINT_HOOKS: tuple[Hook, ...] = (
         "Request validation has no registry.",
     ),
     Hook(
+        "sglang.srt.entrypoints.openai.serving_transcription.OpenAIServingTranscription"
+        "._convert_to_internal_request",
+        ("self", "request", "raw_request"),
+        HookType.BEFORE,
+        endpoint_errors.refuse_audio,
+        When.ELORA,
+        "As above.",
+    ),
+    Hook(
         "sglang.srt.entrypoints.anthropic.serving.AnthropicServing.handle_count_tokens",
         ("self", "request", "raw_request"),
         HookType.AROUND,

@@ -219,6 +219,14 @@ HOOKS: tuple[Hook, ...] = (
         "Request validation has no registry.",
     ),
     Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        ("self", "obj", "input_ids"),
+        HookType.BEFORE,
+        request_checks.check_num_tokens,
+        When.ELORA,
+        "Request validation has no registry.",
+    ),
+    Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_and_resolve_lora",
         ("self", "obj"),
         HookType.BEFORE,
@@ -356,6 +364,14 @@ HOOKS: tuple[Hook, ...] = (
         admission.admit,
         When.ELORA,
         "Admission has no registry; SGLang's counts slots that do not exist.",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens",
+        ("self", "req"),
+        HookType.AFTER,
+        request_checks.refuse_no_tokens,
+        When.ELORA,
+        "Request validation has no registry.",
     ),
     Hook(
         "sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.managers.io_struct import AbortReq, EmbeddingReqInput, GenerateReqInput
 
 if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
@@ -43,6 +44,8 @@ _MOST_NUMBER = 2**31 - 1
 _LEAST_NUMBER = 2.0**-126  # what is nearer to 0 is 0 in float32
 _LEAST_NUMBERS = {"temperature": 0, "repetition_penalty": 1e-6}
 """Logits are divided by these two. SGLang takes the smallest temperatures for 0."""
+
+_NO_TOKENS = "The prompt has no tokens."
 
 _BOUNDED = ("lora_path", "session_id", "extra_key", "cache_salt")
 
@@ -163,6 +166,26 @@ def _check_sampling(params: dict[str, Any], vocab_size: int) -> None:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
+
+
+def check_num_tokens(
+    self: TokenizerManager, obj: GenerateReqInput | EmbeddingReqInput, input_ids: list[int] | None
+) -> None:
+    """Before ``_validate_one_request``: a batch of requests without tokens ends the scheduler in
+    its forward pass. What is heard or seen, and earlier turns, have tokens too.
+
+    Raises:
+        ValueError: The prompt has none (SGLang answers HTTP 400).
+    """
+    others = obj.contains_mm_input() or getattr(obj, "session_params", None)
+    if input_ids is not None and not len(input_ids) and not others:
+        raise ValueError(_NO_TOKENS)
+
+
+def refuse_no_tokens(result: None, self: Scheduler, req: Req) -> None:
+    """After ``Scheduler.init_req_max_new_tokens``: there are no tokens of any kind."""
+    if not req.origin_input_ids:
+        req.set_finish_with_abort(_NO_TOKENS)
 
 
 def refuse_alone(

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -260,7 +261,7 @@ def _kept(runner: ModelRunner, batch: ForwardBatch) -> Callable[[], Any]:
     """
     backend = getattr(runner.lora_manager, "lora_backend", None)
     counter = getattr(runner.token_to_kv_pool, "layer_transfer_counter", None)
-    owners = [(backend, ("batch_info", "_awaited")), (counter, ("consumer_index",))]
+    owners = [(backend, ("batch_info", "_awaited")), (counter, ("consumer_index", "events"))]
     names = [(owner, name) for owner, its in owners for name in its if hasattr(owner, name)]
     rows, requests = runner.req_to_token_pool.req_to_token, batch.req_pool_indices.clone()
 
@@ -273,6 +274,7 @@ def _kept(runner: ModelRunner, batch: ForwardBatch) -> Callable[[], Any]:
         rows[requests] = own_rows
 
     kept = look()
+    kept = ([_as_recorded(value, counter) for value in kept[0]], kept[1])
 
     @contextmanager
     def restored() -> Iterator[None]:
@@ -284,6 +286,16 @@ def _kept(runner: ModelRunner, batch: ForwardBatch) -> Callable[[], Any]:
             put_back(*now)
 
     return restored
+
+
+def _as_recorded(value: Any, counter: Any) -> Any:
+    """The events of KV's loads as they are now: later loads record the same ones."""
+    if counter is None or value is not counter.events or counter.consumer_index < 0:
+        return value
+    kept, awaited = list(value), copy(value[counter.consumer_index])
+    awaited.load_events = [copy(event) for event in awaited.load_events]
+    kept[counter.consumer_index] = awaited
+    return kept
 
 
 def _is_plain(batch: ForwardBatch) -> bool:
