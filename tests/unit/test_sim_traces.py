@@ -103,12 +103,12 @@ def test_same_trace_same_records(side: str) -> None:
 
 
 def test_a_faster_machine_is_no_slower() -> None:
-    def mean_ttft_s(calibration: Calibration) -> float:
+    def mean_latency_s(calibration: Calibration) -> float:
         records = make_engine("elora:elora", calibration, NAMES).play(trace_of("chat"))
-        return sum(record.ttft_s for record in records) / len(records)
+        return sum(record.last_s - record.due_s for record in records) / len(records)
 
     for name in ("batch_s", "prefill_token_s", "decode_step_s"):
-        assert mean_ttft_s(CPU.scaled(name, 0.5)) < mean_ttft_s(CPU)
+        assert mean_latency_s(CPU.scaled(name, 0.5)) < 0.95 * mean_latency_s(CPU)
 
 
 def test_named_sessions_are_forgotten_when_they_end() -> None:
