@@ -1,4 +1,4 @@
-"""Diffs of the pinned SGLang, applied in memory by ``sglang_elora.host.patching``.
+"""Diffs of the pinned SGLang, applied in memory by ``sglang_elora.srt.install.patching``.
 
 README.md is their ledger.
 """

@@ -36,7 +36,6 @@ import torch  # noqa: E402
 
 from radix_caches import Cache  # noqa: E402
 from sglang_elora.bench.machine import machine  # noqa: E402
-from sglang_elora.host.adapter_memory import page_locked_memory  # noqa: E402
 from sglang_elora.pages import (  # noqa: E402
     AdapterImage,
     AdapterLayout,
@@ -46,6 +45,7 @@ from sglang_elora.pages import (  # noqa: E402
     lazy_memory,
 )
 from sglang_elora.policy import LRU, Costs  # noqa: E402
+from sglang_elora.srt.lora.adapter_memory import page_locked_memory  # noqa: E402
 from swapper_world import AdapterSource, HostTier, Residency  # noqa: E402
 
 RANK = 32

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_COPY_STREAM = "sglang_elora.host.copy_stream"
+_COPY_STREAM = "sglang_elora.srt.mem_cache.copy_stream"
 
 
 def blocking() -> None:
@@ -35,7 +35,7 @@ def free() -> None:
 
 
 def late() -> None:
-    _hook("sglang_elora.host.swapper.Swapper._copy_ahead", lambda self: None, "REPLACE")
+    _hook("sglang_elora.srt.scheduler.swapper.Swapper._copy_ahead", lambda self: None, "REPLACE")
 
 
 def timed() -> None:
@@ -54,10 +54,16 @@ def timed() -> None:
         if req.lora_id is not None:
             note("received", req.lora_id)
 
-    _hook("sglang_elora.host.tokenizer_control.TokenizerControl.announce", arrived, "BEFORE")
+    _hook(
+        "sglang_elora.srt.tokenizer.tokenizer_control.TokenizerControl.announce", arrived, "BEFORE"
+    )
     _hook("sglang.srt.managers.scheduler.Scheduler.handle_generate_request", received, "BEFORE")
     _hook(f"{_COPY_STREAM}.CopyStream.start", lambda self, uid, *_: note("copied", uid), "BEFORE")
-    _hook("sglang_elora.host.swapper.Swapper.used", lambda self, uid: note("taken", uid), "BEFORE")
+    _hook(
+        "sglang_elora.srt.scheduler.swapper.Swapper.used",
+        lambda self, uid: note("taken", uid),
+        "BEFORE",
+    )
 
 
 def timed_without_hints() -> None:
@@ -106,7 +112,7 @@ def switched() -> None:
 
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
     _hook(f"{manager}.auto_create_handle_loop", begin, "AFTER")
-    control = "sglang_elora.host.tokenizer_control.TokenizerControl"
+    control = "sglang_elora.srt.tokenizer.tokenizer_control.TokenizerControl"
     _hook(f"{control}.announce", announce, "AROUND")
 
 
@@ -133,7 +139,7 @@ def branch() -> None:
             self.open_branch, self._tokens_wanted = leaf.item.group, sys.maxsize
         return leaf
 
-    component = "sglang_elora.host.full_component.EloraFullComponent"
+    component = "sglang_elora.srt.mem_cache.full_component.EloraFullComponent"
     _hook(f"{component}._evict_device_start", start, "AFTER")
     _hook(f"{component}._evict_device_next_node", take, "AROUND")
     _hook(f"{component}._next_leaf", next_leaf, "AROUND")

@@ -17,11 +17,16 @@ from sglang_elora.tree import namespace_of
 sglang()
 with warnings.catch_warnings():  # SGLang's
     warnings.simplefilter("ignore")
-    from sglang_elora.host.adapter_memory import position_of
-    from sglang_elora.host.admission import MAX_BYPASS, Admission
-    from sglang_elora.host.measure import Measure
-    from sglang_elora.host.residency import PURGE_NODES, AdapterSource, PoolTooSmall, Residency
-    from sglang_elora.host.swapper import (
+    from sglang_elora.srt.lora.adapter_memory import position_of
+    from sglang_elora.srt.measure import Measure
+    from sglang_elora.srt.mem_cache.residency import (
+        PURGE_NODES,
+        AdapterSource,
+        PoolTooSmall,
+        Residency,
+    )
+    from sglang_elora.srt.scheduler.admission import MAX_BYPASS, Admission
+    from sglang_elora.srt.scheduler.swapper import (
         EVICT_LEAVES,
         LOOKAHEAD,
         ROOM_LEAVES,

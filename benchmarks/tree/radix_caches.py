@@ -25,7 +25,8 @@ def sglang() -> Any:
         from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
         from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-        from sglang_elora.host.radix_cache import EloraRadixCache, register_backend, use_elora_tree
+        from sglang_elora.srt.mem_cache.radix_cache import EloraRadixCache, use_elora_tree
+        from sglang_elora.srt.scheduler.assembly import register_backend
 
         register_backend()
     return SimpleNamespace(

@@ -122,8 +122,8 @@ def _platform(config: EloraConfig) -> Iterator[Finding]:
 
 
 def _seams(config: EloraConfig) -> Iterator[Finding]:
-    from sglang_elora.host.hooks import selected_hooks
-    from sglang_elora.host.install import preflight, selected_patches
+    from sglang_elora.srt.install.hooks import selected_hooks
+    from sglang_elora.srt.install.install import preflight, selected_patches
 
     with_elora = replace(config, enabled=True)
     problems = preflight(with_elora)

@@ -23,11 +23,11 @@ from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importabl
 
 ensure_torchvision_importable()
 
-from sglang_elora.host.lang.install import turn_on  # noqa: E402
+from sglang_elora.frontend.install import turn_on  # noqa: E402
 
 turn_on()
 
-from sglang_elora.host.lang import announcing, tracing  # noqa: E402
+from sglang_elora.frontend import announcing, tracing  # noqa: E402
 
 __all__ = ["hint", "prefetch", "traced"]
 

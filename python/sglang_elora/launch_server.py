@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config.to_env(os.environ)
 
     gc.disable()  # an import makes many objects and no garbage; looking takes a fifth of its time
-    from sglang_elora.host.server import serve
+    from sglang_elora.srt.install.server import serve
 
     gc.enable()
     serve(rest)

@@ -62,7 +62,7 @@ def load() -> None:
 
             require_cpu_platform("--elora-check-streams")
         if config.selects_anything:
-            from sglang_elora.host.install import install
+            from sglang_elora.srt.install.install import install
 
             install(config)
     except Exception as error:

@@ -58,7 +58,7 @@ class AdapterCache(Cache):
         return self.purge_some(uid, most_looks).is_over
 
     def purge_some(self, uid: str, most_looks: int) -> Any:
-        from sglang_elora.host import branches
+        from sglang_elora.srt.mem_cache import branches
 
         done = branches.purge(self.core, uid, most_looks)
         self.tree._apply_eviction_result(done.freed)

@@ -42,7 +42,7 @@ class Cudart:
 def memory() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from sglang_elora.host import adapter_memory
+        from sglang_elora.srt.lora import adapter_memory
     return adapter_memory
 
 

@@ -241,6 +241,6 @@ def test_random_histories(seed: int, policy: str) -> None:
 
 
 def test_the_harness_is_the_server_s_tree() -> None:
-    from sglang_elora.host.tree_core import EloraTreeCore
+    from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
 
     assert sglang() and type(AdapterCache().core) is EloraTreeCore

@@ -21,10 +21,10 @@ PATCHES = {path.name: path.read_text() for path in (ROOT / "patches").glob("*.pa
 BY_CLASS = (Kind.HOOK, Kind.OVERRIDE, Kind.BASE, Kind.CALL, Kind.IMPORT, Kind.MEMBER, Kind.FIELD)
 
 PRINT_ROWS = """
-from sglang_elora.host.endpoint_hooks import ENDPOINT_HOOKS
-from sglang_elora.host.hooks import HOOKS
-from sglang_elora.host.lang.hooks import HOOKS as LANG_HOOKS
-from sglang_elora.host.stream_hooks import STREAM_HOOKS
+from sglang_elora.srt.install.endpoint_hooks import ENDPOINT_HOOKS
+from sglang_elora.srt.install.hooks import HOOKS
+from sglang_elora.frontend.hooks import HOOKS as LANG_HOOKS
+from sglang_elora.srt.install.stream_hooks import STREAM_HOOKS
 
 for row in (*HOOKS, *ENDPOINT_HOOKS, *STREAM_HOOKS, *LANG_HOOKS):
     print("row", row.target, *row.parameters)

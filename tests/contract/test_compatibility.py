@@ -120,7 +120,7 @@ load_plugins()
 from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.server_args import prepare_server_args
-from sglang_elora.host import compatibility
+from sglang_elora.srt.arguments import compatibility
 
 def resolve(*flags):
     server_args = prepare_server_args(["--model-path", sys.argv[1], *flags])
@@ -298,8 +298,9 @@ print(json.dumps([quiet, heard, resolving_view(few).max_loaded_loras]))
 def test_lora_backend_and_cuda_graphs(run_python: RunPython, checkpoint: Path) -> None:
     """The torch backend runs eagerly; kernels are captured, and chosen where there is CUDA."""
     code = """
-from sglang_elora.host import lora_backend, selection
-lora_backend.register_backends(max_adapters=256)
+from sglang_elora.srt.lora import registry
+from sglang_elora.srt.arguments import selection
+registry.register_backends(max_adapters=256)
 lora = json.loads(sys.argv[2])
 found = []
 for cuda in (False, True):

@@ -100,7 +100,7 @@ def test_bytes_that_move_before_the_wait_count_and_the_wait_does_not(
 def test_a_copy_runs_beside_the_batch_under_way_if_its_room_was_free_before_it(
     link: Link, clock: Clock, is_free_before: bool
 ) -> None:
-    from sglang_elora.host.swapper import prepare
+    from sglang_elora.srt.scheduler.swapper import prepare
 
     made = world()
     server: Any = SimpleNamespace(tree_cache=SimpleNamespace(swapper=made.swapper))
@@ -129,7 +129,7 @@ class CompilationError(Exception):
 
 def failing(made: World, where: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the next copy fail, at the start or half-way through its pieces."""
-    from sglang_elora.host import copy_stream
+    from sglang_elora.srt.mem_cache import copy_stream
 
     def fail(*_: Any, **__: Any) -> Any:
         raise error
@@ -165,7 +165,7 @@ class _NotCloned(torch.Tensor):
 
 def answers(made: World, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """Adapters and texts of requests that have ended with an error, as they are sent."""
-    from sglang_elora.host import swapper
+    from sglang_elora.srt.scheduler import swapper
 
     sent: list[tuple[str, str]] = []
 
@@ -345,7 +345,7 @@ class _Streams:
 
 
 def test_the_copy_stream_is_neither_the_forward_nor_the_schedule_stream() -> None:
-    from sglang_elora.host.link import make_copy_stream
+    from sglang_elora.srt.mem_cache.link import make_copy_stream
 
     device = _Streams()
     forward, schedule = device.Stream(), device.Stream()
@@ -358,7 +358,7 @@ def test_the_copy_stream_avoids_the_stream_that_is_current_at_the_first_copy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """SGLang draws its schedule stream again after the cache was built."""
-    from sglang_elora.host import copy_stream
+    from sglang_elora.srt.mem_cache import copy_stream
 
     made, avoided = world(), []
     make = copy_stream.make_copy_stream

@@ -23,8 +23,8 @@ from sglang_elora.control.metrics import StateCollector
 
 with warnings.catch_warnings():  # SGLang's
     warnings.simplefilter("ignore")
-    from sglang_elora.host.residency import COUNTS
-    from sglang_elora.host.tokenizer_control import TokenizerControl
+    from sglang_elora.srt.mem_cache.residency import COUNTS
+    from sglang_elora.srt.tokenizer.tokenizer_control import TokenizerControl
 
 FOLDER = Path(__file__).parents[2] / "docs" / "grafana"
 DASHBOARD: dict[str, Any] = json.loads((FOLDER / "elora.json").read_text())

@@ -21,7 +21,7 @@ from swapper_world import AdapterSource, World, uid
 
 with warnings.catch_warnings():  # SGLang's
     warnings.simplefilter("ignore")
-    from sglang_elora.host.admission import Admission
+    from sglang_elora.srt.scheduler.admission import Admission
 
 SLOTS = 64  # of an adapter
 GIVE_WAY_S = 20e-6  # to the threads that read, as the server does while it is idle

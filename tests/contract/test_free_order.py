@@ -42,7 +42,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 def order_of(num_slots: int, *, page_size: int = 1, need_sort: bool = False) -> Any:
     from radix_caches import Cache
-    from sglang_elora.host.free_order import FreeOrder
+    from sglang_elora.srt.mem_cache.free_order import FreeOrder
 
     allocator = Cache("elora", num_slots, page_size=page_size).allocator
     allocator.need_sort = need_sort
@@ -111,7 +111,7 @@ def test_a_copy_into_room_that_was_free_before_the_batch_does_not_wait_for_it(
     device: Device, num_free_before: int
 ) -> None:
     """The rest of its room is freed after the launch, by a batch's end or by an eviction."""
-    from sglang_elora.host.swapper import prepare
+    from sglang_elora.srt.scheduler.swapper import prepare
 
     made = World(3 * SLOTS, num_adapters=6, adapter_slots=SLOTS)
     order = made.residency._free_order

@@ -260,8 +260,8 @@ def _with_adapters() -> Any:
     from sglang.lang.backend.runtime_endpoint import Runtime
 
     import sglang_elora.lang as elora
-    from sglang_elora.host.lang import tracing
-    from sglang_elora.host.lang.announcing import announcer_of
+    from sglang_elora.frontend import tracing
+    from sglang_elora.frontend.announcing import announcer_of
 
     found: dict[str, Any] = {"sent": {}}
     with _recorder() as server:

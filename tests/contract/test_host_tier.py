@@ -58,8 +58,8 @@ class HostTierCache(AdapterCache):
         from sglang.srt.runtime_context import publish
         from sglang.srt.server_args import ServerArgs
 
-        from sglang_elora.host.measure import Measure
         from sglang_elora.policy import Elora
+        from sglang_elora.srt.measure import Measure
 
         options = {"hicache_io_backend": "direct", "hicache_mem_layout": "layer_first"}
         args = ServerArgs(
@@ -111,8 +111,8 @@ class HostTierCache(AdapterCache):
         """As ``/elora/evict_adapter`` does."""
         from sglang.srt.mem_cache.unified_cache import unified_tree_core_interface as interface
 
-        from sglang_elora.host import branches
-        from sglang_elora.host.freed import parts_of
+        from sglang_elora.srt.mem_cache import branches
+        from sglang_elora.srt.mem_cache.freed import parts_of
 
         freed = interface.BaseEvictionResult()
         for _ in range(100):

@@ -39,7 +39,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Guarded:
         from sglang.srt.entrypoints.http_server import app
         from starlette.testclient import TestClient
 
-        from sglang_elora.host import http_guard
+        from sglang_elora.srt.tokenizer import http_guard
 
     def make(api_key: str | None = None, admin_api_key: str | None = None) -> Any:
         keys: Any = SimpleNamespace(api_key=api_key, admin_api_key=admin_api_key)

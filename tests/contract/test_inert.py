@@ -10,9 +10,9 @@ from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importabl
 ensure_torchvision_importable()
 from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry
-from sglang_elora.host.hooks import HOOKS as SERVER
-from sglang_elora.host.lang.hooks import HOOKS as LANG
-from sglang_elora.host.patching import is_applied, load_patches
+from sglang_elora.srt.install.hooks import HOOKS as SERVER
+from sglang_elora.frontend.hooks import HOOKS as LANG
+from sglang_elora.srt.install.patching import is_applied, load_patches
 
 def raw(target):
     owner, _, name = target.rpartition(".")

@@ -67,7 +67,7 @@ def test_is_hidden_counts_batches_launched_since_the_copy_was_started() -> None:
     made = world(8 * SLOTS)
     req = with_two_copies(made, 100)
     made.residency.replays_prefill_graph = lambda requests, tokens: True
-    from sglang_elora.host.swapper import prepare
+    from sglang_elora.srt.scheduler.swapper import prepare
 
     server: Any = SimpleNamespace(tree_cache=SimpleNamespace(swapper=made.swapper))
     copy, adder = made.residency.copies[uid(1)], Adder()

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # those of what SGLang import
 def test_events_that_a_later_load_records_again_are_those_of_the_launch() -> None:
     """SGLang records three loads' events in turns. A pass that would wait for a load that was
     started after it would wait for itself, as that load is fenced by it."""
-    from sglang_elora.host.stream_check import _as_recorded
+    from sglang_elora.srt.scheduler.stream_check import _as_recorded
 
     device = AsyncDevice(Order.LATEST)
     rounds = [SimpleNamespace(load_events=[Event(device), Event(device)]) for _ in range(3)]

@@ -48,8 +48,8 @@ def host() -> Any:
         warnings.simplefilter("ignore")
         from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-        from sglang_elora.host import triton_backend
-        from sglang_elora.host.lora_backend import Graph
+        from sglang_elora.srt.lora import triton_backend
+        from sglang_elora.srt.lora.lora_backend import Graph
     return SimpleNamespace(
         backend=triton_backend.EloraTritonBackend,
         Graph=Graph,

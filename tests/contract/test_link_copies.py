@@ -26,7 +26,7 @@ link._sleep = waits.append
 weight = torch.randn(64, 256)
 buffer = torch.empty_like(weight)
 if os.environ["SGLANG_ELORA"] == "1":  # adapters go into pages; SGLang's copy fills a host buffer
-    from sglang_elora.host.link import delay_page_copy
+    from sglang_elora.srt.mem_cache.link import delay_page_copy
     mem_pool.copy_weight_into_buffer(buffer, weight)
     assert link.num_copies == 0
 

@@ -15,7 +15,7 @@ import torch
 def logits_check() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from sglang_elora.host import logits_check
+        from sglang_elora.srt.scheduler import logits_check
     return logits_check
 
 

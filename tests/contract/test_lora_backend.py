@@ -68,9 +68,9 @@ def sglang() -> Any:
         from sglang.srt.lora.torch_ops import lora_ops
         from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-        from sglang_elora.host import triton_backend
-        from sglang_elora.host.lora_backend import Graph
-        from sglang_elora.host.torch_backend import EloraTorchBackend
+        from sglang_elora.srt.lora import triton_backend
+        from sglang_elora.srt.lora.lora_backend import Graph
+        from sglang_elora.srt.lora.torch_backend import EloraTorchBackend
     return SimpleNamespace(
         layer=BaseLayerWithLoRA,
         ops=lora_ops,

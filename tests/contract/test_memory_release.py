@@ -13,7 +13,7 @@ import pytest
 def hooks() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from sglang_elora.host import memory_release
+        from sglang_elora.srt.tokenizer import memory_release
     return memory_release
 
 

@@ -17,13 +17,13 @@ with warnings.catch_warnings():  # SGLang's
     warnings.simplefilter("ignore")
     from sglang.utils import TypeBasedDispatcher
 
-    from sglang_elora.host.control import Control
-    from sglang_elora.host.messages import AdapterHint, AdapterOrder, StateRequest, Undecodable
+    from sglang_elora.srt.messages import AdapterHint, AdapterOrder, StateRequest, Undecodable
+    from sglang_elora.srt.scheduler.control import Control
 
 ROUND_TRIP = """
 from sglang.srt.managers import io_struct
 from sglang_elora.control import Changes
-from sglang_elora.host import messages
+from sglang_elora.srt import messages
 messages.register_types()
 sent = [
     messages.AdapterHint(adapters=["a", "b"]),

@@ -19,8 +19,8 @@ with warnings.catch_warnings():  # SGLang's
     from sglang.srt.managers.tokenizer_control_mixin import _COMMUNICATOR_SPECS
     from sglang.utils import TypeBasedDispatcher
 
-    from sglang_elora.host.messages import OrderFailed
-    from sglang_elora.host.orders import (
+    from sglang_elora.srt.messages import OrderFailed
+    from sglang_elora.srt.orders import (
         GuardedDispatcher,
         OrderRefused,
         hear_failures,

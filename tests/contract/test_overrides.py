@@ -19,11 +19,11 @@ def host() -> Any:
         from sglang.srt.lora.backend.base_backend import BaseLoRABackend
         from sglang.srt.lora.lora_manager import LoRAManager
 
-        from sglang_elora import host, platforms
+        from sglang_elora import frontend, platforms, srt
         from sglang_elora.config import EloraConfig
-        from sglang_elora.host import install, overrides
+        from sglang_elora.srt.install import install, overrides
 
-        for folder in (host, platforms):
+        for folder in (srt, frontend, platforms):
             for module in pkgutil.walk_packages(folder.__path__, f"{folder.__name__}."):
                 importlib.import_module(module.name)
     return SimpleNamespace(
@@ -51,9 +51,9 @@ def test_every_method_that_overrides_one_is_marked(host: Any) -> None:
         (
             "backend",
             "init_decode_cuda_graph_batch_info",
-            "host.triton_backend.EloraTritonBackend.init_decode_cuda_graph_batch_info",
+            "srt.lora.triton_backend.EloraTritonBackend.init_decode_cuda_graph_batch_info",
         ),
-        ("manager", "fetch_new_loras", "host.lora_manager.EloraLoRAManager.fetch_new_loras"),
+        ("manager", "fetch_new_loras", "srt.lora.lora_manager.EloraLoRAManager.fetch_new_loras"),
     ],
 )
 def test_preflight_finds_a_method_that_sglang_renamed(
@@ -74,7 +74,7 @@ def test_kinds_of_methods(host: Any) -> None:
     class Ours(LoRARegistry):
         """Stands for one of this package."""
 
-        __module__ = "sglang_elora.host.made_up"
+        __module__ = "sglang_elora.srt.made_up"
 
         @override
         async def acquire(self, lora_name: Any) -> Any: ...
@@ -86,7 +86,7 @@ def test_kinds_of_methods(host: Any) -> None:
     class Derived(Ours):
         """A base of ours does not count as one of SGLang's."""
 
-        __module__ = "sglang_elora.host.made_up"
+        __module__ = "sglang_elora.srt.made_up"
 
         async def of_our_own(self) -> None: ...
 

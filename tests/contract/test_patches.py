@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from sglang_elora.config import SGLANG_PIN
-from sglang_elora.host.patching import (
+from sglang_elora.srt.install.patching import (
     Patch,
     apply_patch,
     is_applied,

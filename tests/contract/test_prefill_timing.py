@@ -47,7 +47,7 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> Any:
     """``host.measure`` on a device of these streams and events."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from sglang_elora.host import measure
+        from sglang_elora.srt import measure
     schedule_stream = Stream()
     device = SimpleNamespace(Event=Event, current_stream=lambda: schedule_stream)
     monkeypatch.setattr(torch, "get_device_module", lambda name: device)

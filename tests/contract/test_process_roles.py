@@ -19,7 +19,7 @@ before = "sglang.srt.managers.scheduler" in sys.modules
 def after_plugins(*_, **__):
     from sglang.srt.plugins.hook_registry import HookRegistry
     print(json.dumps([before, "sglang.srt.managers.scheduler" in sys.modules,
-                      "sglang_elora.host.install" in sys.modules, len(HookRegistry._hooks)]),
+                      "sglang_elora.srt.install.install" in sys.modules, len(HookRegistry._hooks)]),
           flush=True)
     os._exit(0)
 

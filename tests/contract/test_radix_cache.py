@@ -136,16 +136,16 @@ def test_special_caches_are_sglangs(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     sglang()
-    from sglang_elora.host import radix_cache
+    from sglang_elora.srt.scheduler import assembly
 
     flags = {"disable_radix_cache", "is_hybrid_swa", "is_hybrid_ssm"}
     settings = dict.fromkeys({*flags, "enable_lmcache", "enable_flexkv"}, False) | special
     worker = SimpleNamespace(model_runner=SimpleNamespace(lora_manager=None))
     ctx = SimpleNamespace(params=SimpleNamespace(), tp_worker=worker, **settings)
-    monkeypatch.setattr(radix_cache, "get_memory", lambda: ctx)
-    monkeypatch.setattr(radix_cache, "default_radix_cache_factory", lambda ctx: "SGLang's")
-    monkeypatch.setattr(radix_cache, "create_unified_radix_cache", lambda ctx, **_: "ours")
-    assert radix_cache.create_cache(ctx) == ("ours" if named is None else "SGLang's")
+    monkeypatch.setattr(assembly, "get_memory", lambda: ctx)
+    monkeypatch.setattr(assembly, "default_radix_cache_factory", lambda ctx: "SGLang's")
+    monkeypatch.setattr(assembly, "create_unified_radix_cache", lambda ctx, **_: "ours")
+    assert assembly.create_cache(ctx) == ("ours" if named is None else "SGLang's")
     assert (named or "") in caplog.text
     assert hasattr(ctx.params, "tree_core_backend") == (named is None)
 

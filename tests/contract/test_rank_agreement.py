@@ -51,7 +51,7 @@ class Ranks:
     """Both ranks. ``run`` does the same on each of them at the same time."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, num_slots: int = 8 * SLOTS) -> None:
-        from sglang_elora.host import swapper
+        from sglang_elora.srt.scheduler import swapper
 
         self.group, self.worlds, self.sent = Group(), [], ([], [])
         self._threads = ThreadPoolExecutor(2)
@@ -292,7 +292,7 @@ def manager_of(made: World) -> Any:
     """SGLang's loading and ours, over a rank's pool and without a model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from sglang_elora.host.lora_manager import EloraLoRAManager
+        from sglang_elora.srt.lora.lora_manager import EloraLoRAManager
 
     manager: Any = object.__new__(EloraLoRAManager)
     manager.residency = made.residency

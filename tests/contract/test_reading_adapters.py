@@ -99,9 +99,9 @@ def manager(checkpoint: Path, pins: Pins, one_rank: None, monkeypatch: pytest.Mo
         from sglang.srt.lora.lora import LoRAAdapter
         from transformers import AutoConfig
 
-        from sglang_elora.host import adapter_weights, lora_manager
-        from sglang_elora.host.lora_pool import PagedLoRAPool
-        from sglang_elora.host.torch_backend import EloraTorchBackend
+        from sglang_elora.srt.lora import adapter_weights, lora_manager
+        from sglang_elora.srt.lora.lora_pool import PagedLoRAPool
+        from sglang_elora.srt.lora.torch_backend import EloraTorchBackend
     init, normalize = LoRAAdapter.__init__, LoRAAdapter._normalize_weights
 
     def hooked_init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -256,7 +256,7 @@ def settle_all(tier: HostTier) -> None:
 def test_out_of_memory_while_reading_is_told_as_that(
     manager: Any, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    from sglang_elora.host import lora_pool
+    from sglang_elora.srt.lora import lora_pool
 
     def no_memory(*_: Any) -> Any:
         raise error
@@ -317,7 +317,7 @@ def test_the_staging_of_a_read_is_freed_when_it_ends(
     manager: Any, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By its last reference: the collector of cycles may not run for minutes in a server."""
-    from sglang_elora.host import lora_pool
+    from sglang_elora.srt.lora import lora_pool
 
     made: list[weakref.ref[torch.Tensor]] = []
     entry = lora_pool._Staging._entry

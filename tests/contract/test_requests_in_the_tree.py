@@ -21,8 +21,8 @@ PROMPT, ANSWER = list(range(10)), list(range(100, 106))
 
 @pytest.fixture
 def cache() -> Iterator[AdapterCache]:
-    from sglang_elora.host.measure import Measure
     from sglang_elora.policy import Elora
+    from sglang_elora.srt.measure import Measure
 
     made = AdapterCache()
     made.core.use_policy(Elora(Measure(made.tree).costs, made.core.is_held), 400)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from sglang_elora.adapters import AdapterError
-from sglang_elora.host.source_calls import (
+from sglang_elora.srt.tokenizer.source_calls import (
     FAILURES_TO_OPEN,
     MOST_WAITING,
     THREADS,

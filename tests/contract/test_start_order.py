@@ -33,9 +33,9 @@ def host() -> Any:
         )
         from sglang.srt.model_executor.runner_utils import capture_mode
 
-        from sglang_elora.host import triton_backend
-        from sglang_elora.host.lora_manager import EloraLoRAManager
-        from sglang_elora.host.torch_backend import EloraTorchBackend
+        from sglang_elora.srt.lora import triton_backend
+        from sglang_elora.srt.lora.lora_manager import EloraLoRAManager
+        from sglang_elora.srt.lora.torch_backend import EloraTorchBackend
     return SimpleNamespace(
         mode=ForwardMode,
         triton_backend=triton_backend,

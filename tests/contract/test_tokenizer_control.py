@@ -13,8 +13,8 @@ with warnings.catch_warnings():  # SGLang's
     warnings.simplefilter("ignore")
     from sglang.srt.lora.lora_registry import LoRARef
 
-    from sglang_elora.host import tokenizer_control
-    from sglang_elora.host.tokenizer_control import COLLECT_S, TokenizerControl
+    from sglang_elora.srt.tokenizer import tokenizer_control
+    from sglang_elora.srt.tokenizer.tokenizer_control import COLLECT_S, TokenizerControl
 
 NAMES = [f"adapter-{i}" for i in range(20)]
 

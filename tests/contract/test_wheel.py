@@ -23,7 +23,7 @@ assert {p.name for p in entry_points(group="sglang.srt.plugins")} == {"elora"}
 assert {p.name for p in entry_points(group="sglang.srt.platforms")} == {"elora_cpu"}
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
 ensure_torchvision_importable()
-from sglang_elora.host.install import preflight
+from sglang_elora.srt.install.install import preflight
 from sglang_elora.config import EloraConfig
 assert preflight(EloraConfig(enabled=True)) == []
 names = {entry.name for entry in files("sglang_elora.patches").iterdir()}

@@ -34,8 +34,8 @@ import pickle
 import random
 import zmq
 from sglang.srt.utils.network import get_zmq_socket
-from sglang_elora.host import tokenizer_control
-from sglang_elora.host.messages import AdapterHint, AdapterOrder, StateRequest
+from sglang_elora.srt.tokenizer import tokenizer_control
+from sglang_elora.srt.messages import AdapterHint, AdapterOrder, StateRequest
 original = tokenizer_control.TokenizerControl.refresh
 seeds = iter(range(100))
 async def refresh(self):

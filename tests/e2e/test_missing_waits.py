@@ -21,7 +21,7 @@ from sglang_elora.demo.server import ServerProcess, ServerStartError
 from test_pressure import VARIANTS, Variant
 
 NO_WAIT_BEFORE_SLOTS = """
-from sglang_elora.host.free_order import FreeOrder
+from sglang_elora.srt.mem_cache.free_order import FreeOrder
 FreeOrder.wait = lambda self, stream: None
 """
 
@@ -31,7 +31,7 @@ AdapterCopy.wait_layer = lambda self, layer: None
 """
 
 EVENT_BEFORE_ITS_COPY = """
-from sglang_elora.host.copy_stream import CopyStream
+from sglang_elora.srt.mem_cache.copy_stream import CopyStream
 original = CopyStream._queue
 def queue(self, copy, image, slots):
     paged = original(self, copy, image, slots)
@@ -49,7 +49,7 @@ HostTier.release = lambda self, uid: None
 
 LOAD_OF_A_SESSION_NOT_AWAITED = """
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
-from sglang_elora.host import radix_cache
+from sglang_elora.srt.mem_cache import radix_cache
 cache = radix_cache.EloraRadixCache
 cache.ready_to_load_host_cache = UnifiedRadixCache.ready_to_load_host_cache
 """

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,47 +15,79 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "sglang_elora"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
+LIBRARIES = {
+    ".",
+    "adapters",
+    "control",
+    "estimators",
+    "kernels",
+    "pages",
+    "patches",
+    "platforms",
+    "policy",
+    "swapper",
+    "tree",
+}
+"""What our part of SGLang's runtime is made of."""
+
 # Folder -> folders of this package it may import from. Top-level modules are ".".
 ALLOWED = {
-    ".": {".", "bench", "demo", "host", "platforms", "upstream"},
+    ".": {".", "bench", "demo", "frontend", "platforms", "srt/install", "upstream"},
     "adapters": {"adapters"},
     "bench": {"bench", "demo", "platforms", "workloads"},
     "control": {"control"},
     "demo": {"demo", "platforms"},
     "estimators": {"estimators"},
-    "host": {
-        ".",
-        "adapters",
-        "control",
-        "estimators",
-        "host",
-        "kernels",
-        "pages",
-        "patches",
-        "platforms",
-        "policy",
-        "swapper",
-        "tree",
-    },
+    "frontend": {"control", "frontend", "patches", "platforms", "srt/install"},
     "kernels": {"kernels"},
     "pages": {"kernels", "pages"},
     "platforms": {"platforms"},
     "policy": {"policy"},
     "sim": {"estimators", "policy", "sim", "tree", "workloads"},
+    "srt": {*LIBRARIES, "srt"},
+    "srt/arguments": {*LIBRARIES, "srt/arguments", "srt/lora", "srt/mem_cache"},
+    "srt/install": {
+        *LIBRARIES,
+        "srt",
+        "srt/arguments",
+        "srt/install",
+        "srt/lora",
+        "srt/mem_cache",
+        "srt/scheduler",
+        "srt/tokenizer",
+    },
+    "srt/lora": {*LIBRARIES, "srt", "srt/lora", "srt/mem_cache"},
+    "srt/mem_cache": {*LIBRARIES, "srt/mem_cache"},
+    "srt/scheduler": {
+        *LIBRARIES,
+        "srt",
+        "srt/arguments",
+        "srt/lora",
+        "srt/mem_cache",
+        "srt/scheduler",
+    },
+    "srt/tokenizer": {*LIBRARIES, "srt", "srt/tokenizer"},
     "swapper": {"pages", "swapper", "tree"},
     "tree": {"policy", "tree"},
     "upstream": {"upstream"},
     "workloads": {"workloads"},
 }
-MAY_IMPORT_SGLANG = {"host", "platforms"}
+MAY_IMPORT_SGLANG = {"frontend", "platforms", *(name for name in ALLOWED if "srt" in name)}
 LINES_MAX = 500
 
 
 def folder(path: Path) -> str:
     if path.is_relative_to(PACKAGE):
-        inner = path.relative_to(PACKAGE).parts
-        return inner[0] if len(inner) > 1 else "."
+        return _folder_of(path.relative_to(PACKAGE).with_suffix("").parts)
     return "kernels"
+
+
+def _folder_of(parts: Sequence[str]) -> str:
+    """The folder of the module that ``parts`` of a path or a dotted name begin with."""
+    for name in ("/".join(parts[:2]), parts[0]):
+        if name in ALLOWED:
+            return name
+    return "."
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -75,12 +108,21 @@ def test_edges(path: Path) -> None:
             # The doctor asks SGLang whether it imports at all.
             assert here in MAY_IMPORT_SGLANG or path.name == "doctor.py", f"imports {name}"
         if parts[0] == "sglang_elora":
-            is_folder = len(parts) > 1 and parts[1] in ALLOWED
-            target = parts[1] if is_folder else "."
-            if target == "." and here not in (".", "host"):
+            target = _folder_of(parts[1:]) if len(parts) > 1 else "."
+            if target == "." and here not in MAY_IMPORT_SGLANG | {"."}:
                 assert parts[1] in ("config",), f"{here} imports {name}"
             else:
                 assert target in ALLOWED[here], f"{here} imports {name}"
+
+
+def test_no_circle_of_folders() -> None:
+    """What is allowed has an order, in which each folder imports from earlier ones only."""
+    arrows = {here: targets - {here} for here, targets in ALLOWED.items()}
+    arrows["patches"] = set()
+    for here in arrows:
+        if here != ".":  # of the modules at the top, only the configuration is imported
+            arrows[here] = arrows[here] - {"."}
+    assert set(TopologicalSorter(arrows).static_order()) == set(arrows)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

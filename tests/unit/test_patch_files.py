@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patch_files import unified
-from sglang_elora.host.patching import (
+from sglang_elora.srt.install.patching import (
     Patch,
     PatchError,
     load_patches,

@@ -18,7 +18,7 @@ import pytest
 
 from patch_files import unified
 from sglang_elora.config import SGLANG_PIN
-from sglang_elora.host.patching import (
+from sglang_elora.srt.install.patching import (
     Patch,
     PatchError,
     apply_patch,

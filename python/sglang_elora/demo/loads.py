@@ -11,7 +11,7 @@ from uuid import NAMESPACE_URL, uuid5
 import httpx
 
 _LOAD_LINE = re.compile(r"\] load (\w+) into \d+ slots")
-"""Logged at level info by host/residency.py for each load into pages."""
+"""Logged at level info by srt/mem_cache/residency.py for each load into pages."""
 
 
 def adapter_loads(url: str) -> dict[str, int] | None:

@@ -1,4 +1,4 @@
-"""What the simulated server has measured, for its policy, as ``host/measure.py`` does."""
+"""What the simulated server has measured, for its policy, as ``srt/measure.py`` does."""
 
 from __future__ import annotations
 

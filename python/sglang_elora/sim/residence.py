@@ -15,7 +15,7 @@ from sglang_elora.sim.measure import Measure
 from sglang_elora.sim.request import Request
 from sglang_elora.sim.segment import Segment
 
-# As in host/swapper.py and host/residency.py.
+# As in srt/scheduler/swapper.py and srt/mem_cache/residency.py.
 LOOKAHEAD = 64
 MAX_SLOTS_UNDER_WAY_SHARE = 0.25
 PREFETCH_BELOW = 0.7
@@ -110,7 +110,7 @@ class SplitResidence(Residence):
 
 
 class PoolResidence(Residence):
-    """ELORA's: pages of the pool, copies beside the batches (``host/swapper.py``)."""
+    """ELORA's: pages of the pool, copies beside the batches (``srt/scheduler/swapper.py``)."""
 
     def __init__(
         self, cache: Cache, calibration: Calibration, link: Link, measure: Measure

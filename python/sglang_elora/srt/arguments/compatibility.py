@@ -1,0 +1,444 @@
+"""Which of SGLang's features do not run with ELORA, and the texts that say so at start.
+
+Everything that meets the KV pool, the radix tree, the allocator or LoRA either works or has a row
+here; docs/compatibility.md lists both sides. What the arguments cannot tell is looked at when the
+pool is there (``check_pool``).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.arg_groups.overrides import (
+    declare_resolution,
+    model_config_of,
+    resolving_view,
+    use_mla_backend,
+)
+from sglang.srt.configs.model_config import AttentionArch
+from sglang.srt.environ import envs
+from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+from sglang_elora.adapters import EMBEDDING_MODULES, served_names
+from sglang_elora.config import EloraConfig
+from sglang_elora.srt.lora.lora_backend import TORCH, TRITON
+
+logger = logging.getLogger(__name__)
+
+WITHOUT_ELORA = "run without --elora"
+_DROP = "drop it, or run without --elora"
+_EXPERT_MODULES = frozenset({"gate_up_proj", "down_proj"})
+_LORA_BACKENDS = frozenset({"csgmv", TORCH, TRITON})  # csgmv: SGLang's default
+_IN_POOL = "adapters live in the KV pool"
+_WITHOUT_EFFECT = {  # field: (its default, why it is not read)
+    "max_loras_per_batch": (8, _IN_POOL),
+    "lora_eviction_policy": ("lru", _IN_POOL),
+    "radix_eviction_policy": ("lru", "--elora-policy orders KV and adapters together"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One feature that is refused.
+
+    ``name`` is the flag as the user types it, formatted with the resolved arguments as ``cfg``.
+    """
+
+    name: str
+    applies: Callable[[Any], bool]  # takes the resolving view of ServerArgs
+    why: str
+    remedy: str = _DROP
+    with_lora_only: bool = True
+
+    def text(self, cfg: Any) -> str:
+        return f"{self.name.format(cfg=cfg)}: {self.why}; {self.remedy}"
+
+
+PARALLELISM = (
+    Refusal(
+        "--attn-dp-size {cfg.attn_dp_size} (or --enable-dp-attention)",
+        lambda cfg: cfg.attn_dp_size > 1,
+        "its ranks hold different batches, so they would place adapters differently",
+        "use --dp-size alone, or run without --elora",
+    ),
+    Refusal(
+        "--pp-size {cfg.pp_size}",
+        lambda cfg: cfg.pp_size > 1,
+        "an adapter's slots are laid out for all layers of the model, a stage has some",
+        "use --tp-size, or run without --elora",
+    ),
+    Refusal(
+        "--attn-cp-size {cfg.attn_cp_size} / --enable-prefill-cp",
+        lambda cfg: cfg.attn_cp_size > 1 or cfg.enable_prefill_cp,
+        "it spreads a request's rows and KV over ranks, the rows of adapters are not",
+        "use --tp-size, or run without --elora",
+    ),
+    Refusal(
+        "--dcp-size {cfg.dcp_size}",
+        lambda cfg: cfg.dcp_size > 1,
+        "each rank's pool holds a part of the slots, an adapter needs all of its own",
+        "use --tp-size, or run without --elora",
+    ),
+    Refusal(
+        "--enable-kv-cache-sharding",
+        lambda cfg: cfg.enable_kv_cache_sharding,
+        "each rank's pool holds a part of the pages, an adapter needs all of its own",
+        "use --tp-size, or run without --elora",
+    ),
+    Refusal(
+        "--enable-layernorm-sp",
+        lambda cfg: cfg.enable_layernorm_sp,
+        "it spreads a prompt's rows over ranks, the rows of adapters are not",
+    ),
+    Refusal(
+        "--elastic-ep-backend {cfg.elastic_ep_backend}",
+        lambda cfg: cfg.elastic_ep_backend is not None,
+        "ranks come and go, adapters are cut for the ranks of the start",
+    ),
+    Refusal(
+        "--enable-two-batch-overlap",
+        lambda cfg: cfg.enable_two_batch_overlap,
+        "it computes halves of a batch, the rows of adapters are laid out for all of it",
+    ),
+    Refusal(
+        "--enable-pdmux",
+        lambda cfg: cfg.enable_pdmux,
+        "prefill and decode run at the same time, the LoRA backend knows one batch",
+    ),
+    Refusal(
+        "--disaggregation-mode {cfg.disaggregation_mode}",
+        lambda cfg: cfg.disaggregation_mode != "null",
+        "KV arrives from another server before its adapter is on the device",
+        WITHOUT_ELORA,
+    ),
+    Refusal(
+        "--tokenizer-worker-num {cfg.tokenizer_worker_num}",
+        lambda cfg: cfg.tokenizer_worker_num > 1,
+        "SGLang starts these workers without plugins, adapters would be loaded unchecked",
+    ),
+    Refusal(
+        "--use-ray",
+        lambda cfg: cfg.use_ray,
+        "SGLang starts Ray's schedulers without plugins",
+        with_lora_only=False,
+    ),
+)
+
+CACHES = (
+    Refusal(
+        "--disable-radix-cache (given, or set by SGLang for this model or another flag)",
+        lambda cfg: cfg.disable_radix_cache,
+        "adapters and KV live in the radix tree",
+        "see SGLang's log for what set it, or run without --elora",
+    ),
+    Refusal(
+        "--hicache-storage-backend {cfg.hicache_storage_backend}",
+        lambda cfg: cfg.hicache_storage_backend is not None,
+        "its keys outlive the content of an adapter, and KV enters the tree uncounted",
+        "use --enable-hierarchical-cache without storage, or run without --elora",
+        with_lora_only=False,
+    ),
+    Refusal(
+        "--hicache-host-memory-mode buffer_only",
+        lambda cfg: cfg.enable_hierarchical_cache and cfg.hicache_host_memory_mode == "buffer_only",
+        "host memory has to keep the KV that leaves the device",
+        "use mode cache, or run without --elora",
+        with_lora_only=False,
+    ),
+    Refusal(
+        "--enable-unified-cache-external-linker",
+        lambda cfg: cfg.enable_unified_cache_external_linker,
+        "KV enters the tree from an external store, uncounted and whatever the adapter's content",
+        "use --enable-hierarchical-cache, or run without --elora",
+        with_lora_only=False,
+    ),
+    Refusal(
+        "--enable-lmcache",
+        lambda cfg: cfg.enable_lmcache,
+        "it brings a radix cache of its own",
+        "use --enable-hierarchical-cache, or run without --elora",
+    ),
+    Refusal(
+        "--enable-flexkv",
+        lambda cfg: cfg.enable_flexkv,
+        "it brings a radix cache of its own, whose keys do not name the adapter",
+        "use --enable-hierarchical-cache, or run without --elora",
+    ),
+    Refusal(
+        "--enable-streaming-session",
+        lambda cfg: cfg.enable_streaming_session,
+        "an open session keeps KV outside the tree, where nothing ties it to its adapter",
+        "use plain sessions or chat history, or run without --elora",
+    ),
+    Refusal(
+        "--enable-session-radix-cache",
+        lambda cfg: cfg.enable_session_radix_cache,
+        "its references to KV do not survive the unloading of an adapter",
+    ),
+    Refusal(
+        "--enable-page-major-kv-layout",
+        lambda cfg: cfg.enable_page_major_kv_layout,
+        "an adapter's slots are the same in every layer's own buffer",
+    ),
+    Refusal(
+        "--enable-unified-memory",
+        lambda cfg: cfg.enable_unified_memory,
+        "its slots have no fixed place in the pool",
+    ),
+    Refusal(
+        "--enable-hisparse",
+        lambda cfg: cfg.enable_hisparse,
+        "a part of the KV lies outside the pool",
+    ),
+    Refusal(
+        "--kv-cache-dtype {cfg.kv_cache_dtype}",
+        lambda cfg: cfg.kv_cache_dtype in ("mxfp8", "nvfp4", "fp4_mx_block16"),
+        "scales beside the pool belong to each slot",
+        "use auto, bf16 or fp8, or run without --elora",
+    ),
+    Refusal(
+        "--kv-canary {cfg.kv_canary}",
+        lambda cfg: cfg.kv_canary != "none",
+        "it would take the slots of adapters for KV",
+        "use --elora-check, or run without --elora",
+    ),
+    Refusal(
+        "SGLANG_USE_HND_KVCACHE=1",
+        lambda _: envs.SGLANG_USE_HND_KVCACHE.get(),
+        "slots are not contiguous in this layout of the pool",
+        "unset it, or run without --elora",
+    ),
+    Refusal(
+        "SGLANG_AITER_KV_CACHE_LAYOUT=vectorized_5d",
+        lambda _: envs.SGLANG_AITER_KV_CACHE_LAYOUT.get().lower() == "vectorized_5d",
+        "slots are not contiguous in this layout of the pool",
+        "unset it, or run without --elora",
+    ),
+    Refusal(
+        "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING=1",
+        lambda _: envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get(),
+        "the pool would get its size after adapters have been placed",
+        "unset it, or run without --elora",
+    ),
+)
+
+SCHEDULING = (
+    Refusal(
+        "--speculative-algorithm {cfg.speculative_algorithm}",
+        lambda cfg: cfg.speculative_algorithm not in (None, "UNO"),
+        "draft and verify steps have other rows per request than the LoRA backend lays out",
+    ),
+    Refusal(
+        "--speculative-algorithm UNO",
+        lambda cfg: cfg.speculative_algorithm == "UNO",
+        "it keeps a LoRA adapter in a memory pool of its own",
+        with_lora_only=False,
+    ),
+    Refusal(
+        "--decoupled-spec-role {cfg.decoupled_spec_role}",
+        lambda cfg: cfg.decoupled_spec_role != "null",
+        "draft and verify steps have other rows per request than the LoRA backend lays out",
+    ),
+    Refusal(
+        "--dllm-algorithm {cfg.dllm_algorithm}",
+        lambda cfg: cfg.dllm_algorithm is not None,
+        "KV of a diffusion model does not belong to a prefix of tokens, and SGLang turns LoRA off",
+        with_lora_only=False,
+    ),
+    Refusal(
+        "--enable-priority-scheduling with preemption",
+        lambda cfg: cfg.enable_priority_scheduling and not cfg.disable_priority_preemption,
+        "a preemption can evict the adapter of the request it makes room for",
+        "add --disable-priority-preemption, or run without --elora",
+    ),
+)
+
+LORA = (
+    Refusal(
+        "--lora-backend {cfg._raw_input[lora_backend]}",
+        lambda cfg: cfg._raw_input["lora_backend"] not in _LORA_BACKENDS,
+        "ELORA brings its own, because weights lie in the KV pool",
+    ),
+    Refusal(
+        "--enable-lora-overlap-loading",
+        lambda cfg: cfg.enable_lora_overlap_loading,
+        "it loads into slots that do not exist, ELORA loads adapters itself",
+    ),
+    Refusal(
+        "--lora-drain-wait-threshold {cfg.lora_drain_wait_threshold}",
+        lambda cfg: cfg.lora_drain_wait_threshold > 0,
+        "it drains slots that do not exist; a waiting request is passed by a bounded number",
+    ),
+    Refusal(
+        "--moe-runner-backend {cfg.moe_runner_backend}",
+        lambda cfg: cfg.moe_runner_backend.startswith("lora_"),
+        "LoRA on MoE experts is not served",
+    ),
+    Refusal(
+        "--enable-nvidia-megakernel",
+        lambda cfg: cfg.enable_nvidia_megakernel,
+        "its kernels replace the model's layers, and LoRA with them",
+    ),
+    Refusal(
+        "--enable-amd-monokernel",
+        lambda cfg: cfg.enable_amd_monokernel,
+        "its kernels replace the model's layers, and LoRA with them",
+    ),
+    Refusal(
+        "--lora-use-virtual-experts",
+        lambda cfg: cfg.lora_use_virtual_experts,
+        "LoRA on MoE experts is not served",
+    ),
+    Refusal(
+        "--experts-shared-outer-loras / --no-experts-shared-outer-loras",
+        lambda cfg: cfg.experts_shared_outer_loras is not None,
+        "LoRA on MoE experts is not served",
+    ),
+    Refusal(
+        "--lora-target-modules with embed_tokens or lm_head",
+        lambda cfg: bool(served_names(cfg.lora_target_modules or ()) & EMBEDDING_MODULES),
+        "their LoRA weights have no place in the pages of a layer",
+        "leave them out, or run without --elora",
+    ),
+)
+
+MODELS = (
+    Refusal(
+        "this model (multi-head latent attention)",
+        use_mla_backend,
+        "its KV pool has one plane, adapters need one for A and one for B",
+        WITHOUT_ELORA,
+    ),
+    Refusal(
+        "this model (sliding windows beside full attention)",
+        lambda cfg: model_config_of(cfg).is_hybrid_swa,
+        "it has two KV pools, an adapter's slots are in one",
+        "add --disable-hybrid-swa-memory, or run without --elora",
+    ),
+    Refusal(
+        "this model (state spaces or linear attention)",
+        lambda cfg: (
+            cfg.uses_mamba_radix_cache or model_config_of(cfg).attention_arch == AttentionArch.SSM
+        ),
+        "its state lies outside the KV pool",
+        WITHOUT_ELORA,
+    ),
+    Refusal(
+        "this model (encoder and decoder)",
+        lambda cfg: model_config_of(cfg).is_encoder_decoder,
+        "a part of its KV is the encoder's, not that of a prefix of tokens",
+        WITHOUT_ELORA,
+    ),
+    Refusal(
+        "this model (mixture of experts) without modules of attention named",
+        lambda cfg: _has_experts(cfg) and not _names_attention_only(cfg),
+        "LoRA on MoE experts is not served",
+        "give --lora-target-modules q_proj k_proj v_proj o_proj, or run without --elora",
+    ),
+    Refusal(
+        "this model (embeddings, rewards or classes) or --is-embedding",
+        lambda cfg: not model_config_of(cfg).is_generation,
+        "a prompt too long to be held beside its adapter would wait for ever",
+        WITHOUT_ELORA,
+    ),
+)
+
+REFUSALS = (*PARALLELISM, *CACHES, *SCHEDULING, *LORA, *MODELS)
+
+
+def wants_lora(cfg: Any) -> bool:
+    """As SGLang decides it: --lora-paths alone turns LoRA on."""
+    return bool(cfg.enable_lora or (cfg.enable_lora is None and cfg.lora_paths))
+
+
+def check_compatible(server_args: Any) -> None:
+    """Before ``check_server_args``, when all arguments are resolved: refuse what cannot run.
+
+    Raises:
+        ValueError: Flags or the model do not go with ELORA; one line for each. Or a flag of ours
+            lacks what it is for.
+    """
+    cfg = resolving_view(server_args)
+    lora = wants_lora(cfg)
+    problems = [
+        refusal.text(cfg)
+        for refusal in REFUSALS
+        if (lora or not refusal.with_lora_only) and refusal.applies(cfg)
+    ]
+    if problems:
+        raise ValueError("--elora does not run with:\n" + "\n".join(f"  {p}" for p in problems))
+    if EloraConfig.from_env(os.environ).adapter_events and not (lora and cfg.kv_events_config):
+        raise ValueError("--elora-adapter-events needs --enable-lora and --kv-events-config")
+    if lora:
+        _ignore_without_effect(server_args)
+
+
+def run_eagerly(server_args: Any) -> None:
+    """No CUDA graphs: they cannot replay ``elora_torch``."""
+    graphs = resolving_view(server_args).cuda_graph_config
+    if graphs is None:
+        return
+    phases = (Phase.DECODE, Phase.PREFILL)
+    for phase in phases:
+        graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
+    declare_resolution(server_args, "sglang_elora", cuda_graph_config=graphs)
+    # Locked as if the user had said so: later steps leave such a choice alone.
+    server_args._cuda_graph_config_locked |= {(phase, "backend") for phase in phases}
+
+
+def check_pool(ctx: Any) -> None:
+    """Refuse a KV pool that adapters cannot live in.
+
+    Args:
+        ctx: SGLang's ``TreeCacheBuildContext``, of a server with LoRA.
+
+    Raises:
+        ValueError: With the reason; ``check_compatible`` catches most of it before the model is
+            loaded.
+    """
+    from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import UnquantizedKVCacheMethod
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    pool = ctx.params.token_to_kv_pool_allocator.get_kvcache()
+    if ctx.is_hybrid_swa or ctx.is_hybrid_ssm:
+        reason = "the model has state outside one pool of full attention"
+    elif ctx.disable_radix_cache:
+        reason = "the radix cache is off"
+    elif type(pool) is not MHATokenToKVPool:
+        reason = f"the KV pool is a {type(pool).__name__}, not one buffer each for K and V by layer"
+    elif pool.kv_cache_layout != "nhd":
+        reason = f"the KV pool has layout {pool.kv_cache_layout}, where slots are not contiguous"
+    elif not isinstance(pool.quant_method, UnquantizedKVCacheMethod):
+        reason = "the KV cache has scales beside the pool"
+    else:
+        return
+    raise ValueError(f"--elora does not run here: {reason}; {WITHOUT_ELORA}")
+
+
+def _ignore_without_effect(server_args: Any) -> None:
+    """Flags about SGLang's LoRA pool and its order of eviction are accepted and have no effect."""
+    cfg = resolving_view(server_args)
+    for field, (default, why) in _WITHOUT_EFFECT.items():
+        if (value := getattr(cfg, field)) != default:
+            logger.info(
+                "--%s %s has no effect: with --elora %s", field.replace("_", "-"), value, why
+            )
+    limit = cfg.max_loaded_loras
+    if limit is not None and 0 < limit < cfg.max_loras_per_batch:
+        # SGLang demands as many loaded adapters as slots.
+        declare_resolution(server_args, "sglang_elora", max_loras_per_batch=limit)
+
+
+def _has_experts(cfg: Any) -> bool:
+    text = model_config_of(cfg).hf_text_config
+    counts = ("num_experts", "num_local_experts", "n_routed_experts")
+    return any((getattr(text, name, None) or 1) > 1 for name in counts)
+
+
+def _names_attention_only(cfg: Any) -> bool:
+    named = served_names(cfg.lora_target_modules or ())
+    return bool(named) and "all" not in named and not named & _EXPERT_MODULES

@@ -1,0 +1,36 @@
+"""Hook body that selects ELORA's parts among SGLang's registered ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+from sglang.srt.utils import is_cuda
+
+from sglang_elora.srt.arguments.compatibility import run_eagerly, wants_lora
+from sglang_elora.srt.lora.lora_backend import TORCH, TRITON
+from sglang_elora.srt.mem_cache.radix_cache import BACKEND
+
+
+def select_parts(result: None, server_args: Any) -> None:
+    """After ``handle_platform_defaults``: the radix cache and the LoRA backend are ours.
+
+    Without one that was asked for, the LoRA backend is ``elora_triton`` on CUDA and ``elora_torch``
+    elsewhere; one that was asked for and is not ours is refused by ``check_compatible``.
+
+    Raises:
+        ValueError: Another one was asked for by ``--radix-cache-backend``.
+    """
+    asked_for = resolving_view(server_args).radix_cache_backend
+    if asked_for not in (None, BACKEND):
+        raise ValueError(
+            f"--elora brings its own radix cache; drop --radix-cache-backend {asked_for} or --elora"
+        )
+    lora_backend = server_args._raw_input["lora_backend"]
+    if lora_backend not in (TORCH, TRITON):
+        lora_backend = TRITON if is_cuda() else TORCH
+    declare_resolution(
+        server_args, "sglang_elora", radix_cache_backend=BACKEND, lora_backend=lora_backend
+    )
+    if lora_backend == TORCH and wants_lora(resolving_view(server_args)):
+        run_eagerly(server_args)

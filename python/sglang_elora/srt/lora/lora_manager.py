@@ -1,0 +1,321 @@
+"""The LoRA manager over pages: which adapters exist, and what a forward batch runs with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.lora.lora import LoRAAdapter
+from sglang.srt.lora.lora_manager import LoRAManager
+from sglang.srt.lora.utils import (
+    EMBEDDING_NAMES,
+    capturing_lora_graph,
+    generate_sequence_lengths,
+)
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from typing_extensions import override
+
+from sglang_elora.adapters import (
+    content_digest,
+    read_adapter,
+    served_modules,
+    why_not_stacked,
+)
+from sglang_elora.control import StateMirror
+from sglang_elora.pages import AdapterImage, AdapterLayout, PagedAdapter
+from sglang_elora.srt.lora.lora_backend import MAX_RANK, Graph, PagedLoRABackend
+from sglang_elora.srt.lora.lora_pool import PagedLoRAPool
+from sglang_elora.srt.measure import Measure
+from sglang_elora.srt.mem_cache.ranks import are_equal, digest_values
+from sglang_elora.srt.mem_cache.residency import AdapterChanged, AdapterSource, Residency
+from sglang_elora.swapper import AdapterCopy
+
+if TYPE_CHECKING:
+    from sglang.srt.lora.lora_config import LoRAConfig
+    from sglang.srt.lora.lora_registry import LoRARef
+    from sglang.srt.managers.io_struct import LoRAUpdateOutput
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+_CHANGED = "its file has changed since it was loaded: unload it and load it again"
+
+
+class EloraLoRAManager(LoRAManager):
+    """SGLang's manager, whose adapters live in the KV pool.
+
+    SGLang builds it before the KV pool is there; ``bind`` hands it the pool.
+    """
+
+    memory_pool: PagedLoRAPool
+    lora_backend: PagedLoRABackend
+
+    def __init__(self, *args: Any, max_loras_per_batch: int, **kwargs: Any) -> None:
+        self.residency: Residency | None = None
+        self._measure: Measure | None = None
+        self.max_adapters_in_batch = 0
+        self.num_checks = 0  # counted by --elora-check, which also keeps
+        self.mirror = StateMirror()
+        # A batch holds what fits into memory, and pinning is bounded by memory: no limit on slots.
+        super().__init__(*args, max_loras_per_batch=sys.maxsize, **kwargs)
+        self._shapes = self.memory_pool.module_shapes(self.lora_modules)
+        max_rank = kwargs.get("max_lora_rank") or max(self.max_lora_rank, MAX_RANK)
+        self.lora_backend.set_model(
+            self._shapes, self.dtype, max_rank=max_rank, tp_size=self.memory_pool.tp_size
+        )
+        self.memory_pool.max_rank = self.lora_backend.max_rank
+
+    @override
+    def init_lora_shapes(self, *args: Any, **kwargs: Any) -> None:
+        super().init_lora_shapes(*args, **kwargs)
+        # "all" names them too; adapters that have them were refused.
+        self.target_modules: set[str] = self.target_modules - set(EMBEDDING_NAMES)
+
+    @override
+    def init_memory_pool(self) -> None:
+        self.memory_pool = PagedLoRAPool(
+            base_hf_config=self.base_hf_config,
+            max_loras_per_batch=1,  # a slab's slots; there are none
+            dtype=self.dtype,
+            max_lora_rank=max(self.max_lora_rank, 1),
+            target_modules=self.target_modules,
+            base_model=self.base_model,
+            eviction_policy=self.eviction_policy,
+            lora_added_tokens_size=self.lora_added_tokens_size,
+            strict_loading=self.lora_strict_loading,
+        )
+        self.memory_pool.on_removed = self._retire
+
+    def bind(self, residency: Residency, measure: Measure) -> None:
+        """Adapters live in this pool from now on.
+
+        Raises:
+            PoolTooSmall: An adapter given at start does not fit.
+            ValueError: The model's layers differ in shape, or tensor-parallel ranks have read
+                different adapters.
+        """
+        self.residency, self._measure = residency, measure
+        residency.replays_prefill_graph = self._replays_prefill_graph
+        self.lora_backend.warm_up(residency.planes)
+        for lora_ref in self.lora_refs.values():
+            self._take_in(self._source_of(lora_ref))
+        facts = repr([self._facts(uid) for uid in self.lora_refs])
+        if not are_equal(residency.ranks.least(digest_values(facts))):
+            raise ValueError(
+                "adapters of --lora-paths were replaced while the tensor-parallel ranks read them: "
+                "start the server again"
+            )
+
+    @override
+    def load_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
+        """Load an adapter on all tensor-parallel ranks or on none. Reading its weights begins."""
+        result = self._agree_on_load(lora_ref, super().load_lora_adapter(lora_ref))
+        if result.success and self.residency is not None:
+            self.residency.host.request(lora_ref.lora_id)
+        return result
+
+    @override
+    def load_lora_adapter_from_tensors(
+        self, lora_ref: LoRARef, *args: Any, **kwargs: Any
+    ) -> LoRAUpdateOutput:
+        """As ``load_lora_adapter``, of weights that were sent."""
+        result = super().load_lora_adapter_from_tensors(lora_ref, *args, **kwargs)
+        return self._agree_on_load(lora_ref, result)
+
+    def _agree_on_load(self, lora_ref: LoRARef, result: LoRAUpdateOutput) -> LoRAUpdateOutput:
+        """The result of all ranks. Unless all loaded the same adapter, nothing of it stays."""
+        if self.residency is None:
+            return result
+        facts = self._facts(lora_ref.lora_id) if result.success else None
+        ranks = self.residency.ranks
+        everywhere, *digests = ranks.least([int(result.success), *digest_values(facts)])
+        if not result.success or (everywhere and are_equal(digests)):
+            return result
+        self.unload_lora_adapter(lora_ref)
+        reason = "its files were replaced meanwhile" if everywhere else "another rank failed"
+        return self.create_lora_update_result(
+            success=False,
+            error_message=f"Failed to load {lora_ref.lora_name} on all tensor-parallel ranks: "
+            f"{reason}",
+        )
+
+    def _facts(self, uid: str) -> str:
+        """What must be equal on all ranks before an adapter's weights are read."""
+        assert self.residency is not None
+        num_slots = self.residency.forest.get(uid).num_slots
+        return repr((num_slots, sorted(self.configs[uid].hf_config.items())))
+
+    @override
+    def load_lora_weights(self, lora_ref: LoRARef) -> None:
+        """Make an adapter known by its configuration and the headers of its file.
+
+        Its weights are read when a request names it; those of one that is loaded while the server
+        runs, as soon as all ranks know it.
+        """
+        if self.residency is not None:  # else ``bind`` takes it in
+            with self._forgetting_on_error(lora_ref):
+                self._take_in(self._source_of(lora_ref))
+
+    @override
+    def load_lora_weights_from_tensors(
+        self, lora_ref: LoRARef, tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        with self._forgetting_on_error(lora_ref):
+            super().load_lora_weights_from_tensors(lora_ref, tensors)
+            adapter = self.loras.pop(lora_ref.lora_id)  # the image is the copy from here on
+            image = self.memory_pool.image_of(adapter, self.lora_modules, self._shapes)
+            source = AdapterSource(
+                lora_ref.lora_id,
+                lora_ref.lora_name,
+                image.layout,
+                image.nbytes,
+                pinned=bool(lora_ref.pinned),
+                image=image,
+            )
+            self._take_in(source)
+
+    @override
+    def validate_lora_batch(self, lora_ids: set[str | None]) -> bool:
+        """Always: admission has secured each adapter's slots."""
+        return True
+
+    @override
+    def fetch_new_loras(
+        self, new_loras: set[str | None], running_loras: set[str | None] | None = None
+    ) -> None:
+        """Nothing: ``prepare_lora_batch``, which always follows, brings the weights."""
+
+    @override
+    def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
+        """Tell the backend which adapter computes which rows of the next forward pass.
+
+        SGLang captures its CUDA graphs before it builds the KV cache, over batches that name no
+        adapter. Only a batch that names one needs the residency, which comes with that cache.
+        """
+        ids = forward_batch.lora_ids
+        distinct = sorted(set(ids) - {None})
+        graph = self._graph_of(forward_batch)
+        if not distinct and self._runs_without_kernels(graph):
+            self.lora_backend.reset_batch_state()
+            return
+        adapters, awaited = self._adapters_of(distinct)
+        if awaited and self._measure is not None:
+            self._measure.has_waited = True
+        self.lora_backend.await_copies(awaited, graph)
+        self.max_adapters_in_batch = max(self.max_adapters_in_batch, len(distinct))
+        rows = generate_sequence_lengths(forward_batch, device=torch.device("cpu")).tolist()
+        self.lora_backend.set_batch(
+            [
+                (None if uid is None else adapters[uid], num_rows)
+                for uid, num_rows in zip(ids, rows, strict=False)
+            ],
+            graph,
+        )
+
+    def _adapters_of(
+        self, uids: Sequence[str]
+    ) -> tuple[dict[str, PagedAdapter], list[AdapterCopy]]:
+        """The slots of these adapters, and those of their copies that are under way."""
+        if not uids:
+            return {}, []
+        assert self.residency is not None, "a batch with adapters before the KV cache is built"
+        copies = self.residency.copies
+        return (
+            {uid: self.residency.paged(uid) for uid in uids},
+            [copies[uid] for uid in uids if uid in copies],
+        )
+
+    def _graph_of(self, forward_batch: ForwardBatch) -> Graph | None:
+        """Which CUDA graphs may replay the batch, by SGLang's own rules."""
+        if self._use_cuda_graph_batch(forward_batch):
+            return Graph.DECODE
+        return Graph.PREFILL if self.can_use_prefill_cuda_graph(forward_batch) else None
+
+    def _runs_without_kernels(self, graph: Graph | None) -> bool:
+        """Whether a batch without adapters launches no LoRA kernels.
+
+        SGLang captures decode twice, with them and without, and replays the second graph for such
+        a batch. It captures prefill once, with them, so such a batch fills the static tables.
+        """
+        if graph is Graph.DECODE:
+            return self.lora_backend.skip_inactive_dense_lora and not capturing_lora_graph()
+        return graph is None
+
+    def _replays_prefill_graph(self, num_requests: int, num_tokens: int) -> bool:
+        """Whether SGLang's rule for prefill graphs takes a batch of this size."""
+        batch: Any = SimpleNamespace(
+            forward_mode=ForwardMode.EXTEND, batch_size=num_requests, extend_num_tokens=num_tokens
+        )
+        return bool(self.can_use_prefill_cuda_graph(batch))
+
+    def _source_of(self, lora_ref: LoRARef) -> AdapterSource:
+        """What the headers of the adapter's file tell."""
+        uid, name = lora_ref.lora_id, lora_ref.lora_name
+        present = served_modules(name, lora_ref.lora_path)
+        shapes = [shape for shape in self._shapes if shape.name in present]
+        layout = AdapterLayout.build(self.configs[uid].r, shapes)
+        num_bytes = self.memory_pool.num_layer * sum(layout.plane_elems) * self.dtype.itemsize
+        read = partial(self._read_image, lora_ref, self.configs[uid], layout)
+        return AdapterSource(uid, name, layout, num_bytes, bool(lora_ref.pinned), read=read)
+
+    def _read_image(
+        self,
+        lora_ref: LoRARef,
+        config: LoRAConfig,
+        layout: AdapterLayout,
+        chunks: Sequence[torch.Tensor],
+    ) -> AdapterImage:
+        """The adapter's weights from its file, written to ``chunks``. Runs in a reader's thread.
+
+        Raises:
+            AdapterError: It cannot be read, or a weight is NaN or too large.
+            AdapterChanged: Its shapes are not what its headers said when it was loaded.
+            RuntimeError, MemoryError: There is no memory for it, or torch failed otherwise.
+        """
+        tensors = read_adapter(lora_ref.lora_name, lora_ref.lora_path)
+        version = content_digest(tensors)  # of the file: equal on ranks that hold different shards
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if problem := why_not_stacked(shapes, config.r):
+            raise AdapterChanged(f"{_CHANGED} ({problem})")
+        adapter = LoRAAdapter(
+            lora_ref.lora_id,
+            config,
+            self.base_hf_config,
+            self.load_config,
+            self.lora_backend,
+            base_model=self.base_model,
+        )
+        try:  # shapes were checked when it was loaded, so what fails on them now has changed since
+            adapter.initialize_weights_from_tensors(tensors)
+            if self.memory_pool.layout_of(adapter, self._shapes) != layout:
+                raise AdapterChanged(_CHANGED)
+            return self.memory_pool.image_of(
+                adapter, self.lora_modules, self._shapes, chunks, version
+            )
+        except (AssertionError, ValueError, LookupError) as error:
+            if isinstance(error, AdapterChanged):
+                raise
+            raise AdapterChanged(f"{_CHANGED} ({error})") from error
+
+    @contextmanager
+    def _forgetting_on_error(self, lora_ref: LoRARef) -> Iterator[None]:
+        """Nothing stays of an adapter whose loading fails in this block."""
+        try:
+            yield
+        except Exception:
+            self.configs.pop(lora_ref.lora_id, None)
+            self.loras.pop(lora_ref.lora_id, None)
+            raise
+
+    def _take_in(self, source: AdapterSource) -> None:
+        assert self.residency is not None
+        self.residency.register(source)
+        # What SGLang's metrics show as slots: adapters that could run at once.
+        self.memory_pool.max_loras_per_batch = len(self.residency.forest)
+
+    def _retire(self, uid: str) -> None:
+        if self.residency is not None:
+            self.residency.retire(uid)

@@ -1,0 +1,236 @@
+"""LoRA backend ``elora_triton``: kernels that read adapters' weights from scattered KV pages."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
+from typing_extensions import override
+
+from sglang_elora.kernels import (
+    Batch,
+    BatchTables,
+    ExpandConfig,
+    ShrinkConfig,
+    StackedModule,
+    expand_config,
+    lora_expand,
+    lora_shrink,
+    record_ints,
+    shrink_config,
+    tuned_tile_counts,
+)
+from sglang_elora.pages import KVPlanes, ModuleShape, PagedAdapter, WeightRef, stacked_modules
+from sglang_elora.srt.lora.lora_backend import TRITON, Graph, PagedLoRABackend, Segment
+
+logger = logging.getLogger(__name__)
+
+DECODE_TILE_ROWS, PREFILL_TILE_ROWS = 16, 64
+DETERMINISTIC_TILES = 128
+"""With ``--enable-deterministic-inference`` all batches are computed as one of so many small tiles:
+then a row's sums have one order, whoever its neighbours are."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedBatch:
+    """The batch that kernels are launched for. SGLang's layers read ``has_active_lora``.
+
+    Args:
+        tables: On the device.
+        num_rows: Of the batch; a graph is captured with more.
+        max_rank: The largest that the tables may hold until the kernels run.
+        graph: Whether what is launched may be captured: then the tables change before a replay,
+            and kernels are launched for the most that they can hold, even while they hold nothing.
+    """
+
+    tables: BatchTables
+    num_rows: int
+    max_rank: int
+    graph: bool
+
+    @property
+    def has_active_lora(self) -> bool:
+        return self.graph or self.max_rank > 0
+
+    def num_tiles(self, num_rows: int) -> int:
+        tables = self.tables
+        num_tiles: int = tables.tiles_for(num_rows) if self.graph else tables.num_tiles
+        return num_tiles
+
+
+class EloraTritonBackend(PagedLoRABackend):
+    """Two kernels per module, whatever adapters the batch has. Nothing waits for the device.
+
+    Batches that CUDA graphs may replay are described in static memory, which every such batch
+    overwrites on the stream of the forward passes. A prefill batch without adapters does so too,
+    because the graph computes what it finds there; decode has a second graph for such batches.
+    """
+
+    name = TRITON
+    supports_prefill_cuda_graph = True
+    skip_inactive_dense_lora = True  # capture decode a second time, without LoRA kernels
+
+    def __init__(self, *args: Any, server_args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._deterministic = server_args.enable_deterministic_inference
+        self._static: dict[Graph, BatchTables] = {}
+        self._planes: KVPlanes | None = None
+        self._pool: Any = None
+
+    def set_model(
+        self, shapes: Sequence[ModuleShape], dtype: torch.dtype, *, max_rank: int, tp_size: int
+    ) -> None:
+        self._modules: dict[str, StackedModule] = stacked_modules(shapes)
+        self._dtype = dtype
+        self._tp_size = tp_size
+        self.max_rank: int = max_rank  # CUDA graphs are captured with room for it
+
+    @override
+    def init_decode_cuda_graph_batch_info(
+        self, max_bs_in_cuda_graph: int, num_tokens_per_req: int
+    ) -> None:
+        max_rows = max_bs_in_cuda_graph * num_tokens_per_req
+        self._static[Graph.DECODE] = self._tables(
+            max_rows, min(max_bs_in_cuda_graph, self.max_adapters), DECODE_TILE_ROWS
+        )
+
+    @override
+    def init_prefill_cuda_graph_batch_info(
+        self, max_num_tokens: int, max_num_requests: int | None = None
+    ) -> None:
+        self.prefill_cuda_graph_max_tokens = max_num_tokens
+        self.prefill_cuda_graph_max_bs = max_num_requests or max_num_tokens
+        self._static[Graph.PREFILL] = self._tables(
+            max_num_tokens,
+            min(self.prefill_cuda_graph_max_bs, self.max_adapters),
+            DECODE_TILE_ROWS if self._deterministic else PREFILL_TILE_ROWS,
+        )
+
+    def set_batch(self, segments: Sequence[Segment], graph: Graph | None = None) -> None:
+        adapters = {id(adapter): adapter for adapter, _ in segments if adapter is not None}
+        numbers = {key: number for number, key in enumerate(adapters)}
+        batch = Batch(
+            self._records(list(adapters.values())),
+            [(-1 if adapter is None else numbers[id(adapter)], n) for adapter, n in segments],
+        )
+        if graph is not None:
+            tables, max_rank = self._static[graph], self.max_rank
+            assert batch.max_rank <= max_rank, (batch.max_rank, max_rank)
+        else:
+            num_rows, num_adapters = batch.num_rows, len(batch.records)
+            few = num_rows <= 2 * DECODE_TILE_ROWS * num_adapters
+            small = few or self._deterministic
+            tile_rows = DECODE_TILE_ROWS if small else PREFILL_TILE_ROWS
+            tables, max_rank = self._tables(num_rows, num_adapters, tile_rows), batch.max_rank
+        tables.load(batch)
+        self.batch_info = LaunchedBatch(tables, batch.num_rows, max_rank, graph is not None)
+
+    @override
+    def run_lora_a_sgemm(
+        self, x: torch.Tensor, weights: WeightRef, *args: Any, **options: Any
+    ) -> torch.Tensor:
+        """As ``shrink``, with the splits summed where ranks will sum the result over each other."""
+        inner = super().run_lora_a_sgemm(x, weights, *args, **options)
+        return inner.sum(dim=0, keepdim=True) if self._tp_size > 1 else inner
+
+    def shrink(self, x: torch.Tensor, weights: WeightRef) -> torch.Tensor:
+        """
+        Returns:
+            float32 ``[splits, rows, parts * largest rank]``, to be summed over the splits;
+            undefined where an adapter has no such column, or a row has no adapter.
+        """
+        batch, module = self._batch, self._modules[weights.module]
+        assert len(x) >= batch.num_rows, (
+            f"{weights.module}: {len(x)} rows in a batch of {batch.num_rows}"
+        )
+        num_tiles = batch.num_tiles(len(x))
+        return lora_shrink(
+            x,
+            self._planes_of_forward().plane(0, weights.layer),
+            batch.tables,
+            module,
+            width=module.inner_width(batch.max_rank),
+            num_tiles=num_tiles,
+            config=self._shrink_config(module, batch.tables, num_tiles),
+        )
+
+    def expand(self, inner: torch.Tensor, weights: WeightRef, output: torch.Tensor) -> torch.Tensor:
+        batch, module = self._batch, self._modules[weights.module]
+        num_tiles = batch.num_tiles(len(output))
+        return lora_expand(
+            inner,
+            self._planes_of_forward().plane(-1, weights.layer),
+            batch.tables,
+            module,
+            output,
+            num_tiles=num_tiles,
+            config=self._expand_config(module, batch.tables, num_tiles),
+        )
+
+    def warm_up(self, planes: KVPlanes) -> None:
+        """Compile every kernel that a batch may launch, by launches over a batch without rows."""
+        logger.info("Compiling LoRA kernels, unless Triton has them in its cache")
+        planes.warm_up()
+        layers = [(planes.plane(0, i), planes.plane(-1, i)) for i in range(planes.num_layers)]
+        # Triton compiles for pointers that are multiples of 16 bytes, and again for others.
+        differ = {tuple(plane.data_ptr() % 16 == 0 for plane in layer): layer for layer in layers}
+        sizes = [DECODE_TILE_ROWS] if self._deterministic else [DECODE_TILE_ROWS, PREFILL_TILE_ROWS]
+        for tile_rows, module, (a, b) in product(sizes, self._modules.values(), differ.values()):
+            tables = self._tables(1, 1, tile_rows)
+            x = torch.zeros(1, module.in_features, dtype=self._dtype, device=self.device)
+            output, width = x.new_zeros(1, sum(module.out_features)), module.inner_width(1)
+            for tiles in tuned_tile_counts(self.device, self._dtype):
+                shrink = self._shrink_config(module, tables, tiles)
+                expand = self._expand_config(module, tables, tiles)
+                inner = lora_shrink(x, a, tables, module, width=width, num_tiles=1, config=shrink)
+                lora_expand(inner, b, tables, module, output, num_tiles=1, config=expand)
+
+    def _shrink_config(
+        self, module: StackedModule, tables: BatchTables, num_tiles: int
+    ) -> ShrinkConfig:
+        tiles = DETERMINISTIC_TILES if self._deterministic else num_tiles
+        return shrink_config(self.device, tables.tile_rows, tiles, module.in_features, self._dtype)
+
+    def _expand_config(
+        self, module: StackedModule, tables: BatchTables, num_tiles: int
+    ) -> ExpandConfig:
+        tiles = DETERMINISTIC_TILES if self._deterministic else num_tiles
+        return expand_config(
+            self.device, tables.tile_rows, tiles, sum(module.out_features), self._dtype
+        )
+
+    @property
+    def _batch(self) -> LaunchedBatch:
+        assert isinstance(self.batch_info, LaunchedBatch), "a forward pass without its batch"
+        return self.batch_info
+
+    def _records(self, adapters: Sequence[PagedAdapter]) -> NDArray[np.int32]:
+        """int32 ``[adapters, ...]``."""
+        names = tuple(self._modules)
+        if not adapters:
+            return np.empty((0, record_ints(len(names))), dtype=np.int32)
+        return np.stack([adapter.record(names) for adapter in adapters])
+
+    def _tables(self, max_rows: int, max_adapters: int, tile_rows: int) -> BatchTables:
+        return BatchTables(
+            self.device,
+            num_modules=len(self._modules),
+            max_rows=max_rows,
+            max_adapters=max_adapters,
+            tile_rows=tile_rows,
+        )
+
+    def _planes_of_forward(self) -> KVPlanes:
+        """The pool of the forward pass under way: graphs are captured before the cache is built."""
+        pool = get_token_to_kv_pool()
+        if self._planes is None or self._pool is not pool:
+            self._pool = pool
+            self._planes = KVPlanes((pool.k_buffer, pool.v_buffer), self._dtype)
+        return self._planes

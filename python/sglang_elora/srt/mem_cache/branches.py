@@ -1,0 +1,138 @@
+"""Removal of one adapter's branch of the tree, its KV before the adapter, a few nodes per call.
+
+The nodes are looked at in turns that each adapter's node keeps (``AdapterNode.next_kv``), so that a
+call costs what its budget allows, however many nodes the branch has, how many of its KV is on the
+host, and how much of it is in use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sglang.srt.disaggregation.kv_events import StorageMedium
+from sglang.srt.mem_cache.unified_cache.unified_tree_core import UnifiedTreeNode
+from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import BaseEvictionResult
+
+from sglang_elora.srt.mem_cache.adapter_node import AdapterNode
+from sglang_elora.srt.mem_cache.freed import Freed, parts_of
+from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
+
+LOOKS_PER_LEAF = 16
+"""Nodes that an eviction looks at per leaf that it may evict: those on the host are passed by."""
+
+
+@dataclass(slots=True)
+class Purge:
+    """What one call of ``purge`` did."""
+
+    num_looks: int = 1
+    num_removed: int = 0  # nodes, the adapter's among them
+    is_over: bool = False  # nothing is left of the adapter
+    freed: BaseEvictionResult = field(default_factory=BaseEvictionResult)
+
+
+def evict(core: EloraTreeCore, uid: str, most_leaves: int, freed: Freed) -> bool:
+    """Evict leaves of one adapter from the device, the adapter last, unless a request holds it.
+
+    KV without a copy on the host is dropped, with what is below it on the host: out of reach then.
+
+    Returns:
+        Whether nothing is left that could be evicted.
+    """
+    top = core.node_of(uid)
+    num_leaves = num_looks = 0
+    while top.adapter.resident and not core.is_locked(uid):
+        if num_leaves >= most_leaves or num_looks >= LOOKS_PER_LEAF * most_leaves:
+            return False
+        num_looks += 1
+        node: UnifiedTreeNode = top if top.adapter.device_tokens == 0 else top.next_kv()
+        if node is top and not core._is_device_leaf(top):  # an adapter of no size
+            break
+        while num_leaves < most_leaves and core._is_device_leaf(node):
+            parent = node.parent
+            if node.children and not node.backuped:
+                looks_left = LOOKS_PER_LEAF * most_leaves - num_looks
+                num_looks += _remove_below(core, node, looks_left, freed)
+                if node.children:  # more than may be looked at, or held
+                    break
+            core._take_off_device(node, freed)
+            num_leaves += 1
+            if parent.id not in top.kv_nodes:  # the adapter, or removed with its child
+                break
+            node = parent
+    return True
+
+
+def purge(core: EloraTreeCore, uid: str, most_looks: int) -> Purge:
+    """Remove KV of a retired adapter from device and host, then its slots and its node.
+
+    What a request or a copy holds stays, with the nodes above it. Call again until ``is_over``.
+
+    Args:
+        most_looks: Nodes that are looked at, at most; at least one is.
+    """
+    top, done = core.node_of(uid), Purge()
+    assert top.adapter.retired, f"adapter {uid} is in use"
+    if top.adapter.pinned and top.adapter.resident:
+        core.forest.unpin(top.adapter)
+        core.dec_full_pin(top.id)
+    num_in_vain = 0  # looks since a node was removed
+    while top.kv_nodes and done.num_looks < most_looks and num_in_vain < len(top.kv_nodes):
+        removed_before = done.num_removed
+        _remove_upwards(core, top.next_kv(), most_looks, done)
+        num_in_vain = 0 if done.num_removed > removed_before else num_in_vain + 1
+    if not top.kv_nodes and not _is_held(top):
+        core.remove_adapter_node(top, done.freed.device_frees)
+        done.num_removed += 1
+        done.is_over = True
+    else:
+        core._update_evictable_leaf_sets(top)
+    return done
+
+
+def _remove_upwards(
+    core: EloraTreeCore, node: UnifiedTreeNode, most_looks: int, done: Purge
+) -> None:
+    """Remove a leaf that nothing holds, then each parent that has become one."""
+    done.num_looks += 1
+    while not node.children and not _is_held(node):
+        if done.num_looks > most_looks:
+            break
+        parent = node.parent
+        _remove(core, node, parts_of(done.freed))
+        done.num_removed += 1
+        if isinstance(parent, AdapterNode):
+            return
+        node = parent
+        done.num_looks += not node.children
+    core._update_evictable_leaf_sets(node)
+
+
+def _remove_below(core: EloraTreeCore, top: UnifiedTreeNode, most_nodes: int, freed: Freed) -> int:
+    """Remove nodes below one, leaves first, until one is held; how many were removed."""
+    leaf, num_removed = top, 0
+    while num_removed < most_nodes:
+        while leaf.children:
+            leaf = next(iter(leaf.children.values()))
+        if leaf is top or _is_held(leaf):
+            break
+        parent = leaf.parent
+        _remove(core, leaf, freed)
+        num_removed += 1
+        leaf = parent
+    core._update_evictable_leaf_sets(leaf)
+    return num_removed
+
+
+def _remove(core: EloraTreeCore, leaf: UnifiedTreeNode, freed: Freed) -> None:
+    medium = StorageMedium.CPU if leaf.evicted else StorageMedium.GPU
+    core._release_all_component_layers(leaf, medium, *freed)
+    core._remove_leaf_from_parent(leaf)
+
+
+def _is_held(node: UnifiedTreeNode) -> bool:
+    return (
+        any(data.lock_ref > 0 or data.host_lock_ref > 0 for data in node.component_data)
+        or node.write_through_pending_id is not None
+        or node.load_back_pending_id is not None
+    )

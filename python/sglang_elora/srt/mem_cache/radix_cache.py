@@ -1,0 +1,126 @@
+"""ELORA's radix cache: SGLang's unified tree over one pool of KV and adapters.
+
+Registered as radix-cache backend ``elora``. The tree core (``tree_core.py``) and the component of
+full attention (``full_component.py``) are subclasses of SGLang's Python ones; everything they do
+not mention is SGLang's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.mem_cache.base_prefix_cache import (
+    EvictParams,
+    EvictResult,
+    InsertParams,
+    InsertResult,
+)
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
+from sglang.srt.mem_cache.unified_cache.unified_tree_core import NodeId
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from typing_extensions import override
+
+from sglang_elora.srt.mem_cache.full_component import EloraFullComponent, evict_without_copies
+from sglang_elora.srt.mem_cache.kv_events import AdapterMoves
+from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
+from sglang_elora.tree.sessions import Sessions
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.unified_cache.unified_tree_core import UnifiedTreeNode
+
+BACKEND = "elora"
+
+
+class EloraRadixCache(UnifiedRadixCache):
+    """SGLang's cache, which also tells the tree where the turns of a session end."""
+
+    tree_core: EloraTreeCore
+    adapter_moves: AdapterMoves | None = None  # None: not to be told
+    _turn_end: NodeId | None = None  # of the request that is put into the tree
+
+    @override
+    def take_events(self) -> list[Any]:
+        moves = [] if self.adapter_moves is None else self.adapter_moves.take()
+        return [*super().take_events(), *moves]
+
+    def start_loads(self) -> None:
+        """Start the queued loads of KV outside of a batch; later batches wait for them."""
+        super().ready_to_load_host_cache()
+
+    @override
+    def ready_to_load_host_cache(self) -> int:
+        """Start the queued loads of KV, and return what the next batch has to wait for.
+
+        Loads run one after the other on one stream, so the newest one's layers stand for those of
+        all before it, also of loads that ``start_loads`` began or whose batch was never formed.
+
+        Returns:
+            The index of the newest load in the controller's ``layer_done_counter``, -1 if none is
+            under way.
+        """
+        index: int = super().ready_to_load_host_cache()
+        if index >= 0 or self.cache_controller is None:
+            return index
+        loads = self.cache_controller.layer_done_counter
+        newest: int = loads.producer_index
+        if newest < 0 or loads.events[newest].finish_event.query():
+            return index
+        return newest
+
+    @override
+    def evict_for_alloc(
+        self,
+        params: EvictParams,
+        *,
+        allocation_reclaim_satisfied: Callable[[], bool] | None = None,
+    ) -> EvictResult:
+        """What an allocation lacks, in one step; SGLang's walk for what is lacking after it."""
+        evicted = 0
+        if allocation_reclaim_satisfied is None and self.tree_core.full.keeps_order:
+            allocator = self.token_to_kv_pool_allocator
+            wanted = allocator.available_size() + params.num_tokens
+            evicted, _ = evict_without_copies(self, params.num_tokens)
+            lacking = wanted - allocator.available_size()
+            if lacking <= 0:
+                return EvictResult(num_tokens_evicted=evicted)
+            params = replace(params, num_tokens=lacking)
+        result: EvictResult = super().evict_for_alloc(
+            params, allocation_reclaim_satisfied=allocation_reclaim_satisfied
+        )
+        result.num_tokens_evicted += evicted
+        return result
+
+    @override
+    def touch_prefix(self, key: RadixKey) -> None:
+        """Nothing where a policy orders evictions: it counts requests, and knows who waits."""
+        if self.tree_core.policy is None:
+            super().touch_prefix(key)
+
+    @override
+    def checkpoint_into_tree(self, req: Req, *, up_to: int, **options: Any) -> None:
+        self._turn_end = None
+        super().checkpoint_into_tree(req, up_to=up_to, **options)
+        node = None if self._turn_end is None else self.tree_core.find(self._turn_end)
+        if node is not None and req.finished():
+            self.sessions.turn(str(req.session_id), node)
+
+    @override
+    def insert(self, params: InsertParams) -> InsertResult:
+        result: InsertResult = super().insert(params)
+        if params.session_id is not None and self._turn_end is None:
+            self._turn_end = result.last_device_node  # of the whole turn; its prompt comes next
+        return result
+
+    @property
+    def sessions(self) -> Sessions[UnifiedTreeNode]:
+        return self.tree_core.sessions
+
+
+def use_elora_tree(params: Any) -> None:
+    """Have a ``UnifiedRadixCache`` built from these ``CacheInitParams`` use our classes."""
+    params.component_registry_override = {ComponentType.FULL: EloraFullComponent}
+    params.tree_core_backend = BACKEND

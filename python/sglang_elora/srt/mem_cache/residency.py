@@ -1,0 +1,443 @@
+"""Which adapters are on the device: their slots in the KV pool, and how they come and go."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import BaseEvictionResult
+
+from sglang_elora.control import Histogram, Tier
+from sglang_elora.pages import AdapterImage, AdapterLayout, KVPlanes, PagedAdapter
+from sglang_elora.srt.mem_cache import branches
+from sglang_elora.srt.mem_cache.copy_stream import CopyStream
+from sglang_elora.srt.mem_cache.free_order import FreeOrder
+from sglang_elora.srt.mem_cache.freed import parts_of
+from sglang_elora.srt.mem_cache.full_component import evict_without_copies
+from sglang_elora.srt.mem_cache.ranks import Ranks
+from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
+from sglang_elora.swapper import AdapterCopy, Copied, HostTier, ReadImage
+from sglang_elora.tree import Adapter
+
+logger = logging.getLogger(__name__)
+
+
+COPY_WORK = 1
+"""What the start of a copy counts as, in evictions of leaves, which take a scheduler as long."""
+
+EXPECTED_WITHIN = 1.0
+"""Turnovers of the pool after a load, within which another is expected."""
+
+COUNTS = (
+    "adapter_churn",
+    *(f"adapter_evictions.{reason}" for reason in ("room", "told", "unloaded")),
+    "adapter_loads",
+    *(f"adapter_lookups.{tier}" for tier in get_args(Tier)),
+    "adapter_slots_from_host",
+    "adapter_copies_failed",
+    "adapter_reads_failed",
+    "hints",
+    "hints_dropped",
+    "hints_late",
+    "hints_used",
+    "kv_slots_copied_ahead",
+    *(f"kv_slots_evicted.{reason}" for reason in ("room", "ahead", "told", "unloaded")),
+    "kv_slots_from_host",
+    "kv_slots_to_host",
+    "messages_dropped",
+    "prefetched_slots",
+    "prefetched_slots_used",
+    "prefetched_slots_wasted",
+    *(f"prompt_tokens.{source}" for source in ("device", "host", "computed")),
+    "requests_failed",
+    "requests_waited_for_adapter",
+    "ms_waited_for_adapter",
+)
+"""Counted since the start, by whoever does it, in the tree core's ``counts``. Parts of a count have
+what they are told by behind a dot: where a request found its adapter when it came, and the tokens
+of its prompt when it was taken; why something was evicted."""
+
+TOTALS = ("adapter_evictions", "kv_slots_evicted")
+"""Of their parts, shown beside them."""
+
+_LAST_LOADS = 8
+"""Room is kept for the largest of them."""
+
+
+ROOM_BESIDE_PINS = 256
+"""Tokens that pins leave room for, beside the largest adapter that is not pinned; in a small pool
+an eighth of it."""
+
+ReplaysGraph = Callable[[int, int], bool]
+"""(requests, tokens to compute) -> whether a prefill graph replays such a batch."""
+
+PURGE_NODES = 6
+"""Nodes of unloaded adapters that a step looks at, some 10 us for each that it removes. With more,
+slots are free sooner, and steps are longer meanwhile."""
+
+
+class PoolTooSmall(ValueError):
+    """An adapter cannot be held by the pool, whatever is evicted."""
+
+
+class AdapterChanged(ValueError):
+    """An adapter's file is not what it was when its KV was computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """What is known of an adapter before its weights are read.
+
+    ``read`` reads them from its file; an adapter that came without one has its ``image``.
+    """
+
+    uid: str
+    name: str
+    layout: AdapterLayout
+    num_bytes: int  # of its image on this rank
+    pinned: bool
+    read: ReadImage | None = None
+    image: AdapterImage | None = None
+
+
+class Residency:
+    """Adapters of one scheduler process, between host memory and slots of the KV pool.
+
+    ``place`` gives an adapter slots and starts the copy of its weights on a stream of its own;
+    until all ranks have it (``settle``) it cannot be evicted. A batch may run with it before that:
+    it waits for each layer's weights as it comes to the layer (``paged`` and ``copies``).
+
+    Args:
+        cache: The ``UnifiedRadixCache`` over an ``EloraTreeCore``.
+        weight_dtype: Of the LoRA weights.
+        host: Images of the adapters.
+        forward_stream: On which batches run; slots may be read there until now.
+    """
+
+    def __init__(
+        self, cache: Any, weight_dtype: torch.dtype, host: HostTier, forward_stream: Any
+    ) -> None:
+        self.cache = cache
+        self.core: EloraTreeCore = cache.tree_core
+        self.core.on_evicted = self._evicted
+        self.forest = self.core.forest
+        self.host = host
+        self.ranks = Ranks(cache)
+        self.allocator = cache.token_to_kv_pool_allocator
+        pool = self.allocator.get_kvcache()
+        self.planes = KVPlanes((pool.k_buffer, pool.v_buffer), weight_dtype)
+        # Attention kernels may load the unused end of a request's last page. What an adapter left
+        # there is finite in the dtype of weights, but may be NaN in the dtype of the KV.
+        self._clears_slots = self.allocator.page_size > 1 and pool.dtype != weight_dtype
+        self._to_clear: dict[str, torch.Tensor] = {}  # slots, by adapter
+        self.copies: dict[str, AdapterCopy] = {}  # under way, in the order they were started
+        self._paged: dict[str, PagedAdapter] = {}
+        self._free_order = FreeOrder(self.allocator, forward_stream)
+        self._copy_stream = CopyStream(self.planes, self._free_order, forward_stream)
+        self.names: dict[str, str] = {}  # of the loaded adapters, by id
+        self._put_off: str | None = None  # adapter whose copy was due in the step before
+        self._last_loads: deque[int] = deque(maxlen=_LAST_LOADS)  # their slots
+        self._placed_at = 0.0  # the last one, by the policy's clock
+        self.load_s = Histogram()
+        self.num_launches = 0  # batches handed to the device
+        self.replays_prefill_graph: ReplaysGraph = lambda num_requests, num_tokens: False
+        self.is_purging = False  # the last ``purge_retired`` has not removed all that it could
+        self.work_left = sys.maxsize  # for ``place``: evictions of leaves; whoever calls it sets it
+
+    @property
+    def pool_slots(self) -> int:
+        slots: int = self.allocator.size
+        return slots
+
+    def name_of(self, uid: str) -> str:
+        """The name it is served under, for texts."""
+        return self.names.get(uid, uid)
+
+    def tier_of(self, uid: str) -> Tier:
+        """Where the adapter's weights are."""
+        if self.forest.get(uid).resident:
+            return "loading" if uid in self.copies else "device"
+        if uid in self.host:
+            return "host"
+        return "reading" if self.host.is_reading(uid) else "disk"
+
+    def register(self, source: AdapterSource) -> None:
+        """Make an adapter servable.
+
+        Raises:
+            PoolTooSmall: It does not fit into the pool beside the pinned adapters, or pinning it
+                would leave no room for another. The text has the numbers.
+            HostTierFull: It has no file, and the host tier no room for its image.
+        """
+        page_size, name = self.allocator.page_size, source.name
+        num_slots = source.layout.num_slots(self.planes.slot_elems, page_size)
+        taken = self.forest.pinned_slots
+        if num_slots > self.pool_slots - taken - page_size:
+            raise PoolTooSmall(
+                f"LoRA adapter '{name}' takes {num_slots} slots of the KV pool, which has "
+                f"{self.pool_slots}, {taken} of them for pinned adapters, and a request needs "
+                f"{page_size} more: raise --max-total-tokens or --mem-fraction-static"
+            )
+        if source.pinned:
+            self._check_pin(name, num_slots, self.forest.largest_unpinned())
+        self.host.add(source.uid, source.num_bytes, source.read, source.image)
+        version = "" if source.image is None else source.image.version
+        self.forest.register(source.uid, num_slots=num_slots, pinned=source.pinned, version=version)
+        self.names[source.uid] = name
+
+    def pin(self, uid: str) -> None:
+        """Keep an adapter on the device from now on, or from when it comes there.
+
+        Raises:
+            PoolTooSmall: Another could not be loaded any more.
+        """
+        adapter = self.forest.get(uid)
+        if not adapter.pinned:
+            others = self.forest.largest_unpinned(without=uid)
+            self._check_pin(self.name_of(uid), adapter.num_slots, others)
+            self.forest.pin(adapter)
+            if adapter.resident:
+                self.core.inc_full_pin(self.core.node_of(uid).id)
+
+    def unpin(self, uid: str) -> None:
+        """It may be evicted again."""
+        adapter = self.forest.get(uid)
+        if adapter.pinned:
+            self.forest.unpin(adapter)
+            if adapter.resident:
+                self.core.dec_full_pin(self.core.node_of(uid).id)
+
+    def _check_pin(self, name: str, num_slots: int, others: int) -> None:
+        taken, page_size = self.forest.pinned_slots, self.allocator.page_size
+        tokens = max(page_size, min(ROOM_BESIDE_PINS, self.pool_slots // 8))
+        if num_slots + others > self.pool_slots - taken - tokens:
+            raise PoolTooSmall(
+                f"LoRA adapter '{name}' cannot be pinned: it takes {num_slots} slots of the KV "
+                f"pool, which has {self.pool_slots}, {taken} of them for other pinned adapters, "
+                f"and another adapter ({others} slots) with a request of {tokens} tokens would "
+                "not fit any more: load it unpinned, or raise --max-total-tokens or "
+                "--mem-fraction-static"
+            )
+
+    def check_content(self, uid: str, image: AdapterImage, *, is_same: bool) -> None:
+        """The first image of an adapter gives it its version; later ones must be the same.
+
+        Args:
+            is_same: Whether all ranks have read the same content.
+
+        Raises:
+            AdapterChanged: The file holds something else now, or was replaced between the reads
+                of two ranks.
+        """
+        if not is_same:
+            raise AdapterChanged(
+                "its file was replaced while it was being read: unload it and load it again"
+            )
+        adapter = self.forest.get(uid)
+        if adapter.version and image.version != adapter.version:
+            raise AdapterChanged(
+                "its file has changed since it was loaded, and what is cached was computed with "
+                "the old weights: unload it and load it again"
+            )
+        adapter.version = image.version
+
+    def retire(self, uid: str) -> None:
+        """Unload: the adapter's KV on device and host, its slots and its image go.
+
+        A bounded part of it goes at once, the rest with later calls of ``purge_retired``.
+        """
+        if uid in self.forest:
+            self.forest.retire(uid)
+            self.host.remove(uid)
+            self.names.pop(uid, None)
+            self.purge_retired(PURGE_NODES)
+
+    def purge_retired(self, most_nodes: int) -> bool:
+        """Remove some of what is left of unloaded adapters, as far as nothing holds it.
+
+        Args:
+            most_nodes: That are looked at, in turns over the adapters.
+
+        Returns:
+            Whether something was removed (``is_purging`` until the next call).
+        """
+        num_looks = num_removed = 0
+        for _ in range(self.forest.num_retired):
+            adapter = self.forest.next_retired()
+            if adapter is None or num_looks >= most_nodes:
+                break
+            with self.core.evicting("unloaded"):
+                done = branches.purge(self.core, str(adapter.uid), most_nodes - num_looks)
+            self.cache._apply_eviction_result(done.freed)
+            num_looks += done.num_looks
+            num_removed += done.num_removed
+        self.is_purging = num_removed > 0 and self.forest.num_retired > 0
+        return num_removed > 0
+
+    def place(self, uid: str, wanted_since: int) -> bool:
+        """Give an adapter its slots and start its copy; its image is in host memory.
+
+        Args:
+            wanted_since: What a request at this place in the queue or an earlier one needs stays.
+
+        Returns:
+            Whether its copy has begun; if not, a later call goes on with the evictions.
+        """
+        adapter = self.forest.get(uid)
+        assert not adapter.retired and not adapter.resident, f"adapter {uid} cannot be placed"
+        shortfall = adapter.num_slots - self.allocator.available_size()
+        if shortfall > 0:
+            self._make_room(shortfall, wanted_since)
+        if self.work_left < COPY_WORK and self._put_off != uid:  # once: its room may be taken
+            self._put_off = uid
+            return False
+        self._put_off = None
+        slots = self.allocator.alloc(adapter.num_slots)
+        if slots is None:
+            return False
+        self.work_left -= COPY_WORK
+        copy = self.copies[uid] = self._start_copy(uid, slots)
+        copy.launches_before = self.num_launches
+        self.core.counts["adapter_slots_from_host"] += adapter.num_slots
+        self._last_loads.append(adapter.num_slots)
+        self._placed_at = self.core.clock
+        logger.info("load %s into %d slots", self.name_of(uid), adapter.num_slots)
+        return True
+
+    def _start_copy(self, uid: str, slots: torch.Tensor) -> AdapterCopy:
+        """Take slots, pin and image for an adapter and queue its copy; ``settle`` returns them.
+
+        Raises nothing, so that no resource is taken without a copy that accounts for it: a copy
+        that could not be queued says so by its ``error``.
+        """
+        failure: Exception | None = None
+        try:
+            slots = slots.clone()  # the allocator's are a view of its whole free list
+        except (RuntimeError, MemoryError) as error:
+            failure = error
+        self.core.inc_full_pin(self.core.node_of(uid).id)
+        self.core.place(uid, slots)
+        image = self.host.hold(uid)
+        if failure is not None:
+            return AdapterCopy(uid, len(slots), error=failure)
+        if self._clears_slots:
+            self._to_clear[uid] = slots
+        copy, paged = self._copy_stream.start(uid, image, slots)
+        if paged is not None:
+            self._paged[uid] = paged
+        return copy
+
+    def keep_room(self, most_leaves: int) -> bool:
+        """Evict a little KV that goes next, until a load like the last ones would find its room.
+
+        A load that has to make its room first takes several steps for it. While no adapter comes,
+        none is expected, and nothing is evicted. What has to be copied to the host first stays,
+        and so does an adapter, which makes much room in one step.
+
+        Returns:
+            Whether something was evicted.
+        """
+        shortfall = max(self._last_loads, default=0) - self.allocator.available_size()
+        if shortfall <= 0 or self.core.clock - self._placed_at > EXPECTED_WITHIN:
+            return False
+        full = self.core.full
+        with full.sparing(sys.maxsize, most_leaves, adapters=True), self.core.evicting("ahead"):
+            evicted, _ = evict_without_copies(self.cache, shortfall)
+        return evicted > 0
+
+    def evict_branch(self, uid: str, most_leaves: int) -> bool:
+        """Evict leaves of one adapter, KV before the adapter itself, as far as nothing holds them.
+
+        KV without a copy on the host is dropped, where eviction would copy it first.
+
+        Returns:
+            Whether nothing is left that could go.
+        """
+        freed = BaseEvictionResult()
+        with self.core.evicting("told"):
+            is_over = branches.evict(self.core, uid, most_leaves, parts_of(freed))
+        self.cache._apply_eviction_result(freed)
+        return is_over
+
+    def _make_room(self, num_slots: int, wanted_since: int) -> None:
+        """Evict, as far as ``work_left`` goes."""
+        full = self.core.full
+        with full.sparing(wanted_since, self.work_left):
+            evicted, is_stuck = evict_without_copies(self.cache, num_slots)
+            if is_stuck:
+                self.cache.evict(EvictParams(num_tokens=num_slots - evicted))
+            self.work_left = full.leaves_left
+
+    def settle(self, uid: str, code: Copied) -> Exception | None:
+        """A copy is over on all ranks, or has failed on one, which is returned as an error."""
+        copy = self.copies.pop(uid)
+        node = self.core.node_of(uid)
+        self.core.dec_full_pin(node.id)
+        if code != Copied.DONE:
+            self._copy_stream.synchronize()  # nothing reads the image or writes the slots any more
+            copy.synchronize()
+        self.host.release(uid)
+        self.forest.touch(uid)
+        if code == Copied.DONE:
+            self.load_s.observe(time.monotonic() - copy.started_s)
+            return None
+        result = self.core.displace(uid)
+        self.cache._apply_eviction_result(result)
+        return copy.error or RuntimeError("another rank could not copy it")
+
+    def launched(self) -> None:
+        """A batch was handed to the device."""
+        self.num_launches += 1
+        self._free_order.mark()
+
+    def is_usable(self, adapter: Adapter) -> bool:
+        """Whether a batch, or KV of the adapter, may rely on its slots: every rank has queued its
+        copy, which cannot fail any more."""
+        copy = self.copies.get(str(adapter.uid))
+        return adapter.resident and (copy is None or copy.confirmed)
+
+    def paged(self, uid: str) -> PagedAdapter:
+        """An adapter with slots, as the backend reads it. Its copy may be in ``copies`` still."""
+        return self._paged[uid]
+
+    def _evicted(self, uid: str) -> None:
+        copy = self.copies.pop(uid, None)
+        if copy is not None:  # the whole cache was flushed
+            self._copy_stream.synchronize()
+            copy.synchronize()
+            self.host.release(uid)
+        self._paged.pop(uid, None)
+        if (slots := self._to_clear.pop(uid, None)) is not None:
+            self._copy_stream.clear(slots)
+        logger.info("evict %s", self.name_of(uid))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """``COUNTS``, and ``TOTALS``."""
+        counts = {name: self.core.counts[name] for name in COUNTS}
+        for total in TOTALS:
+            parts = (count for name, count in counts.items() if name.startswith(f"{total}."))
+            counts[total] = sum(parts)
+        return counts
+
+    def statistics(self) -> dict[str, int]:
+        """Counts of now and since the start, all in slots or tokens (one slot holds one token)."""
+        return {
+            **self.counts,
+            "pool_slots": self.pool_slots,
+            "adapter_slots": self.forest.resident_slots,
+            "adapters_resident": self.forest.num_resident,
+            "adapters_on_host": len(self.host),
+            "adapter_host_bytes": self.host.num_bytes,
+            "adapter_files_read": self.host.num_reads,
+            "kv_tokens_device": self.forest.device_tokens,
+            "kv_tokens_host": self.forest.host_tokens,
+            "kv_tokens_invalid": self.forest.invalid_tokens,
+        }

@@ -1,0 +1,471 @@
+"""The tree core: SGLang's Python one, with adapter nodes between the root and the KV.
+
+Each adapter is a node under the root whose value is the slots that hold its weights, empty while
+it is not on the device. Its KV hangs under it, so what SGLang does for any node holds for
+adapters too: a lock on a request's path protects the adapter, its slots are counted as evictable
+or protected, and it is a leaf that eviction may take only when no KV of it is on the device.
+
+Walks start at the adapter's node, as SGLang's Rust core starts them at a root per namespace
+(``root_node_handle``, ``is_root``).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams, MatchResult
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.cache_action import BackupKV
+from sglang.srt.mem_cache.unified_cache.components.base import (
+    ComponentType,
+    get_and_increase_time_counter,
+)
+from sglang.srt.mem_cache.unified_cache.unified_tree_core import (
+    NodeId,
+    UnifiedTreeNode,
+)
+from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import (
+    BaseEvictionResult,
+    EvictDeviceLeafResult,
+    InsertStepResult,
+)
+from typing_extensions import override
+
+from sglang_elora.policy import Item
+from sglang_elora.srt.mem_cache.adapter_node import FULL, AdapterNode
+from sglang_elora.srt.mem_cache.freed import Freed, parts_of
+from sglang_elora.srt.mem_cache.ordered_tree_core import OrderedTreeCore
+from sglang_elora.tree import AdapterForest, LeafOrder, adapter_of
+
+CHURN_S = 10.0
+"""An adapter that comes back within this time of its eviction should not have been evicted."""
+
+
+class EloraTreeCore(OrderedTreeCore):
+    """See the module's text. ``on_evicted`` is told the id of each adapter that left the device."""
+
+    root_node: UnifiedTreeNode
+
+    def __init__(self, params: Any, components: Any) -> None:
+        self.forest = AdapterForest()
+        self.keeps_dependency = True  # off for measurements: KV stays when its adapter goes
+        self.on_evicted: Callable[[str], None] = lambda uid: None
+        super().__init__(params, components)
+
+    @override
+    def reset(self) -> None:
+        super().reset()
+        for uid in [str(adapter.uid) for adapter in self.forest if adapter.resident]:
+            self.on_evicted(uid)
+        self.forest.clear_tree()
+        self._adapter_nodes: dict[str, AdapterNode] = {}
+        self._tree_root = self.root_node  # which stands for an adapter's node during a walk
+        self._no_slots = torch.empty(0, dtype=torch.int64, device=self.device)
+
+    # ==== What is asked of adapters ====
+
+    @property
+    def full(self) -> Any:
+        """The component of full attention."""
+        return self.components_by_type[FULL]
+
+    def adapter_priority(self, uid: str) -> float:
+        """How dear an adapter is, for the host tier: infinity while a request waits for it."""
+        item = self.forest.get(uid).item
+        assert self.policy is not None
+        return math.inf if item.wanted_since is not None else self.policy.priority(item)
+
+    def find(self, node_id: NodeId) -> UnifiedTreeNode | None:
+        """The node of this id, if it is in the tree still."""
+        return self._node_arena.get(node_id)
+
+    def is_held(self, uid: str) -> bool:
+        """Whether the adapter cannot leave, or should not: a request uses it or waits for it."""
+        return self.forest.get(uid).item.wanted_since is not None or self.is_locked(uid)
+
+    def is_locked(self, uid: str) -> bool:
+        """Whether a request or a copy holds the adapter, or it is pinned."""
+        return bool(self.node_of(uid).component_data[FULL].lock_ref > 0)
+
+    # ==== Where walks start ====
+
+    def node_of(self, uid: str) -> AdapterNode:
+        """The adapter's node, made at first need."""
+        node = self._adapter_nodes.get(uid)
+        if node is None:
+            node = self._adapter_nodes[uid] = AdapterNode(self.forest.get(uid), self._no_slots)
+            node.parent = self._tree_root
+            self._tree_root.children[self._child_key(uid)] = node
+            self._register_node(node)
+        return node
+
+    @override
+    def root_node_handle(self, extra_key: str | None = None) -> NodeId:
+        return self._root_of(extra_key).id
+
+    @override
+    def is_root(self, node_id: NodeId) -> bool:
+        return isinstance(self.node_by_id(node_id), AdapterNode) or super().is_root(node_id)
+
+    @override
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        root = self._root_of(params.key.extra_key)
+        if not (self.enable_hicache or self.is_eagle):
+            return self._match_on_device(root, params.key.page_aligned(self.page_size))
+        result: MatchResult = self._walk_from(root, super().match_prefix, params)
+        if result is self._empty_match_result:
+            return result._replace(
+                last_device_node=root.id, last_host_node=root.id, best_match_node=root.id
+            )
+        return result
+
+    def _match_on_device(self, root: UnifiedTreeNode, key: RadixKey) -> MatchResult:
+        """SGLang's match for one component and no host tier, where all of its cases are one."""
+        node, length, page_size = root, len(key), self.page_size
+        matched, actions = 0, []
+        while matched < length:
+            child = node.children.get(key.child_key_at(matched, page_size))
+            if child is None:
+                break
+            shared = child.key.match_at(key, matched, page_size)
+            is_whole = shared == len(child.key)
+            if not is_whole:
+                child, action = self._split_node(child.key, child, shared)
+                actions += [] if action is None else [action]
+            node, matched = child, matched + shared
+            if not is_whole:
+                break
+        visited, time = node, get_and_increase_time_counter()
+        while visited is not None:  # as SGLang dates a path: its end is the youngest
+            visited.last_access_time = time
+            visited, time = visited.parent, time - 0.00001
+        found = node.id
+        return MatchResult(
+            matched,
+            found,
+            found,
+            found,
+            full_kv_hit_length=matched,
+            cache_actions=actions,
+            last_visited_node_id=None if node is root else found,
+        )
+
+    @override
+    def collect_full_device_indices(
+        self, from_node_id: NodeId, until_node_id: NodeId
+    ) -> torch.Tensor:
+        """The slots of the KV on a path, without those of the adapter that it begins at.
+
+        SGLang reads a request's row off its path up to the root of all namespaces.
+        """
+        until = self.node_by_id(until_node_id)
+        if until is self._tree_root:
+            until = self._root_of(self.node_by_id(from_node_id).key.extra_key)
+        slots: torch.Tensor = super().collect_full_device_indices(from_node_id, until.id)
+        return slots
+
+    @override
+    def begin_insert(self, params: InsertParams) -> InsertStepResult:
+        root = self._root_of(params.key.extra_key)
+        if params.inserted_len == 0:
+            root.hit_count += 1  # once per request, as each node on the path
+        return self._walk_from(root, super().begin_insert, params)
+
+    @override
+    def match_full_device_prefix(self, key: RadixKey) -> tuple[int, NodeId, int]:
+        walk = super().match_full_device_prefix
+        found: tuple[int, NodeId, int] = self._walk_from(self._root_of(key.extra_key), walk, key)
+        return found
+
+    def _root_of(self, namespace: str | None) -> UnifiedTreeNode:
+        uid = adapter_of(namespace)
+        return self.root_node if uid is None else self.node_of(uid)
+
+    def _walk_from(self, root: UnifiedTreeNode, walk: Callable[[Any], Any], argument: Any) -> Any:
+        self.root_node = root
+        try:
+            return walk(argument)
+        finally:
+            self.root_node = self._tree_root
+
+    @staticmethod
+    def _child_key(uid: str) -> tuple[str, str]:
+        return ("adapter", uid)  # KV children are keyed by tokens and namespace, never like this
+
+    # ==== Counting KV per adapter ====
+
+    def count_kv(self, node: UnifiedTreeNode, *, device: int = 0, host: int = 0) -> None:
+        """``node``'s KV gained (or lost) so many tokens on the device and on the host."""
+        uid = adapter_of(node.key.extra_key)
+        adapter = self.forest.get(uid)
+        had_kv = adapter.device_tokens > 0
+        if device > 0:
+            self._fill(device)
+        elif device < 0:
+            self.counts[f"kv_slots_evicted.{self.reason}"] -= device
+            if node.backuped:
+                self.note_eviction(node)
+        self.forest.count_kv(adapter, device=device, host=host)
+        self.recount(node, leaving=device < 0)  # SGLang takes the value away after this
+        if uid is not None and had_kv != (adapter.device_tokens > 0):
+            self._update_evictable_leaf_sets(self.node_of(uid))
+
+    @override
+    def _add_new_node(
+        self, parent: UnifiedTreeNode, key: RadixKey, value: torch.Tensor, **options: Any
+    ) -> UnifiedTreeNode:
+        node = super()._add_new_node(parent, key, value, **options)
+        self._list_kv(node)
+        self.count_kv(node, device=len(value))
+        return node
+
+    @override
+    def _split_node(
+        self, key: RadixKey, child: UnifiedTreeNode, split_len: int
+    ) -> tuple[UnifiedTreeNode, Any]:
+        first, action = super()._split_node(key, child, split_len)
+        self._list_kv(first)
+        return first, action
+
+    def _list_kv(self, node: UnifiedTreeNode) -> None:
+        """Enter a new KV node in the list of its adapter."""
+        uid = adapter_of(node.key.extra_key)
+        if uid is not None:
+            self.node_of(uid).kv_nodes[node.id] = node
+
+    @override
+    def _unregister_node(self, node: UnifiedTreeNode) -> None:
+        super()._unregister_node(node)
+        uid = adapter_of(node.key.extra_key)
+        if uid in self._adapter_nodes:
+            self._adapter_nodes[uid].kv_nodes.pop(node.id, None)
+
+    def note_eviction(self, node: UnifiedTreeNode) -> None:
+        """As for any node; what is left of a retired adapter is not loaded back."""
+        super().note_eviction(node)
+        if self.evicted and self.evicted[-1] == node.id and self._is_retired(node.item):
+            self.evicted.pop()
+
+    @override
+    def _unevict_node_on_insert(
+        self, node: UnifiedTreeNode, fresh_value: torch.Tensor, session_id: str | None = None
+    ) -> None:
+        super()._unevict_node_on_insert(node, fresh_value, session_id)
+        self.count_kv(node, device=len(fresh_value))
+
+    # ==== Adapters as leaves ====
+
+    @override
+    def _is_device_leaf(self, node: UnifiedTreeNode) -> bool:
+        data = node.component_data[FULL]
+        if data.value is None or data.lock_ref > 0 or node is self.root_node:
+            return False
+        if isinstance(node, AdapterNode):  # without a look at its children, who may be many
+            bare = node.adapter.device_tokens == 0 or not self.keeps_dependency
+            return bare and len(data.value) > 0
+        for child in node.children.values():
+            if child.component_data[FULL].value is not None:
+                return False
+        return True
+
+    @override
+    def _is_host_leaf(self, node: UnifiedTreeNode) -> bool:
+        if node.component_data[FULL].value is not None:  # the usual case, told apart early
+            return False
+        return bool(super()._is_host_leaf(node))
+
+    @override
+    def _is_settled_full_host_duplicate(self, node: UnifiedTreeNode) -> bool:
+        return not isinstance(node, AdapterNode) and super()._is_settled_full_host_duplicate(node)
+
+    @override
+    def evict_device_leaf(self, node_id: NodeId, is_write_back: bool) -> EvictDeviceLeafResult:
+        node = self.node_by_id(node_id)
+        if not isinstance(node, AdapterNode):
+            return super().evict_device_leaf(node_id, is_write_back)
+        result = EvictDeviceLeafResult()
+        self.evict_at_once(node, parts_of(result))
+        return result
+
+    def evict_at_once(self, leaf: UnifiedTreeNode, freed: Freed) -> bool:
+        """Evict a leaf of the device; False if its KV has to be copied to the host first."""
+        assert self._is_device_leaf(leaf), f"node {leaf.id} is not a leaf"
+        if self.policy is not None:
+            self.policy.evict(leaf.item)
+        is_alone = not isinstance(leaf, AdapterNode) and not leaf.backuped
+        if is_alone and self.is_write_back and self._is_worth_host_copy(leaf):
+            return False
+        self._take_off_device(leaf, freed)
+        return True
+
+    def _take_off_device(self, leaf: UnifiedTreeNode, freed: Freed) -> None:
+        if isinstance(leaf, AdapterNode):
+            tracker, device_frees, *_ = freed
+            tracker[FULL] += len(leaf.slots)
+            self._release_slots(leaf, device_frees)
+            self.counts[f"adapter_evictions.{self.reason}"] += 1
+            leaf.adapter.evicted_s = time.monotonic()
+            self.note_eviction(leaf)
+        elif leaf.backuped:
+            self._demote(leaf, *freed)
+        else:
+            self._delete_unbacked_device_leaf(leaf, *freed)
+
+    def _is_retired(self, item: Item) -> bool:
+        return item.group is not None and self.forest.get(item.group).retired
+
+    def _is_worth_host_copy(self, leaf: UnifiedTreeNode) -> bool:
+        """Also against what would have to go for it. Nodes below a leaf, whose KV is on the host,
+        would be lost without it: always copied."""
+        policy, item = self.policy, leaf.item
+        if leaf.children:
+            return True
+        if self._is_retired(item):
+            return False
+        if policy is None:
+            return True
+        if not policy.worth_host_copy(item):
+            return False
+        has_room = self.full.host_room >= item.num_slots
+        lowest = None if has_room else self.evictable_host_leaves.lowest_rank()
+        policy.price_host(lowest)
+        rank = policy.host_rank(policy.host_kind(item), policy.priority(item))
+        return lowest is None or rank > lowest
+
+    def copies_ahead(self, most_leaves: int) -> list[BackupKV]:
+        """Copies to the host that the next evictions would wait for, of so many leaves at most."""
+        leaves, found = self.evictable_device_leaves, []
+        for _ in range(most_leaves):
+            leaf = leaves.take_lowest()
+            if leaf is None or leaf.item.wanted_since is not None:
+                break
+            if not leaf.backuped and self._is_worth_host_copy(leaf):
+                found.append(self._build_backup_kv_action(leaf, write_back=True))
+        leaves.give_back()
+        return found
+
+    def place(self, uid: str, slots: torch.Tensor) -> None:
+        """Give the adapter its slots; a pinned one is locked with them.
+
+        Args:
+            slots: int64 ``[num_slots]``, the tree's from now on.
+        """
+        node = self.node_of(uid)
+        adapter = node.adapter
+        num_slots = adapter.num_slots
+        assert not adapter.resident and slots.shape == (num_slots,), adapter
+        data = node.component_data[FULL]
+        data.value = slots
+        sizes = (
+            self.component_protected_size_ if data.lock_ref > 0 else self.component_evictable_size_
+        )
+        sizes[FULL] += num_slots
+        self.forest.set_resident(adapter, True)
+        self.recount(node)
+        self.counts["adapter_loads"] += 1
+        if time.monotonic() - adapter.evicted_s < CHURN_S:
+            self.counts["adapter_churn"] += 1
+        self._fill(num_slots)
+        node.last_access_time = get_and_increase_time_counter()
+        if adapter.pinned:
+            self.inc_full_pin(node.id)
+        self._update_evictable_leaf_sets(node)
+
+    def displace(self, uid: str) -> BaseEvictionResult:
+        """Take back the slots that ``place`` gave and nobody has used."""
+        result, node = BaseEvictionResult(), self.node_of(uid)
+        if node.adapter.pinned and node.adapter.resident:
+            self.dec_full_pin(node.id)
+        assert self._is_device_leaf(node), f"adapter {uid} is in use"
+        self._release_slots(node, result.device_frees)
+        return result
+
+    def remove_adapter_node(
+        self, node: AdapterNode, device_frees: dict[ComponentType, list[torch.Tensor]]
+    ) -> None:
+        """Remove a retired adapter without KV: its slots, its node, and what is known of it."""
+        uid = str(node.adapter.uid)
+        if node.adapter.resident:
+            self.counts[f"adapter_evictions.{self.reason}"] += 1
+        self._release_slots(node, device_frees)
+        del self._tree_root.children[self._child_key(uid)]
+        del self._adapter_nodes[uid]
+        self._unregister_node(node)
+        self.forest.remove(uid)
+
+    def _release_slots(
+        self, node: AdapterNode, device_frees: dict[ComponentType, list[torch.Tensor]]
+    ) -> None:
+        if node.adapter.resident:
+            self.component_evictable_size_[FULL] -= len(node.slots)
+            if len(node.slots):
+                device_frees[FULL].append(node.slots)
+            node.component_data[FULL].value = node.no_slots
+            self.forest.set_resident(node.adapter, False)
+            self.recount(node)
+            self.on_evicted(str(node.adapter.uid))
+        self._update_evictable_leaf_sets(node)
+
+    # ==== Check ====
+
+    def check_invariants(self) -> None:
+        """Recompute the order of leaves and the counts of each adapter from the tree.
+
+        Structure, leaves, sizes and locks, those of adapter nodes among them, are what SGLang's
+        ``sanity_check`` recomputes.
+
+        Raises:
+            AssertionError: KV is on the device without its adapter, or a count is wrong.
+            RuntimeError: The eviction order is not that of the leaves.
+        """
+        for leaves in (self.evictable_device_leaves, self.evictable_host_leaves):
+            if isinstance(leaves, LeafOrder):
+                leaves.check_invariants()
+        self.forest.check_invariants()
+        if self.policy is not None:
+            self.policy.check_invariants(self._items_on_device())
+        counted = {uid: [0, 0] for uid in (None, *(adapter.uid for adapter in self.forest))}
+        below: dict[str | None, set[NodeId]] = {uid: set() for uid in counted}
+        for node in self._collect_all_nodes():
+            if node is self.root_node or isinstance(node, AdapterNode):
+                continue
+            data = node.component_data[FULL]
+            uid = adapter_of(node.key.extra_key)
+            assert uid is None or self._is_under(node, self.node_of(uid)), (
+                f"{node.key} is misplaced"
+            )
+            below[uid].add(node.id)
+            counted[uid][0] += 0 if data.value is None else len(data.value)
+            counted[uid][1] += 0 if data.host_value is None else len(data.host_value)
+        for uid, top in self._adapter_nodes.items():
+            assert below[uid] == top.kv_nodes.keys(), f"nodes of {uid} are not those listed"
+        for adapter in (self.forest.base, *self.forest):
+            assert counted[adapter.uid] == [adapter.device_tokens, adapter.host_tokens], (
+                f"{adapter} holds {counted[adapter.uid]} tokens"
+            )
+            assert adapter.retired or adapter.invalid_tokens == 0 or not self.keeps_dependency, (
+                f"KV on the device without its adapter: {adapter}"
+            )
+            if adapter.resident and adapter.uid is not None:
+                node = self.node_of(adapter.uid)
+                assert len(node.slots) == adapter.num_slots, f"{adapter} in {len(node.slots)} slots"
+                assert not adapter.pinned or node.component_data[FULL].lock_ref > 0, adapter
+
+    def _items_on_device(self) -> list[Item]:
+        nodes = [node for node in self._collect_all_nodes() if node is not self.root_node]
+        return [
+            n.item
+            for n in nodes
+            if n.component_data[FULL].value is not None
+            and (not isinstance(n, AdapterNode) or n.adapter.resident)
+        ]
+
+    @staticmethod
+    def _is_under(node: UnifiedTreeNode, ancestor: UnifiedTreeNode) -> bool:
+        while node is not None and node is not ancestor:
+            node = node.parent
+        return node is ancestor

@@ -1,0 +1,204 @@
+"""Admission: a request enters a batch only when its adapter and its tokens can be held together.
+
+SGLang's scheduler asks about each waiting request, in queue order, whether its adapter can run
+(``Scheduler.can_schedule_lora_req``), and then matches, budgets and locks the request. Adapters
+come while requests wait (``swapper.py``); one that is there is protected from the question on,
+between which and the lock nothing is evicted, by the lock on the request's path, for as long as the
+request holds that lock.
+
+No request holds a part of what it needs while it waits for the rest, so none waits for another in
+a circle. A request whose adapter is not on the device is skipped, and requests after it in the
+queue are admitted, until ``MAX_BYPASS`` of them have been: then no request after it is admitted
+before it. Requests before it in the queue still are, so that the first request of the queue, whose
+adapter the swapper always loads, never waits for another one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sglang_elora.srt.lora.lora_manager import EloraLoRAManager
+from sglang_elora.srt.mem_cache.residency import Residency
+from sglang_elora.srt.scheduler.swapper import Swapper
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.schedule_policy import PrefillAdder
+    from sglang.srt.managers.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+MAX_BYPASS = 64
+"""Requests that are admitted past a waiting one before it holds back all those after it."""
+
+
+@dataclass(slots=True, eq=False)
+class _Pass:
+    """One pass of SGLang's over the waiting queue."""
+
+    num_admitted: int = 0
+    is_held: bool = False  # a request that was refused holds back all those after it
+
+
+@dataclass(slots=True, eq=False)
+class _Refusal:
+    """What is known of a waiting request that was refused. The request carries it
+    (``elora_refusal``), so that nothing is left of requests that are aborted."""
+
+    since_s: float | None  # it waits, by the monotonic clock; None while it runs
+    asked_in: _Pass  # the last one
+    num_admitted: int  # by that pass before the refusal
+    num_bypasses: int = 0
+    """Requests after it in the queue that earlier passes admitted, also before a retraction: who
+    waited long enough once is not sent to wait as long again."""
+
+    def add_bypasses(self) -> None:
+        """Those of the pass that asked about the request last."""
+        self.num_bypasses += self.asked_in.num_admitted - self.num_admitted
+
+
+class Admission:
+    """One per scheduler. All it decides by is equal on all tensor-parallel ranks."""
+
+    def __init__(self, residency: Residency, swapper: Swapper, max_adapters: int) -> None:
+        self.residency = residency
+        self.swapper = swapper
+        self.max_adapters = max_adapters  # in one batch
+        self._pass = _Pass()
+
+    def begin_pass(self, adder: PrefillAdder) -> None:
+        """SGLang starts to fill a prefill batch: it asks about each waiting request once."""
+        self.adder = adder
+        self._pass = _Pass()
+
+    def taken(self, req: Req) -> None:
+        """SGLang put the request into the batch: all that it uses is visited."""
+        refusal = _refusal_of(req)
+        if refusal is not None and refusal.since_s is not None:
+            waited_s = time.monotonic() - refusal.since_s
+            self.residency.core.counts["requests_waited_for_adapter"] += 1
+            self.residency.core.counts["ms_waited_for_adapter"] += round(1e3 * waited_s)
+            refusal.since_s = None  # it may be retracted, and wait once more
+            refusal.add_bypasses()
+        if not req.retracted_stain:
+            self._count_prompt(req)
+        self._pass.num_admitted += 1
+        self.residency.core.visit(req.last_node)
+        if req.lora_id is not None:
+            self.swapper.used(req.lora_id)
+
+    def _count_prompt(self, req: Req) -> None:
+        counts, found = self.residency.core.counts, req.prefix_len
+        from_host = min(found, req.materialized_host_hit_len())
+        counts["prompt_tokens.device"] += found - from_host
+        counts["prompt_tokens.host"] += from_host
+        counts["prompt_tokens.computed"] += len(req.origin_input_ids) - found
+
+    def admit(self, req: Req, running: set[str | None]) -> bool:
+        """Whether the request may be added now; its adapter has its slots if so.
+
+        O(1), however many requests wait.
+
+        Args:
+            running: Adapters of the batch so far, and of the running one.
+        """
+        if self._pass.is_held:
+            return False
+        if not self._secure(req, running):
+            self._refused(req)
+            return False
+        return True
+
+    def received(self, req: Req) -> None:
+        """Clip the answer to what the pool can hold beside the adapter, as SGLang clips it to the
+        whole pool; a prompt that can never be held with its adapter ends with HTTP 400.
+        """
+        residency = self.residency
+        if req.lora_id is not None:
+            residency.core.counts[f"adapter_lookups.{residency.tier_of(req.lora_id)}"] += 1
+        adapter, page_size = residency.forest.get(req.lora_id), residency.allocator.page_size
+        others = residency.forest.pinned_slots - adapter.num_slots * adapter.pinned
+        num_tokens = -(-len(req.origin_input_ids) // page_size) * page_size
+        room = residency.pool_slots - adapter.num_slots - others - num_tokens - page_size - 1
+        if room < 1:
+            req.set_finish_with_abort(
+                f"The input ({len(req.origin_input_ids)} tokens) does not fit into the KV pool of "
+                f"{residency.pool_slots} slots beside its adapter ({adapter.num_slots} slots) and "
+                f"pinned adapters ({others} slots)."
+            )
+        params = req.sampling_params
+        params.max_new_tokens = max(0, min(params.max_new_tokens, room))
+        params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
+
+    def _secure(self, req: Req, running: set[str | None]) -> bool:
+        if req.lora_id is None:
+            return True
+        if req.lora_id not in running and len(running) - (None in running) >= self.max_adapters:
+            return False
+        if not self.residency.forest.get(req.lora_id).resident:
+            return False
+        copy = self.residency.copies.get(req.lora_id)
+        return copy is None or self.swapper.is_hidden(copy, req, self.adder)
+
+    def _refused(self, req: Req) -> None:
+        refusal, now = _refusal_of(req), self._pass
+        if refusal is None:
+            req.elora_refusal = _Refusal(time.monotonic(), now, now.num_admitted)
+            return
+        num_before = refusal.num_bypasses
+        if refusal.since_s is None:
+            refusal.since_s = time.monotonic()
+        else:
+            refusal.add_bypasses()
+        refusal.asked_in, refusal.num_admitted = now, now.num_admitted
+        now.is_held = refusal.num_bypasses >= MAX_BYPASS
+        if now.is_held and num_before < MAX_BYPASS:
+            logger.info("request %s was passed by %d others: they wait now", req.rid, MAX_BYPASS)
+
+
+def _refusal_of(req: Req) -> _Refusal | None:
+    refusal: _Refusal | None = getattr(req, "elora_refusal", None)
+    return refusal
+
+
+def begin_pass(result: None, self: PrefillAdder, *_: Any, **__: Any) -> None:
+    """After ``PrefillAdder.__init__``: its budget is the one to admit by."""
+    admission = getattr(self.tree_cache, "admission", None)
+    if admission is not None:
+        admission.begin_pass(self)
+
+
+def note_taken(result: Any, self: PrefillAdder, req: Req, *_: Any, **__: Any) -> None:
+    """After ``PrefillAdder.add_one_req``, which tells of the next request, not of this one."""
+    admission = getattr(self.tree_cache, "admission", None)
+    if admission is not None and self.can_run_list and self.can_run_list[-1] is req:
+        admission.taken(req)
+
+
+def admit(self: Scheduler, req: Req, running_loras: set[str | None]) -> bool:
+    """Instead of ``Scheduler.can_schedule_lora_req``, which counts slots and drains them."""
+    return bool(self.tree_cache.admission.admit(req, running_loras))
+
+
+def refuse_too_long(result: None, self: Scheduler, req: Req) -> None:
+    """After ``Scheduler.init_req_max_new_tokens``: what the pool holds beside the adapter."""
+    admission = getattr(self.tree_cache, "admission", None)
+    if admission is not None:
+        admission.received(req)
+
+
+def add_statistics(result: Any, self: Scheduler, recv_req: Any) -> Any:
+    """After ``Scheduler.get_internal_state``: ours under ``elora``, shown by /server_info."""
+    manager = self.tp_worker.model_runner.lora_manager
+    if isinstance(manager, EloraLoRAManager) and manager.residency is not None:
+        result.internal_state["elora"] = {
+            **manager.residency.statistics(),
+            "recompute_ns_per_token": round(1e9 * self.tree_cache.measure.costs.recompute),
+            "load_ns_per_slot": round(1e9 * self.tree_cache.measure.costs.load),
+            "max_adapters_in_batch": manager.max_adapters_in_batch,
+            "checks": manager.num_checks,
+        }
+    return result

@@ -1,0 +1,91 @@
+"""Builds the cache and all that goes with it, once the KV pool is there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
+from sglang.srt.mem_cache.registry import (
+    TreeCacheBuildContext,
+    create_unified_radix_cache,
+    default_radix_cache_factory,
+    register_radix_cache_backend,
+)
+from sglang.srt.mem_cache.unified_cache.tree_core_registry import register_tree_core_backend
+from sglang.srt.runtime_context import get_memory
+
+from sglang_elora.config import EloraConfig
+from sglang_elora.policy import Term
+from sglang_elora.srt.arguments import compatibility
+from sglang_elora.srt.lora.adapter_memory import arena_for, position_of
+from sglang_elora.srt.lora.lora_manager import EloraLoRAManager
+from sglang_elora.srt.measure import Measure
+from sglang_elora.srt.mem_cache.kv_events import AdapterMoves
+from sglang_elora.srt.mem_cache.radix_cache import BACKEND, EloraRadixCache, use_elora_tree
+from sglang_elora.srt.mem_cache.residency import Residency
+from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
+from sglang_elora.srt.scheduler.admission import Admission
+from sglang_elora.srt.scheduler.policies import make_policy
+from sglang_elora.srt.scheduler.swapper import Swapper
+from sglang_elora.swapper import HostTier
+
+logger = logging.getLogger(__name__)
+
+
+def register_backend() -> None:
+    """Make ``--radix-cache-backend elora`` known. Once per process."""
+    register_tree_core_backend(BACKEND, EloraTreeCore)
+    register_radix_cache_backend(BACKEND, create_cache)
+
+
+def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
+    """Build our cache and give the LoRA manager its place in it.
+
+    Without LoRA, SGLang's cache is built where the model or another flag asks for a special one.
+    """
+    manager = ctx.tp_worker.model_runner.lora_manager
+    if manager is None and (reason := _why_not_ours(ctx)) is not None:
+        logger.warning("The radix cache is SGLang's, not ELORA's: %s", reason)
+        return default_radix_cache_factory(ctx)
+    if manager is not None:
+        compatibility.check_pool(ctx)
+    use_elora_tree(ctx.params)
+    cache: Any = create_unified_radix_cache(ctx, cache_class=EloraRadixCache)
+    if manager is not None:
+        assert isinstance(manager, EloraLoRAManager), type(manager)
+        config = EloraConfig.from_env(os.environ)
+        core: EloraTreeCore = cache.tree_core
+        stream = ctx.tp_worker.model_runner.forward_stream
+        is_async = str(ctx.params.token_to_kv_pool_allocator.device) != "cpu"
+        cache.measure = Measure(cache, is_async=is_async)
+        policy = make_policy(config, cache.measure, core)
+        core.use_policy(policy, pool_slots=ctx.params.token_to_kv_pool_allocator.size)
+        core.keeps_dependency = Term.DEPENDENCY.value not in config.policy_terms_off
+        device = str(ctx.params.token_to_kv_pool_allocator.device)
+        host = HostTier(
+            arena_for(manager, int(config.host_gb * 1e9), device),
+            core.adapter_priority,
+            position_of(core.forest),
+            core.forest.touch,
+        )
+        residency = Residency(cache, manager.dtype, host, stream)
+        manager.bind(residency, cache.measure)
+        if config.adapter_events:
+            cache.adapter_moves = AdapterMoves(residency)
+        cache.swapper = Swapper(residency, cache.measure)
+        cache.admission = Admission(residency, cache.swapper, manager.lora_backend.max_adapters)
+    return cache
+
+
+def _why_not_ours(ctx: TreeCacheBuildContext) -> str | None:
+    if ctx.disable_radix_cache:
+        return "--disable-radix-cache"
+    if ctx.is_hybrid_swa or ctx.is_hybrid_ssm:
+        return "the model mixes full attention with sliding windows or state spaces"
+    memory = get_memory()
+    for flag in ("enable_lmcache", "enable_flexkv"):
+        if getattr(memory, flag):
+            return f"--{flag.replace('_', '-')} brings its own"
+    return None

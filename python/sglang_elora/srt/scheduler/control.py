@@ -1,0 +1,123 @@
+"""The scheduler's end of the control channel: hints taken, orders carried out, state told.
+
+Messages come with requests and are handled between two iterations, each in microseconds: what takes
+longer (reading a file, a copy, an eviction) is left to the swapper's steps. What cannot be decoded
+is counted and dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from sglang.utils import TypeBasedDispatcher
+
+from sglang_elora.srt.mem_cache.residency import Residency
+from sglang_elora.srt.messages import (
+    AdapterHint,
+    AdapterOrder,
+    AdapterOrderAnswer,
+    StateAnswer,
+    StateRequest,
+    Undecodable,
+    valid,
+)
+from sglang_elora.srt.orders import GuardedDispatcher
+from sglang_elora.srt.scheduler.state import changes_since
+from sglang_elora.srt.scheduler.swapper import Swapper
+from sglang_elora.swapper import MOST_EXPECTED
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 200  # characters of a message that is dropped
+
+
+class Control:
+    """One per scheduler process. All ranks hear the same, in one order."""
+
+    def __init__(self, scheduler: Scheduler, swapper: Swapper) -> None:
+        self._scheduler = scheduler
+        self._swapper = swapper
+        self._residency: Residency = swapper.residency
+
+    def add_to(self, dispatcher: TypeBasedDispatcher) -> None:
+        """Have our messages come to us, and those that are nobody's."""
+        handlers = {AdapterHint: self.hint, StateRequest: self.state, AdapterOrder: self.order}
+        dispatcher += TypeBasedDispatcher(
+            [(kind, partial(self._handle, handler)) for kind, handler in handlers.items()]
+        )
+        dispatcher.add_fallback_fn(self.drop)
+
+    def _handle(self, handler: Callable[[Any], Any], message: Any) -> Any:
+        try:
+            message = valid(message)
+        except (msgspec.MsgspecError, AttributeError, TypeError):
+            return self.drop(message)
+        return handler(message)
+
+    def drop(self, message: Any) -> None:
+        """Count what nobody handles, ``Undecodable`` above all."""
+        counts = self._residency.core.counts
+        counts["messages_dropped"] = dropped = counts["messages_dropped"] + 1
+        if dropped & (dropped - 1) == 0:  # whenever their number has doubled
+            logger.warning("%d messages dropped, the last: %s", dropped, _text(message)[:_SHOWN])
+
+    def hint(self, hint: AdapterHint) -> None:
+        self._swapper.expect(hint.adapters)
+        self._swapper.expect_turns(hint.sessions)
+
+    def state(self, request: StateRequest) -> StateAnswer:
+        changes = changes_since(self._residency, self._scheduler, request.version)
+        return StateAnswer(rid=request.rid, changes=changes)
+
+    def order(self, order: AdapterOrder) -> AdapterOrderAnswer:
+        uid, orders = (
+            order.adapter,
+            {
+                "prefetch": self._prefetch,
+                "pin": self._pin,
+                "unpin": self._residency.unpin,
+                "evict": self._swapper.evict_soon,
+            },
+        )
+        forest, error = self._residency.forest, ""
+        if order.do == "prefetch_session":
+            if not self._swapper.expect_turns([uid]):
+                error = "no session of this name is alive"
+        elif order.do not in orders:
+            error = f"unknown order {order.do!r}"
+        elif uid not in forest or forest.get(uid).retired:
+            error = "the adapter is not loaded"
+        else:
+            try:
+                orders[order.do](uid)
+            except ValueError as refused:
+                error = str(refused)
+        tier = self._residency.tier_of(uid) if uid in forest else ""
+        return AdapterOrderAnswer(rid=order.rid, error=error, tier=tier)
+
+    def _prefetch(self, uid: str) -> None:
+        if not self._swapper.expect([uid], ordered=True):
+            raise ValueError(f"{MOST_EXPECTED} adapters are expected already: ask again later")
+
+    def _pin(self, uid: str) -> None:
+        self._residency.pin(uid)
+        self._swapper.expect([uid], ordered=True)
+
+
+def add_to_dispatcher(result: None, self: Scheduler) -> None:
+    """After ``Scheduler.init_request_dispatcher``."""
+    swapper = getattr(self.tree_cache, "swapper", None)
+    if swapper is not None:
+        Control(self, swapper).add_to(self._request_dispatcher)
+    self._request_dispatcher = GuardedDispatcher(self._request_dispatcher)
+
+
+def _text(message: Any) -> str:
+    return message.reason if isinstance(message, Undecodable) else type(message).__name__

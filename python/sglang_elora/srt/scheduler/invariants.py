@@ -1,0 +1,97 @@
+"""``--elora-check``: after every scheduler step recompute everything the cache counts."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang_elora.control import StateMirror
+from sglang_elora.srt.lora.lora_manager import EloraLoRAManager
+from sglang_elora.srt.mem_cache.adapter_node import FULL
+from sglang_elora.srt.mem_cache.residency import Residency
+from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
+from sglang_elora.srt.scheduler.state import adapter_state, changes_since
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
+
+_COMPARED = 128
+"""Adapters whose state is compared in one check."""
+
+
+def check_step(result: None, self: Scheduler, *arguments: Any) -> None:
+    """After ``Scheduler.process_batch_result`` and ``on_idle``.
+
+    Raises:
+        AssertionError: A count differs from what the tree, the requests and the allocator hold, a
+            slot has no owner or two, or KV is on the device without its adapter. It ends the
+            server, which is what the flag is for.
+    """
+    core = getattr(self.tree_cache, "tree_core", None)
+    if not isinstance(core, EloraTreeCore):
+        return
+    # SGLang's check knows copies to the device in flight only where writes go back late.
+    if core.is_write_back or not self.tree_cache.ongoing_load_back:
+        self.tree_cache.sanity_check()
+    core.check_invariants()
+    _check_page_owners(self, core, _live_requests(self, arguments))
+    manager = self.tp_worker.model_runner.lora_manager
+    if isinstance(manager, EloraLoRAManager):
+        manager.num_checks += 1
+        if manager.residency is not None:
+            _check_copies(manager.residency)
+            _check_state(manager.residency, self, manager.mirror)
+
+
+def _check_copies(residency: Residency) -> None:
+    """What a copy under way reads and writes stays until it is settled."""
+    residency.host.check_invariants()
+    for uid in residency.copies:
+        pins = residency.core.node_of(uid).component_data[FULL].lock_ref
+        assert pins, f"{residency.name_of(uid)} is being copied and may be evicted"
+        assert residency.host.is_held(uid), f"the image of {residency.name_of(uid)} may be dropped"
+
+
+def _check_state(residency: Residency, scheduler: Scheduler, mirror: StateMirror) -> None:
+    """Who follows the changes has each adapter as it is."""
+    loaded = {str(adapter.uid) for adapter in residency.forest}
+    while mirror.version < residency.forest.num_changes:
+        changes = changes_since(residency, scheduler, mirror.version)
+        mirror.apply(changes, loaded)
+        if not changes.more:
+            break
+    compared = random.sample(sorted(loaded), min(len(loaded), _COMPARED))
+    truth = {uid: adapter_state(residency, uid) for uid in compared}
+    wrong = [row for uid, row in truth.items() if mirror.adapters.get(uid) != row]
+    assert not wrong, f"not told: {wrong[:8]}"
+
+
+def _live_requests(scheduler: Scheduler, arguments: tuple[Any, ...]) -> list[Req]:
+    batches: list[ScheduleBatch] = [scheduler.running_batch, scheduler.last_batch, *arguments[:1]]
+    requests = [request for batch in batches if batch is not None for request in batch.reqs]
+    for batch, _ in getattr(scheduler, "result_queue", ()):
+        requests += batch.reqs
+    requests.append(scheduler.chunked_req)
+    return list({id(r): r for r in requests if r is not None and r.kv.holds_kv}.values())
+
+
+def _check_page_owners(scheduler: Scheduler, core: EloraTreeCore, requests: list[Req]) -> None:
+    """Each page is free, or a node's (KV or adapter), or one request's; none is two of them."""
+    allocator = scheduler.token_to_kv_pool_allocator
+    page_size, rows = allocator.page_size, scheduler.req_to_token_pool.req_to_token
+    owned = [allocator.get_all_free_pages(), core.all_values_flatten()[::page_size] // page_size]
+    for request in requests:
+        kv = request.kv
+        row = rows[kv.req_pool_idx, kv.cache_protected_len : kv.kv_allocated_len]
+        owned.append(row[::page_size] // page_size)
+    counts = torch.bincount(torch.cat([pages.to(torch.int64).cpu() for pages in owned]))
+    counts[0] = 1  # the page of padding, in nobody's list
+    num_pages = allocator.size // page_size
+    wrong = (counts != 1).nonzero().flatten().tolist()
+    assert len(counts) == num_pages + 1 and not wrong, (
+        f"{len(counts) - 1} of {num_pages} pages have owners, these have not exactly one: "
+        f"{wrong[:8]} ({core.forest.resident_slots} slots of adapters, {len(requests)} requests)"
+    )

@@ -1,0 +1,102 @@
+"""Reads and copies that have ended: what all tensor-parallel ranks agree on before they act."""
+
+from __future__ import annotations
+
+import logging
+
+from sglang_elora.srt.measure import Measure
+from sglang_elora.srt.mem_cache.ranks import DIGEST_VALUES, are_equal, digest_values
+from sglang_elora.srt.mem_cache.residency import AdapterChanged, Residency
+from sglang_elora.swapper import AdapterCopy, Copied, Expected, Read
+
+logger = logging.getLogger(__name__)
+
+
+class Settling:
+    """Completes reads and copies of one scheduler, at the same step on every rank.
+
+    With several ranks a step has one agreement at most, which is an all-reduce.
+
+    Args:
+        residency: The adapters on the device and their images.
+        measure: Learns what copies take.
+        expected: Hints; a failed adapter is no longer expected.
+    """
+
+    def __init__(self, residency: Residency, measure: Measure, expected: Expected) -> None:
+        self._residency, self._measure, self._expected = residency, measure, expected
+        self._host, self._ranks = residency.host, residency.ranks
+        self._errors: dict[str, BaseException] = {}
+        self._has_agreed = False  # in this step
+
+    def take_errors(self) -> dict[str, BaseException]:
+        """Why adapters failed since the last call, by adapter id."""
+        errors, self._errors = self._errors, {}
+        return errors
+
+    def begin_step(self) -> None:
+        """Complete what has ended since the last step on every rank."""
+        self._has_agreed = False
+        if self._residency.copies or self._host.reading:
+            self._settle()
+
+    def confirm(self) -> None:
+        """Find out whether copies that were started in this step could be queued on every rank.
+
+        Those that could are confirmed, those that could not are undone. If the ranks have agreed
+        in this step already, the agreement of the next step confirms.
+        """
+        started = [copy for copy in self._residency.copies.values() if not copy.confirmed]
+        if self._ranks.is_alone:
+            for copy in started:
+                is_queued = copy.error is None
+                self._settle_copy(copy, Copied.UNDER_WAY if is_queued else Copied.FAILED)
+        elif started and not self._has_agreed:
+            self._settle()
+
+    def _settle(self) -> None:
+        copies, reading = list(self._residency.copies.values()), self._host.reading
+        values: list[int] = [copy.code for copy in copies]
+        for uid in reading:
+            code = self._host.code(uid)
+            image = self._host.image_read(uid) if code == Read.DONE else None
+            values += [code, *digest_values(None if image is None else image.version)]
+        agreed = self._ranks.least(values)
+        self._has_agreed = True
+        for copy, least in zip(copies, agreed, strict=False):
+            self._settle_copy(copy, Copied(least))
+        position = len(copies)
+        for uid in reading:
+            least, *digests = agreed[position : position + 1 + DIGEST_VALUES]
+            position += 1 + DIGEST_VALUES
+            self._settle_read(uid, Read(least), is_same=are_equal(digests))
+
+    def _settle_copy(self, copy: AdapterCopy, code: Copied) -> None:
+        if code == Copied.UNDER_WAY:
+            copy.confirmed = True
+            return
+        if code == Copied.DONE and (seconds := copy.seconds()) > 0:
+            self._measure.copied(copy.num_slots, seconds)
+        failure = self._residency.settle(copy.uid, code)
+        self._note(copy.uid, failure, "adapter_copies_failed")
+
+    def _settle_read(self, uid: str, code: Read, *, is_same: bool) -> None:
+        """Take in an image that all ranks have read from the same file, or say why not."""
+        failure: BaseException | None = None
+        image = self._host.image_read(uid)
+        if code == Read.DONE and image is not None:
+            try:
+                self._residency.check_content(uid, image, is_same=is_same)
+            except AdapterChanged as error:
+                failure, code = error, Read.FAILED
+        found = self._host.settle(uid, code)
+        if failure is None and isinstance(found, BaseException):
+            failure = found
+        self._note(uid, failure, "adapter_reads_failed")
+
+    def _note(self, uid: str, failure: BaseException | None, counted: str) -> None:
+        if failure is not None:
+            logger.error("LoRA adapter %s: %s", self._residency.name_of(uid), failure)
+            self._residency.core.counts[counted] += 1
+            self._errors[uid] = failure
+            self._expected.forget(uid)  # or it would be tried again and again

@@ -1,0 +1,65 @@
+"""Hook bodies that put the control channel into the tokenizer process."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.runtime_context import get_parallel
+
+from sglang_elora.srt.orders import hear_failures
+from sglang_elora.srt.tokenizer.endpoints import add_endpoints
+from sglang_elora.srt.tokenizer.kv_hints import adapters_named
+from sglang_elora.srt.tokenizer.named_adapters import adapter_of
+from sglang_elora.srt.tokenizer.tokenizer_control import TokenizerControl
+
+if TYPE_CHECKING:
+    from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+logger = logging.getLogger(__name__)
+
+_HTTP_SERVER = "sglang.srt.entrypoints.http_server"
+
+
+def attach(result: None, self: TokenizerManager) -> None:
+    """After ``TokenizerManager.init_request_dispatcher``. Where there is an HTTP server, its app is
+    there by now and takes no requests yet."""
+    hear_failures(self)
+    if not self.enable_lora:
+        return
+    if get_parallel().dp_size > 1:
+        logger.warning(
+            "hints and /elora/* are off: replicas of one server (--dp-size) need a router"
+        )
+        return
+    control = self.elora = TokenizerControl(self)
+    control.add_to(self._result_dispatcher)
+    http = sys.modules.get(_HTTP_SERVER)
+    if http is not None:
+        add_endpoints(http.app, control)
+
+
+def announce_openai(self: OpenAIServingBase, request: Any, raw_request: Any) -> None:
+    """Before ``OpenAIServingBase.handle_request``, which renders and tokenizes before the request
+    comes to the tokenizer manager."""
+    control: TokenizerControl | None = getattr(self.tokenizer_manager, "elora", None)
+    if control is not None:
+        control.announce(adapter_of(self, request), getattr(request, "session_id", None))
+
+
+def announce_native(self: TokenizerManager, obj: Any) -> None:
+    """Before ``TokenizerManager._validate_and_resolve_lora``; without text to tokenize the request
+    itself follows at once.
+
+    Raises:
+        ValueError: What the client wants to have announced is malformed.
+    """
+    control: TokenizerControl | None = getattr(self, "elora", None)
+    if control is None:
+        return
+    if getattr(obj, "text", None) is not None:
+        control.announce(obj.lora_path, getattr(obj, "session_id", None))
+    if (hints := getattr(obj, "kv_hints", None)) is not None:
+        control.announce(adapters_named(hints))

@@ -1,0 +1,219 @@
+"""The tokenizer process's end of the control channel: hints and orders out, state in.
+
+It knows first which adapter a request belongs to: at its arrival, before its text is tokenized.
+That is announced to the schedulers at once, so that the adapter is on its way when the request
+comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.runtime_context import get_memory
+from sglang.utils import TypeBasedDispatcher
+
+from sglang_elora.control import HintGate, StateMirror
+from sglang_elora.srt.messages import (
+    AdapterHint,
+    AdapterOrder,
+    AdapterOrderAnswer,
+    StateAnswer,
+    StateRequest,
+)
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+logger = logging.getLogger(__name__)
+
+FRESH_S = 1.0
+"""State that is no older need not be asked for again, where it is only shown beside something."""
+
+COLLECT_S = 0.002
+"""Behind a hint the next ones are sent together. The first of a burst goes at once."""
+
+ANSWER_S = 60.0
+"""A scheduler answers between two batches."""
+
+_PATIENCE_S = 0.2
+_SHOWN = 200  # characters of a message that is dropped
+
+
+class NotLoaded(ValueError):
+    """No adapter is served by this name."""
+
+
+class NoAnswer(RuntimeError):
+    """The scheduler is silent."""
+
+
+class TokenizerControl:
+    """One per tokenizer process. Hints never block and never fail."""
+
+    def __init__(self, manager: TokenizerManager) -> None:
+        self._manager = manager
+        self._registry = manager.lora_registry
+        self.gate = HintGate()  # by adapter
+        self._session_gate = HintGate()
+        # Without a tier for it on the host, KV cannot be brought from there.
+        self._announces_sessions = bool(get_memory().enable_hierarchical_cache)
+        self.num_hints = 0
+        self._adapters: list[str] = []  # hints that have not been sent yet
+        self._sessions: list[str] = []
+        self._collecting: asyncio.TimerHandle | None = None
+        self.mirror = StateMirror()
+        self._mirrored_s = float("-inf")
+        self._leases: dict[str, asyncio.TimerHandle] = {}
+        self._asked: dict[str, asyncio.Future[Any]] = {}  # by request id
+        self._refreshing = asyncio.Lock()
+
+    def add_to(self, dispatcher: TypeBasedDispatcher) -> None:
+        """Have answers come to us."""
+        dispatcher += TypeBasedDispatcher(
+            [(StateAnswer, self._answered), (AdapterOrderAnswer, self._answered)]
+        )
+        dispatcher.add_fallback_fn(self._drop)
+
+    def announce(self, names: Any, session: Any = None) -> None:
+        """Requests with an adapter of this name, or of these, and of this session, have arrived.
+        What is no such name is left alone here: the request will be refused."""
+        listed = names if isinstance(names, list) else [names]
+        refs = (self._ref(name) for name in listed if isinstance(name, str))
+        adapters = self.gate.passing(ref.lora_id for ref in refs if ref is not None)
+        sessions: list[str] = []
+        if self._announces_sessions and isinstance(session, str):
+            sessions = self._session_gate.passing([session])
+        self.num_hints += len(adapters)
+        self._adapters += adapters
+        self._sessions += sessions
+        if self._collecting is None:
+            self._send_hints()
+
+    def _send_hints(self) -> None:
+        """What is there, and collect for a moment what comes behind it. Ends when nothing did."""
+        self._collecting = None
+        if self._adapters or self._sessions:
+            hint = AdapterHint(adapters=self._adapters, sessions=self._sessions)
+            self._adapters, self._sessions = [], []
+            self._manager._dispatch_to_scheduler(hint)
+            self._collecting = asyncio.get_running_loop().call_later(COLLECT_S, self._send_hints)
+
+    async def refresh(self) -> StateMirror:
+        """The schedulers' state as of now. Raises NoAnswer."""
+        async with self._refreshing:
+            more = True
+            while more:
+                answer: StateAnswer = await self._ask(StateRequest(version=self.mirror.version))
+                self.mirror.apply(answer.changes, self.names())
+                more = answer.changes.more
+            self._mirrored_s = time.monotonic()
+        return self.mirror
+
+    async def glance(self) -> StateMirror:
+        """The state as of a moment ago; older if the schedulers take their time to answer."""
+        if time.monotonic() - self._mirrored_s > FRESH_S:
+            with contextlib.suppress(NoAnswer, TimeoutError):
+                await asyncio.wait_for(self.refresh(), _PATIENCE_S)
+        return self.mirror
+
+    async def order(self, do: str, uid: str) -> AdapterOrderAnswer:
+        """Have the schedulers do this with an adapter, or a session. Raises NoAnswer."""
+        answer: AdapterOrderAnswer = await self._ask(AdapterOrder(do=do, adapter=uid))
+        return answer
+
+    async def pin(self, uid: str, lease_s: float | None) -> AdapterOrderAnswer:
+        """Pin, for so long or until it is unpinned; a new lease replaces an earlier one."""
+        answer = await self.order("pin", uid)
+        if not answer.error:
+            self._end_lease(uid)
+            if lease_s is not None:
+                loop = asyncio.get_running_loop()
+                self._leases[uid] = loop.call_later(lease_s, self._lease_over, uid)
+        return answer
+
+    async def unpin(self, uid: str) -> AdapterOrderAnswer:
+        self._end_lease(uid)
+        return await self.order("unpin", uid)
+
+    def id_of(self, name: str) -> str:
+        """Raises NotLoaded."""
+        ref = self._ref(name)
+        if ref is None:
+            raise NotLoaded(f"LoRA adapter '{name}' is not loaded")
+        return str(ref.lora_id)
+
+    def loaded(self) -> dict[str, Any]:
+        """``LoRARef`` of each adapter by the name it is served under."""
+        return dict(self._registry.get_all_adapters())
+
+    def uses(self) -> dict[str, int]:
+        """Requests that are not over, by the id of their adapter."""
+        return dict(self._registry.uses())
+
+    @property
+    def serves_metrics(self) -> bool:
+        return bool(self._manager.enable_metrics)
+
+    @property
+    def model_name(self) -> str:
+        return str(self._manager.served_model_name)
+
+    def names(self) -> dict[str, str]:
+        """Of the adapters that are loaded, by id."""
+        return {ref.lora_id: name for name, ref in self.loaded().items()}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Of hints, by adapter, since the start of this process."""
+        return {
+            "sent": self.num_hints,
+            "repeated": self.gate.num_repeated,
+            "over_rate": self.gate.num_over_rate,
+        }
+
+    def lease_left_s(self, uid: str) -> float | None:
+        timer = self._leases.get(uid)
+        return None if timer is None else max(0.0, timer.when() - asyncio.get_running_loop().time())
+
+    def _ref(self, name: str) -> Any:
+        # NOTE: ``get_all_adapters`` copies the whole table.
+        return self._registry._registry.get(name)
+
+    async def _ask(self, request: StateRequest | AdapterOrder) -> Any:
+        self._manager.auto_create_handle_loop()
+        request.rid = uuid.uuid4().hex
+        future = self._asked[request.rid] = asyncio.get_running_loop().create_future()
+        try:
+            self._manager._dispatch_to_scheduler(request)
+            return await asyncio.wait_for(future, ANSWER_S)
+        except TimeoutError:
+            raise NoAnswer(f"the scheduler has not answered within {ANSWER_S:.0f} s") from None
+        finally:
+            del self._asked[request.rid]
+
+    def _answered(self, answer: StateAnswer | AdapterOrderAnswer) -> None:
+        future = self._asked.get(answer.rid or "")
+        if future is None or future.done():
+            self._drop(answer)
+        else:
+            future.set_result(answer)
+
+    def _lease_over(self, uid: str) -> None:
+        self._end_lease(uid)
+        task = asyncio.ensure_future(self.order("unpin", uid))
+        self._manager.asyncio_tasks.add(task)
+        task.add_done_callback(self._manager.asyncio_tasks.discard)
+
+    def _end_lease(self, uid: str) -> None:
+        timer = self._leases.pop(uid, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _drop(self, message: Any) -> None:
+        """What is nobody's, or an answer that nobody waits for any more."""
+        logger.warning("message dropped: %s", str(message)[:_SHOWN])
