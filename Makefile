@@ -14,10 +14,10 @@ LOADED := $(addprefix tests/e2e/test_,pressure.py missing_waits.py gpu_server_st
 DEMO ?=
 BENCH ?=
 
-.PHONY: help install demo bench test serve check doctor clean
+.PHONY: help install demo bench test test-fast serve check doctor clean
 
 help:  ## this text
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 install: $(READY)  ## make .venv with everything in it
 
@@ -31,6 +31,9 @@ test: $(READY)  ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/e2e
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(LOADED)
 	$(BIN)/python -m pytest tests/e2e $(LOADED:%=--ignore %)
+
+test-fast: $(READY)  ## the tests that need no SGLang: about two minutes
+	$(BIN)/python -m pytest -n 2 tests/unit
 
 serve: $(READY)  ## the demo's server, left up for you to try
 	$(BIN)/python -m sglang_elora.demo --serve $(DEMO)
