@@ -78,8 +78,8 @@ def test_an_unload_removes_a_bounded_number_of_nodes_per_step_on_an_idle_server_
     assert not made.swapper.is_waiting
     assert made.cache.allocator.available_size() == made.residency.pool_slots
     counts = made.residency.statistics()
-    assert counts["kv_slots_evicted.unloaded"] == 20 * PURGE_NODES + 2
-    assert counts["adapter_evictions.unloaded"] == 1
+    assert counts["kv_slots_evicted.unload"] == 20 * PURGE_NODES + 2
+    assert counts["adapter_evictions.unload"] == 1
     assert counts["adapters_resident"] == counts["adapter_loads"] - counts["adapter_evictions"]
     made.check()
 

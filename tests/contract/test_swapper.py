@@ -160,7 +160,7 @@ def test_room_for_the_next_load_is_made_behind_a_batch() -> None:
         free = now
     assert SLOTS <= free <= 1.3 * SLOTS
     counts = made.residency.statistics()
-    assert counts["kv_slots_evicted.ahead"] == counts["kv_slots_evicted"] - before == free
+    assert counts["kv_slots_evicted.proactive"] == counts["kv_slots_evicted"] - before == free
     assert resident(made) == there
     made.arrive(uid(25))
     made.step()
@@ -216,7 +216,7 @@ def test_prefetch_brings_back_the_dearest_without_giving_up_anything() -> None:
     made = world(10 * SLOTS)
     bring(made, *range(10))
     bring(made, 10, 11)  # in the place of 0 and 1
-    evicted = made.residency.statistics()["adapter_evictions.room"]
+    evicted = made.residency.statistics()["adapter_evictions.capacity"]
     assert resident(made) == list(range(2, 12))
     for i in range(4, 10):
         made.residency.retire(uid(i))  # 4 of 10 are in use now
@@ -224,7 +224,7 @@ def test_prefetch_brings_back_the_dearest_without_giving_up_anything() -> None:
         made.step()
     assert made.is_resident(uid(0)) and made.is_resident(uid(1))
     counts = made.residency.statistics()
-    assert counts["adapter_evictions.room"] == evicted
+    assert counts["adapter_evictions.capacity"] == evicted
     assert counts["prefetched_slots"] == 2 * SLOTS
     made.core.visit(made.core.node_of(uid(0)).id)
     assert made.residency.statistics()["prefetched_slots_used"] == SLOTS

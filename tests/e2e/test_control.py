@@ -155,8 +155,8 @@ def test_counts_tell_where_requests_found_what_they_need(
         assert cold["adapter_lookups.host"] == cold["adapter_loads"] == 1
         assert warm["adapter_lookups.device"] == 1 and "adapter_loads" not in warm
         assert warm["prompt_tokens.device"] == length - 1 and warm["prompt_tokens.computed"] == 1
-        assert gone["adapter_evictions.told"] == gone["adapter_evictions"] == 1
-        assert gone["kv_slots_evicted.told"] == gone["kv_slots_evicted"] >= length
+        assert gone["adapter_evictions.api"] == gone["adapter_evictions"] == 1
+        assert gone["kv_slots_evicted.api"] == gone["kv_slots_evicted"] >= length
 
     run(server.url, work)
 

@@ -47,7 +47,7 @@ def test_what_is_mirrored_is_scraped() -> None:
     for tier, count in {"device": 1, "host": 1, "disk": 0, "loading": 0, "reading": 0}.items():
         assert of(series, "sglang:elora_adapters", tier=tier) == count
     assert of(series, "sglang:elora_adapter_loads_total") == 3
-    assert of(series, "sglang:elora_adapter_evictions_total", reason="told") == 1
+    assert of(series, "sglang:elora_adapter_evictions_total", reason="api") == 1
     names = [name for name, _ in series]
     assert names.count("sglang:elora_adapter_evictions_total") == 1, "a sum beside its parts"
     assert of(series, "sglang:elora_hints_sent_total") == 4

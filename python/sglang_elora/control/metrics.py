@@ -33,7 +33,7 @@ PART_LABELS = {
     "kv_slots_evicted": "reason",
     "prompt_tokens": "source",
 }
-"""What a count that is told in parts is told by."""
+"""Label of each count that has parts."""
 
 
 class StateCollector(Collector):

@@ -10,7 +10,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -29,6 +29,10 @@ from sglang_elora.tree.sessions import NOBODY, Sessions
 _WANTED = "wanted"
 """Kind of all that waiting requests need: behind everything else."""
 
+Reason = Literal["api", "capacity", "proactive", "unload"]
+"""Why something is evicted: an order over HTTP, a request that needs its slots, the swapper before
+anything needs them, the end of its adapter."""
+
 _REMEMBERED = 8192
 """Evictions that prefetching may undo."""
 
@@ -38,7 +42,7 @@ class OrderedTreeCore(UnifiedTreeCore):
 
     def __init__(self, params: Any, components: Any) -> None:
         self.policy: Policy | None = None
-        self.reason = "room"  # of evictions
+        self.reason: Reason = "capacity"  # of the evictions that follow
         self._pool_slots = 1
         self._next_item = _no_item()  # of the node that is made next
         self.counts: Counter[str] = Counter()
@@ -158,19 +162,18 @@ class OrderedTreeCore(UnifiedTreeCore):
         return self.policy is not None and self.policy.learn()
 
     @contextmanager
-    def evicting(self, reason: str) -> Iterator[None]:
-        """What is evicted meanwhile is evicted ``ahead``, or as it was ``told``, or ``unloaded``;
-        otherwise it is for the ``room`` of who waits."""
+    def evicting(self, reason: Reason) -> Iterator[None]:
+        """Count the evictions of this block under ``reason``; others count as ``capacity``."""
         self.reason = reason
         try:
             yield
         finally:
-            self.reason = "room"
+            self.reason = "capacity"
 
     def note_eviction(self, node: UnifiedTreeNode) -> None:
-        """The node left the device, and comes back from the host when there is room, unless it was
-        told to leave."""
-        if self.reason != "told":
+        """The node left the device. Prefetching may load it again, unless it was evicted by an
+        order over HTTP."""
+        if self.reason != "api":
             self.evicted.append(node.id)
         if node.item.prefetched:
             node.item.prefetched = False

@@ -21,6 +21,7 @@ from sglang_elora.srt.mem_cache.copy_stream import CopyStream
 from sglang_elora.srt.mem_cache.free_order import FreeOrder
 from sglang_elora.srt.mem_cache.freed import parts_of
 from sglang_elora.srt.mem_cache.full_component import evict_without_copies
+from sglang_elora.srt.mem_cache.ordered_tree_core import Reason
 from sglang_elora.srt.mem_cache.ranks import Ranks
 from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
 from sglang_elora.swapper import AdapterCopy, Copied, HostTier, ReadImage
@@ -37,7 +38,7 @@ EXPECTED_WITHIN = 1.0
 
 COUNTS = (
     "adapter_churn",
-    *(f"adapter_evictions.{reason}" for reason in ("room", "told", "unloaded")),
+    *(f"adapter_evictions.{reason}" for reason in ("capacity", "api", "unload")),
     "adapter_loads",
     *(f"adapter_lookups.{tier}" for tier in get_args(Tier)),
     "adapter_slots_from_host",
@@ -48,7 +49,7 @@ COUNTS = (
     "hints_late",
     "hints_used",
     "kv_slots_copied_ahead",
-    *(f"kv_slots_evicted.{reason}" for reason in ("room", "ahead", "told", "unloaded")),
+    *(f"kv_slots_evicted.{reason}" for reason in get_args(Reason)),
     "kv_slots_from_host",
     "kv_slots_to_host",
     "messages_dropped",
@@ -273,7 +274,7 @@ class Residency:
             adapter = self.forest.next_retired()
             if adapter is None or num_looks >= most_nodes:
                 break
-            with self.core.evicting("unloaded"):
+            with self.core.evicting("unload"):
                 done = branches.purge(self.core, str(adapter.uid), most_nodes - num_looks)
             self.cache._apply_eviction_result(done.freed)
             num_looks += done.num_looks
@@ -348,7 +349,7 @@ class Residency:
         if shortfall <= 0 or self.core.clock - self._placed_at > EXPECTED_WITHIN:
             return False
         full = self.core.full
-        with full.sparing(sys.maxsize, most_leaves, adapters=True), self.core.evicting("ahead"):
+        with full.sparing(sys.maxsize, most_leaves, adapters=True), self.core.evicting("proactive"):
             evicted, _ = evict_without_copies(self.cache, shortfall)
         return evicted > 0
 
@@ -361,7 +362,7 @@ class Residency:
             Whether nothing is left that could go.
         """
         freed = BaseEvictionResult()
-        with self.core.evicting("told"):
+        with self.core.evicting("api"):
             is_over = branches.evict(self.core, uid, most_leaves, parts_of(freed))
         self.cache._apply_eviction_result(freed)
         return is_over
