@@ -80,10 +80,9 @@ MUTATIONS = {
 }
 """Name -> (what a plugin changes, order of streams, variant of the pressure, what the log says).
 
-Slots in pages are handed out again at once, single ones last of all. The KV of an answer's last
-token is in the tree, and written through to the host, while the batch that computes it runs."""
+Slots in pages are handed out again at once, single ones last of all."""
 
-IN_CI = ("load of a session not awaited", "backup not after its batch")
+IN_CI = ("load of a session not awaited", "no wait for a layer")
 TRIED = list(MUTATIONS) if "PRESSURE_FULL" in os.environ else IN_CI
 
 
