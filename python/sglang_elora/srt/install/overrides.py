@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 _OURS, _SGLANG = "sglang_elora", "sglang"
-_IMPORTED_LATER = (f"{_OURS}.host.torch_backend", f"{_OURS}.host.triton_backend")
+_IMPORTED_LATER = (f"{_OURS}.srt.lora.torch_backend", f"{_OURS}.srt.lora.triton_backend")
 
 
 def override_problems() -> list[str]:
