@@ -36,8 +36,7 @@ SOURCES = {
     "host_slots": "twice the pool: SGLang's default --hicache-ratio",
     "adapter_slots, split_slot": "ranks 32 and 64 on all linear layers in bfloat16, as the "
     "paper's ranks",
-    "copies_per_*": "stock: 8 matrices per layer; KV: layer by layer; ours: 11 pieces "
-    "(docs/next.md)",
+    "copies_per_*": "stock: 8 matrices per layer; KV: layer by layer; ours: 11 pieces",
     "max_running": "chosen: 256",
     "prefill_budget": "SGLang's --chunked-prefill-size on GPUs of this size",
 }

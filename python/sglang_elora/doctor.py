@@ -52,7 +52,7 @@ def findings() -> Iterator[Finding]:
 
 
 _INSTALL = (
-    "On a CUDA machine: pip install 'sglang-elora[cuda]'. On a CPU machine: make install "
+    "On a CUDA machine: pip install '.[cuda]' in a checkout. On a CPU machine: make install "
     "(it installs requirements/cpu.lock)."
 )
 
