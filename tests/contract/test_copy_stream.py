@@ -103,7 +103,7 @@ def test_a_copy_runs_beside_the_batch_under_way_if_its_room_was_free_before_it(
     from sglang_elora.srt.scheduler.swapper import prepare
 
     made = world()
-    server: Any = SimpleNamespace(tree_cache=SimpleNamespace(swapper=made.swapper))
+    server: Any = SimpleNamespace(tree_cache=SimpleNamespace(elora=made))
     held = made.cache.allocator.alloc(4 * SLOTS)
     if is_free_before:
         made.cache.allocator.free(held)

@@ -115,7 +115,7 @@ def test_a_copy_into_room_that_was_free_before_the_batch_does_not_wait_for_it(
 
     made = World(3 * SLOTS, num_adapters=6, adapter_slots=SLOTS)
     order = made.residency._free_order
-    server: Any = SimpleNamespace(tree_cache=SimpleNamespace(swapper=made.swapper))
+    server: Any = SimpleNamespace(tree_cache=SimpleNamespace(elora=made))
     held = made.cache.allocator.alloc(3 * SLOTS - num_free_before)
     for _ in range(2):
         device.num_launches += 1

@@ -69,7 +69,7 @@ def test_is_hidden_counts_batches_launched_since_the_copy_was_started() -> None:
     made.residency.replays_prefill_graph = lambda requests, tokens: True
     from sglang_elora.srt.scheduler.swapper import prepare
 
-    server: Any = SimpleNamespace(tree_cache=SimpleNamespace(swapper=made.swapper))
+    server: Any = SimpleNamespace(tree_cache=SimpleNamespace(elora=made))
     copy, adder = made.residency.copies[uid(1)], Adder()
     hidden = []
     for _ in range(6):

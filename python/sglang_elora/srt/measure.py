@@ -7,7 +7,6 @@ measured, every ``SYNC_STEPS`` iterations of the scheduler, which all ranks coun
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,27 +112,3 @@ class Measure:
             tensor.fill_(float("inf"))
         self._cache._all_reduce(tensor, torch.distributed.ReduceOp.MIN)
         return tuple(tensor.tolist())
-
-
-def time_batch(
-    original: Callable[..., Any], self: Scheduler, batch: ScheduleBatch, *args: Any, **options: Any
-) -> Any:
-    """Around ``Scheduler.run_batch``; its result, which comes later, carries the marks."""
-    measure: Measure | None = getattr(self.tree_cache, "measure", None)
-    if measure is None:
-        return original(self, batch, *args, **options)
-    loads_kv = batch.hicache_consumer_index >= 0
-    measure.has_waited, begun = False, measure.mark(self)
-    result = original(self, batch, *args, **options)
-    if not measure.has_waited and not loads_kv:
-        result.elora_marks = (begun, measure.mark(self))
-    return result
-
-
-def note_result(
-    result: None, self: Scheduler, batch: ScheduleBatch, ran: Any, *_: Any, **__: Any
-) -> None:
-    """After ``Scheduler.process_batch_result``."""
-    measure: Measure | None = getattr(self.tree_cache, "measure", None)
-    if measure is not None:
-        measure.result(batch, getattr(ran, "elora_marks", None))

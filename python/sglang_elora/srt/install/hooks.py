@@ -11,7 +11,7 @@ from __future__ import annotations
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_elora.config import EloraConfig
-from sglang_elora.srt import measure, messages, orders
+from sglang_elora.srt import messages, orders
 from sglang_elora.srt.arguments import compatibility, selection
 from sglang_elora.srt.install.endpoint_hooks import ENDPOINT_HOOKS
 from sglang_elora.srt.install.hook import Hook, When
@@ -20,10 +20,12 @@ from sglang_elora.srt.lora import adapter_weights, lora_manager
 from sglang_elora.srt.mem_cache import link
 from sglang_elora.srt.scheduler import (
     admission,
+    batch_times,
     control,
     invariants,
     logits_check,
     sessions,
+    state,
     swapper,
 )
 from sglang_elora.srt.tokenizer import (
@@ -383,7 +385,7 @@ HOOKS: tuple[Hook, ...] = (
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
         ("self", "recv_req"),
         HookType.AFTER,
-        admission.add_statistics,
+        state.add_statistics,
         When.ELORA,
         "/server_info has no registry of sections.",
     ),
@@ -391,7 +393,7 @@ HOOKS: tuple[Hook, ...] = (
         "sglang.srt.managers.scheduler.Scheduler.run_batch",
         ("self", "batch"),
         HookType.AROUND,
-        measure.time_batch,
+        batch_times.time_batch,
         When.ELORA,
         "Nobody else is told when a batch begins.",
     ),
@@ -407,7 +409,7 @@ HOOKS: tuple[Hook, ...] = (
         "sglang.srt.managers.scheduler.Scheduler.process_batch_result",
         ("self", "batch", "result"),
         HookType.AFTER,
-        measure.note_result,
+        batch_times.note_result,
         When.ELORA,
         "Nobody else is told when a batch is over.",
     ),

@@ -39,6 +39,7 @@ class EloraRadixCache(UnifiedRadixCache):
     """SGLang's cache, which also tells the tree where the turns of a session end."""
 
     tree_core: EloraTreeCore
+    elora: Any = None  # set by ``scheduler.assembly``, read by ``scheduler.parts.elora_of``
     adapter_moves: AdapterMoves | None = None  # None: not to be told
     _turn_end: NodeId | None = None  # of the request that is put into the tree
 

@@ -20,8 +20,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sglang_elora.srt.lora.lora_manager import EloraLoRAManager
 from sglang_elora.srt.mem_cache.residency import Residency
+from sglang_elora.srt.scheduler.parts import elora_of
 from sglang_elora.srt.scheduler.swapper import Swapper
 
 if TYPE_CHECKING:
@@ -166,39 +166,27 @@ def _refusal_of(req: Req) -> _Refusal | None:
 
 def begin_pass(result: None, self: PrefillAdder, *_: Any, **__: Any) -> None:
     """After ``PrefillAdder.__init__``: its budget is the one to admit by."""
-    admission = getattr(self.tree_cache, "admission", None)
-    if admission is not None:
-        admission.begin_pass(self)
+    elora = elora_of(self)
+    if elora is not None:
+        elora.admission.begin_pass(self)
 
 
 def note_taken(result: Any, self: PrefillAdder, req: Req, *_: Any, **__: Any) -> None:
     """After ``PrefillAdder.add_one_req``, which tells of the next request, not of this one."""
-    admission = getattr(self.tree_cache, "admission", None)
-    if admission is not None and self.can_run_list and self.can_run_list[-1] is req:
-        admission.taken(req)
+    elora = elora_of(self)
+    if elora is not None and self.can_run_list and self.can_run_list[-1] is req:
+        elora.admission.taken(req)
 
 
 def admit(self: Scheduler, req: Req, running_loras: set[str | None]) -> bool:
     """Instead of ``Scheduler.can_schedule_lora_req``, which counts slots and drains them."""
-    return bool(self.tree_cache.admission.admit(req, running_loras))
+    elora = elora_of(self)
+    assert elora is not None, "SGLang asks with LoRA only"
+    return elora.admission.admit(req, running_loras)
 
 
 def refuse_too_long(result: None, self: Scheduler, req: Req) -> None:
     """After ``Scheduler.init_req_max_new_tokens``: what the pool holds beside the adapter."""
-    admission = getattr(self.tree_cache, "admission", None)
-    if admission is not None:
-        admission.received(req)
-
-
-def add_statistics(result: Any, self: Scheduler, recv_req: Any) -> Any:
-    """After ``Scheduler.get_internal_state``: ours under ``elora``, shown by /server_info."""
-    manager = self.tp_worker.model_runner.lora_manager
-    if isinstance(manager, EloraLoRAManager) and manager.residency is not None:
-        result.internal_state["elora"] = {
-            **manager.residency.statistics(),
-            "recompute_ns_per_token": round(1e9 * self.tree_cache.measure.costs.recompute),
-            "load_ns_per_slot": round(1e9 * self.tree_cache.measure.costs.load),
-            "max_adapters_in_batch": manager.max_adapters_in_batch,
-            "checks": manager.num_checks,
-        }
-    return result
+    elora = elora_of(self)
+    if elora is not None:
+        elora.admission.received(req)

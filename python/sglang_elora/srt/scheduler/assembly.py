@@ -27,6 +27,7 @@ from sglang_elora.srt.mem_cache.radix_cache import BACKEND, EloraRadixCache, use
 from sglang_elora.srt.mem_cache.residency import Residency
 from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
 from sglang_elora.srt.scheduler.admission import Admission
+from sglang_elora.srt.scheduler.parts import Elora
 from sglang_elora.srt.scheduler.policies import make_policy
 from sglang_elora.srt.scheduler.swapper import Swapper
 from sglang_elora.swapper import HostTier
@@ -59,8 +60,8 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
         core: EloraTreeCore = cache.tree_core
         stream = ctx.tp_worker.model_runner.forward_stream
         is_async = str(ctx.params.token_to_kv_pool_allocator.device) != "cpu"
-        cache.measure = Measure(cache, is_async=is_async)
-        policy = make_policy(config, cache.measure, core)
+        measure = Measure(cache, is_async=is_async)
+        policy = make_policy(config, measure, core)
         core.use_policy(policy, pool_slots=ctx.params.token_to_kv_pool_allocator.size)
         core.keeps_dependency = Term.DEPENDENCY.value not in config.policy_terms_off
         device = str(ctx.params.token_to_kv_pool_allocator.device)
@@ -71,11 +72,12 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
             core.forest.touch,
         )
         residency = Residency(cache, manager.dtype, host, stream)
-        manager.bind(residency, cache.measure)
+        manager.bind(residency, measure)
         if config.adapter_events:
             cache.adapter_moves = AdapterMoves(residency)
-        cache.swapper = Swapper(residency, cache.measure)
-        cache.admission = Admission(residency, cache.swapper, manager.lora_backend.max_adapters)
+        swapper = Swapper(residency, measure)
+        admission = Admission(residency, swapper, manager.lora_backend.max_adapters)
+        cache.elora = Elora(residency, measure, swapper, admission)
     return cache
 
 

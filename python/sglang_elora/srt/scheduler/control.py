@@ -26,6 +26,7 @@ from sglang_elora.srt.messages import (
     valid,
 )
 from sglang_elora.srt.orders import GuardedDispatcher
+from sglang_elora.srt.scheduler.parts import elora_of
 from sglang_elora.srt.scheduler.state import changes_since
 from sglang_elora.srt.scheduler.swapper import Swapper
 from sglang_elora.swapper import MOST_EXPECTED
@@ -113,9 +114,9 @@ class Control:
 
 def add_to_dispatcher(result: None, self: Scheduler) -> None:
     """After ``Scheduler.init_request_dispatcher``."""
-    swapper = getattr(self.tree_cache, "swapper", None)
-    if swapper is not None:
-        Control(self, swapper).add_to(self._request_dispatcher)
+    elora = elora_of(self)
+    if elora is not None:
+        Control(self, elora.swapper).add_to(self._request_dispatcher)
     self._request_dispatcher = GuardedDispatcher(self._request_dispatcher)
 
 

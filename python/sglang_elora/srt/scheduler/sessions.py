@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sglang_elora.srt.mem_cache.radix_cache import EloraRadixCache
+
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
 
 def close(self: Scheduler, recv_req: Any) -> None:
     """Before ``Scheduler.close_session``."""
-    sessions = getattr(self.tree_cache, "sessions", None)
-    if sessions is not None:
-        sessions.over(recv_req.session_id)
+    if isinstance(self.tree_cache, EloraRadixCache):
+        self.tree_cache.sessions.over(recv_req.session_id)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sglang_elora.control import AdapterState, Changes, PoolState
 from sglang_elora.srt.mem_cache.residency import Residency
+from sglang_elora.srt.scheduler.parts import elora_of
 from sglang_elora.srt.scheduler.swapper import LOOKAHEAD
 
 if TYPE_CHECKING:
@@ -73,3 +74,18 @@ def pool_state(residency: Residency, scheduler: Scheduler) -> PoolState:
 
 def _adapters_of(requests: Iterable[Req]) -> list[str]:
     return list({req.lora_id: None for req in requests if req.lora_id is not None})
+
+
+def add_statistics(result: Any, self: Scheduler, recv_req: Any) -> Any:
+    """After ``Scheduler.get_internal_state``: ours under ``elora``, shown by /server_info."""
+    elora = elora_of(self)
+    if elora is not None:
+        manager, costs = self.tp_worker.model_runner.lora_manager, elora.measure.costs
+        result.internal_state["elora"] = {
+            **elora.residency.statistics(),
+            "recompute_ns_per_token": round(1e9 * costs.recompute),
+            "load_ns_per_slot": round(1e9 * costs.load),
+            "max_adapters_in_batch": manager.max_adapters_in_batch,
+            "checks": manager.num_checks,
+        }
+    return result

@@ -27,6 +27,7 @@ from sglang.srt.managers.scheduler import _make_abort_req
 from sglang_elora.srt.measure import Measure
 from sglang_elora.srt.mem_cache.adapter_node import FULL, AdapterNode
 from sglang_elora.srt.mem_cache.residency import PURGE_NODES, Residency
+from sglang_elora.srt.scheduler.parts import elora_of
 from sglang_elora.srt.scheduler.settling import Settling
 from sglang_elora.swapper import ORDER_STEPS, AdapterCopy, Expected
 from sglang_elora.tree import Adapter
@@ -445,28 +446,28 @@ def step(
     **__: Any,
 ) -> None:
     """Before ``Scheduler.get_next_batch_to_run``."""
-    swapper = getattr(self.tree_cache, "swapper", None)
-    if swapper is not None:
-        swapper.step(self, is_busy=last_batch is not None or not running_batch.is_empty())
+    elora = elora_of(self)
+    if elora is not None:
+        elora.swapper.step(self, is_busy=last_batch is not None or not running_batch.is_empty())
 
 
 def prepare(result: Any, self: Scheduler, *_: Any, **__: Any) -> None:
     """After ``Scheduler.run_batch``: the device is at work now."""
-    swapper = getattr(self.tree_cache, "swapper", None)
-    if swapper is not None:
-        swapper.prepare()
-        swapper.residency.launched()  # what was evicted just now is free, as of this batch
+    elora = elora_of(self)
+    if elora is not None:
+        elora.swapper.prepare()
+        elora.residency.launched()  # what was evicted just now is free, as of this batch
 
 
 def idle(result: None, self: Scheduler) -> None:
     """After ``Scheduler.on_idle``. Threads that read files need the interpreter."""
-    swapper = getattr(self.tree_cache, "swapper", None)
-    if swapper is not None and swapper.is_waiting:
+    elora = elora_of(self)
+    if elora is not None and elora.swapper.is_waiting:
         time.sleep(_IDLE_S)
 
 
 def sleep_on_idle(original: Callable[[Scheduler], None], self: Scheduler) -> None:
     """Around ``Scheduler.maybe_sleep_on_idle``, which wakes up for messages only."""
-    swapper = getattr(self.tree_cache, "swapper", None)
-    if swapper is None or not swapper.is_waiting:
+    elora = elora_of(self)
+    if elora is None or not elora.swapper.is_waiting:
         original(self)
