@@ -258,7 +258,8 @@ def test_outputs_are_right_under_pressure(
     _print_counts(f"{name}, {order}", variant, outcome)
     _check_answers(records, variant.trace, expected[variant.trace], model)
     _check_pressure(outcome, variant)
-    variant.check(outcome)
+    if order in variant.orders:  # in others, batches that run late look free to measured costs
+        variant.check(outcome)
     assert not re.search("leak", log, re.IGNORECASE)
 
 
