@@ -7,8 +7,10 @@ from sglang.srt.mem_cache.unified_cache.cache_action import CacheAction, Compone
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import BaseEvictionResult
 
+Tracker = dict[ComponentType, int]
 Slots = dict[ComponentType, list[torch.Tensor]]
-Freed = tuple[dict[ComponentType, int], Slots, Slots, list[CacheAction | ComponentAction]]
+Actions = list[CacheAction | ComponentAction]
+Freed = tuple[Tracker, Slots, Slots, Actions]
 """Number of tokens, slots of the device, slots of the host, and what the cache has to do: each
 eviction adds its own to them."""
 

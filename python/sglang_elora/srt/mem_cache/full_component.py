@@ -13,19 +13,18 @@ from typing import Any, cast
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolTransfer
 from sglang.srt.mem_cache.unified_cache.cache_action import (
-    CacheAction,
     ComponentAction,
     FreeComponentDeviceSlot,
 )
 from sglang.srt.mem_cache.unified_cache.components.base import (
     CacheTransferPhase,
-    ComponentType,
     EvictLayer,
 )
 from sglang.srt.mem_cache.unified_cache.components.full import FullComponent
 from sglang.srt.mem_cache.unified_cache.unified_tree_core import NodeId, UnifiedTreeNode
 from typing_extensions import override
 
+from sglang_elora.srt.mem_cache.freed import Actions, Slots, Tracker
 from sglang_elora.tree import LeafOrder
 
 ORDERED_POLICIES = frozenset({"lru", "lfu", "fifo", "slru"})
@@ -34,10 +33,6 @@ ORDERED_POLICIES = frozenset({"lru", "lfu", "fifo", "slru"})
 Under the others (mru, filo, priority, tlru), and with sessions in the radix cache, SGLang's scan of
 all leaves stays.
 """
-
-_Frees = dict[ComponentType, list[torch.Tensor]]
-_Tracker = dict[ComponentType, int]
-_Actions = list[CacheAction | ComponentAction]
 
 
 class EloraFullComponent(FullComponent):
@@ -96,9 +91,9 @@ class EloraFullComponent(FullComponent):
     def evict_component(
         self,
         node: UnifiedTreeNode,
-        device_frees: _Frees,
-        host_frees: _Frees,
-        cache_actions: _Actions,
+        device_frees: Slots,
+        host_frees: Slots,
+        cache_actions: Actions,
         target: EvictLayer = EvictLayer.DEVICE,
     ) -> tuple[int, int]:
         device, host = super().evict_component(
@@ -142,10 +137,10 @@ class EloraFullComponent(FullComponent):
     @override
     def _evict_device_next_node(
         self,
-        tracker: _Tracker,
-        device_frees: _Frees,
-        host_frees: _Frees,
-        cache_actions: _Actions,
+        tracker: Tracker,
+        device_frees: Slots,
+        host_frees: Slots,
+        cache_actions: Actions,
     ) -> NodeId | None:
         freed = (tracker, device_frees, host_frees, cache_actions)
         if not self.keeps_order:
@@ -188,10 +183,10 @@ class EloraFullComponent(FullComponent):
     def drive_host_eviction(
         self,
         num_tokens: int,
-        tracker: _Tracker,
-        device_frees: _Frees,
-        host_frees: _Frees,
-        cache_actions: _Actions,
+        tracker: Tracker,
+        device_frees: Slots,
+        host_frees: Slots,
+        cache_actions: Actions,
     ) -> None:
         """Free host tokens, leaf by leaf in eviction order, until ``num_tokens`` are free."""
         freed = (tracker, device_frees, host_frees, cache_actions)
@@ -234,7 +229,7 @@ def evict_without_copies(cache: Any, num_tokens: int) -> tuple[int, bool]:
     """
     started_s = time.perf_counter()
     full: EloraFullComponent = cache.tree_core.full
-    tracker: _Tracker = defaultdict(int)
+    tracker: Tracker = defaultdict(int)
     full.evict_device_start(num_tokens)
     try:
         with full.in_one_step():
