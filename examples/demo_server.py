@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sglang_elora.demo.__main__ import launch_flags
-from sglang_elora.demo.server import SMALL_MODEL_ENV, ServerProcess
+from sglang_elora.testbed.server import SMALL_MODEL_ENV, ServerProcess
 
 FOLDER = Path(".demo")
 
@@ -30,8 +30,8 @@ def demo_server(options: argparse.Namespace) -> Iterator[tuple[str, Sequence[str
     Without ``--url`` it is the server of ``make demo``, with its model of random weights: what it
     says is gibberish, and each adapter's is its own.
     """
-    from sglang_elora.demo.adapters import demo_adapters, make_adapters
-    from sglang_elora.demo.checkpoint import make_checkpoint, silence_progress_bars
+    from sglang_elora.testbed.adapters import demo_adapters, make_adapters
+    from sglang_elora.testbed.checkpoint import make_checkpoint, silence_progress_bars
 
     specs = demo_adapters()
     names = options.adapters or [spec.name for spec in specs]

@@ -26,8 +26,8 @@ import_module("sglang_elora.kernels")
 import_module("triton.experimental.gluon")  # at the first launch triton would
 del os.environ["TRITON_INTERPRET"]
 
-from sglang_elora.demo.checkpoint import make_checkpoint  # noqa: E402
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
+from sglang_elora.testbed.checkpoint import make_checkpoint  # noqa: E402
 
 ensure_torchvision_importable()
 

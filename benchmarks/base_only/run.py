@@ -35,9 +35,9 @@ import httpx  # noqa: E402
 from pressure import PRESSURE_SPECS  # noqa: E402
 from server_flags import server_flags  # noqa: E402
 from sglang_elora.bench.machine import machine  # noqa: E402
-from sglang_elora.demo.adapters import make_adapters  # noqa: E402
-from sglang_elora.demo.checkpoint import ModelShape, make_checkpoint  # noqa: E402
-from sglang_elora.demo.server import ELORA_SERVER, ServerProcess, python_module  # noqa: E402
+from sglang_elora.testbed.adapters import make_adapters  # noqa: E402
+from sglang_elora.testbed.checkpoint import ModelShape, make_checkpoint  # noqa: E402
+from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess, python_module  # noqa: E402
 
 PROGRAMS = {"stock": python_module("sglang.launch_server"), "elora": ELORA_SERVER}
 NUM_ADAPTERS = 8

@@ -37,8 +37,8 @@ from sglang_elora.bench.matrix import Matrix, Plan, Watcher  # noqa: E402
 from sglang_elora.bench.report import report  # noqa: E402
 from sglang_elora.bench.result import Result  # noqa: E402
 from sglang_elora.bench.sides import Side, Sizes, make_side  # noqa: E402
-from sglang_elora.demo.checkpoint import ModelShape  # noqa: E402
-from sglang_elora.demo.server import ServerProcess  # noqa: E402
+from sglang_elora.testbed.checkpoint import ModelShape  # noqa: E402
+from sglang_elora.testbed.server import ServerProcess  # noqa: E402
 from sglang_elora.workloads import FULL_SIZE, Trace, adapter_name, make_trace  # noqa: E402
 
 NUM_ADAPTERS = 100

@@ -45,9 +45,9 @@ from pressure import (  # noqa: E402
 from second_plugin import write_plugin  # noqa: E402
 from server_flags import server_flags  # noqa: E402
 from sglang_elora.bench.machine import machine  # noqa: E402
-from sglang_elora.demo.adapters import ALL_LINEAR, make_adapters  # noqa: E402
-from sglang_elora.demo.checkpoint import ModelShape, make_checkpoint  # noqa: E402
-from sglang_elora.demo.server import ELORA_SERVER, ServerProcess, python_module  # noqa: E402
+from sglang_elora.testbed.adapters import ALL_LINEAR, make_adapters  # noqa: E402
+from sglang_elora.testbed.checkpoint import ModelShape, make_checkpoint  # noqa: E402
+from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess, python_module  # noqa: E402
 
 SIDES = ("stock", "elora")
 SAMPLE_EVERY = 5  # scheduler steps

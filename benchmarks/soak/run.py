@@ -51,7 +51,7 @@ from pressure import (  # noqa: E402
 )
 from server_flags import HOST_TIER, server_flags  # noqa: E402
 from sglang_elora.bench.machine import machine  # noqa: E402
-from sglang_elora.demo.server import ServerProcess  # noqa: E402
+from sglang_elora.testbed.server import ServerProcess  # noqa: E402
 
 TRACE = make_trace(num_requests=150)
 SAMPLE_EVERY_S = 5.0

@@ -24,12 +24,12 @@ from playwright.sync_api import sync_playwright
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 
+from sglang_elora.commands.top import moves, screen
 from sglang_elora.demo.__main__ import MODEL, launch_flags
-from sglang_elora.demo.adapters import demo_adapters, make_adapters
 from sglang_elora.demo.chat import ChatPlan, hold_chats
-from sglang_elora.demo.checkpoint import make_checkpoint, silence_progress_bars
-from sglang_elora.demo.server import SMALL_MODEL_ENV, ServerProcess
-from sglang_elora.top import moves, screen
+from sglang_elora.testbed.adapters import demo_adapters, make_adapters
+from sglang_elora.testbed.checkpoint import make_checkpoint, silence_progress_bars
+from sglang_elora.testbed.server import SMALL_MODEL_ENV, ServerProcess
 
 HERE = Path(__file__).parent
 WATCHED_S = 90

@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_elora.demo.__main__ import MODEL, launch_flags
-from sglang_elora.demo.adapters import demo_adapters, make_adapters
 from sglang_elora.demo.chat import system_prompt, user_message
-from sglang_elora.demo.checkpoint import make_checkpoint, silence_progress_bars
-from sglang_elora.demo.server import SMALL_MODEL_ENV, ServerProcess, free_port, python_module
+from sglang_elora.testbed.adapters import demo_adapters, make_adapters
+from sglang_elora.testbed.checkpoint import make_checkpoint, silence_progress_bars
+from sglang_elora.testbed.server import SMALL_MODEL_ENV, ServerProcess, free_port, python_module
 
 NUM_REPLICAS = 2
 POOL_SLOTS = 8000  # of a replica: about half of the adapters beside their KV

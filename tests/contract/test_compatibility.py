@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from run_python import RunPython
-from sglang_elora.demo.adapters import AdapterSpec, make_adapters
+from sglang_elora.testbed.adapters import AdapterSpec, make_adapters
 
 LORA = ("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "q_proj", "o_proj")
 ATTENTION = ["qkv_proj", "o_proj"]

@@ -8,7 +8,7 @@ from run_python import RunPython
 from second_plugin import write_plugin
 from sglang_elora.config import SGLANG_PIN
 
-DOCTOR = ("-m", "sglang_elora.cli", "doctor")
+DOCTOR = ("-m", "sglang_elora.commands.cli", "doctor")
 
 
 def test_a_ready_machine(run_fresh_python: RunPython) -> None:
@@ -42,3 +42,18 @@ def test_everything_wrong_at_once(run_fresh_python: RunPython, tmp_path: Path) -
     assert all(lines[lines.index(line) + 1].startswith("       -> ") for line in failures)
     assert "'elora' is registered, beside vandal" in result.stdout
     assert lines[-1] == f"{len(failures)} problem(s) to solve before a start."
+
+
+def test_a_release_of_sglang_without_a_name_that_we_import(
+    run_fresh_python: RunPython, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable\n"
+        "ensure_torchvision_importable()\n"
+        "from sglang.srt.lora import utils\n"
+        "del utils.capturing_lora_graph\n"
+    )
+    result = run_fresh_python(*DOCTOR, path=tmp_path)
+    assert result.returncode == 1, result.stderr
+    assert "[FAIL] seam: a name that ELORA uses is missing from SGLang: " in result.stdout
+    assert "capturing_lora_graph" in result.stdout

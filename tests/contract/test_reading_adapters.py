@@ -17,7 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_elora.demo.adapters import (
+from sglang_elora.pages import AdapterImage, HostArena, lazy_memory
+from sglang_elora.platforms import host_memory
+from sglang_elora.swapper import HostTier, Read
+from sglang_elora.testbed.adapters import (
     ALL_LINEAR,
     ATTENTION,
     MLP,
@@ -25,9 +28,6 @@ from sglang_elora.demo.adapters import (
     AdapterSpec,
     make_adapters,
 )
-from sglang_elora.pages import AdapterImage, HostArena, lazy_memory
-from sglang_elora.platforms import host_memory
-from sglang_elora.swapper import HostTier, Read
 
 WEIGHTS = "adapter_model.safetensors"
 BLOCK = 4096

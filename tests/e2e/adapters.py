@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_elora.demo.adapters import ALL_LINEAR, ATTENTION, MLP, QUERY_VALUE, AdapterSpec
+from sglang_elora.testbed.adapters import ALL_LINEAR, ATTENTION, MLP, QUERY_VALUE, AdapterSpec
 
 SPECS = (
     AdapterSpec("qv-r4", rank=4, alpha=4, target_modules=QUERY_VALUE, seed=1),

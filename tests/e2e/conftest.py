@@ -18,8 +18,8 @@ from reference import Reference
 from second_plugin import write_plugin
 from server_flags import server_flags
 from sglang_elora.demo import server as demo_server
-from sglang_elora.demo.adapters import make_adapters
-from sglang_elora.demo.server import ServerProcess, python_module
+from sglang_elora.testbed.adapters import make_adapters
+from sglang_elora.testbed.server import ServerProcess, python_module
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from reference import Reference
-from sglang_elora.demo.noise import noise
-from sglang_elora.demo.tokenizer import train_tokenizer
+from sglang_elora.testbed.noise import noise
+from sglang_elora.testbed.tokenizer import train_tokenizer
 
 VOCABULARY = 1024
 _SIZES = {

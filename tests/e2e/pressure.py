@@ -18,8 +18,8 @@ from typing import Any
 
 import httpx
 
-from sglang_elora.demo.adapters import COVERAGE_NAMES, AdapterSpec, Module, make_adapters
-from sglang_elora.demo.checkpoint import ModelShape, make_checkpoint
+from sglang_elora.testbed.adapters import COVERAGE_NAMES, AdapterSpec, Module, make_adapters
+from sglang_elora.testbed.checkpoint import ModelShape, make_checkpoint
 
 _RANKS = (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64)
 _COVERAGES = tuple(COVERAGE_NAMES)

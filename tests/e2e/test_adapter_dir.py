@@ -10,7 +10,7 @@ from pathlib import Path
 
 from client import Client, run
 from reference import Reference
-from sglang_elora.demo.server import ServerProcess
+from sglang_elora.testbed.server import ServerProcess
 
 SERVABLE_S = 2.0
 WATCHED = "watched"

@@ -16,7 +16,7 @@ import pytest
 from client import Client, run
 from reference import Reference
 from server_flags import server_flags
-from sglang_elora.demo.server import ServerProcess
+from sglang_elora.testbed.server import ServerProcess
 
 NEAR, FAR, OUTSIDE = "attention-r8", "mlp-r24", "all-r4"
 

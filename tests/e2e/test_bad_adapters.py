@@ -11,7 +11,7 @@ import pytest
 from bad_adapters import BAD, WEIGHTS, diverge, truncate
 from client import MODEL, Client, run
 from reference import Reference
-from sglang_elora.demo.server import ServerProcess
+from sglang_elora.testbed.server import ServerProcess
 
 
 @pytest.mark.parametrize("spoil", BAD, ids=lambda spoil: spoil.__name__)

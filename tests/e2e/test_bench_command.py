@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from sglang_elora.bench.endpoint import APIS, Api, EndpointError, find
-from sglang_elora.cli import main
-from sglang_elora.demo.server import ServerProcess
+from sglang_elora.commands.cli import main
+from sglang_elora.testbed.server import ServerProcess
 
 ADAPTERS = ("attention-r8", "all-r64")  # that both servers have
 

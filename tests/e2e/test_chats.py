@@ -7,7 +7,7 @@ from itertools import takewhile
 
 from client import MODEL, Client, run
 from reference import Reference
-from sglang_elora.demo.server import ServerProcess
+from sglang_elora.testbed.server import ServerProcess
 
 LINES = (
     "Where does the train to the harbour leave?",

@@ -14,14 +14,14 @@ import psutil
 import pytest
 
 from server_flags import server_flags
-from sglang_elora.demo.server import ServerProcess
+from sglang_elora.testbed.server import ServerProcess
 
 FAILING_TEST = """
 from pathlib import Path
 import httpx
 import psutil
 import pytest
-from sglang_elora.demo.server import ServerProcess
+from sglang_elora.testbed.server import ServerProcess
 
 @pytest.fixture
 def server():

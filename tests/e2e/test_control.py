@@ -17,9 +17,9 @@ from control import adapter, off_device, on_device, order, state, until
 from reference import Reference
 from second_plugin import write_plugin
 from server_flags import server_flags
-from sglang_elora.cli import main
+from sglang_elora.commands.cli import main
 from sglang_elora.control.hint_gate import GAP_S
-from sglang_elora.demo.server import ServerProcess
+from sglang_elora.testbed.server import ServerProcess
 
 FRESH_S = 1.1  # after which a scrape looks again
 

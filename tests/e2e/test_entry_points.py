@@ -11,9 +11,9 @@ from adapters import SPECS
 from client import Answer, Client, run
 from reference import Reference
 from server_flags import server_flags
-from sglang_elora.demo.adapters import make_adapters
-from sglang_elora.demo.checkpoint import make_checkpoint
-from sglang_elora.demo.server import ServerProcess
+from sglang_elora.testbed.adapters import make_adapters
+from sglang_elora.testbed.checkpoint import make_checkpoint
+from sglang_elora.testbed.server import ServerProcess
 
 
 def test_sglang_serve_configured_by_environment(

@@ -15,7 +15,7 @@ from client import Client, run
 from control import off_device, state
 from server_flags import server_flags
 from sglang_elora.control.events import AdapterMoved
-from sglang_elora.demo.server import ServerProcess, free_port
+from sglang_elora.testbed.server import ServerProcess, free_port
 
 NAMES = ("qv-r4", "attention-r8")
 

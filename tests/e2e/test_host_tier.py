@@ -17,7 +17,7 @@ from pressure import adapter_slots
 from reference import Reference
 from second_plugin import write_plugin
 from server_flags import server_flags
-from sglang_elora.demo.server import ServerProcess
+from sglang_elora.testbed.server import ServerProcess
 
 WEIGHTS = "adapter_model.safetensors"
 NAMES = ("qv-r4", "attention-r8", "attention-r24", "mlp-r24", "all-r4", "rslora-r8")

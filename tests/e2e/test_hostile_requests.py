@@ -18,8 +18,8 @@ from client import MODEL, Client, run
 from control import adapter as row_of
 from reference import Reference
 from server_flags import server_flags
-from sglang_elora.demo.adapters import ALL_LINEAR
-from sglang_elora.demo.server import ServerProcess
+from sglang_elora.testbed.adapters import ALL_LINEAR
+from sglang_elora.testbed.server import ServerProcess
 
 NAMES = ("qv-r4", "attention-r8")
 SHORT = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}

@@ -17,7 +17,7 @@ import pytest
 from pressure import Model, make_model, make_trace, run_trace
 from second_plugin import write_plugin
 from server_flags import server_flags
-from sglang_elora.demo.server import ServerProcess, ServerStartError
+from sglang_elora.testbed.server import ServerProcess, ServerStartError
 from test_pressure import VARIANTS, Variant
 
 NO_WAIT_BEFORE_SLOTS = """

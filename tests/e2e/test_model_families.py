@@ -14,7 +14,7 @@ import pytest
 from client import Answer, Client, run
 from model_families import FAMILIES, VOCABULARY, Family, make_family
 from server_flags import server_flags
-from sglang_elora.demo.server import ServerProcess
+from sglang_elora.testbed.server import ServerProcess
 
 SERVED = [each for each in FAMILIES if each.differs or "FAMILIES_FULL" in os.environ]
 

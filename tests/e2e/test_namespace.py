@@ -9,7 +9,7 @@ import pytest
 
 from client import Answer, Client, run
 from reference import Reference
-from sglang_elora.demo.server import ServerProcess
+from sglang_elora.testbed.server import ServerProcess
 
 
 def adapter_id(server: ServerProcess, name: str) -> str:

@@ -15,8 +15,8 @@ from client import Client, run
 from pressure import adapter_slots
 from reference import Reference
 from server_flags import HOST_TIER, server_flags
-from sglang_elora.demo.adapters import ALL_LINEAR, AdapterSpec, make_adapters
-from sglang_elora.demo.server import ServerProcess
+from sglang_elora.testbed.adapters import ALL_LINEAR, AdapterSpec, make_adapters
+from sglang_elora.testbed.server import ServerProcess
 
 POOL_SLOTS = 2600
 LARGEST = "all-r64"

@@ -24,8 +24,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from client import run
 from reference import Reference
 from server_flags import server_flags
-from sglang_elora.demo.adapters import ALL_LINEAR
-from sglang_elora.demo.server import ServerProcess
+from sglang_elora.testbed.adapters import ALL_LINEAR
+from sglang_elora.testbed.server import ServerProcess
 from test_hostile_requests import NAMES, NOT_CALLED, assert_right
 
 with warnings.catch_warnings():

@@ -11,7 +11,7 @@ import pytest
 from adapters import NAMES
 from client import MODEL, Answer, Client, run
 from reference import Reference
-from sglang_elora.demo.server import ServerProcess
+from sglang_elora.testbed.server import ServerProcess
 
 BASE_AND_ADAPTERS = (None, *NAMES)
 MESSAGES = (

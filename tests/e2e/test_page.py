@@ -17,7 +17,7 @@ import pytest
 
 from client import Client, run
 from server_flags import server_flags
-from sglang_elora.demo.server import ServerProcess
+from sglang_elora.testbed.server import ServerProcess
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -31,7 +31,7 @@ from pressure import (
 )
 from reference import Reference
 from server_flags import HOST_TIER, server_flags
-from sglang_elora.demo.server import ServerProcess, python_module
+from sglang_elora.testbed.server import ServerProcess, python_module
 
 ALL = "PRESSURE_FULL" in os.environ
 CHATS = make_trace(small=not ALL)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from client import Client, run
 from reference import Reference
-from sglang_elora.demo.server import ServerProcess
+from sglang_elora.testbed.server import ServerProcess
 
 
 @pytest.fixture(autouse=True)

@@ -18,9 +18,9 @@ from recorded_graphs import PLUGIN
 from reference import Reference
 from second_plugin import write_plugin
 from server_flags import server_flags
-from sglang_elora.demo.adapters import make_adapters
-from sglang_elora.demo.checkpoint import ModelShape, make_checkpoint
-from sglang_elora.demo.server import ELORA_SERVER, ServerProcess
+from sglang_elora.testbed.adapters import make_adapters
+from sglang_elora.testbed.checkpoint import ModelShape, make_checkpoint
+from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess
 
 # Every module, ranks above and below a tile.
 NAMES = ("attention-r24", "all-r4", None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sglang_elora.demo.adapters import demo_adapters, make_adapters
+from sglang_elora.testbed.adapters import demo_adapters, make_adapters
 
 pytest.importorskip("sglang_router", reason="needs the extra [router]")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sglang_elora.demo.adapters import (
+from sglang_elora.testbed.adapters import (
     ALL_LINEAR,
     COVERAGE_NAMES,
     QUERY_VALUE,

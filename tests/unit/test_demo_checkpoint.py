@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_elora.demo.build_once import MANIFEST_NAME, build_once
-from sglang_elora.demo.checkpoint import Architecture, ModelShape, make_checkpoint
+from sglang_elora.testbed.build_once import MANIFEST_NAME, build_once
+from sglang_elora.testbed.checkpoint import Architecture, ModelShape, make_checkpoint
 
 PROMPTS = (
     "Hello",

@@ -11,13 +11,13 @@ import pytest
 from rich.console import Console
 
 from sglang_elora.demo.__main__ import launch_flags, parse_arguments
-from sglang_elora.demo.adapters import demo_adapters
 from sglang_elora.demo.loads import adapter_loads_in_log
 from sglang_elora.demo.plot import save_plot
 from sglang_elora.demo.report import adapter_table, turn_table
 from sglang_elora.demo.summary import DemoRun, percentile
 from sglang_elora.demo.terminal import Terminal
 from sglang_elora.demo.turns import TurnFailure, TurnRecord, TurnResult
+from sglang_elora.testbed.adapters import demo_adapters
 
 SPECS = demo_adapters(3)
 

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from sglang_elora.demo.server import ServerProcess, ServerStartError, python_module
+from sglang_elora.testbed.server import ServerProcess, ServerStartError, python_module
 
 FAKE_SERVER = """
 import os, signal, subprocess, sys, time
@@ -46,7 +46,7 @@ HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 DRIVER = """
 import sys, time
 from pathlib import Path
-from sglang_elora.demo.server import ServerProcess, python_module
+from sglang_elora.testbed.server import ServerProcess, python_module
 program = python_module("fake_server")
 with ServerProcess([], program=program, log_path=Path(sys.argv[1]), stop_timeout_s=1.0):
     print("up", flush=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sglang_elora.demo.signals import signals_ignored, sigterm_acts_as_ctrl_c
+from sglang_elora.testbed.signals import signals_ignored, sigterm_acts_as_ctrl_c
 
 
 def send_to_self(number: signal.Signals) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sglang_elora.top import main, moves, pool_bar, screen
+from sglang_elora.commands.top import main, moves, pool_bar, screen
 
 COUNTS = {
     "adapter_loads": 7,

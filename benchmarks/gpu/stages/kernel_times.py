@@ -13,9 +13,9 @@ import sys
 from served import EAGER, SHAPE, Client, device_flags, run, server_flags, start_s, tokens
 from stage_run import ROOT, Context, Step, Verdict
 
-from sglang_elora.demo.adapters import ALL_LINEAR, AdapterSpec, make_adapters
-from sglang_elora.demo.checkpoint import ModelShape, make_checkpoint
-from sglang_elora.demo.server import ServerProcess, python_module
+from sglang_elora.testbed.adapters import ALL_LINEAR, AdapterSpec, make_adapters
+from sglang_elora.testbed.checkpoint import ModelShape, make_checkpoint
+from sglang_elora.testbed.server import ServerProcess, python_module
 
 sys.path.insert(0, str(ROOT / "tests/contract"))
 

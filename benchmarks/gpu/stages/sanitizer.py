@@ -10,9 +10,9 @@ import sys
 from served import EAGER, SHAPE, device_flags, server_flags, start_s
 from stage_run import Context, Step, Verdict
 
-from sglang_elora.demo.adapters import make_adapters
-from sglang_elora.demo.checkpoint import make_checkpoint
-from sglang_elora.demo.server import ELORA_SERVER, ServerProcess
+from sglang_elora.testbed.adapters import make_adapters
+from sglang_elora.testbed.checkpoint import make_checkpoint
+from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess
 
 from pressure import PRESSURE_SPECS, make_trace, pool_tokens, run_trace  # isort: skip
 

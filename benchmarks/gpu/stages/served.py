@@ -18,9 +18,9 @@ sys.path.insert(0, str(ROOT / "tests/e2e"))
 from adapters import NAMES, SPECS
 from client import Client, run
 from server_flags import server_flags
-from sglang_elora.demo.adapters import make_adapters
-from sglang_elora.demo.checkpoint import ModelShape, make_checkpoint
-from sglang_elora.demo.server import ELORA_SERVER, ServerProcess
+from sglang_elora.testbed.adapters import make_adapters
+from sglang_elora.testbed.checkpoint import ModelShape, make_checkpoint
+from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess
 
 SHAPE = ModelShape(num_heads=4, num_kv_heads=2, head_dim=64)  # FlashInfer has no smaller head
 EAGER = ("--disable-decode-cuda-graph", "--disable-prefill-cuda-graph")

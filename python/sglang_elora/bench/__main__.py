@@ -32,8 +32,8 @@ from sglang_elora.bench.running import play_running
 from sglang_elora.bench.servers import Bench, EmulatedLink
 from sglang_elora.bench.sides import Sizes
 from sglang_elora.bench.terminal import Terminal
-from sglang_elora.demo.server import ServerStartError
-from sglang_elora.demo.signals import sigterm_acts_as_ctrl_c
+from sglang_elora.testbed.server import ServerStartError
+from sglang_elora.testbed.signals import sigterm_acts_as_ctrl_c
 from sglang_elora.workloads import WORKLOADS
 
 SIDES = ("stock-default", "elora:lru", "elora:elora")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from sglang_elora.demo.corpus import ADJECTIVES, NOUNS, VERBS
+from sglang_elora.testbed.corpus import ADJECTIVES, NOUNS, VERBS
 from sglang_elora.workloads import Session, Turn
 
 WORDS = (*NOUNS, *VERBS, *ADJECTIVES)

@@ -10,9 +10,9 @@ from typing import Any
 
 from sglang_elora.bench.sides import Side, Sizes, adapter_specs, common_flags, make_side
 from sglang_elora.bench.variant import write_plugin
-from sglang_elora.demo.adapters import make_adapters
-from sglang_elora.demo.checkpoint import make_checkpoint, silence_progress_bars
-from sglang_elora.demo.server import SMALL_MODEL_ENV, ServerProcess
+from sglang_elora.testbed.adapters import make_adapters
+from sglang_elora.testbed.checkpoint import make_checkpoint, silence_progress_bars
+from sglang_elora.testbed.server import SMALL_MODEL_ENV, ServerProcess
 from sglang_elora.workloads import Trace
 
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sglang_elora.demo.adapters import ALL_LINEAR, AdapterSpec
-from sglang_elora.demo.checkpoint import ModelShape
-from sglang_elora.demo.server import ELORA_SERVER, python_module
+from sglang_elora.testbed.adapters import ALL_LINEAR, AdapterSpec
+from sglang_elora.testbed.checkpoint import ModelShape
+from sglang_elora.testbed.server import ELORA_SERVER, python_module
 from sglang_elora.workloads import adapter_name
 
 STOCK_DEFAULT_SLOTS = 8  # SGLang's --max-loras-per-batch

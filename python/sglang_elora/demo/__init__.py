@@ -1,8 +1,5 @@
 """A demonstration that needs no downloads: a small random model, LoRA adapters, a real server.
 
 ``python -m sglang_elora.demo`` builds a checkpoint and adapters, starts the server, drives
-concurrent multi-turn chats over them and reports what the caches did. The parts (``checkpoint``,
-``adapters``, ``server``, ``chat``) are also what the end-to-end tests are made of.
-
-Nothing is imported here, so that ``sglang_elora.demo.server`` does not load torch.
+concurrent multi-turn chats over them and reports what the caches did.
 """

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 from sglang_elora.demo.examples import example_lines
 from sglang_elora.demo.loads import adapter_loads, adapter_loads_in_log
-from sglang_elora.demo.server import SMALL_MODEL_ENV, ServerProcess, ServerStartError
-from sglang_elora.demo.signals import signals_ignored, sigterm_acts_as_ctrl_c
 from sglang_elora.demo.terminal import Terminal
+from sglang_elora.testbed.server import SMALL_MODEL_ENV, ServerProcess, ServerStartError
+from sglang_elora.testbed.signals import signals_ignored, sigterm_acts_as_ctrl_c
 
 if TYPE_CHECKING:
-    from sglang_elora.demo.adapters import AdapterSpec
+    from sglang_elora.testbed.adapters import AdapterSpec
 
 MODEL = "demo"
 _SHORT_TURNS = 2
@@ -89,8 +89,8 @@ def _run(terminal: Terminal, options: argparse.Namespace, server_flags: Sequence
         # Here and not at the top: they take seconds, in which the user should see something.
         import openai  # noqa: F401  (for the chats; with the others to be shown as one step)
 
-        from sglang_elora.demo.adapters import demo_adapters, make_adapters
-        from sglang_elora.demo.checkpoint import make_checkpoint, silence_progress_bars
+        from sglang_elora.testbed.adapters import demo_adapters, make_adapters
+        from sglang_elora.testbed.checkpoint import make_checkpoint, silence_progress_bars
 
         silence_progress_bars()
         step.detail = "torch, transformers"

@@ -13,8 +13,8 @@ from openai import AsyncOpenAI, OpenAIError
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletionMessageParam
 
-from sglang_elora.demo.corpus import paragraph
 from sglang_elora.demo.turns import TurnFailure, TurnRecord, TurnResult
+from sglang_elora.testbed.corpus import paragraph
 
 _SYSTEM_SENTENCES = 6
 _USER_SENTENCES = 2

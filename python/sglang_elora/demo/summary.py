@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean
 
-from sglang_elora.demo.adapters import AdapterSpec
 from sglang_elora.demo.turns import TurnFailure, TurnRecord, TurnResult
+from sglang_elora.testbed.adapters import AdapterSpec
 
 
 @dataclass(frozen=True, slots=True)

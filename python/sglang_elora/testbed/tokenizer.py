@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sglang_elora.demo.corpus import paragraph, vocabulary
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
+from sglang_elora.testbed.corpus import paragraph, vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

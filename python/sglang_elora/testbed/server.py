@@ -14,8 +14,8 @@ from types import TracebackType
 
 import httpx
 
-from sglang_elora.demo.process_tree import ProcessTree
-from sglang_elora.demo.signals import signals_ignored, sigterm_acts_as_ctrl_c
+from sglang_elora.testbed.process_tree import ProcessTree
+from sglang_elora.testbed.signals import signals_ignored, sigterm_acts_as_ctrl_c
 
 HOST = "127.0.0.1"
 LOG_TAIL_LINES = 40

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from sglang_elora.demo.build_once import build_once
-from sglang_elora.demo.noise import noise
-from sglang_elora.demo.tokenizer import speakable_token_ids, train_tokenizer
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
+from sglang_elora.testbed.build_once import build_once
+from sglang_elora.testbed.noise import noise
+from sglang_elora.testbed.tokenizer import speakable_token_ids, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast

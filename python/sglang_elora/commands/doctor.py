@@ -122,8 +122,13 @@ def _platform(config: EloraConfig) -> Iterator[Finding]:
 
 
 def _seams(config: EloraConfig) -> Iterator[Finding]:
-    from sglang_elora.srt.install.hooks import selected_hooks
-    from sglang_elora.srt.install.install import preflight, selected_patches
+    try:
+        from sglang_elora.srt.install.hooks import selected_hooks
+        from sglang_elora.srt.install.install import preflight, selected_patches
+    except ImportError as error:
+        problem = f"a name that ELORA uses is missing from SGLang: {error}"
+        yield Finding("seam", problem, f"Install sglang=={SGLANG_PIN} unmodified.", fatal=True)
+        return
 
     with_elora = replace(config, enabled=True)
     problems = preflight(with_elora)

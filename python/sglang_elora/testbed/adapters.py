@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
-from sglang_elora.demo.build_once import MANIFEST_NAME, build_once
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
+from sglang_elora.testbed.build_once import MANIFEST_NAME, build_once
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -156,7 +156,7 @@ def _randomise(adapted: PeftModel, spec: AdapterSpec) -> None:
     """
     import torch
 
-    from sglang_elora.demo.noise import noise
+    from sglang_elora.testbed.noise import noise
 
     with torch.no_grad():
         for name, weight in adapted.named_parameters():

@@ -29,12 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return check_sglang(rest)
     if arguments.command == "top":
-        from sglang_elora.top import main as top
+        from sglang_elora.commands.top import main as top
 
         return top(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    from sglang_elora.doctor import main as doctor
+    from sglang_elora.commands.doctor import main as doctor
 
     return doctor()
 

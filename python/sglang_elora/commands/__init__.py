@@ -1,0 +1,1 @@
+"""The ``sglang-elora`` command and its subcommands ``doctor`` and ``top``."""
