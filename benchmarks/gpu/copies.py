@@ -105,7 +105,7 @@ class Bench:
     def bring(self, uid: str) -> tuple[Any, float]:
         """The copy, under way, and seconds of the scheduler's thread."""
         started = time.perf_counter()
-        assert self.residency.place(uid, 0)
+        assert self.residency.start_copy(uid)
         return self.residency.copies[uid], time.perf_counter() - started
 
     def settle(self, uid: str) -> None:

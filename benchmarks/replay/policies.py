@@ -28,7 +28,7 @@ ensure_torchvision_importable()
 
 from radix_caches import Cache  # noqa: E402
 from sglang_elora.estimators import Popularity  # noqa: E402
-from sglang_elora.policy import GDSF, LRU, Costs, Elora, EloraPaper, Policy, Term  # noqa: E402
+from sglang_elora.policy import Costs, Policy, PolicyContext, Term, make_policy  # noqa: E402
 from sglang_elora.tree import namespace_of  # noqa: E402
 from sglang_elora.workloads import WORKLOADS, Session, Trace, make_trace  # noqa: E402
 
@@ -59,19 +59,20 @@ class Replay:
 
     def _make(self, name: str) -> Policy:
         kind, _, argument = name.partition(":")
-        if kind == "elora_paper":
-            off = frozenset(Term(t) for t in argument.split(",") if t and "=" not in t)
-            tau = [float(t[4:]) for t in argument.split(",") if t.startswith("tau=")]
-            return EloraPaper(
-                self.costs,
-                lambda: self.popularity.expected_distinct(self.batch),
-                lambda: self.core.forest.num_resident,
-                off,
-                *tau,
-            )
-        if kind == "elora":
-            return Elora(self.costs, self.core.is_held)
-        return {"lru": LRU, "gdsf": GDSF}[kind](self.costs)
+        context = PolicyContext(
+            self.costs,
+            needed_adapters=lambda: self.popularity.expected_distinct(self.batch),
+            resident_adapters=lambda: self.core.forest.num_resident,
+            is_held=self.core.is_held,
+        )
+        options: dict[str, Any] = {}
+        for option in filter(None, argument.split(",")):
+            term, _, value = option.partition("=")
+            if value:
+                options["time_constant"] = float(value)
+            else:
+                options["off"] = options.get("off", frozenset()) | {Term(term)}
+        return make_policy(kind, context, **options)
 
     def run(self, trace: Trace, warm_up: float = 0.2) -> Outcome:
         for uid in {session.adapter for session in trace.sessions}:

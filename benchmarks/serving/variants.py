@@ -35,7 +35,7 @@ def free() -> None:
 
 
 def late() -> None:
-    _hook("sglang_elora.srt.scheduler.swapper.Swapper._copy_ahead", lambda self: None, "REPLACE")
+    _hook("sglang_elora.swapper.planner.Planner._copy_ahead", lambda self: False, "REPLACE")
 
 
 def timed() -> None:
@@ -118,31 +118,41 @@ def switched() -> None:
 
 def branch() -> None:
     def start(result: None, self: Any, num_tokens: int) -> None:
-        self.tokens_asked = num_tokens
+        self._victims = _Branches(self, self._victims, num_tokens)
 
     def take(original: Callable[..., Any], self: Any, tracker: Any, *frees: Any) -> Any:
-        self.tracker = tracker
+        self._victims.tracker = tracker
         return original(self, tracker, *frees)
-
-    def next_leaf(original: Callable[..., Any], self: Any) -> Any:
-        """As many calls as it takes until the adapter of the first leaf has gone."""
-        uid = getattr(self, "open_branch", None)
-        if uid is not None:
-            leaf = _leaf_under(self.tree_core, uid)
-            if leaf is not None:
-                return leaf
-            self.open_branch, self._tokens_wanted = None, self.tokens_asked
-            if self.tracker[self.component_type] >= self.tokens_asked:
-                return None
-        leaf = original(self)
-        if leaf is not None and leaf.item.group is not None and not leaf.item.is_adapter:
-            self.open_branch, self._tokens_wanted = leaf.item.group, sys.maxsize
-        return leaf
 
     component = "sglang_elora.srt.mem_cache.full_component.EloraFullComponent"
     _hook(f"{component}._evict_device_start", start, "AFTER")
     _hook(f"{component}._evict_device_next_node", take, "AROUND")
-    _hook(f"{component}._next_leaf", next_leaf, "AROUND")
+
+
+class _Branches:
+    """Victims of one eviction, of which each first leaf brings the rest of its adapter's branch."""
+
+    def __init__(self, component: Any, victims: Any, num_tokens: int) -> None:
+        self._component, self._victims, self._num_tokens = component, victims, num_tokens
+        self._open: str | None = None  # the adapter whose branch is being evicted
+        self.tracker: Any = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._victims, name)
+
+    def next(self) -> Any:
+        component = self._component
+        if self._open is not None:
+            leaf = _leaf_under(component.tree_core, self._open)
+            if leaf is not None:
+                return leaf
+            self._open, component._tokens_wanted = None, self._num_tokens
+            if self.tracker[component.component_type] >= self._num_tokens:
+                return None
+        leaf = self._victims.next()
+        if leaf is not None and leaf.item.group is not None and not leaf.item.is_adapter:
+            self._open, component._tokens_wanted = leaf.item.group, sys.maxsize
+        return leaf
 
 
 def _leaf_under(core: Any, uid: str) -> Any:

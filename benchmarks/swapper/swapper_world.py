@@ -10,14 +10,14 @@ import torch
 
 from radix_caches import Cache, sglang
 from sglang_elora.pages import AdapterImage, AdapterLayout, HostArena, ModuleShape, lazy_memory
-from sglang_elora.policy import GDSF, LRU, Elora, EloraPaper, Policy
-from sglang_elora.swapper import HostTier
+from sglang_elora.policy import PolicyContext, make_policy
+from sglang_elora.swapper.host_tier import HostTier
+from sglang_elora.swapper.planner import LOOKAHEAD, ROOM_LEAVES, WORK_PER_STEP
 from sglang_elora.tree import namespace_of
 
 sglang()
 with warnings.catch_warnings():  # SGLang's
     warnings.simplefilter("ignore")
-    from sglang_elora.srt.lora.adapter_memory import position_of
     from sglang_elora.srt.measure import Measure
     from sglang_elora.srt.mem_cache.residency import (
         PURGE_NODES,
@@ -26,13 +26,7 @@ with warnings.catch_warnings():  # SGLang's
         Residency,
     )
     from sglang_elora.srt.scheduler.admission import MAX_BYPASS, Admission
-    from sglang_elora.srt.scheduler.swapper import (
-        EVICT_LEAVES,
-        LOOKAHEAD,
-        ROOM_LEAVES,
-        WORK_PER_STEP,
-        Swapper,
-    )
+    from sglang_elora.srt.scheduler.swapper import EVICT_LEAVES, Swapper
 
 __all__ = [
     "EVICT_LEAVES",
@@ -83,10 +77,16 @@ class World:
         self.cache = Cache("elora", num_slots, kv_pool=self.pool, page_size=page_size)
         self.core: Any = self.cache.tree.tree_core
         self.measure = Measure(self.cache.tree)
-        self.core.use_policy(self._policy(policy), num_slots)
+        context = PolicyContext(
+            self.measure.costs,
+            needed_adapters=lambda: 8.0,
+            resident_adapters=lambda: self.core.forest.num_resident,
+            is_held=self.core.is_held,
+        )
+        self.core.use_policy(make_policy(policy, context), num_slots)
         arena = HostArena(lazy_memory(host_bytes), _BLOCK_BYTES)
-        position = position_of(self.core.forest)
-        self.host = HostTier(arena, self.core.adapter_priority, position, self.core.forest.touch)
+        forest = self.core.forest
+        self.host = HostTier(arena, self.core.image_priority, forest.image_position, forest.touch)
         self.forward_stream = torch.cpu.Stream()
         self.residency = Residency(self.cache.tree, torch.float32, self.host, self.forward_stream)
         self.swapper = Swapper(self.residency, self.measure)
@@ -129,14 +129,6 @@ class World:
         self.cache.tree.sanity_check()
         self.core.check_invariants()
         self.host.check_invariants()
-
-    def _policy(self, name: str) -> Policy:
-        costs, core = self.measure.costs, self.core
-        if name == Elora.name:
-            return Elora(costs, core.is_held)
-        if name == EloraPaper.name:
-            return EloraPaper(costs, lambda: 8.0, lambda: core.forest.num_resident)
-        return {LRU.name: LRU, GDSF.name: GDSF}[name](costs)
 
 
 def uid(i: int) -> str:

@@ -104,13 +104,11 @@ def test_memory_that_cuda_cannot_lock_ends_the_start_and_names_the_flag(
         memory.page_locked_memory(2**20)
 
 
-def test_an_image_is_needed_while_a_request_waits_and_the_weights_are_not_on_the_device(
-    memory: Any,
-) -> None:
+def test_an_image_is_needed_while_a_request_waits_and_the_weights_are_not_on_the_device() -> None:
     made = World(4 * SLOTS, num_adapters=3, adapter_slots=SLOTS)
-    position = memory.position_of(made.core.forest)
+    position = made.core.forest.image_position
     assert position(uid(1)) == math.inf
-    made.core.set_wanted(made.core.node_of(uid(1)), 7)
+    made.core.orders.set_queue_position(made.core.node_of(uid(1)), 7)
     assert position(uid(1)) == 7
     made.arrive(uid(1))
     made.step()

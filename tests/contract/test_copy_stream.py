@@ -11,6 +11,7 @@ import torch
 
 from sglang_elora.pages import AdapterImage
 from sglang_elora.platforms.emulated_link import Link
+from sglang_elora.policy import Item
 from swapper_world import AdapterSource, World, uid
 
 SLOTS = 64  # of an adapter
@@ -232,10 +233,11 @@ def test_kv_of_a_session_is_not_loaded_under_an_adapter_whose_copy_failed(
     sent = answers(made, monkeypatch)
     loads: list[Any] = []
     end = made.core.node_of(uid(0))  # stands for the end of a session: all that is asked of it
-    monkeypatch.setattr(made.core, "find", lambda node_id: SimpleNamespace(evicted=True))
-    monkeypatch.setattr(made.core, "path_of", lambda node: [SimpleNamespace(evicted=True), end])
+    kv = SimpleNamespace(id=-1, evicted=True, item=Item(False, 1, uid(0)))
+    monkeypatch.setattr(made.core, "find", lambda node_id: kv)
+    monkeypatch.setattr(made.core, "path_of", lambda node: [kv, end])
     monkeypatch.setattr(made.cache.tree, "load_back", loads.append)
-    made.swapper._turns = {end.id: 10**9}
+    made.swapper.planner._sessions = {end.id: 10**9}
     with monkeypatch.context() as patch:
         failing(made, "half-way", RuntimeError("launch failed"), patch)
         made.arrive(uid(0))

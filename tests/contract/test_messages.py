@@ -88,7 +88,7 @@ def test_ten_thousand_hints_for_nobody_leave_nothing_behind() -> None:
         dispatcher(AdapterHint(adapters=[f"nobody-{i}"]))
     made.step()
     assert made.residency.statistics()["hints_dropped"] == 10_000
-    assert not made.swapper._expected
+    assert not made.swapper.planner.expected
     made.check()
 
 

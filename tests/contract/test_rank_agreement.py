@@ -64,7 +64,7 @@ class Ranks:
             made.cache.tree._all_reduce = lambda tensor, op, rank=rank: self.group.all_reduce(
                 rank, tensor, op
             )
-            made.measure.take_over = lambda: False  # type: ignore[method-assign]
+            made.measure.refresh = lambda: False  # type: ignore[method-assign]
             made.scheduler._release_aborted_request = lambda req: None
             made.scheduler.ipc_channels = SimpleNamespace(
                 send_to_tokenizer=SimpleNamespace(
@@ -248,7 +248,7 @@ def test_a_copy_that_one_rank_cannot_queue_is_undone_on_both(
 
 def test_a_step_has_one_all_reduce_at_most(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy that is started after the step's all-reduce waits for that of the next step."""
-    from sglang_elora.swapper import AdapterCopy, Copied
+    from sglang_elora.swapper.adapter_copy import AdapterCopy, Copied
 
     monkeypatch.setattr(AdapterCopy, "code", Copied.UNDER_WAY)
     adder: Any = SimpleNamespace(

@@ -19,7 +19,8 @@ import torch
 
 from sglang_elora.pages import AdapterImage, HostArena, lazy_memory
 from sglang_elora.platforms import host_memory
-from sglang_elora.swapper import HostTier, Read
+from sglang_elora.swapper.host_tier import HostTier
+from sglang_elora.swapper.reading import Read
 from sglang_elora.testbed.adapters import (
     ALL_LINEAR,
     ATTENTION,

@@ -26,7 +26,7 @@ FreeOrder.wait = lambda self, stream: None
 """
 
 NO_WAIT_FOR_A_LAYER = """
-from sglang_elora.swapper import AdapterCopy
+from sglang_elora.swapper.adapter_copy import AdapterCopy
 AdapterCopy.wait_layer = lambda self, layer: None
 """
 
@@ -42,7 +42,7 @@ CopyStream._queue = queue
 """
 
 IMAGE_NOT_HELD = """
-from sglang_elora.swapper import HostTier
+from sglang_elora.swapper.host_tier import HostTier
 HostTier.hold = HostTier.get
 HostTier.release = lambda self, uid: None
 """

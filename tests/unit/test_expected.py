@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_elora.swapper import Expected
 from sglang_elora.swapper.expected import (
     CREDIT_STEPS,
     HINT_STEPS,
@@ -14,6 +13,7 @@ from sglang_elora.swapper.expected import (
     MOST_CREDIT,
     MOST_EXPECTED,
     ORDER_STEPS,
+    Expected,
 )
 
 

@@ -19,7 +19,8 @@ from sglang_elora.pages import (
     HostMemoryFull,
     ModuleShape,
 )
-from sglang_elora.swapper import HostTier, HostTierFull, Read
+from sglang_elora.swapper.host_tier import HostTier, HostTierFull
+from sglang_elora.swapper.reading import Read
 
 LAYOUT = AdapterLayout.build(4, [ModuleShape("o_proj", 64, (64,))])
 IMAGE = AdapterImage.build(

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_elora.config import POLICIES
 from sglang_elora.policy import (
     GDSF,
     LRU,
@@ -79,7 +80,7 @@ def rank(policy: Policy, item: Item) -> float:
 
 
 def test_names_are_what_the_flag_takes() -> None:
-    assert {make().name for make in MAKERS.values()} == set(MAKERS)
+    assert {make().name for make in MAKERS.values()} == set(MAKERS) == set(POLICIES)
 
 
 def test_what_is_visited_ranks_above_its_like_that_is_not(policy: Policy) -> None:

@@ -119,6 +119,27 @@ def test_kv_comes_back_from_the_host() -> None:
     assert play("elora:lru", without, *sessions)[-1].num_cached == 0
 
 
+def test_a_hint_loads_adapter_and_kv_before_the_turn_arrives() -> None:
+    """As in the case above; the client announces the second turn one second before it. Another
+    session's 104 slots leave for the host then, which takes 0.104 ms."""
+    long = (80, 5, 0.0)
+    sessions = (
+        session("a", 0.0, long, (10, 2, 5.0)),
+        session("b", 1.0, long),
+        session("c", 2.0, long),
+    )
+    last = play("elora:lru+sessions+hints", BY_HAND, *sessions)[-1]
+    assert (last.num_cached, last.num_from_host, last.was_cold) == (104, 0, False)
+    assert last.ttft_s == pytest.approx(0.010 + 11e-4 + 104e-6)
+
+
+def test_an_adapter_that_is_not_in_host_memory_is_read_from_its_file() -> None:
+    """10 slots of 1000 bytes at 100 kB/s, then the load, which hides the computation's 15 ms."""
+    files = replace(BY_HAND, adapter_host_slots=20, file_bytes_per_s=1e5)
+    (record,) = play("elora:lru", files, session("a", 0.0, (30, 5, 0.0)))
+    assert record.ttft_s == pytest.approx(0.100 + 0.015)
+
+
 def test_a_session_that_cannot_be_held_is_refused() -> None:
     with pytest.raises(ValueError, match="session 0 takes 231 slots with its adapter"):
         play("elora:lru", BY_HAND, session("a", 0.0, (200, 1, 0.0)))

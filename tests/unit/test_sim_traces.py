@@ -23,6 +23,7 @@ SIDES = (
     "elora:elora_paper-recency,swap_cost",
     "elora:elora",
     "elora:elora+sessions",
+    "elora:elora+sessions+hints",
     "slora",
     "chameleon",
     "clairvoyant",
@@ -70,12 +71,12 @@ def test_the_pool_is_never_over_full_and_kv_never_without_its_adapter(
     residence: Any = engine._residence
     step, num_checked = residence.step, 0
 
-    def checked(now_s: float, waiting: Sequence[Any]) -> None:
+    def checked(now_s: float, waiting: Sequence[Any], *, is_busy: bool) -> None:
         nonlocal num_checked
         num_checked += 1
         if num_checked % 5 == 0:
             engine.check_invariants()
-        step(now_s, waiting)
+        step(now_s, waiting, is_busy=is_busy)
 
     residence.step = checked
     engine.play(trace_of("agent", 15.0))

@@ -12,7 +12,10 @@ __all__ = [
     "Expectation",
     "Item",
     "Policy",
+    "PolicyContext",
     "Term",
+    "make_policy",
+    "register",
 ]
 
 from sglang_elora.policy.elora import Elora
@@ -20,4 +23,5 @@ from sglang_elora.policy.elora_paper import EloraPaper, Term
 from sglang_elora.policy.gdsf import GDSF
 from sglang_elora.policy.item import NEVER, Expectation, Item
 from sglang_elora.policy.lru import LRU
-from sglang_elora.policy.policy import Costs, Policy
+from sglang_elora.policy.policy import Costs, Policy, PolicyContext
+from sglang_elora.policy.registry import make_policy, register

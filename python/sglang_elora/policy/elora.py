@@ -23,9 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any, Self
+
+from typing_extensions import override
 
 from sglang_elora.policy.item import NEVER, Expectation, Item
-from sglang_elora.policy.policy import Costs, Policy
+from sglang_elora.policy.policy import Costs, Policy, PolicyContext
+from sglang_elora.policy.registry import register
 from sglang_elora.policy.returns import Returns
 
 ADAPTER, KV, KV_ON_HOST = range(3)
@@ -52,6 +56,7 @@ class _Group:
     valued_in: int = -1
 
 
+@register
 class Elora(Policy):
     """
     Args:
@@ -73,6 +78,11 @@ class Elora(Policy):
         self._is_held = is_held
         self._host_price = 0.0  # return index of what goes there when something comes
         self._groups: dict[str, _Group] = {}
+
+    @classmethod
+    @override
+    def build(cls, context: PolicyContext, **options: Any) -> Self:
+        return cls(context.costs, context.is_held, context.writes_back, **options)
 
     def visit(self, path: Iterable[Item]) -> None:
         for item in path:

@@ -22,10 +22,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from enum import Enum
-from typing import Any
+from typing import Any, Self
+
+from typing_extensions import override
 
 from sglang_elora.policy.item import NEVER, Item
-from sglang_elora.policy.policy import Costs, Policy
+from sglang_elora.policy.policy import Costs, Policy, PolicyContext
+from sglang_elora.policy.registry import register
 
 KV, ADAPTER = 0, 1
 TIME_CONSTANT = 0.03
@@ -42,6 +45,7 @@ class Term(Enum):
     DEPENDENCY = "dependency"  # a rule of the tree, not of the order; for measurements only
 
 
+@register
 class EloraPaper(Policy):
     """Args:
     needed_adapters: ``Low_lora``: adapters that a batch is expected to use.
@@ -65,6 +69,12 @@ class EloraPaper(Policy):
         self._resident_adapters = resident_adapters
         self._off = off
         self._time_constant = time_constant
+
+    @classmethod
+    @override
+    def build(cls, context: PolicyContext, **options: Any) -> Self:
+        needed, resident = context.needed_adapters, context.resident_adapters
+        return cls(context.costs, needed, resident, **options)
 
     def visit(self, path: Iterable[Item]) -> None:
         for item in path:

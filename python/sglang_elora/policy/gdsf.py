@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 from sglang_elora.policy.item import Item
 from sglang_elora.policy.policy import Costs, Policy
+from sglang_elora.policy.registry import register
 
 
+@register
 class GDSF(Policy):
     """``L + visits * cost / size``, where L is the rank of what was last given up.
 

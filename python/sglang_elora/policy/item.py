@@ -29,7 +29,7 @@ class Item:
     num_slots: int
     group: str | None = None  # the adapter it is, or belongs to; None is the base model
     backed: bool = False  # a copy of it is on the host: an adapter's always is
-    wanted_since: int | None = None  # number of the oldest waiting request that needs it
+    queue_position: int | None = None  # of the first queued request that needs it
     prefetched: bool = False  # brought to the device for nobody, and not used since
     expectation: Expectation = Expectation.UNKNOWN  # set by the policy when it is told
     visits: int = 0  # requests that used it, the one that made it included
@@ -40,6 +40,6 @@ class Item:
     def split(self, num_slots: int) -> Item:
         """The first ``num_slots`` of this run as an item of their own; they share a past."""
         assert not self.is_adapter and 0 < num_slots < self.num_slots, (self, num_slots)
-        first = replace(self, num_slots=num_slots, wanted_since=None, prefetched=False)
+        first = replace(self, num_slots=num_slots, queue_position=None, prefetched=False)
         self.num_slots -= num_slots
         return first

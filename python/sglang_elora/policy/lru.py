@@ -6,10 +6,12 @@ from collections.abc import Iterable
 
 from sglang_elora.policy.item import Item
 from sglang_elora.policy.policy import Costs, Policy
+from sglang_elora.policy.registry import register
 
 _STEP = 2.0**-20
 
 
+@register
 class LRU(Policy):
     """By the time of the last visit. On a path the deepest item is the youngest, as in SGLang."""
 

@@ -11,9 +11,9 @@ tokens and one of a million.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from sglang_elora.policy.item import Expectation, Item
 
@@ -36,6 +36,26 @@ class Costs:
         return self.load + self.load_latency / max(item.num_slots, 1)
 
 
+@dataclass(frozen=True, slots=True)
+class PolicyContext:
+    """What a policy may read of the cache that it orders.
+
+    Attributes:
+        costs: Measured rates, kept up to date by their owner.
+        needed_adapters: Adapters that a batch is expected to use.
+        resident_adapters: Adapters on the device.
+        is_held: Whether an adapter cannot be evicted, or should not be, because a request uses it
+            or waits for it.
+        writes_back: Whether KV that is evicted is copied to the host if that is worth it.
+    """
+
+    costs: Costs
+    needed_adapters: Callable[[], float] = lambda: 1.0
+    resident_adapters: Callable[[], int] = lambda: 0
+    is_held: Callable[[str], bool] = lambda adapter_id: False
+    writes_back: bool = False
+
+
 class Policy(ABC):
     """The order in which nodes are given up.
 
@@ -52,6 +72,11 @@ class Policy(ABC):
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
         self.clock = 0.0
+
+    @classmethod
+    def build(cls, context: PolicyContext, **options: Any) -> Self:
+        """For a cache; ``options`` are arguments of the policy's own."""
+        return cls(context.costs, **options)
 
     def advance(self, turnovers: float) -> None:
         """So much of the pool was filled anew."""

@@ -1,25 +1,26 @@
 """The cache of one simulated server: device pool, host tier, and the tree over both.
 
-The order of eviction is a policy's, kept by ``tree.LeafOrder``; adapters are those of
-``tree.AdapterForest``. Where KV hangs under the base model (a static split), there are no adapters
-in the pool.
+What is evicted, and in which order, is decided by ``tree/eviction.py``, as in the server; adapters
+are those of ``tree.AdapterForest``. Where KV hangs under the base model (a static split), there are
+no adapters in the pool.
 """
 
 from __future__ import annotations
 
-import heapq
-import math
 from collections import Counter, deque
 from collections.abc import Hashable
-from typing import Any
 
-from sglang_elora.policy import Expectation, Item, Policy
+from sglang_elora.policy import Item, Policy
 from sglang_elora.sim.clairvoyant import Clairvoyant
 from sglang_elora.sim.segment import Segment
-from sglang_elora.tree import AdapterForest, LeafOrder, Sessions
-
-_WANTED = "wanted"
-_REMEMBERED = 8192  # evictions that prefetching may undo, as in the server
+from sglang_elora.tree import (
+    MAX_REMEMBERED,
+    AdapterForest,
+    Eviction,
+    EvictionOrders,
+    Sessions,
+    Victims,
+)
 
 
 class Cache:
@@ -37,22 +38,14 @@ class Cache:
         self.pool_slots, self.host_slots = pool_slots, host_slots
         self.free, self.locked, self.host_free = pool_slots, 0, host_slots
         self.counts: Counter[str] = Counter()
-        self.evicted: deque[Segment] = deque(maxlen=_REMEMBERED)
+        self.evicted: deque[Hashable] = deque(maxlen=MAX_REMEMBERED)
         self.slots_to_host = 0  # copied by evictions since somebody asked last
-        self.sessions = Sessions[Segment](self._path_of, self._expect)
+        self.orders = EvictionOrders[Segment](policy, lambda segment: segment.on_host)
+        self.leaves, self.host_leaves = self.orders.device, self.orders.host
+        self.sessions = Sessions[Segment](path_of, self.orders.set_session_state)
         self._adapters: dict[str, Segment] = {}
         self._duplicates: dict[Segment, None] = {}  # KV on both tiers, in order
         self._lowers = isinstance(policy, Clairvoyant)
-        self.leaves: LeafOrder[Segment] = LeafOrder(
-            lambda segment: policy.priority(segment.item),
-            self._kind,
-            lambda kind, lowest: math.inf if kind == _WANTED else policy.rank(kind, lowest),
-        )
-        self.host_leaves: LeafOrder[Segment] = LeafOrder(
-            lambda segment: policy.priority(segment.item),
-            lambda segment: policy.host_kind(segment.item),
-            policy.host_rank,
-        )
 
     @property
     def evictable(self) -> int:
@@ -68,7 +61,7 @@ class Cache:
     def holds(self, uid: str) -> bool:
         """Whether an adapter cannot leave, or should not: a request uses it or waits for it."""
         adapter = self.adapter(uid)
-        return adapter.locks > 0 or adapter.item.wanted_since is not None
+        return adapter.locks > 0 or adapter.item.queue_position is not None
 
     def segments(self) -> list[Segment]:
         """Adapters, and all that is cached below them."""
@@ -125,70 +118,34 @@ class Cache:
             self._duplicates[segment] = None
         self._update_leaf(segment)
 
-    def make_room(self, num_slots: int, spared_since: int = -1) -> bool:
-        """Evict until so many are free; nothing that waiting request ``spared_since`` needs, or an
-        earlier one."""
-        wanted: list[tuple[int, int, Segment]] = []
-        while self.free < num_slots:
-            leaf = self._next_leaf(wanted, spared_since)
-            if leaf is None:
-                break
-            self._evict(leaf)
-        self.leaves.give_back()
-        return self.free >= num_slots
+    def evict(self, eviction: Eviction, *, copies: bool = True) -> int:
+        """Evict until ``eviction.num_slots`` more are free.
 
-    def keep_room(self, num_slots: int, most_leaves: int) -> bool:
-        """Evict KV that goes next and need not be copied first, a few leaves of it."""
-        has_evicted = False
-        for _ in range(most_leaves):
-            if self.free >= num_slots:
+        Args:
+            copies: False: it ends at the first leaf that would have to be copied to the host.
+
+        Returns:
+            Leaves that were evicted.
+        """
+        victims = Victims(self.leaves, eviction)
+        target = self.free + eviction.num_slots
+        while self.free < target and (leaf := victims.next()) is not None:
+            self.policy.evict(leaf.item)
+            must_copy = not (leaf.on_host or leaf.item.is_adapter) and self._is_worth_copy(leaf)
+            if must_copy and not copies:
+                victims.put_back()
                 break
-            leaf = self.leaves.take_lowest()
-            if leaf is None or leaf.item.wanted_since is not None or leaf.item.is_adapter:
-                break
-            if not leaf.on_host and self._is_worth_copy(leaf):
-                break
-            self._evict(leaf)
-            has_evicted = True
-        self.leaves.give_back()
-        return has_evicted
+            self._evict(leaf, must_copy)
+        victims.close()
+        return victims.num_taken
 
     def copy_ahead(self, most_leaves: int) -> int:
-        """Copy what goes next to the host. Slots that were copied."""
-        found: list[Segment] = []
-        for _ in range(most_leaves):
-            leaf = self.leaves.take_lowest()
-            if leaf is None or leaf.item.wanted_since is not None:
-                break
-            if not (leaf.on_host or leaf.item.is_adapter) and self._is_worth_copy(leaf):
-                found.append(leaf)
-        self.leaves.give_back()
+        """Copy the next victims to the host. Slots that were copied."""
+        found = self.orders.next_victims(
+            most_leaves,
+            lambda leaf: not (leaf.on_host or leaf.item.is_adapter) and self._is_worth_copy(leaf),
+        )
         return sum(leaf.num_slots for leaf in found if self._to_host(leaf))
-
-    def set_wanted(self, segment: Segment, since: int | None) -> None:
-        segment.item.wanted_since = since
-        if since is None and segment in self.leaves:
-            self.leaves.lower(segment)
-
-    @staticmethod
-    def _path_of(segment: Segment) -> list[Segment]:
-        path = [segment]
-        while path[-1].parent is not None:
-            path.append(path[-1].parent)
-        return path
-
-    def _expect(self, segment: Segment, expectation: Expectation) -> None:
-        """As ``OrderedTreeCore.expect``."""
-        if segment.item.expectation == expectation:
-            return
-        self.policy.expect(segment.item, expectation)
-        for order in (self.leaves, self.host_leaves):
-            if segment in order:
-                order.lower(segment)
-
-    def _kind(self, segment: Segment) -> Hashable:
-        item = segment.item
-        return _WANTED if item.wanted_since is not None else self.policy.kind(item)
 
     def _update_leaf(self, segment: Segment) -> None:
         if segment.on_device and segment.locks == 0 and segment.device_children == 0:
@@ -198,23 +155,11 @@ class Cache:
         else:
             self.leaves.discard(segment)
 
-    def _next_leaf(self, wanted: list[Any], spared_since: int) -> Segment | None:
-        while (leaf := self.leaves.take_lowest()) is not None:
-            since = leaf.item.wanted_since
-            if since is None:
-                return leaf
-            heapq.heappush(wanted, (-since, len(wanted), leaf))
-        if wanted and -wanted[0][0] > spared_since:
-            last: Segment = heapq.heappop(wanted)[2]
-            return last
-        return None
-
-    def _evict(self, leaf: Segment) -> None:
-        self.policy.evict(leaf.item)
+    def _evict(self, leaf: Segment, must_copy: bool) -> None:
         if leaf.item.is_adapter:
             self.forest.set_resident(leaf.adapter, False)
             self.counts["adapter_evictions"] += 1
-        elif not leaf.on_host and self._is_worth_copy(leaf) and self._to_host(leaf):
+        elif must_copy and self._to_host(leaf):
             self.slots_to_host += leaf.num_slots
         self._leave_device(leaf)
         if leaf.on_host or leaf.item.is_adapter:
@@ -238,19 +183,11 @@ class Cache:
             self._update_leaf(leaf.parent)
 
     def _is_worth_copy(self, leaf: Segment) -> bool:
-        """As ``EloraTreeCore._is_worth_host_copy``: also against what would have to go for it."""
-        if not self.host_slots:
-            return False
-        if leaf.children:
-            return True
-        if not self.policy.worth_host_copy(leaf.item):
-            return False
-        policy, item = self.policy, leaf.item
-        has_room = self.host_free >= leaf.num_slots
-        lowest = None if has_room else self.host_leaves.lowest_rank()
-        policy.price_host(lowest)
-        rank = policy.host_rank(policy.host_kind(item), policy.priority(item))
-        return lowest is None or rank > lowest
+        return self.host_slots > 0 and self.orders.is_worth_host_copy(
+            leaf,
+            has_children=bool(leaf.children),
+            has_room=lambda: self.host_free >= leaf.num_slots,
+        )
 
     def _to_host(self, leaf: Segment) -> bool:
         """Copy KV to the host, where the least goes for it. Whether there was room."""
@@ -341,3 +278,11 @@ class Cache:
         self.forest.check_invariants()
         self.policy.check_invariants([segment.item for segment in device])
         self.leaves.check_invariants()
+
+
+def path_of(segment: Segment) -> list[Segment]:
+    """From this segment up to its adapter, or to a system prompt without one."""
+    path = [segment]
+    while path[-1].parent is not None:
+        path.append(path[-1].parent)
+    return path

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ SCALABLE = (
     "link_latency_s",
     "pool_slots",
     "host_slots",
+    "adapter_host_slots",
+    "file_bytes_per_s",
 )
 """What a sensitivity analysis multiplies, one at a time."""
 
@@ -54,6 +57,8 @@ class Calibration:
     copies_per_kv_load: int
     max_running: int
     prefill_budget: int  # new tokens per prefill batch
+    adapter_host_slots: int = 0  # host memory for adapters; 0: all are there from the start
+    file_bytes_per_s: float = math.inf  # read from an adapter's file, by each of the readers
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -69,9 +74,10 @@ class Calibration:
     def load(cls, path: Path) -> Calibration:
         """Raises ValueError for a missing or unknown figure."""
         content: dict[str, Any] = json.loads(path.read_text())
-        names = {field.name for field in fields(cls)}
-        if content.keys() != names:
-            wrong = ", ".join(sorted(content.keys() ^ names))
+        required = {field.name for field in fields(cls) if field.default is MISSING}
+        unknown = content.keys() - {field.name for field in fields(cls)}
+        if not required <= content.keys() or unknown:
+            wrong = ", ".join(sorted((required - content.keys()) | unknown))
             raise ValueError(f"{path}: missing or unknown: {wrong}")
         return cls(**{**content, "adapter_slots": tuple(content["adapter_slots"])})
 
@@ -101,6 +107,10 @@ class Calibration:
         return (
             num_copies * self.link_latency_s + num_slots * self.slot_bytes / self.link_bytes_per_s
         )
+
+    def read_s(self, num_slots: int) -> float:
+        """Of an adapter's file."""
+        return num_slots * self.slot_bytes / self.file_bytes_per_s
 
     def to_host_s(self, num_slots: int) -> float:
         return num_slots * self.slot_bytes / self.to_host_bytes_per_s

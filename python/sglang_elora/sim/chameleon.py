@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sglang_elora.policy import NEVER, Costs, Item, Policy
+from sglang_elora.policy import NEVER, Costs, Item, Policy, register
 
 FREQUENCY, RECENCY, SIZE = 0.45, 0.10, 0.45
 _WINDOW = 16.0  # turnovers of the pool over which uses are counted, the older the less
 
 
+@register
 class Chameleon(Policy):
     """``0.45 frequency + 0.10 recency + 0.45 size``, each over the largest there is; the adapter
     with the lowest score goes.

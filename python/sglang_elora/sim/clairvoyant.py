@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, Self
 
-from sglang_elora.policy import Costs, Item, Policy
+from typing_extensions import override
+
+from sglang_elora.policy import Costs, Item, Policy, PolicyContext, register
 
 _SOON_S = 1e-3
 
 
+@register
 class Clairvoyant(Policy):
     """``seconds saved per slot / seconds until the next use``; what is never used again goes first.
 
@@ -26,6 +30,11 @@ class Clairvoyant(Policy):
         super().__init__(costs)
         self.now_s = 0.0
         self._writes_back = writes_back
+
+    @classmethod
+    @override
+    def build(cls, context: PolicyContext, **options: Any) -> Self:
+        return cls(context.costs, context.writes_back, **options)
 
     def foresee(self, item: Item, next_s: float) -> None:
         """When the item is used next, infinity for never. It is locked, or not on the device."""

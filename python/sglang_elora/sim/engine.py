@@ -11,20 +11,24 @@ import heapq
 import math
 from collections.abc import Sequence
 
+from sglang_elora.estimators import OnlineCosts
 from sglang_elora.policy import Item
 from sglang_elora.sim.cache import Cache
 from sglang_elora.sim.calibration import Calibration
 from sglang_elora.sim.clairvoyant import Clairvoyant
 from sglang_elora.sim.future import Future
 from sglang_elora.sim.link import Link
-from sglang_elora.sim.measure import Measure
 from sglang_elora.sim.request import Record, Request, Talk
 from sglang_elora.sim.residence import Residence
 from sglang_elora.sim.segment import Segment
+from sglang_elora.tree import Eviction
 from sglang_elora.workloads import Session, Trace
 
 MOST_LOOKED_AT = 128
 """Waiting requests that are asked per batch whether they may enter."""
+
+HINT_LEAD_S = 1.0
+"""Seconds between a hint and the request that it announces."""
 
 LOAD_BACK_THRESHOLD = 10
 """Tokens on the host below which computing them is not worth a load: SGLang's."""
@@ -36,6 +40,7 @@ class Engine:
         keeps_kv: False: KV of a request goes with it.
         touches_at_end: A request's path is used again when it ends, as SGLang dates it.
         names_sessions: Requests name their session, and the end of its last one closes it.
+        hints: The client announces each further turn ``HINT_LEAD_S`` before it.
     """
 
     def __init__(
@@ -44,19 +49,21 @@ class Engine:
         cache: Cache,
         residence: Residence,
         link: Link,
-        measure: Measure,
+        costs: OnlineCosts,
         *,
         keeps_kv: bool = True,
         kv_needs_adapter: bool = True,
         touches_at_end: bool = False,
         names_sessions: bool = False,
+        hints: bool = False,
     ) -> None:
         self._calibration, self._cache, self._residence = calibration, cache, residence
-        self._link, self._measure = link, measure
+        self._link, self._costs = link, costs
         self._keeps_kv, self._kv_needs_adapter = keeps_kv, kv_needs_adapter
         self._touches_at_end, self._names_sessions = touches_at_end, names_sessions
+        self._hints = hints
         self._systems: dict[tuple[str, Sequence[int]], Segment] = {}
-        self._arrivals: list[tuple[float, int, Request]] = []
+        self._arrivals: list[tuple[float, int, Request | Talk]] = []  # a Talk: a hint
         self._waiting: list[Request] = []
         self._running: list[tuple[int, int, Request]] = []  # (last step, number, who)
         self._num_context = self._num_steps = self._num_requests = 0
@@ -78,7 +85,7 @@ class Engine:
                 self._arrive(self._begin(session), 0, session.start_s)
         while self._arrivals or self._waiting or self._running:
             self._receive()
-            self._residence.step(self._now_s, self._waiting)
+            self._residence.step(self._now_s, self._waiting, is_busy=bool(self._running))
             if not (self._prefill() or self._decode()):
                 self._idle()
         return self.records
@@ -128,12 +135,20 @@ class Engine:
         said = talk.session.turns[turn]
         num_prompt = talk.num_tokens + len(said.new_tokens)
         request = Request(talk, turn, due_s, num_prompt, said.num_output)
+        self._push(due_s, request)
+        if self._hints and turn > 0:
+            self._push(max(self._now_s, due_s - HINT_LEAD_S), talk)
+
+    def _push(self, moment_s: float, arrival: Request | Talk) -> None:
         self._num_requests += 1
-        heapq.heappush(self._arrivals, (due_s, self._num_requests, request))
+        heapq.heappush(self._arrivals, (moment_s, self._num_requests, arrival))
 
     def _receive(self) -> None:
         while self._arrivals and self._arrivals[0][0] <= self._now_s:
             request = heapq.heappop(self._arrivals)[2]
+            if isinstance(request, Talk):
+                self._residence.expect(request)
+                continue
             request.was_cold = not self._residence.is_there(request.talk.adapter)
             self._waiting.append(request)
 
@@ -188,7 +203,7 @@ class Engine:
         for segment in held:
             cache.lock(segment)
         num_needed = request.num_prompt - num_held + request.num_output
-        if cache.free + cache.evictable < num_needed or not cache.make_room(num_needed):
+        if not self._make_room(num_needed):
             for segment in held:
                 cache.unlock(segment)
             self._residence.leave(request)
@@ -203,7 +218,16 @@ class Engine:
         self._visit(request)
         if not loaded:
             return self._now_s
-        return self._link.copy(self._now_s, num_loaded, self._calibration.copies_per_kv_load)
+        return self._link.load_kv(self._now_s, num_loaded)
+
+    def _make_room(self, num_slots: int) -> bool:
+        """As SGLang does for a request: it evicts if that is enough."""
+        cache = self._cache
+        if cache.free + cache.evictable < num_slots:
+            return False
+        if cache.free < num_slots:
+            cache.evict(Eviction(num_slots - cache.free))
+        return cache.free >= num_slots
 
     @staticmethod
     def _find(path: list[Segment]) -> tuple[list[Segment], list[Segment], list[Segment]]:
@@ -216,7 +240,7 @@ class Engine:
         used = request.locked[::-1]
         if self._kv_needs_adapter:
             used.append(request.talk.adapter)
-        self._measure.popularity.use(request.talk.session.adapter)
+        self._residence.used(request)
         if self._future is not None:
             self._future.used(request, [*request.missing, *used])
         self._cache.policy.visit(segment.item for segment in used)
@@ -228,9 +252,9 @@ class Engine:
         begun_s = self._residence.blocked_s(self._stalled_s(), batch)
         ready_s = max(load_s, self._residence.ready_s(begun_s, batch))
         end_s = max(begun_s + took_s, ready_s)
-        self._measure.batch(begun_s, len(batch))
+        self._costs.batch(begun_s, len(batch))
         if end_s == begun_s + took_s:
-            self._measure.prefill(lengths, took_s)
+            self._costs.prefill(lengths, took_s)
         self._residence.prepare(begun_s, 1)
         self._now_s = end_s
         for request in batch:
@@ -275,7 +299,7 @@ class Engine:
             one_s = calibration.decode_s(num, self._num_context)
             steps = max(1, min(most, math.ceil((arrival_s - begun_s) / one_s)))
         self._now_s = begun_s + calibration.decode_steps_s(steps, num, self._num_context)
-        self._measure.batch(self._now_s, num)
+        self._costs.batch(self._now_s, num)
         self._residence.prepare(begun_s, steps)
         self._num_steps += steps
         self._num_context += steps * num
@@ -318,11 +342,11 @@ class Engine:
                 self._arrive(talk, following, due_s)
 
     def _tell(self, talk: Talk, *, is_last: bool) -> None:
-        name, sessions = f"session-{talk.session.number}", self._cache.sessions
+        sessions = self._cache.sessions
         if talk.path[-1].is_cached:
-            sessions.turn(name, talk.path[-1])
+            sessions.turn(talk.name, talk.path[-1])
         if is_last:
-            sessions.over(name)
+            sessions.over(talk.name)
 
     def _record(self, request: Request) -> None:
         self.records.append(

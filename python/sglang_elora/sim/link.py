@@ -9,7 +9,13 @@ class Link:
     def __init__(self, calibration: Calibration) -> None:
         self._calibration = calibration
         self.free_s = 0.0
+        self.kv_free_s = 0.0  # when the last transfer of KV is over
         self.num_slots = 0  # moved
+
+    def load_kv(self, now_s: float, num_slots: int) -> float:
+        """When KV of so many slots is there, if its transfer is handed in now."""
+        self.kv_free_s = self.copy(now_s, num_slots, self._calibration.copies_per_kv_load)
+        return self.kv_free_s
 
     def copy(self, now_s: float, num_slots: int, num_copies: int) -> float:
         """When a transfer that is handed in now is over."""

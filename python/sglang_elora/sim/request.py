@@ -17,6 +17,11 @@ class Talk:
     path: list[Segment]
     num_tokens: int  # of the history, the last answer's last token included
 
+    @property
+    def name(self) -> str:
+        """``session_id`` of its requests."""
+        return f"session-{self.session.number}"
+
 
 @dataclass(slots=True, eq=False)
 class Request:
@@ -34,6 +39,16 @@ class Request:
     missing: list[Segment] = field(default_factory=list)  # of the path, to be computed again
     was_cold: bool = False  # its adapter was not there when it came
     first_s: float = 0.0
+
+    @property
+    def lora_id(self) -> str:
+        """Its adapter, by SGLang's name for it."""
+        return self.talk.session.adapter
+
+    @property
+    def origin_input_ids(self) -> range:
+        """Stands for the tokens of its prompt, by SGLang's name for them."""
+        return range(self.num_prompt)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,21 +6,20 @@ tier. Two LRUs, loads in front of the batch. ``slora``: one pool, adapters as in
 KV goes with its request (Sheng et al., "S-LoRA", MLSys 2024). ``chameleon``: ``slora`` with
 another order of adapters. ``clairvoyant``: ``elora`` with a
 policy that knows the trace. With ``elora:POLICY+sessions`` requests name their session, and the
-last of it closes it.
+last of it closes it; with ``+hints`` (or ``+sessions+hints``) the client announces each further
+turn one second before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from sglang_elora.policy import GDSF, LRU, Costs, Elora, EloraPaper, Policy, Term
+from sglang_elora.estimators import OnlineCosts
+from sglang_elora.policy import LRU, EloraPaper, Policy, PolicyContext, Term, make_policy
 from sglang_elora.sim.cache import Cache
 from sglang_elora.sim.calibration import Calibration
 from sglang_elora.sim.chameleon import Chameleon
 from sglang_elora.sim.clairvoyant import Clairvoyant
 from sglang_elora.sim.engine import Engine
 from sglang_elora.sim.link import Link
-from sglang_elora.sim.measure import Measure
 from sglang_elora.sim.residence import PoolResidence, SplitResidence
 from sglang_elora.tree import AdapterForest
 
@@ -48,8 +47,15 @@ def make_engine(side: str, calibration: Calibration, adapters: list[str]) -> Eng
     if side in ("slora", Chameleon.name):
         return _pool(calibration, forest, LRU.name if side == "slora" else side, keeps_kv=False)
     if side == Clairvoyant.name or (kind == "elora" and argument):
-        policy, sessions, _ = (argument or side).partition("+sessions")
-        return _pool(calibration, forest, policy, names_sessions=bool(sessions))
+        policy, *options = (argument or side).split("+")
+        if set(options) <= {"sessions", "hints"}:
+            return _pool(
+                calibration,
+                forest,
+                policy,
+                names_sessions="sessions" in options,
+                hints="hints" in options,
+            )
     raise ValueError(
         f"side {side!r} must be stock-default, stock-tuned:SLOTS, elora:POLICY, slora, "
         "chameleon or clairvoyant"
@@ -67,15 +73,15 @@ def _split(
     pool_slots = kv_slots(calibration, num_adapter_slots)
     if pool_slots <= 0 or num_adapter_slots < 1:
         raise ValueError(f"{num_adapter_slots} adapter slots leave {pool_slots} slots for KV")
-    measure, link = Measure(), Link(calibration)
-    cache = Cache(LRU(measure.costs), forest, pool_slots, host_slots)
+    costs, link = OnlineCosts(), Link(calibration)
+    cache = Cache(LRU(costs.costs), forest, pool_slots, host_slots)
     residence = SplitResidence(num_adapter_slots, calibration, link)
     return Engine(
         calibration,
         cache,
         residence,
         link,
-        measure,
+        costs,
         kv_needs_adapter=False,
         touches_at_end=True,
     )
@@ -88,46 +94,37 @@ def _pool(
     *,
     keeps_kv: bool = True,
     names_sessions: bool = False,
+    hints: bool = False,
 ) -> Engine:
-    measure, link = Measure(), Link(calibration)
+    costs, link = OnlineCosts(), Link(calibration)
     host_slots = calibration.host_slots if keeps_kv else 0
     held: list[Cache] = []  # the policy asks the cache that it orders
-    made = _policy(policy, measure, forest, held, writes_back=host_slots > 0)
-    cache = Cache(made, forest, calibration.pool_slots, host_slots)
+    context = PolicyContext(
+        costs.costs,
+        needed_adapters=lambda: costs.needed_adapters,
+        resident_adapters=lambda: forest.num_resident,
+        is_held=lambda adapter_id: held[0].holds(adapter_id),
+        writes_back=host_slots > 0,
+    )
+    cache = Cache(_policy(policy, context), forest, calibration.pool_slots, host_slots)
     held.append(cache)
-    residence = PoolResidence(cache, calibration, link, measure)
     return Engine(
         calibration,
         cache,
-        residence,
+        PoolResidence(cache, calibration, link, costs),
         link,
-        measure,
+        costs,
         keeps_kv=keeps_kv,
         names_sessions=names_sessions,
+        hints=hints,
     )
 
 
-def _policy(
-    name: str, measure: Measure, forest: AdapterForest, held: list[Cache], *, writes_back: bool
-) -> Policy:
+def _policy(name: str, context: PolicyContext) -> Policy:
     name, _, off = name.partition("-")
     terms = frozenset(map(Term, filter(None, off.split(","))))
     if Term.DEPENDENCY in terms:
         raise ValueError("the dependency rule is the simulated tree's and cannot be left out")
-    if name == EloraPaper.name:
-        return EloraPaper(
-            measure.costs,
-            needed_adapters=lambda: measure.needed_adapters,
-            resident_adapters=lambda: forest.num_resident,
-            off=terms,
-        )
-    if terms:
+    if terms and name != EloraPaper.name:
         raise ValueError(f"policy {name!r} has no terms to leave out")
-    if name == Elora.name:
-        return Elora(measure.costs, lambda uid: held[0].holds(uid), writes_back=writes_back)
-    if name == Clairvoyant.name:
-        return Clairvoyant(measure.costs, writes_back=writes_back)
-    plain: dict[str, Callable[[Costs], Policy]] = {p.name: p for p in (LRU, GDSF, Chameleon)}
-    if name not in plain:
-        raise ValueError(f"policy {name!r} must be elora, elora_paper, gdsf, lru or clairvoyant")
-    return plain[name](measure.costs)
+    return make_policy(name, context, off=terms) if terms else make_policy(name, context)

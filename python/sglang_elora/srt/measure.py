@@ -1,7 +1,7 @@
-"""What the running server takes for prefill and copies, for the policies and the swapper.
+"""Measured cost of prefill and of host-to-device copies, for the policies and the planner.
 
-Clocks differ between tensor-parallel ranks, and decisions must not: ranks take over what rank 0 has
-measured, every ``SYNC_STEPS`` iterations of the scheduler, which all ranks count alike.
+Clocks differ between tensor-parallel ranks, and decisions must not: all ranks use what rank 0 has
+measured, and refresh it at the same iteration of the scheduler.
 """
 
 from __future__ import annotations
@@ -11,22 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_elora.estimators import BatchSize, LinkCost, Popularity, PrefillCost
-from sglang_elora.policy import Costs
+from sglang_elora.estimators import OnlineCosts
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
 
-SYNC_STEPS = 64
-
-
 Mark = Any
 """A moment on the stream that batches run on: an event, or seconds of the clock on a CPU."""
 
 
-class Measure:
-    """One per scheduler process. ``costs`` and ``needed_adapters`` are equal on all ranks.
+class Measure(OnlineCosts):
+    """One per scheduler process.
 
     Args:
         cache: The ``UnifiedRadixCache``.
@@ -34,15 +30,9 @@ class Measure:
     """
 
     def __init__(self, cache: Any, *, is_async: bool = False) -> None:
-        self.costs = Costs()
-        self.needed_adapters = 1.0  # that a batch is expected to use
-        self.popularity = Popularity()
-        self._batch_size = BatchSize()
-        self._prefill = PrefillCost(self.costs.recompute)
-        self._link = LinkCost(self.costs.load, self.costs.load_latency)
+        super().__init__(self._of_first_rank)
         self._cache = cache
         self._is_async = is_async
-        self._num_steps = 0
         self.has_waited = False  # the batch under way, for a copy
 
     def mark(self, scheduler: Scheduler) -> Mark:
@@ -66,11 +56,11 @@ class Measure:
             batch: The batch.
             marks: Its begin and end; None if it waited for a copy, whose time is not prefill's.
         """
-        self._batch_size.add(time.monotonic(), len(batch.reqs))
+        self.batch(time.monotonic(), len(batch.reqs))
         if marks is not None and batch.forward_mode.is_extend() and batch.extend_lens:
             begun, ended = marks
             seconds = self._seconds(begun, ended)
-            self._prefill.add(zip(batch.extend_lens, batch.prefix_lens, strict=True), seconds)
+            self.prefill(zip(batch.extend_lens, batch.prefix_lens, strict=True), seconds)
 
     def _seconds(self, begun: Mark, ended: Mark) -> float:
         if not self._is_async:
@@ -79,29 +69,6 @@ class Measure:
         # ``elapsed_time`` raises until both events have run.
         ended.synchronize()
         return float(begun.elapsed_time(ended) / 1e3)
-
-    def copied(self, num_slots: int, seconds: float) -> None:
-        """An adapter was copied from the host."""
-        self._link.add(num_slots, seconds)
-
-    def take_over(self) -> bool:
-        """Once per iteration of the scheduler, when there is time for it: a fit takes 0.1 ms.
-
-        Returns:
-            Whether a figure was taken over, one at a time.
-        """
-        self._num_steps += 1
-        turn, rest = divmod(self._num_steps % SYNC_STEPS, SYNC_STEPS // 3)
-        if rest or turn > 2:
-            return False
-        if turn == 0:
-            self.costs.recompute, self.costs.batch = self._of_first_rank(*self._prefill.rates())
-        elif turn == 1:
-            self.costs.load, self.costs.load_latency = self._of_first_rank(*self._link.rates())
-        else:
-            needed = self.popularity.expected_distinct(self._batch_size.mean)
-            (self.needed_adapters,) = self._of_first_rank(needed)
-        return True
 
     def _of_first_rank(self, *values: float) -> tuple[float, ...]:
         if self._cache.tp_world_size == 1:

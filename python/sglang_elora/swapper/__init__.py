@@ -1,20 +1,5 @@
-"""Adapters on their way between file, host memory and device. Nothing here imports sglang."""
+"""Adapters and KV on their way between file, host memory and device. Nothing here imports sglang.
 
-from __future__ import annotations
-
-__all__ = [
-    "MOST_EXPECTED",
-    "ORDER_STEPS",
-    "AdapterCopy",
-    "Copied",
-    "Expected",
-    "HostTier",
-    "HostTierFull",
-    "Read",
-    "ReadImage",
-]
-
-from sglang_elora.swapper.adapter_copy import AdapterCopy, Copied
-from sglang_elora.swapper.expected import MOST_EXPECTED, ORDER_STEPS, Expected
-from sglang_elora.swapper.host_tier import HostTier, HostTierFull
-from sglang_elora.swapper.reading import Read, ReadImage
+``planner.py`` decides, without torch; the rest holds images in host memory, reads files and names
+what a copy waits for. Nothing is imported here, so that the simulator needs no torch.
+"""

@@ -47,6 +47,9 @@ class Expected:
     def __bool__(self) -> bool:
         return bool(self._hinted or self._ordered)
 
+    def __contains__(self, uid: str) -> bool:
+        return uid in self._hinted or uid in self._ordered
+
     def step(self) -> None:
         """An iteration with a batch begins."""
         self._num_steps += 1

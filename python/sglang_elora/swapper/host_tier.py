@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from sglang_elora.pages import AdapterImage, HostArena, HostBlocks
-from sglang_elora.swapper.idle_images import IdleImages
-from sglang_elora.swapper.reading import NUM_READERS, Read, ReadImage, Reading
+from sglang_elora.swapper.idle_images import NUM_READERS, IdleImages
+from sglang_elora.swapper.reading import Read, ReadImage, Reading
 
 logger = logging.getLogger(__name__)
 

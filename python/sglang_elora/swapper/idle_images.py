@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable
 
 from sglang_elora.tree import LeafOrder
 
+NUM_READERS = 2
+"""Threads that read files. More of them take the interpreter from the scheduler."""
+
 
 class IdleImages:
     """Adapters whose images nothing copies from, and which have a file to be read again from.

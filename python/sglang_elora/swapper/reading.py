@@ -11,9 +11,6 @@ import torch
 
 from sglang_elora.pages import AdapterImage, HostArena, HostBlocks, memory_outside
 
-NUM_READERS = 2
-"""Threads that read files. More of them take the interpreter from the scheduler."""
-
 ReadImage = Callable[[Sequence[torch.Tensor]], AdapterImage]
 """Reads an adapter's file into memory that is given: uint8 ``[bytes]`` each, together as long as
 the image. Runs in a thread; may raise."""

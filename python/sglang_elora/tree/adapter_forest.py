@@ -163,6 +163,13 @@ class AdapterForest:
             self.retire(uid)
         return adapter
 
+    def image_position(self, uid: str) -> float:
+        """Queue position of the first request that needs the adapter's copy in host memory.
+        Infinity if none does, or its weights are on the device."""
+        adapter = self.get(uid)
+        position = adapter.item.queue_position
+        return math.inf if position is None or adapter.resident else position
+
     def retire(self, uid: str) -> None:
         """No request will name this adapter any more."""
         adapter = self._adapters[uid]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +20,6 @@ from sglang_elora.pages import (
 
 if TYPE_CHECKING:
     from sglang_elora.srt.lora.lora_manager import EloraLoRAManager
-    from sglang_elora.tree import AdapterForest
 
 logger = logging.getLogger(__name__)
 
@@ -81,17 +78,3 @@ def page_locked_memory(num_bytes: int) -> torch.Tensor:
         time.perf_counter() - started_s,
     )
     return memory
-
-
-def position_of(forest: AdapterForest) -> Callable[[str], float]:
-    """Returns a function: where in the queue an adapter's image is needed, by its id.
-
-    Infinity if no request waits for the adapter, or its weights are on the device.
-    """
-
-    def position(uid: str) -> float:
-        adapter = forest.get(uid)
-        since = adapter.item.wanted_since
-        return math.inf if since is None or adapter.resident else since
-
-    return position

@@ -15,7 +15,7 @@ from sglang.srt.lora.backend.base_backend import BaseLoRABackend
 from typing_extensions import override
 
 from sglang_elora.pages import KVPlanes, ModuleShape, PagedAdapter, WeightRef
-from sglang_elora.swapper import AdapterCopy
+from sglang_elora.swapper.adapter_copy import AdapterCopy
 
 Segment = tuple[PagedAdapter | None, int]
 """(adapter or None, number of token rows)"""

@@ -33,7 +33,7 @@ from sglang_elora.srt.lora.lora_pool import PagedLoRAPool
 from sglang_elora.srt.measure import Measure
 from sglang_elora.srt.mem_cache.ranks import are_equal, digest_values
 from sglang_elora.srt.mem_cache.residency import AdapterChanged, AdapterSource, Residency
-from sglang_elora.swapper import AdapterCopy
+from sglang_elora.swapper.adapter_copy import AdapterCopy
 
 if TYPE_CHECKING:
     from sglang.srt.lora.lora_config import LoRAConfig

@@ -11,7 +11,7 @@ import torch
 from sglang_elora.pages import AdapterImage, KVPlanes, PagedAdapter, PageTable
 from sglang_elora.srt.mem_cache.free_order import FreeOrder
 from sglang_elora.srt.mem_cache.link import delay_page_copy, make_copy_stream
-from sglang_elora.swapper import AdapterCopy
+from sglang_elora.swapper.adapter_copy import AdapterCopy
 
 logger = logging.getLogger(__name__)
 

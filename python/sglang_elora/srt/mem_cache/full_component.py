@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import heapq
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.hicache_storage import PoolTransfer
 from sglang.srt.mem_cache.unified_cache.cache_action import (
     ComponentAction,
@@ -25,7 +26,7 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core import NodeId, Unified
 from typing_extensions import override
 
 from sglang_elora.srt.mem_cache.freed import Actions, Slots, Tracker
-from sglang_elora.tree import LeafOrder
+from sglang_elora.tree import Eviction, LeafOrder, Victims
 
 ORDERED_POLICIES = frozenset({"lru", "lfu", "fifo", "slru"})
 """Values of --radix-eviction-policy under which a node's priority never falls while it is cached.
@@ -45,28 +46,8 @@ class EloraFullComponent(FullComponent):
             and not params.enable_session_radix_cache
         )
         self._tokens_wanted = 0
-        self._wanted: list[tuple[int, NodeId]] = []  # leaves that waiting requests need
-        self.spared_since = -1
-        self.leaves_left = sys.maxsize
-        self.spares_adapters = False
+        self._victims: Victims[UnifiedTreeNode] | None = None  # of the last eviction
         self._leaves_per_step = 1
-
-    @contextmanager
-    def sparing(
-        self, wanted_since: int, most_leaves: int, *, adapters: bool = False
-    ) -> Iterator[None]:
-        """Evictions leave what a request at this place in the queue, or an earlier one, needs.
-
-        They take ``most_leaves`` at most; ``leaves_left`` tells how many of these are left. With
-        ``adapters`` they end where an adapter is next.
-        """
-        self.spared_since, self.leaves_left = wanted_since, most_leaves
-        self.spares_adapters = adapters
-        try:
-            yield
-        finally:
-            self.spared_since, self.leaves_left = -1, sys.maxsize
-            self.spares_adapters = False
 
     @contextmanager
     def in_one_step(self) -> Iterator[None]:
@@ -77,6 +58,11 @@ class EloraFullComponent(FullComponent):
             yield
         finally:
             self._leaves_per_step = 1
+
+    @property
+    def num_taken(self) -> int:
+        """Leaves that the last eviction took."""
+        return 0 if self._victims is None else self._victims.num_taken
 
     @property
     def host_room(self) -> int:
@@ -133,6 +119,8 @@ class EloraFullComponent(FullComponent):
             super()._evict_device_start(request_cnt)
             return
         self._tokens_wanted = request_cnt
+        eviction = self.tree_core.eviction or Eviction(request_cnt)
+        self._victims = Victims(self._order(self.tree_core.evictable_device_leaves), eviction)
 
     @override
     def _evict_device_next_node(
@@ -145,30 +133,16 @@ class EloraFullComponent(FullComponent):
         freed = (tracker, device_frees, host_frees, cache_actions)
         if not self.keeps_order:
             return super()._evict_device_next_node(*freed)
-        most_leaves = min(self._leaves_per_step, self.leaves_left)
-        while tracker[self.component_type] < self._tokens_wanted and most_leaves:
-            leaf = self._next_leaf()
+        assert self._victims is not None
+        most_leaves = self._leaves_per_step
+        while most_leaves and tracker[self.component_type] < self._tokens_wanted:
+            leaf = self._victims.next()
             if leaf is None:
                 break
-            self.leaves_left -= 1
             most_leaves -= 1
             # SGLang's caller reads progress off the tracker as well.
             if not self.tree_core.evict_at_once(leaf, freed):
                 return leaf.id
-        return None
-
-    def _next_leaf(self) -> UnifiedTreeNode | None:
-        """The lowest leaf that no waiting request needs, then those that the last of them need."""
-        leaves = self._order(self.tree_core.evictable_device_leaves)
-        while (leaf := leaves.take_lowest()) is not None:
-            since = leaf.item.wanted_since
-            if since is None:
-                return None if self.spares_adapters and leaf.item.is_adapter else leaf
-            heapq.heappush(self._wanted, (-since, leaf.id))
-        while self._wanted and -self._wanted[0][0] > self.spared_since:
-            leaf = self.tree_core.node_by_id(heapq.heappop(self._wanted)[1])
-            if leaf in leaves:
-                return leaf
         return None
 
     @override
@@ -176,8 +150,11 @@ class EloraFullComponent(FullComponent):
         if not self.keeps_order:
             super()._evict_device_end()
             return
-        self._order(self.tree_core.evictable_device_leaves).give_back()
-        self._wanted.clear()
+        victims, core = self._victims, self.tree_core
+        assert victims is not None
+        victims.close()
+        if core.eviction is not None:  # SGLang may evict several times for one load
+            core.eviction = core.eviction.freeing(core.eviction.num_slots, victims.num_left)
 
     @override
     def drive_host_eviction(
@@ -216,27 +193,56 @@ class EloraFullComponent(FullComponent):
         return cast("LeafOrder[UnifiedTreeNode]", leaves)
 
 
-def evict_without_copies(cache: Any, num_tokens: int) -> tuple[int, bool]:
-    """Evict in one step, until a leaf has to be copied to the host first.
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """What an eviction did.
 
-    SGLang's walk, which takes twice as long, is there for the rest.
+    Attributes:
+        num_slots: Slots of the device that are free now.
+        num_leaves: Leaves that it took.
+        is_stuck: The next leaf has to be copied to the host first.
+    """
+
+    num_slots: int
+    num_leaves: int
+    is_stuck: bool = False
+
+
+def evict(cache: Any, eviction: Eviction) -> Evicted:
+    """Evict from the device, with copies to the host where these are worth it.
 
     Args:
         cache: A ``UnifiedRadixCache`` over an ``EloraTreeCore``.
+    """
+    done = evict_without_copies(cache, eviction)
+    if not done.is_stuck:
+        return done
+    core = cache.tree_core
+    left = eviction.max_leaves - done.num_leaves
+    rest = eviction.freeing(eviction.num_slots - done.num_slots, left)
+    with core.evicting(rest):
+        result = cache.evict(EvictParams(num_tokens=rest.num_slots))
+    return Evicted(
+        done.num_slots + result.num_tokens_evicted, done.num_leaves + core.full.num_taken
+    )
 
-    Returns:
-        Tokens that were freed, and whether such a leaf is next.
+
+def evict_without_copies(cache: Any, eviction: Eviction) -> Evicted:
+    """Evict in one step, until a leaf has to be copied to the host first.
+
+    SGLang's walk, which takes twice as long, is there for the rest.
     """
     started_s = time.perf_counter()
-    full: EloraFullComponent = cache.tree_core.full
+    core = cache.tree_core
+    full: EloraFullComponent = core.full
     tracker: Tracker = defaultdict(int)
-    full.evict_device_start(num_tokens)
-    try:
-        with full.in_one_step():
-            next_id, _ = cache._evict_device_next_node(full.component_type, tracker)
-    finally:
-        full.evict_device_end()
-    if next_id is not None:
-        full.leaves_left += 1  # it will be taken again
-    cache.update_eviction_metrics(tracker[full.component_type], started_s)
-    return tracker[full.component_type], next_id is not None
+    with core.evicting(eviction):
+        full.evict_device_start(eviction.num_slots)
+        try:
+            with full.in_one_step():
+                next_id, _ = cache._evict_device_next_node(full.component_type, tracker)
+        finally:
+            full.evict_device_end()
+    num_slots = tracker[full.component_type]
+    cache.update_eviction_metrics(num_slots, started_s)
+    return Evicted(num_slots, full.num_taken - (next_id is not None), next_id is not None)

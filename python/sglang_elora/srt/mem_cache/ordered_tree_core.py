@@ -6,11 +6,10 @@ go in the order of --radix-eviction-policy, which is found by a heap and not by 
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -23,18 +22,15 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core import (
 from typing_extensions import override
 
 from sglang_elora.policy import Expectation, Item, Policy
-from sglang_elora.tree import LeafOrder, adapter_of
+from sglang_elora.tree import (
+    MAX_REMEMBERED,
+    Eviction,
+    EvictionOrders,
+    LeafOrder,
+    Reason,
+    adapter_of,
+)
 from sglang_elora.tree.sessions import NOBODY, Sessions
-
-_WANTED = "wanted"
-"""Kind of all that waiting requests need: behind everything else."""
-
-Reason = Literal["api", "capacity", "proactive", "unload"]
-"""Why something is evicted: an order over HTTP, a request that needs its slots, the swapper before
-anything needs them, the end of its adapter."""
-
-_REMEMBERED = 8192
-"""Evictions that prefetching may undo."""
 
 
 class OrderedTreeCore(UnifiedTreeCore):
@@ -42,12 +38,13 @@ class OrderedTreeCore(UnifiedTreeCore):
 
     def __init__(self, params: Any, components: Any) -> None:
         self.policy: Policy | None = None
-        self.reason: Reason = "capacity"  # of the evictions that follow
+        self.eviction: Eviction | None = None  # under way, if it is not one of SGLang's own
+        self.orders: EvictionOrders[UnifiedTreeNode] | None = None  # with a policy
         self._pool_slots = 1
         self._next_item = _no_item()  # of the node that is made next
         self.counts: Counter[str] = Counter()
-        self.evicted: deque[NodeId] = deque(maxlen=_REMEMBERED)  # backed up; the last was dearest
-        self.sessions = Sessions[UnifiedTreeNode](self.path_of, self.expect)
+        self.evicted: deque[NodeId] = deque(maxlen=MAX_REMEMBERED)  # the last one most valuable
+        self.sessions = Sessions[UnifiedTreeNode](self.path_of, self._set_session_state)
         self._node_arena: dict[int, UnifiedTreeNode] = {}
         super().__init__(params, components)
 
@@ -74,16 +71,9 @@ class OrderedTreeCore(UnifiedTreeCore):
     def _make_orders(self) -> None:
         full, policy = cast(Any, self.components_by_type[ComponentType.FULL]), self.policy
         if policy is not None:
-            self.evictable_device_leaves: LeafOrder[UnifiedTreeNode] = LeafOrder(
-                lambda node: policy.priority(node.item),
-                lambda node: _kind(policy, node),
-                lambda kind, lowest: math.inf if kind == _WANTED else policy.rank(kind, lowest),
-            )
-            self.evictable_host_leaves: LeafOrder[UnifiedTreeNode] = LeafOrder(
-                lambda node: policy.priority(node.item),
-                lambda node: policy.host_kind(node.item),
-                policy.host_rank,
-            )
+            self.orders = EvictionOrders(policy, lambda node: bool(node.backuped))
+            self.evictable_device_leaves = self.orders.device
+            self.evictable_host_leaves = self.orders.host
         elif full.keeps_order:
             self.evictable_device_leaves = LeafOrder(self.eviction_strategy.get_priority)
             self.evictable_host_leaves = LeafOrder(self.eviction_strategy.get_priority)
@@ -129,12 +119,6 @@ class OrderedTreeCore(UnifiedTreeCore):
             if not node.item.is_adapter:
                 self.policy.remove(node.item)
 
-    def set_wanted(self, node: UnifiedTreeNode, since: int | None) -> None:
-        """The request at this place in the queue is the first that needs the node; None: none."""
-        node.item.wanted_since = since
-        if since is None and node in self.evictable_device_leaves:
-            self.evictable_device_leaves.lower(node)
-
     def path_of(self, node: UnifiedTreeNode) -> list[UnifiedTreeNode]:
         """From this node up to its adapter, or to the root's child for KV of the base model."""
         path = []
@@ -143,14 +127,9 @@ class OrderedTreeCore(UnifiedTreeCore):
             node = node.parent
         return path
 
-    def expect(self, node: UnifiedTreeNode, expectation: Expectation) -> None:
-        """Those who use the node have said something else of themselves than before."""
-        if self.policy is None or node.item.expectation == expectation:
-            return
-        self.policy.expect(node.item, expectation)
-        for leaves in (self.evictable_device_leaves, self.evictable_host_leaves):
-            if node in leaves:
-                leaves.lower(node)
+    def _set_session_state(self, node: UnifiedTreeNode, state: Expectation) -> None:
+        if self.orders is not None:
+            self.orders.set_session_state(node, state)
 
     def refresh_order(self) -> None:
         """Once per iteration of the scheduler, when there is time: ranks on the device fade."""
@@ -162,13 +141,20 @@ class OrderedTreeCore(UnifiedTreeCore):
         return self.policy is not None and self.policy.learn()
 
     @contextmanager
-    def evicting(self, reason: Reason) -> Iterator[None]:
-        """Count the evictions of this block under ``reason``; others count as ``capacity``."""
-        self.reason = reason
+    def evicting(self, eviction: Eviction) -> Iterator[None]:
+        """What SGLang's code evicts within this block is part of ``eviction``: SGLang passes on how
+        many tokens it needs, and nothing else. Outside of such a block nothing is protected, and
+        evictions count as ``capacity``."""
+        self.eviction = eviction
         try:
             yield
         finally:
-            self.reason = "capacity"
+            self.eviction = None
+
+    @property
+    def reason(self) -> Reason:
+        """Why something that is evicted now is evicted."""
+        return "capacity" if self.eviction is None else self.eviction.reason
 
     def note_eviction(self, node: UnifiedTreeNode) -> None:
         """The node left the device. Prefetching may load it again, unless it was evicted by an
@@ -206,11 +192,3 @@ class OrderedTreeCore(UnifiedTreeCore):
 
 def _no_item() -> Item:
     return Item(is_adapter=False, num_slots=0)
-
-
-def _kind(policy: Policy, node: UnifiedTreeNode) -> Hashable:
-    item: Item = node.item
-    if item.wanted_since is not None:
-        return _WANTED
-    item.backed = node.backuped
-    return policy.kind(item)

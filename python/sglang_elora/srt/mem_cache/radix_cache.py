@@ -26,7 +26,7 @@ from typing_extensions import override
 from sglang_elora.srt.mem_cache.full_component import EloraFullComponent, evict_without_copies
 from sglang_elora.srt.mem_cache.kv_events import AdapterMoves
 from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
-from sglang_elora.tree.sessions import Sessions
+from sglang_elora.tree import Eviction, Sessions
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -84,7 +84,7 @@ class EloraRadixCache(UnifiedRadixCache):
         if allocation_reclaim_satisfied is None and self.tree_core.full.keeps_order:
             allocator = self.token_to_kv_pool_allocator
             wanted = allocator.available_size() + params.num_tokens
-            evicted, _ = evict_without_copies(self, params.num_tokens)
+            evicted = evict_without_copies(self, Eviction(params.num_tokens)).num_slots
             lacking = wanted - allocator.available_size()
             if lacking <= 0:
                 return EvictResult(num_tokens_evicted=evicted)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import BaseEvictionResult
 
 from sglang_elora.control import Histogram, Tier
@@ -20,21 +17,15 @@ from sglang_elora.srt.mem_cache import branches
 from sglang_elora.srt.mem_cache.copy_stream import CopyStream
 from sglang_elora.srt.mem_cache.free_order import FreeOrder
 from sglang_elora.srt.mem_cache.freed import parts_of
-from sglang_elora.srt.mem_cache.full_component import evict_without_copies
-from sglang_elora.srt.mem_cache.ordered_tree_core import Reason
 from sglang_elora.srt.mem_cache.ranks import Ranks
 from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
-from sglang_elora.swapper import AdapterCopy, Copied, HostTier, ReadImage
-from sglang_elora.tree import Adapter
+from sglang_elora.swapper.adapter_copy import AdapterCopy, Copied
+from sglang_elora.swapper.host_tier import HostTier
+from sglang_elora.swapper.reading import ReadImage
+from sglang_elora.tree import Adapter, Eviction, Reason
 
 logger = logging.getLogger(__name__)
 
-
-COPY_WORK = 1
-"""What the start of a copy counts as, in evictions of leaves, which take a scheduler as long."""
-
-EXPECTED_WITHIN = 1.0
-"""Turnovers of the pool after a load, within which another is expected."""
 
 COUNTS = (
     "adapter_churn",
@@ -68,10 +59,6 @@ of its prompt when it was taken; why something was evicted."""
 TOTALS = ("adapter_evictions", "kv_slots_evicted")
 """Of their parts, shown beside them."""
 
-_LAST_LOADS = 8
-"""Room is kept for the largest of them."""
-
-
 ROOM_BESIDE_PINS = 256
 """Tokens that pins leave room for, beside the largest adapter that is not pinned; in a small pool
 an eighth of it."""
@@ -82,6 +69,9 @@ ReplaysGraph = Callable[[int, int], bool]
 PURGE_NODES = 6
 """Nodes of unloaded adapters that a step looks at, some 10 us for each that it removes. With more,
 slots are free sooner, and steps are longer meanwhile."""
+
+
+_UNLOAD, _ORDERED = Eviction(reason="unload"), Eviction(reason="api")
 
 
 class PoolTooSmall(ValueError):
@@ -111,7 +101,7 @@ class AdapterSource:
 class Residency:
     """Adapters of one scheduler process, between host memory and slots of the KV pool.
 
-    ``place`` gives an adapter slots and starts the copy of its weights on a stream of its own;
+    ``start_copy`` gives an adapter slots and starts the copy of its weights on another stream;
     until all ranks have it (``settle``) it cannot be evicted. A batch may run with it before that:
     it waits for each layer's weights as it comes to the layer (``paged`` and ``copies``).
 
@@ -143,14 +133,10 @@ class Residency:
         self._free_order = FreeOrder(self.allocator, forward_stream)
         self._copy_stream = CopyStream(self.planes, self._free_order, forward_stream)
         self.names: dict[str, str] = {}  # of the loaded adapters, by id
-        self._put_off: str | None = None  # adapter whose copy was due in the step before
-        self._last_loads: deque[int] = deque(maxlen=_LAST_LOADS)  # their slots
-        self._placed_at = 0.0  # the last one, by the policy's clock
         self.load_s = Histogram()
         self.num_launches = 0  # batches handed to the device
         self.replays_prefill_graph: ReplaysGraph = lambda num_requests, num_tokens: False
         self.is_purging = False  # the last ``purge_retired`` has not removed all that it could
-        self.work_left = sys.maxsize  # for ``place``: evictions of leaves; whoever calls it sets it
 
     @property
     def pool_slots(self) -> int:
@@ -274,7 +260,7 @@ class Residency:
             adapter = self.forest.next_retired()
             if adapter is None or num_looks >= most_nodes:
                 break
-            with self.core.evicting("unload"):
+            with self.core.evicting(_UNLOAD):
                 done = branches.purge(self.core, str(adapter.uid), most_nodes - num_looks)
             self.cache._apply_eviction_result(done.freed)
             num_looks += done.num_looks
@@ -282,33 +268,20 @@ class Residency:
         self.is_purging = num_removed > 0 and self.forest.num_retired > 0
         return num_removed > 0
 
-    def place(self, uid: str, wanted_since: int) -> bool:
-        """Give an adapter its slots and start its copy; its image is in host memory.
-
-        Args:
-            wanted_since: What a request at this place in the queue or an earlier one needs stays.
+    def start_copy(self, uid: str) -> bool:
+        """Give an adapter free slots and start its copy; its image is in host memory.
 
         Returns:
-            Whether its copy has begun; if not, a later call goes on with the evictions.
+            Whether there were enough free slots.
         """
         adapter = self.forest.get(uid)
-        assert not adapter.retired and not adapter.resident, f"adapter {uid} cannot be placed"
-        shortfall = adapter.num_slots - self.allocator.available_size()
-        if shortfall > 0:
-            self._make_room(shortfall, wanted_since)
-        if self.work_left < COPY_WORK and self._put_off != uid:  # once: its room may be taken
-            self._put_off = uid
-            return False
-        self._put_off = None
+        assert not adapter.retired and not adapter.resident, f"adapter {uid} cannot be loaded"
         slots = self.allocator.alloc(adapter.num_slots)
         if slots is None:
             return False
-        self.work_left -= COPY_WORK
         copy = self.copies[uid] = self._start_copy(uid, slots)
         copy.launches_before = self.num_launches
         self.core.counts["adapter_slots_from_host"] += adapter.num_slots
-        self._last_loads.append(adapter.num_slots)
-        self._placed_at = self.core.clock
         logger.info("load %s into %d slots", self.name_of(uid), adapter.num_slots)
         return True
 
@@ -335,24 +308,6 @@ class Residency:
             self._paged[uid] = paged
         return copy
 
-    def keep_room(self, most_leaves: int) -> bool:
-        """Evict a little KV that goes next, until a load like the last ones would find its room.
-
-        A load that has to make its room first takes several steps for it. While no adapter comes,
-        none is expected, and nothing is evicted. What has to be copied to the host first stays,
-        and so does an adapter, which makes much room in one step.
-
-        Returns:
-            Whether something was evicted.
-        """
-        shortfall = max(self._last_loads, default=0) - self.allocator.available_size()
-        if shortfall <= 0 or self.core.clock - self._placed_at > EXPECTED_WITHIN:
-            return False
-        full = self.core.full
-        with full.sparing(sys.maxsize, most_leaves, adapters=True), self.core.evicting("proactive"):
-            evicted, _ = evict_without_copies(self.cache, shortfall)
-        return evicted > 0
-
     def evict_branch(self, uid: str, most_leaves: int) -> bool:
         """Evict leaves of one adapter, KV before the adapter itself, as far as nothing holds them.
 
@@ -362,19 +317,10 @@ class Residency:
             Whether nothing is left that could go.
         """
         freed = BaseEvictionResult()
-        with self.core.evicting("api"):
+        with self.core.evicting(_ORDERED):
             is_over = branches.evict(self.core, uid, most_leaves, parts_of(freed))
         self.cache._apply_eviction_result(freed)
         return is_over
-
-    def _make_room(self, num_slots: int, wanted_since: int) -> None:
-        """Evict, as far as ``work_left`` goes."""
-        full = self.core.full
-        with full.sparing(wanted_since, self.work_left):
-            evicted, is_stuck = evict_without_copies(self.cache, num_slots)
-            if is_stuck:
-                self.cache.evict(EvictParams(num_tokens=num_slots - evicted))
-            self.work_left = full.leaves_left
 
     def settle(self, uid: str, code: Copied) -> Exception | None:
         """A copy is over on all ranks, or has failed on one, which is returned as an error."""

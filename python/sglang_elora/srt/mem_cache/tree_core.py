@@ -11,7 +11,6 @@ Walks start at the adapter's node, as SGLang's Rust core starts them at a root p
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -73,11 +72,10 @@ class EloraTreeCore(OrderedTreeCore):
         """The component of full attention."""
         return self.components_by_type[FULL]
 
-    def adapter_priority(self, uid: str) -> float:
-        """How dear an adapter is, for the host tier: infinity while a request waits for it."""
-        item = self.forest.get(uid).item
-        assert self.policy is not None
-        return math.inf if item.wanted_since is not None else self.policy.priority(item)
+    def image_priority(self, uid: str) -> float:
+        """What an adapter's image in host memory is worth (``EvictionOrders.image_priority``)."""
+        assert self.orders is not None
+        return self.orders.image_priority(self.forest.get(uid).item)
 
     def find(self, node_id: NodeId) -> UnifiedTreeNode | None:
         """The node of this id, if it is in the tree still."""
@@ -85,7 +83,7 @@ class EloraTreeCore(OrderedTreeCore):
 
     def is_held(self, uid: str) -> bool:
         """Whether the adapter cannot leave, or should not: a request uses it or waits for it."""
-        return self.forest.get(uid).item.wanted_since is not None or self.is_locked(uid)
+        return self.forest.get(uid).item.queue_position is not None or self.is_locked(uid)
 
     def is_locked(self, uid: str) -> bool:
         """Whether a request or a copy holds the adapter, or it is pinned."""
@@ -319,34 +317,21 @@ class EloraTreeCore(OrderedTreeCore):
         return item.group is not None and self.forest.get(item.group).retired
 
     def _is_worth_host_copy(self, leaf: UnifiedTreeNode) -> bool:
-        """Also against what would have to go for it. Nodes below a leaf, whose KV is on the host,
-        would be lost without it: always copied."""
-        policy, item = self.policy, leaf.item
-        if leaf.children:
-            return True
-        if self._is_retired(item):
+        if self._is_retired(leaf.item) and not leaf.children:
             return False
-        if policy is None:
-            return True
-        if not policy.worth_host_copy(item):
-            return False
-        has_room = self.full.host_room >= item.num_slots
-        lowest = None if has_room else self.evictable_host_leaves.lowest_rank()
-        policy.price_host(lowest)
-        rank = policy.host_rank(policy.host_kind(item), policy.priority(item))
-        return lowest is None or rank > lowest
+        return self.orders is None or self.orders.is_worth_host_copy(
+            leaf,
+            has_children=bool(leaf.children),
+            has_room=lambda: self.full.host_room >= leaf.item.num_slots,
+        )
 
     def copies_ahead(self, most_leaves: int) -> list[BackupKV]:
         """Copies to the host that the next evictions would wait for, of so many leaves at most."""
-        leaves, found = self.evictable_device_leaves, []
-        for _ in range(most_leaves):
-            leaf = leaves.take_lowest()
-            if leaf is None or leaf.item.wanted_since is not None:
-                break
-            if not leaf.backuped and self._is_worth_host_copy(leaf):
-                found.append(self._build_backup_kv_action(leaf, write_back=True))
-        leaves.give_back()
-        return found
+        assert self.orders is not None
+        leaves = self.orders.next_victims(
+            most_leaves, lambda leaf: not leaf.backuped and self._is_worth_host_copy(leaf)
+        )
+        return [self._build_backup_kv_action(leaf, write_back=True) for leaf in leaves]
 
     def place(self, uid: str, slots: torch.Tensor) -> None:
         """Give the adapter its slots; a pinned one is locked with them.

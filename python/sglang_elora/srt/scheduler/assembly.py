@@ -17,9 +17,9 @@ from sglang.srt.mem_cache.unified_cache.tree_core_registry import register_tree_
 from sglang.srt.runtime_context import get_memory
 
 from sglang_elora.config import EloraConfig
-from sglang_elora.policy import Term
+from sglang_elora.policy import PolicyContext, Term, make_policy
 from sglang_elora.srt.arguments import compatibility
-from sglang_elora.srt.lora.adapter_memory import arena_for, position_of
+from sglang_elora.srt.lora.adapter_memory import arena_for
 from sglang_elora.srt.lora.lora_manager import EloraLoRAManager
 from sglang_elora.srt.measure import Measure
 from sglang_elora.srt.mem_cache.kv_events import AdapterMoves
@@ -28,9 +28,8 @@ from sglang_elora.srt.mem_cache.residency import Residency
 from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
 from sglang_elora.srt.scheduler.admission import Admission
 from sglang_elora.srt.scheduler.parts import Elora
-from sglang_elora.srt.scheduler.policies import make_policy
 from sglang_elora.srt.scheduler.swapper import Swapper
-from sglang_elora.swapper import HostTier
+from sglang_elora.swapper.host_tier import HostTier
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +60,22 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
         stream = ctx.tp_worker.model_runner.forward_stream
         is_async = str(ctx.params.token_to_kv_pool_allocator.device) != "cpu"
         measure = Measure(cache, is_async=is_async)
-        policy = make_policy(config, measure, core)
+        context = PolicyContext(
+            measure.costs,
+            needed_adapters=lambda: measure.needed_adapters,
+            resident_adapters=lambda: core.forest.num_resident,
+            is_held=core.is_held,
+            writes_back=core.is_write_back,
+        )
+        off = {"off": frozenset(map(Term, config.policy_terms_off))} if config.policy_off else {}
+        policy = make_policy(config.policy, context, **off)
         core.use_policy(policy, pool_slots=ctx.params.token_to_kv_pool_allocator.size)
         core.keeps_dependency = Term.DEPENDENCY.value not in config.policy_terms_off
         device = str(ctx.params.token_to_kv_pool_allocator.device)
         host = HostTier(
             arena_for(manager, int(config.host_gb * 1e9), device),
-            core.adapter_priority,
-            position_of(core.forest),
+            core.image_priority,
+            core.forest.image_position,
             core.forest.touch,
         )
         residency = Residency(cache, manager.dtype, host, stream)

@@ -29,7 +29,7 @@ from sglang_elora.srt.orders import GuardedDispatcher
 from sglang_elora.srt.scheduler.parts import elora_of
 from sglang_elora.srt.scheduler.state import changes_since
 from sglang_elora.srt.scheduler.swapper import Swapper
-from sglang_elora.swapper import MOST_EXPECTED
+from sglang_elora.swapper.expected import MOST_EXPECTED
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
@@ -71,7 +71,7 @@ class Control:
 
     def hint(self, hint: AdapterHint) -> None:
         self._swapper.expect(hint.adapters)
-        self._swapper.expect_turns(hint.sessions)
+        self._swapper.planner.expect_sessions(hint.sessions)
 
     def state(self, request: StateRequest) -> StateAnswer:
         changes = changes_since(self._residency, self._scheduler, request.version)
@@ -89,7 +89,7 @@ class Control:
         )
         forest, error = self._residency.forest, ""
         if order.do == "prefetch_session":
-            if not self._swapper.expect_turns([uid]):
+            if not self._swapper.planner.expect_sessions([uid]):
                 error = "no session of this name is alive"
         elif order.do not in orders:
             error = f"unknown order {order.do!r}"

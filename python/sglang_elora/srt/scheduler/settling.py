@@ -7,7 +7,9 @@ import logging
 from sglang_elora.srt.measure import Measure
 from sglang_elora.srt.mem_cache.ranks import DIGEST_VALUES, are_equal, digest_values
 from sglang_elora.srt.mem_cache.residency import AdapterChanged, Residency
-from sglang_elora.swapper import AdapterCopy, Copied, Expected, Read
+from sglang_elora.swapper.adapter_copy import AdapterCopy, Copied
+from sglang_elora.swapper.expected import Expected
+from sglang_elora.swapper.reading import Read
 
 logger = logging.getLogger(__name__)
 

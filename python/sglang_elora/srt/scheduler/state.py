@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_elora.control import AdapterState, Changes, PoolState
 from sglang_elora.srt.mem_cache.residency import Residency
 from sglang_elora.srt.scheduler.parts import elora_of
-from sglang_elora.srt.scheduler.swapper import LOOKAHEAD
+from sglang_elora.swapper.planner import LOOKAHEAD
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req

@@ -1,0 +1,99 @@
+"""Adapters in the host memory of a simulated server, and the reads of their files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from sglang_elora.sim.cache import Cache
+from sglang_elora.sim.calibration import Calibration
+from sglang_elora.swapper.idle_images import NUM_READERS, IdleImages
+
+
+class Images:
+    """Which adapters are in host memory; as ``swapper/host_tier.py``, in slots instead of blocks.
+
+    With ``calibration.adapter_host_slots`` 0 all adapters are there from the start.
+    """
+
+    def __init__(self, cache: Cache, calibration: Calibration) -> None:
+        self._cache, self._calibration = cache, calibration
+        self._free = calibration.adapter_host_slots
+        self._holds_all = calibration.adapter_host_slots == 0
+        self._present: dict[str, int] = {}  # adapter -> holders
+        self._reads: dict[str, float] = {}  # adapter -> when its read is over
+        self._readers_free_s = [0.0] * NUM_READERS
+        self._never_read = {str(adapter.uid): None for adapter in cache.forest}
+        self._is_denied = False  # an adapter had to wait for memory in this step
+        self._idle = IdleImages(self._priority, cache.forest.image_position)
+
+    def __contains__(self, adapter_id: str) -> bool:
+        return self._holds_all or adapter_id in self._present
+
+    @property
+    def reading(self) -> Collection[str]:
+        return self._reads.keys()
+
+    @property
+    def next_s(self) -> float:
+        """When the next read ends."""
+        return min(self._reads.values(), default=math.inf)
+
+    def settle(self, now_s: float) -> None:
+        """Reads that have ended by now are over; a step of the scheduler begins."""
+        self._is_denied = False
+        for adapter_id in [a for a, end_s in self._reads.items() if end_s <= now_s]:
+            del self._reads[adapter_id]
+            self._present[adapter_id] = 0
+            self._idle.add(adapter_id, self._cache.adapter(adapter_id).num_slots)
+
+    def read(self, adapter_id: str, now_s: float) -> None:
+        """Begin to read a file, if there is room for it, made by dropping idle adapters."""
+        if adapter_id in self._present or adapter_id in self._reads or self._is_denied:
+            return
+        num_slots = self._cache.adapter(adapter_id).num_slots
+        position = self._cache.forest.image_position(adapter_id)
+        if not self._make_room(num_slots, position):
+            self._is_denied = position < math.inf
+            return
+        self._free -= num_slots
+        self._never_read.pop(adapter_id, None)
+        reader = min(range(NUM_READERS), key=self._readers_free_s.__getitem__)
+        took_s = self._calibration.read_s(num_slots)
+        self._readers_free_s[reader] = max(now_s, self._readers_free_s[reader]) + took_s
+        self._reads[adapter_id] = self._readers_free_s[reader]
+
+    def read_ahead(self, now_s: float) -> None:
+        """Read one file that never was, while there is room."""
+        adapter_id = None if self._holds_all else next(iter(self._never_read), None)
+        if adapter_id is not None:
+            self.read(adapter_id, now_s)
+
+    def hold(self, adapter_id: str) -> None:
+        """It is copied from."""
+        if not self._holds_all:
+            self._present[adapter_id] += 1
+            self._idle.discard(adapter_id)
+
+    def release(self, adapter_id: str) -> None:
+        """The copy is over."""
+        if not self._holds_all:
+            self._present[adapter_id] -= 1
+            if not self._present[adapter_id]:
+                self._idle.add(adapter_id, self._cache.adapter(adapter_id).num_slots)
+
+    def lower(self, adapter_id: str) -> None:
+        """No queued request needs it any more."""
+        self._idle.lower(adapter_id)
+
+    def _make_room(self, num_slots: int, position: float) -> bool:
+        missing = num_slots - self._free
+        victims = self._idle.victims(missing, position) if missing > 0 else []
+        for adapter_id in victims or ():
+            self._idle.discard(adapter_id)
+            del self._present[adapter_id]
+            self._free += self._cache.adapter(adapter_id).num_slots
+        return victims is not None
+
+    def _priority(self, adapter_id: str) -> float:
+        return self._cache.orders.image_priority(self._cache.forest.get(adapter_id).item)

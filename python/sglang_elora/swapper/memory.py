@@ -1,0 +1,126 @@
+"""What the planner sees of a cache and may have it do: counts and commands, as protocols."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Hashable, Mapping, Sequence, Sized
+from typing import Any, Protocol, TypeVar
+
+from sglang_elora.policy import Item, Policy
+from sglang_elora.tree import AdapterForest, Eviction
+
+
+class Copy(Protocol):
+    """The copy of an adapter to the device, under way."""
+
+    num_slots: int
+    confirmed: bool
+    """Every rank has queued it: a batch may use it."""
+    launches_before: int
+    """Batches launched before it was started."""
+
+
+class QueuedRequest(Protocol):
+    """A request in the scheduler's queue, by SGLang's names."""
+
+    @property
+    def lora_id(self) -> str | None:
+        """Its adapter; None for the base model."""
+
+    @property
+    def origin_input_ids(self) -> Sized:
+        """The tokens of its prompt."""
+
+
+class Node(Protocol):
+    """Of the cache tree."""
+
+    item: Item
+
+
+N = TypeVar("N", bound=Node)
+
+
+class Memory(Protocol[N]):
+    """A cache over device, host memory and files, as the planner sees and commands it.
+
+    Nodes are named by keys, which stay valid when a node has left the tree.
+    """
+
+    forest: AdapterForest
+    policy: Policy
+    pool_slots: int
+    counts: Any  # counters, by name
+
+    @property
+    def num_launches(self) -> int:
+        """Batches launched so far."""
+
+    @property
+    def copies(self) -> Mapping[str, Copy]:
+        """Adapters whose copies are under way, in the order the copies were started."""
+
+    @property
+    def reading(self) -> Collection[str]:
+        """Adapters whose files are being read."""
+
+    @property
+    def evicted(self) -> deque[Hashable]:
+        """Keys of evicted nodes with a copy in host memory, the last one most valuable."""
+
+    @property
+    def is_loading_kv(self) -> bool:
+        """Whether KV is on its way to the device."""
+
+    @property
+    def may_copy_to_host(self) -> bool:
+        """Whether KV is copied to the host when it is evicted, and no such copy is under way."""
+
+    def free_slots(self) -> int: ...
+
+    def evictable_slots(self) -> int: ...
+
+    def is_locked(self, adapter_id: str) -> bool:
+        """Whether a request or a copy holds the adapter, or it is pinned."""
+
+    def is_usable(self, adapter_id: str) -> bool:
+        """Whether the adapter is on the device for good: its copy cannot fail any more."""
+
+    def is_on_host(self, adapter_id: str) -> bool:
+        """Whether the adapter's weights are in host memory."""
+
+    def find(self, key: Any) -> N | None:
+        """The node of this key, if it is still in the tree."""
+
+    def session_end(self, session: str) -> Hashable | None:
+        """Key of the node at which the session's last turn ended; None if it is not alive."""
+
+    def is_loadable(self, node: N) -> bool:
+        """Whether KV can be loaded: it is on the host only, and what it hangs under is usable."""
+
+    def is_on_device(self, node: N) -> bool: ...
+
+    def unqueue(self, adapter_id: str) -> None:
+        """No queued request needs the adapter any more: it may be evicted, its read cancelled."""
+
+    def evict(self, eviction: Eviction) -> int:
+        """Evict, copying KV to the host where that is worth it. Returns the leaves taken."""
+
+    def evict_without_copies(self, eviction: Eviction) -> int:
+        """As ``evict``, up to the first leaf that would have to be copied to the host."""
+
+    def start_copy(self, adapter_id: str) -> bool:
+        """Copy an adapter from host memory into free slots; False if there are too few."""
+
+    def read(self, adapter_id: str) -> None:
+        """Read an adapter's file into host memory, if there is room for it."""
+
+    def read_ahead(self) -> None:
+        """Read one file that never was read, if host memory has room for it."""
+
+    def load_kv(self, node: N, eviction: Eviction | None) -> Sequence[Item]:
+        """Load KV of the path that ends at ``node``, evicting for it; without an eviction, only
+        into free slots. Returns the entries whose load began."""
+
+    def copy_ahead(self, most_leaves: int) -> bool:
+        """Copy the next victims to the host. Whether there was one."""

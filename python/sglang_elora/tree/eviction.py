@@ -1,0 +1,200 @@
+"""Where eviction is decided: what one eviction may take, in which order, and what is copied first.
+
+The order itself is a policy's (``policy/``), kept up to date by ``EvictionOrder`` heaps. This file
+adds the rules that hold under every policy. The server's tree and the simulator's share it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import sys
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+from sglang_elora.policy import Expectation, Item, Policy
+from sglang_elora.tree.leaf_order import LeafOrder
+
+Reason = Literal["api", "capacity", "proactive", "unload"]
+"""Why something is evicted: an order over HTTP, a request or a load that needs its slots, the
+planner before anything needs them, the end of its adapter."""
+
+MAX_REMEMBERED = 8192
+"""Evictions that are remembered, the last of which may be loaded back."""
+
+_QUEUED = "queued"
+"""Kind of all entries that queued requests need. It ranks above every other kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    """What one eviction may take, and why.
+
+    Attributes:
+        num_slots: Slots to free.
+        protect_up_to: Queue position. What a request at this position or an earlier one needs is
+            not evicted. -1 protects nothing; what queued requests need is then evicted last.
+        max_leaves: Most leaves that it takes. Each costs the scheduler tens of microseconds.
+        reason: Label of the counters.
+        takes_adapters: False: it ends where an adapter would be next.
+    """
+
+    num_slots: int = sys.maxsize
+    protect_up_to: int = -1
+    max_leaves: int = sys.maxsize
+    reason: Reason = "capacity"
+    takes_adapters: bool = True
+
+    def freeing(self, num_slots: int, max_leaves: int | None = None) -> Eviction:
+        """The same for another number of slots, and of leaves."""
+        max_leaves = self.max_leaves if max_leaves is None else max_leaves
+        return replace(self, num_slots=num_slots, max_leaves=max_leaves)
+
+
+class Node(Protocol):
+    """Of the tree."""
+
+    item: Item
+
+
+N = TypeVar("N", bound=Node)
+
+
+class Victims(Generic[N]):
+    """The leaves that one eviction takes, one after the other.
+
+    Leaves that no queued request needs come first, lowest rank first; then leaves that queued
+    requests need, the request at the end of the queue first.
+
+    Args:
+        order: Of the leaves. Those that are looked at are taken out of it until ``close``.
+        eviction: What it may take.
+    """
+
+    def __init__(self, order: LeafOrder[N], eviction: Eviction) -> None:
+        self.eviction = eviction
+        self.num_taken = 0
+        self._order = order
+        self._queued: list[tuple[int, int, N]] = []  # leaves that queued requests need
+
+    @property
+    def num_left(self) -> int:
+        """Leaves that it may still take."""
+        return self.eviction.max_leaves - self.num_taken
+
+    def next(self) -> N | None:
+        """The next leaf; None if there is none, or no more may be taken."""
+        if self.num_left <= 0:
+            return None
+        leaf = self._next()
+        self.num_taken += leaf is not None
+        return leaf
+
+    def put_back(self) -> None:
+        """The last leaf was not evicted after all, and does not count."""
+        self.num_taken -= 1
+
+    def close(self) -> None:
+        """The eviction is over: leaves that were looked at and stay return to the order."""
+        self._order.give_back()
+
+    def _next(self) -> N | None:
+        while (leaf := self._order.take_lowest()) is not None:
+            position = leaf.item.queue_position
+            if position is None:
+                is_spared = leaf.item.is_adapter and not self.eviction.takes_adapters
+                return None if is_spared else leaf
+            heapq.heappush(self._queued, (-position, len(self._queued), leaf))
+        while self._queued and -self._queued[0][0] > self.eviction.protect_up_to:
+            leaf = heapq.heappop(self._queued)[2]
+            if leaf in self._order:  # what was evicted meanwhile is no leaf any more
+                return leaf
+        return None
+
+
+class EvictionOrders(Generic[N]):
+    """The leaves of a tree over two tiers, in the order of a policy.
+
+    Args:
+        policy: Ranks entries.
+        is_on_host: Whether a node has a copy in host memory.
+    """
+
+    def __init__(self, policy: Policy, is_on_host: Callable[[N], bool]) -> None:
+        self._policy, self._is_on_host = policy, is_on_host
+        self.device: LeafOrder[N] = LeafOrder(
+            lambda node: policy.priority(node.item), self._kind, self._rank
+        )
+        self.host: LeafOrder[N] = LeafOrder(
+            lambda node: policy.priority(node.item),
+            lambda node: policy.host_kind(node.item),
+            policy.host_rank,
+        )
+
+    def set_queue_position(self, node: N, position: int | None) -> None:
+        """The first queued request that needs the node is at this position; None: none is."""
+        node.item.queue_position = position
+        if position is None and node in self.device:
+            self.device.lower(node)
+
+    def set_session_state(self, node: N, state: Expectation) -> None:
+        """The sessions that use the node are alive, or over."""
+        if node.item.expectation == state:
+            return
+        self._policy.expect(node.item, state)
+        for order in (self.device, self.host):
+            if node in order:
+                order.lower(node)
+
+    def image_priority(self, adapter: Item) -> float:
+        """What an adapter's copy in host memory is worth: infinity while a queued request needs it.
+        The one of lowest priority is dropped first."""
+        return math.inf if adapter.queue_position is not None else self._policy.priority(adapter)
+
+    def is_worth_host_copy(
+        self, node: N, *, has_children: bool, has_room: Callable[[], bool]
+    ) -> bool:
+        """Whether KV that leaves the device is copied to the host, rather than dropped.
+
+        The copy must be worth its transfer and, where host memory is full, more than the entry
+        that is dropped for it.
+
+        Args:
+            has_children: Nodes below it have KV on the host, which is lost without it: it is
+                always copied.
+            has_room: Whether host memory has room for it as it is.
+        """
+        policy, item = self._policy, node.item
+        if has_children:
+            return True
+        if not policy.worth_host_copy(item):
+            return False
+        lowest = None if has_room() else self.host.lowest_rank()
+        policy.price_host(lowest)
+        rank = policy.host_rank(policy.host_kind(item), policy.priority(item))
+        return lowest is None or bool(rank > lowest)
+
+    def next_victims(self, most_leaves: int, is_wanted: Callable[[N], bool]) -> list[N]:
+        """Of the next leaves in order, those that ``is_wanted`` says. Nothing is evicted.
+
+        It ends at a leaf that a queued request needs.
+        """
+        found = []
+        for _ in range(most_leaves):
+            leaf = self.device.take_lowest()
+            if leaf is None or leaf.item.queue_position is not None:
+                break
+            if is_wanted(leaf):
+                found.append(leaf)
+        self.device.give_back()
+        return found
+
+    def _kind(self, node: N) -> Hashable:
+        if node.item.queue_position is not None:
+            return _QUEUED
+        node.item.backed = self._is_on_host(node)
+        return self._policy.kind(node.item)
+
+    def _rank(self, kind: Any, lowest: Any) -> float:
+        return math.inf if kind == _QUEUED else self._policy.rank(kind, lowest)
