@@ -6,6 +6,8 @@ all that loads can cost. ``branch``: an adapter leaves with all of its KV, whate
 worth (the paper's "whole-branch" case). ``late``: KV is copied to the host when it is evicted and
 not beforehand. ``timed``: as it is, with moments written to a file; ``timed_without_hints``:
 adapters are not announced. ``switched``: announced or not, or far too many, as a file says.
+``without_...``: the policy elora_paper without one of its terms; ``without_dependency``: adapters
+are evicted before their KV, which stays on the device without them.
 """
 
 from __future__ import annotations
@@ -19,6 +21,43 @@ from pathlib import Path
 from typing import Any
 
 _COPY_STREAM = "sglang_elora.srt.mem_cache.copy_stream"
+
+
+def without_adapter_count() -> None:
+    _without("ADAPTER_COUNT")
+
+
+def without_swap_cost() -> None:
+    _without("SWAP_COST")
+
+
+def without_visit_frequency() -> None:
+    _without("VISIT_FREQUENCY")
+
+
+def without_recency() -> None:
+    _without("RECENCY")
+
+
+def without_dependency() -> None:
+    def is_leaf(original: Callable[..., bool], self: Any, node: Any) -> bool:
+        from sglang_elora.srt.mem_cache.adapter_node import FULL, AdapterNode
+
+        if not isinstance(node, AdapterNode):
+            return original(self, node)
+        return node.component_data[FULL].lock_ref == 0 and len(node.slots) > 0
+
+    core = "sglang_elora.srt.mem_cache.tree_core.EloraTreeCore"
+    _hook(f"{core}._is_device_leaf", is_leaf, "AROUND")
+
+
+def _without(name: str) -> None:
+    def make(original: Callable[..., None], *arguments: Any) -> None:
+        from sglang_elora.policy import Term
+
+        original(*arguments, off=frozenset({Term[name]}))
+
+    _hook("sglang_elora.policy.elora_paper.EloraPaper.__init__", make, "AROUND")
 
 
 def blocking() -> None:

@@ -17,7 +17,6 @@ SGLANG_PIN = "0.5.23"
 """The one version of SGLang this package runs on. pyproject.toml repeats it; a test compares."""
 
 POLICIES = ("elora", "elora_paper", "gdsf", "lru")
-POLICY_TERMS = ("adapter_count", "swap_cost", "visit_frequency", "recency", "dependency")
 STREAM_ORDERS = ("latest", "earliest")
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
@@ -93,12 +92,6 @@ class EloraConfig:
         "'gdsf' (Greedy-Dual-Size-Frequency) or 'lru'.",
         choices=POLICIES,
     )
-    policy_off: str = _option(
-        "",
-        "--elora-policy-off",
-        "For measurements: terms of 'elora_paper' to leave out, separated by commas: "
-        "adapter_count, swap_cost, visit_frequency, recency, dependency.",
-    )
     host_gb: float = _option(
         16.0,
         "--elora-host-gb",
@@ -156,16 +149,6 @@ class EloraConfig:
                 f"--elora-check-streams (SGLANG_ELORA_CHECK_STREAMS) must be one of "
                 f"{STREAM_ORDERS} or a seed, got {self.check_streams!r}"
             )
-        unknown = set(self.policy_terms_off) - set(POLICY_TERMS)
-        if unknown:
-            raise ValueError(
-                f"--elora-policy-off (SGLANG_ELORA_POLICY_OFF) has {', '.join(sorted(unknown))}; "
-                f"terms are {', '.join(POLICY_TERMS)}"
-            )
-        if self.policy_off and self.policy != "elora_paper":
-            raise ValueError(
-                "--elora-policy-off (SGLANG_ELORA_POLICY_OFF) needs --elora-policy elora_paper"
-            )
         if self.adapter_events and not self.enabled:
             raise ValueError("--elora-adapter-events (SGLANG_ELORA_ADAPTER_EVENTS) needs --elora")
         if self.link_latency_us and not self.link_gbytes_per_s:
@@ -178,10 +161,6 @@ class EloraConfig:
     def selects_anything(self) -> bool:
         """Whether SGLang is to be changed at all."""
         return self.enabled or self.emulates_link
-
-    @property
-    def policy_terms_off(self) -> tuple[str, ...]:
-        return _listed(self.policy_off)
 
     @property
     def adapter_places(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from bad_adapters import make_bad_adapters
 from reference import Reference
 from second_plugin import write_plugin
 from server_flags import server_flags
-from sglang_elora.demo import server as demo_server
+from sglang_elora.testbed import server as demo_server
 from sglang_elora.testbed.adapters import make_adapters
 from sglang_elora.testbed.server import ServerProcess, python_module
 

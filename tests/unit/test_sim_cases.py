@@ -151,7 +151,7 @@ def test_a_session_that_cannot_be_held_is_refused() -> None:
         ("stock-tuned:20", "20 adapter slots leave 0 slots"),
         ("elora:fifo", "policy 'fifo' must be"),
         ("elora:lru-recency", "no terms to leave out"),
-        ("elora:elora_paper-dependency", "dependency rule"),
+        ("elora:elora_paper-dependency", "'dependency' is not a valid Term"),
         ("vllm", "side 'vllm' must be"),
     ],
 )

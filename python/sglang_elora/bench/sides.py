@@ -3,8 +3,8 @@
 ``stock-default``: SGLang as it comes, with its 8 adapter slots. ``stock-tuned:N``: N slots, a host
 tier for KV, and adapters loaded beside the batches where stock allows it; with ``+write_through``
 KV is copied to that tier when it is made and not when it is evicted. ``elora:POLICY``: one pool,
-the same host tier. ``elora:POLICY-TERM,TERM`` leaves terms out of the policy, and
-``elora:POLICY+VARIANT`` changes one thing of ELORA by a plugin (``variant``). With
+the same host tier. ``elora:POLICY+VARIANT`` changes one thing of ELORA by a plugin (``variant``),
+for example leaves out a term of the paper's policy. With
 ``elora:POLICY+sessions`` requests name their session, and the last of it closes it.
 
 Stock's slots have room for the largest rank. What N of them leave of the bytes is its KV pool.
@@ -127,9 +127,7 @@ def make_side(name: str, sizes: Sizes, num_adapters: int, longest: int) -> Side:
     if kind == "elora" and argument:
         argument, sessions, _ = argument.partition("+sessions")
         argument, _, variant = argument.partition("+")
-        policy, _, off = argument.partition("-")
-        flags: tuple[str, ...] = ("--elora", "--elora-policy", policy)
-        flags += ("--elora-policy-off", off) if off else ()
+        flags: tuple[str, ...] = ("--elora", "--elora-policy", argument)
         flags += ("--max-total-tokens", str(sizes.pool_slots))
         flags += _host_tier(sizes, sizes.pool_slots)
         return Side(name, ELORA_SERVER, flags, variant or None, names_sessions=bool(sessions))

@@ -42,7 +42,6 @@ class Term(Enum):
     SWAP_COST = "swap_cost"
     VISIT_FREQUENCY = "visit_frequency"
     RECENCY = "recency"
-    DEPENDENCY = "dependency"  # a rule of the tree, not of the order; for measurements only
 
 
 @register

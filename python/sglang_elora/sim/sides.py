@@ -123,8 +123,6 @@ def _pool(
 def _policy(name: str, context: PolicyContext) -> Policy:
     name, _, off = name.partition("-")
     terms = frozenset(map(Term, filter(None, off.split(","))))
-    if Term.DEPENDENCY in terms:
-        raise ValueError("the dependency rule is the simulated tree's and cannot be left out")
     if terms and name != EloraPaper.name:
         raise ValueError(f"policy {name!r} has no terms to leave out")
     return make_policy(name, context, off=terms) if terms else make_policy(name, context)

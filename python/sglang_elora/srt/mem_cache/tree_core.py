@@ -51,7 +51,6 @@ class EloraTreeCore(OrderedTreeCore):
 
     def __init__(self, params: Any, components: Any) -> None:
         self.forest = AdapterForest()
-        self.keeps_dependency = True  # off for measurements: KV stays when its adapter goes
         self.on_evicted: Callable[[str], None] = lambda uid: None
         super().__init__(params, components)
 
@@ -263,8 +262,7 @@ class EloraTreeCore(OrderedTreeCore):
         if data.value is None or data.lock_ref > 0 or node is self.root_node:
             return False
         if isinstance(node, AdapterNode):  # without a look at its children, who may be many
-            bare = node.adapter.device_tokens == 0 or not self.keeps_dependency
-            return bare and len(data.value) > 0
+            return node.adapter.device_tokens == 0 and len(data.value) > 0
         for child in node.children.values():
             if child.component_data[FULL].value is not None:
                 return False
@@ -432,7 +430,7 @@ class EloraTreeCore(OrderedTreeCore):
             assert counted[adapter.uid] == [adapter.device_tokens, adapter.host_tokens], (
                 f"{adapter} holds {counted[adapter.uid]} tokens"
             )
-            assert adapter.retired or adapter.invalid_tokens == 0 or not self.keeps_dependency, (
+            assert adapter.retired or adapter.invalid_tokens == 0, (
                 f"KV on the device without its adapter: {adapter}"
             )
             if adapter.resident and adapter.uid is not None:

@@ -17,7 +17,7 @@ from sglang.srt.mem_cache.unified_cache.tree_core_registry import register_tree_
 from sglang.srt.runtime_context import get_memory
 
 from sglang_elora.config import EloraConfig
-from sglang_elora.policy import PolicyContext, Term, make_policy
+from sglang_elora.policy import PolicyContext, make_policy
 from sglang_elora.srt.arguments import compatibility
 from sglang_elora.srt.lora.adapter_memory import arena_for
 from sglang_elora.srt.lora.lora_manager import EloraLoRAManager
@@ -67,10 +67,8 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
             is_held=core.is_held,
             writes_back=core.is_write_back,
         )
-        off = {"off": frozenset(map(Term, config.policy_terms_off))} if config.policy_off else {}
-        policy = make_policy(config.policy, context, **off)
+        policy = make_policy(config.policy, context)
         core.use_policy(policy, pool_slots=ctx.params.token_to_kv_pool_allocator.size)
-        core.keeps_dependency = Term.DEPENDENCY.value not in config.policy_terms_off
         device = str(ctx.params.token_to_kv_pool_allocator.device)
         host = HostTier(
             arena_for(manager, int(config.host_gb * 1e9), device),
