@@ -9,6 +9,7 @@ before the server starts and every process reads it back with ``from_env``.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -212,6 +213,20 @@ class EloraConfig:
     @classmethod
     def from_args(cls, namespace: argparse.Namespace) -> EloraConfig:
         return cls(**{item.name: getattr(namespace, item.name) for item in fields(cls)})
+
+
+_active: EloraConfig | None = None
+
+
+def activate(config: EloraConfig) -> None:
+    """Make this the configuration of the process, which it keeps to its end."""
+    global _active
+    _active = config
+
+
+def active_config() -> EloraConfig:
+    """The configuration of this process: read once, when SGLang loads its plugins."""
+    return EloraConfig.from_env(os.environ) if _active is None else _active
 
 
 def _listed(text: str) -> tuple[str, ...]:

@@ -48,9 +48,10 @@ def load() -> None:
             the pinned version has it.
     """
     try:
-        from sglang_elora.config import EloraConfig
+        from sglang_elora.config import EloraConfig, activate
 
         config = EloraConfig.from_env(os.environ)
+        activate(config)
         if config.selects_anything and passes_messages_on():
             return
         if config.emulates_link:

@@ -252,7 +252,8 @@ print(json.dumps([found, fields["enable_dp_attention"].__metadata__[0].no_cli]))
 
 def test_adapter_events_need_a_stream(run_python: RunPython, checkpoint: Path) -> None:
     code = """
-os.environ.update(SGLANG_ELORA="1", SGLANG_ELORA_ADAPTER_EVENTS="1")
+from sglang_elora import config
+config.activate(config.EloraConfig(enabled=True, adapter_events=True))
 events = ["--kv-events-config", '{"publisher": "zmq"}']
 lora = json.loads(sys.argv[2])
 found = []

@@ -8,7 +8,6 @@ pool is there (``check_pool``).
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from sglang.srt.environ import envs
 from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
 from sglang_elora.adapters import EMBEDDING_MODULES, served_names
-from sglang_elora.config import EloraConfig
+from sglang_elora.config import active_config
 from sglang_elora.srt.lora.lora_backend import TORCH, TRITON
 
 logger = logging.getLogger(__name__)
@@ -371,7 +370,7 @@ def check_compatible(server_args: Any) -> None:
     ]
     if problems:
         raise ValueError("--elora does not run with:\n" + "\n".join(f"  {p}" for p in problems))
-    if EloraConfig.from_env(os.environ).adapter_events and not (lora and cfg.kv_events_config):
+    if active_config().adapter_events and not (lora and cfg.kv_events_config):
         raise ValueError("--elora-adapter-events needs --enable-lora and --kv-events-config")
     if lora:
         _ignore_without_effect(server_args)

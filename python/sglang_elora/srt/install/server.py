@@ -10,7 +10,7 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
 from sglang.srt.utils import kill_process_tree
 
-from sglang_elora.config import EloraConfig
+from sglang_elora.config import active_config
 from sglang_elora.srt.install.install import missing
 
 
@@ -25,7 +25,7 @@ def serve(argv: Sequence[str]) -> None:
             load our plugin.
     """
     load_plugins()
-    problems = missing(EloraConfig.from_env(os.environ))
+    problems = missing(active_config())
     if problems:
         raise SystemExit(
             "sglang_elora: SGLang did not load our plugin, so the flags would have no effect; "

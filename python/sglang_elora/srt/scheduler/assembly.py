@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
@@ -16,7 +15,7 @@ from sglang.srt.mem_cache.registry import (
 from sglang.srt.mem_cache.unified_cache.tree_core_registry import register_tree_core_backend
 from sglang.srt.runtime_context import get_memory
 
-from sglang_elora.config import EloraConfig
+from sglang_elora.config import active_config
 from sglang_elora.policy import PolicyContext, make_policy
 from sglang_elora.srt.arguments import compatibility
 from sglang_elora.srt.lora.adapter_memory import arena_for
@@ -55,7 +54,7 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     cache: Any = create_unified_radix_cache(ctx, cache_class=EloraRadixCache)
     if manager is not None:
         assert isinstance(manager, EloraLoRAManager), type(manager)
-        config = EloraConfig.from_env(os.environ)
+        config = active_config()
         core: EloraTreeCore = cache.tree_core
         stream = ctx.tp_worker.model_runner.forward_stream
         is_async = str(ctx.params.token_to_kv_pool_allocator.device) != "cpu"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput
 
 from sglang_elora.adapters import FolderScan, FoundAdapter
-from sglang_elora.config import EloraConfig
+from sglang_elora.config import active_config
 
 if TYPE_CHECKING:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -26,7 +25,7 @@ def begin(result: None, self: TokenizerManager) -> None:
     server's own, at its start): there is an event loop now."""
     if hasattr(self, "elora_watches"):
         return
-    folder = EloraConfig.from_env(os.environ).adapter_dir
+    folder = active_config().adapter_dir
     self.elora_watches = bool(folder) and self.enable_lora
     if self.elora_watches:
         self.asyncio_tasks.add(self.event_loop.create_task(_watch(self, Path(folder))))

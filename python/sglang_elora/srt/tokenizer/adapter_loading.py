@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import os
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,7 @@ from sglang_elora.adapters import (
     download,
     is_url,
 )
-from sglang_elora.config import EloraConfig
+from sglang_elora.config import active_config
 from sglang_elora.srt.tokenizer.adapter_sources import (
     allowed_sources,
     keep_loaded,
@@ -63,7 +62,7 @@ def drop_bad_start_adapters(result: None, server_args: Any) -> None:
     settings = resolving_view(server_args)
     if not settings.enable_lora or not settings.lora_paths:
         return
-    config = EloraConfig.from_env(os.environ)
+    config = active_config()
     kept = []
     for adapter in settings.lora_paths:
         try:

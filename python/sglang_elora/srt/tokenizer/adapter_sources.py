@@ -22,7 +22,7 @@ from sglang_elora.adapters import (
     keep_only,
     leads_out,
 )
-from sglang_elora.config import EloraConfig
+from sglang_elora.config import active_config
 from sglang_elora.srt.tokenizer.source_calls import Call, SourceCalls, SourceUnavailable
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def allowed_sources() -> AllowedSources:
         ValueError: The flag names what cannot be a place.
     """
     try:
-        return AllowedSources(EloraConfig.from_env(os.environ).adapter_places)
+        return AllowedSources(active_config().adapter_places)
     except ValueError as error:
         raise ValueError(
             f"--elora-adapter-sources (SGLANG_ELORA_ADAPTER_SOURCES): {error}"
@@ -59,7 +59,7 @@ def refusal(path: str) -> str:
     sources = allowed_sources()
     if not sources or sources.allows(path):
         return ""
-    folder = EloraConfig.from_env(os.environ).adapter_dir
+    folder = active_config().adapter_dir
     if folder and not leads_out(Path(folder), Path(path)):
         return ""
     if any(path == given.lora_path for given in get_lora().lora_paths or ()):
