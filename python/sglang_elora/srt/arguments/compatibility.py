@@ -399,23 +399,16 @@ def check_pool(ctx: Any) -> None:
         ValueError: With the reason; ``check_compatible`` catches most of it before the model is
             loaded.
     """
-    from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import UnquantizedKVCacheMethod
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang_elora.srt.mem_cache.kv_pool import why_unsupported
 
-    pool = ctx.params.token_to_kv_pool_allocator.get_kvcache()
     if ctx.is_hybrid_swa or ctx.is_hybrid_ssm:
-        reason = "the model has state outside one pool of full attention"
+        reason: str | None = "the model has state outside one pool of full attention"
     elif ctx.disable_radix_cache:
         reason = "the radix cache is off"
-    elif type(pool) is not MHATokenToKVPool:
-        reason = f"the KV pool is a {type(pool).__name__}, not one buffer each for K and V by layer"
-    elif pool.kv_cache_layout != "nhd":
-        reason = f"the KV pool has layout {pool.kv_cache_layout}, where slots are not contiguous"
-    elif not isinstance(pool.quant_method, UnquantizedKVCacheMethod):
-        reason = "the KV cache has scales beside the pool"
     else:
-        return
-    raise ValueError(f"--elora does not run here: {reason}; {WITHOUT_ELORA}")
+        reason = why_unsupported(ctx.params.token_to_kv_pool_allocator.get_kvcache())
+    if reason is not None:
+        raise ValueError(f"--elora does not run here: {reason}; {WITHOUT_ELORA}")
 
 
 def _ignore_without_effect(server_args: Any) -> None:

@@ -29,6 +29,7 @@ from sglang_elora.kernels import (
 )
 from sglang_elora.pages import KVPlanes, ModuleShape, PagedAdapter, WeightRef, stacked_modules
 from sglang_elora.srt.lora.lora_backend import TRITON, Graph, PagedLoRABackend, Segment
+from sglang_elora.srt.mem_cache.kv_pool import planes_of
 
 logger = logging.getLogger(__name__)
 
@@ -232,5 +233,5 @@ class EloraTritonBackend(PagedLoRABackend):
         pool = get_token_to_kv_pool()
         if self._planes is None or self._pool is not pool:
             self._pool = pool
-            self._planes = KVPlanes((pool.k_buffer, pool.v_buffer), self._dtype)
+            self._planes = planes_of(pool, self._dtype)
         return self._planes

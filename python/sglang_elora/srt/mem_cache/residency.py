@@ -12,11 +12,12 @@ import torch
 from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import BaseEvictionResult
 
 from sglang_elora.control import Histogram, Tier
-from sglang_elora.pages import AdapterImage, AdapterLayout, KVPlanes, PagedAdapter
+from sglang_elora.pages import AdapterImage, AdapterLayout, PagedAdapter
 from sglang_elora.srt.mem_cache import branches
 from sglang_elora.srt.mem_cache.copy_stream import CopyStream
 from sglang_elora.srt.mem_cache.free_order import FreeOrder
 from sglang_elora.srt.mem_cache.freed import parts_of
+from sglang_elora.srt.mem_cache.kv_pool import planes_of
 from sglang_elora.srt.mem_cache.ranks import Ranks
 from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
 from sglang_elora.swapper.adapter_copy import AdapterCopy, Copied
@@ -123,7 +124,7 @@ class Residency:
         self.ranks = Ranks(cache)
         self.allocator = cache.token_to_kv_pool_allocator
         pool = self.allocator.get_kvcache()
-        self.planes = KVPlanes((pool.k_buffer, pool.v_buffer), weight_dtype)
+        self.planes = planes_of(pool, weight_dtype)
         # Attention kernels may load the unused end of a request's last page. What an adapter left
         # there is finite in the dtype of weights, but may be NaN in the dtype of the KV.
         self._clears_slots = self.allocator.page_size > 1 and pool.dtype != weight_dtype
