@@ -119,7 +119,7 @@ def test_a_request_that_is_retracted_counts_its_next_wait_by_itself() -> None:
     req.lora_id = None
     for _ in range(2):
         assert one_pass(made, [req]) == [req]
-        assert counts["requests_waited_for_adapter"] == 1
+        assert counts.requests_waited_for_adapter == 1
 
 
 def test_a_request_that_is_retracted_is_not_passed_by_as_many_again() -> None:

@@ -201,7 +201,7 @@ def test_a_copy_that_cannot_be_queued_fails_its_requests_and_returns_all_it_took
     assert [(name, str(error) in text) for name, text in sent] == [(uid(0), True)]
     assert not made.waiting and not made.residency.copies and not made.is_resident(uid(0))
     assert made.cache.allocator.available_size() == free
-    assert made.residency.counts["adapter_copies_failed"] == 1
+    assert made.core.counts.adapter_copies_failed == 1
     made.check()
     made.arrive(uid(0))  # nothing holds it: the next request has it again
     made.step()

@@ -18,12 +18,11 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
-from sglang_elora.control import Changes, HintGate, Histogram, PoolState, StateMirror
+from sglang_elora.control import Changes, Counters, HintGate, Histogram, PoolState, StateMirror
 from sglang_elora.control.metrics import StateCollector
 
 with warnings.catch_warnings():  # SGLang's
     warnings.simplefilter("ignore")
-    from sglang_elora.srt.mem_cache.residency import COUNTS
     from sglang_elora.srt.tokenizer.tokenizer_control import TokenizerControl
 
 FOLDER = Path(__file__).parents[2] / "docs" / "grafana"
@@ -38,9 +37,7 @@ Exported = dict[str, set[str]]
 def of_elora() -> Exported:
     numbers = dict.fromkeys(PoolState.__struct_fields__, 1)
     lists = {"waiting": [], "running": []}
-    pool = PoolState(
-        **{**numbers, **lists, "counts": dict.fromkeys(COUNTS, 1), "load_s": Histogram()}
-    )
+    pool = PoolState(**{**numbers, **lists, "counts": Counters().flat(), "load_s": Histogram()})
     mirror = StateMirror()
     mirror.apply(Changes(1, False, [], msgspec.convert(msgspec.to_builtins(pool), PoolState)), ())
     process = SimpleNamespace(num_hints=0, gate=HintGate())

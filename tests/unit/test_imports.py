@@ -44,7 +44,7 @@ ALLOWED = {
     "pages": {"kernels", "pages"},
     "platforms": {"platforms"},
     "policy": {"policy"},
-    "sim": {"estimators", "policy", "sim", "swapper", "tree", "workloads"},
+    "sim": {"control", "estimators", "policy", "sim", "swapper", "tree", "workloads"},
     "srt": {*LIBRARIES, "srt"},
     "srt/arguments": {*LIBRARIES, "srt/arguments", "srt/lora", "srt/mem_cache"},
     "srt/install": {
@@ -68,7 +68,7 @@ ALLOWED = {
         "srt/scheduler",
     },
     "srt/tokenizer": {*LIBRARIES, "srt", "srt/tokenizer"},
-    "swapper": {"estimators", "pages", "policy", "swapper", "tree"},
+    "swapper": {"control", "estimators", "pages", "policy", "swapper", "tree"},
     "testbed": {"platforms", "testbed"},
     "tree": {"policy", "tree"},
     "upstream": {"upstream"},

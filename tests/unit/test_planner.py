@@ -170,7 +170,7 @@ def test_a_hinted_adapter_is_loaded_after_queued_ones_and_evicts_none_of_them() 
     for _ in range(3):
         world.step()
     assert world.resident() == [0, 1, 2]
-    assert world.memory.counts["hints"] == world.memory.counts["hints_dropped"] == 1
+    assert world.memory.counts.hints == world.memory.counts.hints_dropped == 1
 
 
 def test_a_file_is_read_before_its_adapter_is_copied() -> None:

@@ -19,6 +19,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from sglang_elora.control.counters import families
 from sglang_elora.control.mirror import StateMirror
 from sglang_elora.control.state import PoolState, Tier
 
@@ -26,14 +27,6 @@ PREFIX = "sglang:elora_"
 LORA_INFO = "sglang:lora_requests_info"
 """What the Gateway API inference extension routes by: its protocol for model servers, as vLLM has
 it under ``vllm:lora_requests_info``."""
-
-PART_LABELS = {
-    "adapter_evictions": "reason",
-    "adapter_lookups": "tier",
-    "kv_slots_evicted": "reason",
-    "prompt_tokens": "source",
-}
-"""Label of each count that has parts."""
 
 
 class StateCollector(Collector):
@@ -93,22 +86,19 @@ class StateCollector(Collector):
         return family
 
     def _counters(self, counts: Mapping[str, int]) -> Iterator[Metric]:
-        """One per count; parts of a count are one with a label, and their sum is left out."""
-        parts: dict[str, dict[str, int]] = {}
-        for name, count in counts.items():
-            whole, dot, part = name.partition(".")
-            if dot:
-                parts.setdefault(whole, {})[part] = count
-        for name, count in counts.items():
-            if "." not in name and name not in parts:
-                yield self._counter(name, f"{_in_words(name)}, since the start.", count)
-        for name, by_part in parts.items():
-            labels = [*self._labels, PART_LABELS[name]]
-            text = f"{_in_words(name)} by {PART_LABELS[name]}, since the start."
-            family = CounterMetricFamily(PREFIX + name, text, labels=labels)
-            for part, count in by_part.items():
-                family.add_metric([*self._labels.values(), part], count)
-            yield family
+        """One per count; of a count with a label each value, and not their sum."""
+        for family in families():
+            text = f"{family.text}, since the start."
+            if not family.label:
+                yield self._counter(family.name, text, counts[family.name])
+                continue
+            labels = [*self._labels, family.label]
+            metric = CounterMetricFamily(PREFIX + family.name, text, labels=labels)
+            prefix = f"{family.name}."
+            for name, count in counts.items():
+                if name.startswith(prefix):
+                    metric.add_metric([*self._labels.values(), name.removeprefix(prefix)], count)
+            yield metric
 
     def _counter(self, name: str, text: str, value: float) -> Metric:
         family = CounterMetricFamily(PREFIX + name, text, labels=list(self._labels))

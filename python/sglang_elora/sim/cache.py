@@ -7,9 +7,10 @@ no adapters in the pool.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Hashable
 
+from sglang_elora.control import Counters
 from sglang_elora.policy import Item, Policy
 from sglang_elora.sim.clairvoyant import Clairvoyant
 from sglang_elora.sim.segment import Segment
@@ -18,6 +19,7 @@ from sglang_elora.tree import (
     AdapterForest,
     Eviction,
     EvictionOrders,
+    Reason,
     Sessions,
     Victims,
 )
@@ -37,7 +39,7 @@ class Cache:
         self.policy, self.forest = policy, forest
         self.pool_slots, self.host_slots = pool_slots, host_slots
         self.free, self.locked, self.host_free = pool_slots, 0, host_slots
-        self.counts: Counter[str] = Counter()
+        self.counts = Counters()
         self.evicted: deque[Hashable] = deque(maxlen=MAX_REMEMBERED)
         self.slots_to_host = 0  # copied by evictions since somebody asked last
         self.orders = EvictionOrders[Segment](policy, lambda segment: segment.on_host)
@@ -102,7 +104,7 @@ class Cache:
         segment.on_device = True
         if segment.item.is_adapter:
             self.forest.set_resident(segment.adapter, True)
-            self.counts["adapter_loads"] += 1
+            self.counts.adapter_loads += 1
         else:
             self.forest.count_kv(segment.adapter, device=segment.num_slots, host=0)
         self.policy.advance(segment.num_slots / self.pool_slots)
@@ -135,7 +137,7 @@ class Cache:
             if must_copy and not copies:
                 victims.put_back()
                 break
-            self._evict(leaf, must_copy)
+            self._evict(leaf, must_copy, eviction.reason)
         victims.close()
         return victims.num_taken
 
@@ -155,13 +157,13 @@ class Cache:
         else:
             self.leaves.discard(segment)
 
-    def _evict(self, leaf: Segment, must_copy: bool) -> None:
+    def _evict(self, leaf: Segment, must_copy: bool, reason: Reason) -> None:
         if leaf.item.is_adapter:
             self.forest.set_resident(leaf.adapter, False)
-            self.counts["adapter_evictions"] += 1
+            self.counts.adapter_evictions[reason] += 1
         elif must_copy and self._to_host(leaf):
             self.slots_to_host += leaf.num_slots
-        self._leave_device(leaf)
+        self._leave_device(leaf, reason)
         if leaf.on_host or leaf.item.is_adapter:
             self.evicted.append(leaf)
         if leaf.on_host:
@@ -169,7 +171,7 @@ class Cache:
         elif not leaf.item.is_adapter:
             self._drop(leaf)
 
-    def _leave_device(self, leaf: Segment) -> None:
+    def _leave_device(self, leaf: Segment, reason: Reason) -> None:
         self.leaves.discard(leaf)
         self._duplicates.pop(leaf, None)
         self.policy.displace(leaf.item)
@@ -177,7 +179,7 @@ class Cache:
         self.free += leaf.num_slots
         if not leaf.item.is_adapter:
             self.forest.count_kv(leaf.adapter, device=-leaf.num_slots, host=0)
-            self.counts["kv_slots_evicted"] += leaf.num_slots
+            self.counts.kv_slots_evicted[reason] += leaf.num_slots
         if leaf.parent is not None:
             leaf.parent.device_children -= 1
             self._update_leaf(leaf.parent)
@@ -206,7 +208,7 @@ class Cache:
         self.host_free -= leaf.num_slots
         leaf.on_host = True
         self.forest.count_kv(leaf.adapter, device=0, host=leaf.num_slots)
-        self.counts["kv_slots_to_host"] += leaf.num_slots
+        self.counts.kv_slots_to_host += leaf.num_slots
         self.policy.displace(leaf.item)
         leaf.item.backed = True
         self.policy.place(leaf.item)

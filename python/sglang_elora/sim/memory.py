@@ -153,13 +153,19 @@ class PoolMemory:
         self._images.read_ahead(self.now_s)
 
     def load_kv(self, node: Segment, eviction: Eviction | None) -> Sequence[Item]:
-        missing = [node] if eviction is None else [s for s in path_of(node) if not s.on_device]
+        path = [node] if eviction is None else path_of(node)
+        missing = [segment for segment in path if not segment.on_device]
+        held = [segment for segment in path if segment.on_device]
         if not all(segment.on_host for segment in missing):
             return []
         num_slots = sum(segment.num_slots for segment in missing)
         shortfall = num_slots - self.cache.free
         if shortfall > 0 and eviction is not None:
+            for segment in held:
+                self.cache.lock(segment)
             self.cache.evict(eviction.freeing(shortfall))
+            for segment in held:
+                self.cache.unlock(segment)
         if self.cache.free < num_slots:
             return []
         for segment in reversed(missing):

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Collection, Hashable, Mapping, Sequence, Sized
 from typing import Any, Protocol, TypeVar
 
+from sglang_elora.control import Counters
 from sglang_elora.policy import Item, Policy
 from sglang_elora.tree import AdapterForest, Eviction
 
@@ -50,7 +51,7 @@ class Memory(Protocol[N]):
     forest: AdapterForest
     policy: Policy
     pool_slots: int
-    counts: Any  # counters, by name
+    counts: Counters
 
     @property
     def num_launches(self) -> int:

@@ -159,10 +159,10 @@ class Planner(Generic[N]):
         for adapter_id in adapter_ids:
             is_known = adapter_id in forest and not forest.get(adapter_id).retired
             if not is_known or not self.expected.add(adapter_id, ordered=ordered):
-                counts["hints_dropped"] += 1
+                counts.hints_dropped += 1
                 continue
-            counts["hints"] += 1
-            counts["hints_late"] += self.is_queued(adapter_id)
+            counts.hints += 1
+            counts.hints_late += self.is_queued(adapter_id)
             num_taken += 1
         return num_taken
 
@@ -186,7 +186,7 @@ class Planner(Generic[N]):
     def used(self, adapter_id: str) -> None:
         """A request with this adapter runs."""
         self._online.popularity.use(adapter_id)
-        self._memory.counts["hints_used"] += self.expected.used(adapter_id)
+        self._memory.counts.hints_used += self.expected.used(adapter_id)
 
     def is_queued(self, adapter_id: str) -> bool:
         """Whether one of the first queued requests needs the adapter."""
@@ -364,7 +364,7 @@ class Planner(Generic[N]):
     def _note_prefetched(self, items: Iterable[Item]) -> None:
         for item in items:
             item.prefetched = True
-            self._memory.counts["prefetched_slots"] += item.num_slots
+            self._memory.counts.prefetched_slots += item.num_slots
 
     def _keep_room(self) -> bool:
         """Evict a little KV, until a load like the last ones would find its slots free.

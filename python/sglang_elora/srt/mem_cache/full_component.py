@@ -102,12 +102,12 @@ class EloraFullComponent(FullComponent):
         moved = transfers[0]
         counts = self.tree_core.counts
         if phase == CacheTransferPhase.BACKUP_HOST and moved.host_indices is not None:
-            counts["kv_slots_to_host"] += len(moved.host_indices)
+            counts.kv_slots_to_host += len(moved.host_indices)
             self.tree_core.count_kv(node, host=len(moved.host_indices))
             if self.keeps_order:  # to lose it costs less now
                 self._order(self.tree_core.evictable_device_leaves).lower(node)
         if phase == CacheTransferPhase.LOAD_BACK and moved.device_indices is not None:
-            counts["kv_slots_from_host"] += len(moved.device_indices)
+            counts.kv_slots_from_host += len(moved.device_indices)
             for node_id in moved.nodes_to_load or ():
                 loaded = self.tree_core.node_by_id(node_id)
                 num_tokens = len(loaded.component_data[self.component_type].value)

@@ -6,7 +6,7 @@ go in the order of --radix-eviction-policy, which is found by a heap and not by 
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -21,6 +21,7 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core import (
 )
 from typing_extensions import override
 
+from sglang_elora.control import Counters
 from sglang_elora.policy import Expectation, Item, Policy
 from sglang_elora.tree import (
     MAX_REMEMBERED,
@@ -42,7 +43,7 @@ class OrderedTreeCore(UnifiedTreeCore):
         self.orders: EvictionOrders[UnifiedTreeNode] | None = None  # with a policy
         self._pool_slots = 1
         self._next_item = _no_item()  # of the node that is made next
-        self.counts: Counter[str] = Counter()
+        self.counts = Counters()
         self.evicted: deque[NodeId] = deque(maxlen=MAX_REMEMBERED)  # the last one most valuable
         self.sessions = Sessions[UnifiedTreeNode](self.path_of, self._set_session_state)
         self._node_arena: dict[int, UnifiedTreeNode] = {}
@@ -85,7 +86,7 @@ class OrderedTreeCore(UnifiedTreeCore):
             for item in path:
                 if item.prefetched:
                     item.prefetched = False
-                    self.counts["prefetched_slots_used"] += item.num_slots
+                    self.counts.prefetched_slots_used += item.num_slots
             self.policy.visit(path)
 
     @override
@@ -163,7 +164,7 @@ class OrderedTreeCore(UnifiedTreeCore):
             self.evicted.append(node.id)
         if node.item.prefetched:
             node.item.prefetched = False
-            self.counts["prefetched_slots_wasted"] += node.item.num_slots
+            self.counts.prefetched_slots_wasted += node.item.num_slots
 
     def recount(self, node: UnifiedTreeNode, *, leaving: bool = False) -> None:
         """The node came to a tier or left one."""

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import BaseEvictionResult
@@ -23,42 +23,10 @@ from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
 from sglang_elora.swapper.adapter_copy import AdapterCopy, Copied
 from sglang_elora.swapper.host_tier import HostTier
 from sglang_elora.swapper.reading import ReadImage
-from sglang_elora.tree import Adapter, Eviction, Reason
+from sglang_elora.tree import Adapter, Eviction
 
 logger = logging.getLogger(__name__)
 
-
-COUNTS = (
-    "adapter_churn",
-    *(f"adapter_evictions.{reason}" for reason in ("capacity", "api", "unload")),
-    "adapter_loads",
-    *(f"adapter_lookups.{tier}" for tier in get_args(Tier)),
-    "adapter_slots_from_host",
-    "adapter_copies_failed",
-    "adapter_reads_failed",
-    "hints",
-    "hints_dropped",
-    "hints_late",
-    "hints_used",
-    "kv_slots_copied_ahead",
-    *(f"kv_slots_evicted.{reason}" for reason in get_args(Reason)),
-    "kv_slots_from_host",
-    "kv_slots_to_host",
-    "messages_dropped",
-    "prefetched_slots",
-    "prefetched_slots_used",
-    "prefetched_slots_wasted",
-    *(f"prompt_tokens.{source}" for source in ("device", "host", "computed")),
-    "requests_failed",
-    "requests_waited_for_adapter",
-    "ms_waited_for_adapter",
-)
-"""Counted since the start, by whoever does it, in the tree core's ``counts``. Parts of a count have
-what they are told by behind a dot: where a request found its adapter when it came, and the tokens
-of its prompt when it was taken; why something was evicted."""
-
-TOTALS = ("adapter_evictions", "kv_slots_evicted")
-"""Of their parts, shown beside them."""
 
 ROOM_BESIDE_PINS = 256
 """Tokens that pins leave room for, beside the largest adapter that is not pinned; in a small pool
@@ -282,7 +250,7 @@ class Residency:
             return False
         copy = self.copies[uid] = self._start_copy(uid, slots)
         copy.launches_before = self.num_launches
-        self.core.counts["adapter_slots_from_host"] += adapter.num_slots
+        self.core.counts.adapter_slots_from_host += adapter.num_slots
         logger.info("load %s into %d slots", self.name_of(uid), adapter.num_slots)
         return True
 
@@ -366,19 +334,10 @@ class Residency:
             self._copy_stream.clear(slots)
         logger.info("evict %s", self.name_of(uid))
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """``COUNTS``, and ``TOTALS``."""
-        counts = {name: self.core.counts[name] for name in COUNTS}
-        for total in TOTALS:
-            parts = (count for name, count in counts.items() if name.startswith(f"{total}."))
-            counts[total] = sum(parts)
-        return counts
-
     def statistics(self) -> dict[str, int]:
         """Counts of now and since the start, all in slots or tokens (one slot holds one token)."""
         return {
-            **self.counts,
+            **self.core.counts.flat(),
             "pool_slots": self.pool_slots,
             "adapter_slots": self.forest.resident_slots,
             "adapters_resident": self.forest.num_resident,

@@ -203,7 +203,7 @@ class EloraTreeCore(OrderedTreeCore):
         if device > 0:
             self._fill(device)
         elif device < 0:
-            self.counts[f"kv_slots_evicted.{self.reason}"] -= device
+            self.counts.kv_slots_evicted[self.reason] -= device
             if node.backuped:
                 self.note_eviction(node)
         self.forest.count_kv(adapter, device=device, host=host)
@@ -303,7 +303,7 @@ class EloraTreeCore(OrderedTreeCore):
             tracker, device_frees, *_ = freed
             tracker[FULL] += len(leaf.slots)
             self._release_slots(leaf, device_frees)
-            self.counts[f"adapter_evictions.{self.reason}"] += 1
+            self.counts.adapter_evictions[self.reason] += 1
             leaf.adapter.evicted_s = time.monotonic()
             self.note_eviction(leaf)
         elif leaf.backuped:
@@ -349,9 +349,9 @@ class EloraTreeCore(OrderedTreeCore):
         sizes[FULL] += num_slots
         self.forest.set_resident(adapter, True)
         self.recount(node)
-        self.counts["adapter_loads"] += 1
+        self.counts.adapter_loads += 1
         if time.monotonic() - adapter.evicted_s < CHURN_S:
-            self.counts["adapter_churn"] += 1
+            self.counts.adapter_churn += 1
         self._fill(num_slots)
         node.last_access_time = get_and_increase_time_counter()
         if adapter.pinned:
@@ -373,7 +373,7 @@ class EloraTreeCore(OrderedTreeCore):
         """Remove a retired adapter without KV: its slots, its node, and what is known of it."""
         uid = str(node.adapter.uid)
         if node.adapter.resident:
-            self.counts[f"adapter_evictions.{self.reason}"] += 1
+            self.counts.adapter_evictions[self.reason] += 1
         self._release_slots(node, device_frees)
         del self._tree_root.children[self._child_key(uid)]
         del self._adapter_nodes[uid]

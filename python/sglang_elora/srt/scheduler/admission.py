@@ -79,8 +79,8 @@ class Admission:
         refusal = _refusal_of(req)
         if refusal is not None and refusal.since_s is not None:
             waited_s = time.monotonic() - refusal.since_s
-            self.residency.core.counts["requests_waited_for_adapter"] += 1
-            self.residency.core.counts["ms_waited_for_adapter"] += round(1e3 * waited_s)
+            self.residency.core.counts.requests_waited_for_adapter += 1
+            self.residency.core.counts.ms_waited_for_adapter += round(1e3 * waited_s)
             refusal.since_s = None  # it may be retracted, and wait once more
             refusal.add_bypasses()
         if not req.retracted_stain:
@@ -91,11 +91,11 @@ class Admission:
             self.swapper.used(req.lora_id)
 
     def _count_prompt(self, req: Req) -> None:
-        counts, found = self.residency.core.counts, req.prefix_len
+        tokens, found = self.residency.core.counts.prompt_tokens, req.prefix_len
         from_host = min(found, req.materialized_host_hit_len())
-        counts["prompt_tokens.device"] += found - from_host
-        counts["prompt_tokens.host"] += from_host
-        counts["prompt_tokens.computed"] += len(req.origin_input_ids) - found
+        tokens["device"] += found - from_host
+        tokens["host"] += from_host
+        tokens["computed"] += len(req.origin_input_ids) - found
 
     def admit(self, req: Req, running: set[str | None]) -> bool:
         """Whether the request may be added now; its adapter has its slots if so.
@@ -118,7 +118,7 @@ class Admission:
         """
         residency = self.residency
         if req.lora_id is not None:
-            residency.core.counts[f"adapter_lookups.{residency.tier_of(req.lora_id)}"] += 1
+            residency.core.counts.adapter_lookups[residency.tier_of(req.lora_id)] += 1
         adapter, page_size = residency.forest.get(req.lora_id), residency.allocator.page_size
         others = residency.forest.pinned_slots - adapter.num_slots * adapter.pinned
         num_tokens = -(-len(req.origin_input_ids) // page_size) * page_size

@@ -65,7 +65,8 @@ class Control:
     def drop(self, message: Any) -> None:
         """Count what nobody handles, ``Undecodable`` above all."""
         counts = self._residency.core.counts
-        counts["messages_dropped"] = dropped = counts["messages_dropped"] + 1
+        counts.messages_dropped += 1
+        dropped = counts.messages_dropped
         if dropped & (dropped - 1) == 0:  # whenever their number has doubled
             logger.warning("%d messages dropped, the last: %s", dropped, _text(message)[:_SHOWN])
 

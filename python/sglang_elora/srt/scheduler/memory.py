@@ -118,6 +118,6 @@ class SchedulerMemory:
         copies = self._core.copies_ahead(most_leaves)
         for copy in copies:
             num_slots = self._cache._execute_and_commit_kv_backup(copy)
-            self.counts["kv_slots_copied_ahead"] += num_slots
+            self.counts.kv_slots_copied_ahead += num_slots
         self._cache.flush_pending_backups()
         return bool(copies)

@@ -80,7 +80,9 @@ class Settling:
         if code == Copied.DONE and (seconds := copy.seconds()) > 0:
             self._measure.copied(copy.num_slots, seconds)
         failure = self._residency.settle(copy.uid, code)
-        self._note(copy.uid, failure, "adapter_copies_failed")
+        if failure is not None:
+            self._residency.core.counts.adapter_copies_failed += 1
+            self._fail(copy.uid, failure)
 
     def _settle_read(self, uid: str, code: Read, *, is_same: bool) -> None:
         """Take in an image that all ranks have read from the same file, or say why not."""
@@ -94,11 +96,11 @@ class Settling:
         found = self._host.settle(uid, code)
         if failure is None and isinstance(found, BaseException):
             failure = found
-        self._note(uid, failure, "adapter_reads_failed")
-
-    def _note(self, uid: str, failure: BaseException | None, counted: str) -> None:
         if failure is not None:
-            logger.error("LoRA adapter %s: %s", self._residency.name_of(uid), failure)
-            self._residency.core.counts[counted] += 1
-            self._errors[uid] = failure
-            self._expected.forget(uid)  # or it would be tried again and again
+            self._residency.core.counts.adapter_reads_failed += 1
+            self._fail(uid, failure)
+
+    def _fail(self, uid: str, failure: BaseException) -> None:
+        logger.error("LoRA adapter %s: %s", self._residency.name_of(uid), failure)
+        self._errors[uid] = failure
+        self._expected.forget(uid)  # or it would be tried again and again

@@ -63,7 +63,7 @@ def pool_state(residency: Residency, scheduler: Scheduler) -> PoolState:
         adapter_host_bytes=host.num_bytes,
         num_waiting=len(scheduler.waiting_queue),
         num_running=len(running),
-        counts=residency.counts,
+        counts=residency.core.counts.flat(),
         waiting=_adapters_of(islice(scheduler.waiting_queue, LOOKAHEAD)),
         running=_adapters_of(running),
         most_in_batch=scheduler.tp_worker.model_runner.lora_manager.max_adapters_in_batch,

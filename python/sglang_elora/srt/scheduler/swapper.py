@@ -146,7 +146,7 @@ class Swapper:
                 "status_code": HTTPStatus.SERVICE_UNAVAILABLE,
                 "message": f"LoRA adapter '{name}' cannot be loaded: {error}",
             }
-            self._core.counts["requests_failed"] += 1
+            self._core.counts.requests_failed += 1
             scheduler.waiting_queue.remove(req)
             scheduler._release_aborted_request(req)
             answer = _make_abort_req(req, finished_reason=reason)
