@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sglang_elora.bench.figures import cell
+from sglang_elora.bench.plain_table import markdown_table
+
 Row = Mapping[str, Any]
 COLUMNS = (
     ("ttft_mean_ms", "mean TTFT ms"),
@@ -32,47 +35,36 @@ def table(rows: Sequence[Row]) -> str:
     best = min(splits, key=lambda row: float(row["ttft_mean_ms"]), default=None)
     shown = [row for row in rows if row not in splits or row is best]
     bound = next((r["hit_value_s"] for r in rows if r["side"] == "clairvoyant"), None)
-    lines = [
-        "| side | " + " | ".join(name for _, name in COLUMNS) + " |",
-        "| --- |" + " ---: |" * len(COLUMNS),
-    ]
+    lines = []
     for row in sorted(shown, key=lambda row: -float(row["ttft_mean_ms"])):
         cells = {**row, "hit_value_s": row["hit_value_s"] / bound if bound else None}
         label = f"best split ({row['side']})" if row is best else row["side"]
-        lines.append(f"| {label} | " + " | ".join(_cell(cells[key]) for key, _ in COLUMNS) + " |")
-    return "\n".join(lines)
+        lines.append([label, *(cell(cells[key]) for key, _ in COLUMNS)])
+    return markdown_table(["side", *(name for _, name in COLUMNS)], lines)
 
 
 def sensitivity(rows: Sequence[Row]) -> str:
     """Mean TTFT of each side over that of the first one, with a constant halved and doubled."""
     sides = list(dict.fromkeys(row["side"] for row in rows))
-    lines = [
-        f"| constant | {' | '.join(sides[1:])} |",
-        "| --- |" + " ---: |" * (len(sides) - 1),
-    ]
+    lines = []
     for case in dict.fromkeys((row["scaled"], row["factor"]) for row in rows):
         of = {r["side"]: r["ttft_mean_ms"] for r in rows if (r["scaled"], r["factor"]) == case}
         name = f"{case[0]} x {case[1]:g}" if case[0] else "as calibrated"
         ratios = (f"{of[side] / of[sides[0]]:.2f}" for side in sides[1:])
-        lines.append(f"| {name} | {' | '.join(ratios)} |")
-    return f"mean TTFT over that of {sides[0]}\n\n" + "\n".join(lines)
+        lines.append([name, *ratios])
+    table_of_ratios = markdown_table(["constant", *sides[1:]], lines)
+    return f"mean TTFT over that of {sides[0]}\n\n{table_of_ratios}"
 
 
 def peaks(rows: Sequence[Row]) -> str:
     """Turns per second, by workload and side."""
     workloads = list(dict.fromkeys(row["workload"] for row in rows))
-    lines = [f"| side | {' | '.join(workloads)} |", "| --- |" + " ---: |" * len(workloads)]
+    lines = []
     for side in dict.fromkeys(row["side"] for row in rows):
         of = {row["workload"]: row["peak_turns_per_s"] for row in rows if row["side"] == side}
         cells = (f"{of[w]:.1f}" if w in of else "-" for w in workloads)
-        lines.append(f"| {side} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _cell(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+        lines.append([side, *cells])
+    return markdown_table(["side", *workloads], lines)
 
 
 def main() -> None:

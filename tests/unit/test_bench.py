@@ -16,9 +16,10 @@ import pytest
 from sglang_elora.bench.__main__ import QUICK, SWEEP, parse, plan_of
 from sglang_elora.bench.apis import Answer, ChatCompletions, Completions, Native, words
 from sglang_elora.bench.endpoint import Endpoint, EndpointError, find
-from sglang_elora.bench.figures import Bars, figures
+from sglang_elora.bench.figures import Bars, Spread, figures
 from sglang_elora.bench.matrix import rotated
 from sglang_elora.bench.page import page
+from sglang_elora.bench.plain_table import markdown_table, plain_table
 from sglang_elora.bench.plots import save_plots
 from sglang_elora.bench.pool import of_elora, of_stock
 from sglang_elora.bench.record import PoolSample, Record
@@ -227,6 +228,19 @@ def test_traces_get_the_servers_adapters() -> None:
     assert {session.adapter for session in few.assigned(trace).sessions} == {"x", "y"}
     none = replace(few, adapters=())
     assert {session.adapter for session in none.assigned(trace).sessions} == {""}
+
+
+def test_a_single_run_has_no_range() -> None:
+    assert str(Spread(0.628, 0.628, 0.628)) == "0.628"
+    assert str(Spread(0.5, 0.6, 0.7)) == "0.600 (0.500 to 0.700)"
+
+
+def test_tables_are_neither_folded_nor_cut() -> None:
+    rows = [["a" * 150, "1"], ["b", "[red]"]]
+    assert plain_table(["", "x" * 150], rows).splitlines()[1].split() == ["a" * 150, "1"]
+    head, rule, first, second = markdown_table(["side", "n"], rows).splitlines()
+    assert head.startswith("| side ") and set(rule) <= set("|-: ")
+    assert first.split("|")[1].strip() == "a" * 150 and "[red]" in second
 
 
 def test_rates_are_blocks_of_their_own() -> None:

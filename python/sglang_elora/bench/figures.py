@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from sglang_elora.bench.plain_table import plain_table
 from sglang_elora.bench.record import Record
 
 WARM_UP = 0.2  # of the trace's duration, at its beginning
@@ -67,7 +70,7 @@ def figures(
     """
     mine = counted(records, duration_s)
     good = [record for record in mine if record.error is None]
-    ttft = sorted(1e3 * s for record in good if (s := record.ttft_s) is not None)
+    ttft = [1e3 * s for record in good if (s := record.ttft_s) is not None]
     tpot = [1e3 * s for record in good if (s := record.tpot_s) is not None]
     prompt = sum(record.num_prompt for record in good) or 1
     from_host = sum(record.num_from_host for record in good)
@@ -80,25 +83,29 @@ def figures(
         "errors": len(mine) - len(good),
         "requests_per_s": len(good) / (ended_s - WARM_UP * duration_s),
         "ttft_mean_ms": _mean(ttft),
-        "ttft_p50_ms": _quantile(ttft, 0.50),
-        "ttft_p95_ms": _quantile(ttft, 0.95),
-        "ttft_p99_ms": _quantile(ttft, 0.99),
+        "ttft_p50_ms": _percentile(ttft, 50),
+        "ttft_p95_ms": _percentile(ttft, 95),
+        "ttft_p99_ms": _percentile(ttft, 99),
         "tpot_mean_ms": _mean(tpot),
         "goodput": sum(map(bars.met, mine)) / len(mine) if mine else None,
         "cached_device": (sum(record.num_cached for record in good) - from_host) / prompt,
         "cached_host": from_host / prompt,
         "adapter_loads": loads,
-        "late_p99_ms": _quantile(sorted(1e3 * (r.sent_s - r.due_s) for r in good), 0.99),
+        "late_p99_ms": _percentile([1e3 * (r.sent_s - r.due_s) for r in good], 99),
     }
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
+    """Of one figure over several runs; of a single run all three are the same."""
+
     low: float
     median: float
     high: float
 
     def __str__(self) -> str:
+        if self.low == self.high:
+            return f"{self.median:.3f}"
         return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
@@ -129,13 +136,9 @@ def ratios(
 
 
 def table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
-    """A line per row under the names of ``COLUMNS``, in columns of one width each."""
-    width = max(map(len, rows), default=0)
-    lines = [" " * width + "".join(f" {name:>{_width(name)}}" for name in COLUMNS)]
-    for label, row in rows.items():
-        cells = (f" {cell(row[name]):>{_width(name)}}" for name in COLUMNS)
-        lines.append(f"{label:<{width}}{''.join(cells)}")
-    return "\n".join(lines)
+    """A line per row under the names of ``COLUMNS``."""
+    cells = ([label, *(cell(row[name]) for name in COLUMNS)] for label, row in rows.items())
+    return plain_table(["", *COLUMNS], cells)
 
 
 def medians(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
@@ -143,10 +146,6 @@ def medians(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | Non
     columns = {name: [row[name] for row in rows] for name in COLUMNS}
     known = {name: [v for v in column if v is not None] for name, column in columns.items()}
     return {name: statistics.median(found) if found else None for name, found in known.items()}
-
-
-def _width(name: str) -> int:
-    return max(len(name), 7)
 
 
 def cell(value: float | None) -> str:
@@ -159,6 +158,6 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.mean(values) if values else None
 
 
-def _quantile(ordered: Sequence[float], share: float) -> float | None:
-    """Nearest rank."""
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
+def _percentile(values: Sequence[float], percent: int) -> float | None:
+    """With linear interpolation between the two nearest values."""
+    return float(np.percentile(values, percent)) if values else None

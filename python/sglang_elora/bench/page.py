@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sglang_elora.bench.figures import COLUMNS, cell, medians
 from sglang_elora.bench.report import BEST, best_split, compared
 from sglang_elora.bench.result import Result, by_block, by_side
 
 Facts = Mapping[str, Any]
-_PNG = "data:image/png;base64,"
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #20242b; max-width: 74em; margin: 2em auto;
-  padding: 0 1em }
-table { border-collapse: collapse; margin: .5em 0 1.5em }
-th, td { padding: .2em .7em; border-bottom: 1px solid #e3e5e8; text-align: right }
-th:first-child, td:first-child { text-align: left }
-th { font-weight: 600; background: #f5f6f7 }
-img { max-width: 100% }
-"""
 _COLUMNS = {
     "requests": "answers to requests that were due after the warm-up (20% of the trace)",
     "goodput": "share of them under both bars",
@@ -32,88 +24,89 @@ _COLUMNS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Table:
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """One workload at one rate; no ratios where there is nothing to compare."""
+
+    name: str
+    figures: _Table
+    ratios: _Table | None
+
+
 def page(title: str, results: Sequence[Result], facts: Facts, plots: Mapping[str, Path]) -> str:
-    """
+    """The report as HTML, from ``page.html.j2``.
+
     Args:
         facts: Of the first row: machine, versions, sizes.
         plots: PNG files by title.
     """
-    parts = [f"<h1>{escape(title)}</h1>", _sentence(results, facts)]
-    for name, block in by_block(results).items():
-        parts += [f"<h2>{escape(name)}</h2>", _figures(block), _ratios(block)]
-    for name, path in plots.items():
-        data = base64.b64encode(path.read_bytes()).decode()
-        parts.append(f"<h2>{escape(name)}</h2>\n<img alt='{escape(name)}' src='{_PNG}{data}'>")
-    parts += ["<h2>How it was measured</h2>", _facts(facts), _notes(results)]
-    body = "\n".join(parts)
-    return (
-        f"<!doctype html>\n<html lang='en'><meta charset='utf-8'><title>{escape(title)}</title>\n"
-        f"<style>{_STYLE}</style>\n<body>\n{body}\n</body></html>\n"
+    templates = Environment(
+        loader=PackageLoader("sglang_elora.bench", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    silent = [r.side for r in results if not any(s.invalid_kv is not None for s in r.pool)]
+    return templates.get_template("page.html.j2").render(
+        title=title,
+        sides=list(dict.fromkeys(result.side for result in results)),
+        num_runs=len({result.run for result in results}),
+        duration_s=results[0].duration_s,
+        how=_how(facts),
+        blocks=[
+            _Block(name, _figures(block), _ratios(block))
+            for name, block in by_block(results).items()
+        ],
+        plots={name: base64.b64encode(path.read_bytes()).decode() for name, path in plots.items()},
+        facts=_flat(facts),
+        columns=_COLUMNS,
+        silent=list(dict.fromkeys(silent)),
     )
 
 
-def _sentence(results: Sequence[Result], facts: Facts) -> str:
-    sides = ", ".join(dict.fromkeys(result.side for result in results))
-    runs = len({result.run for result in results})
-    seconds = results[0].duration_s
+def _how(facts: Facts) -> str:
+    if where := facts.get("url"):
+        return f"one server that was already running, {where}"
     link = "with an emulated host-to-device link" if facts.get("link") else "without a link's delay"
-    where = facts.get("url")
-    how = (
-        f"one server that was already running, {where}"
-        if where
-        else f"servers of equal device bytes on the same traces, {link}"
-    )
-    return f"<p>{escape(sides)}: {runs} run(s) of {seconds:.0f} s each; {escape(how)}.</p>"
+    return f"servers of equal device bytes on the same traces, {link}"
 
 
-def _figures(block: Sequence[Result]) -> str:
+def _figures(block: Sequence[Result]) -> _Table:
     rows = {
         side: medians([result.figures() for result in by_run.values()])
         for side, by_run in by_side(block).items()
     }
     head = ["side", *(name.replace("_", " ") for name in COLUMNS)]
-    cells = [[side, *(cell(row[name]) for name in COLUMNS)] for side, row in rows.items()]
-    return _table(head, cells)
+    return _Table(head, [[s, *(cell(row[name]) for name in COLUMNS)] for s, row in rows.items()])
 
 
-def _ratios(block: Sequence[Result]) -> str:
+def _ratios(block: Sequence[Result]) -> _Table | None:
     found = compared(block)
     columns = list(dict.fromkeys(name for ratios in found.values() for name in ratios))
     if not columns:
-        return ""
+        return None
     best = best_split(by_side(block))
     rows = [
         [f"{ours} / {f'{BEST} ({best})' if other == BEST else other}"]
         + [str(ratios[name]) if name in ratios else "-" for name in columns]
         for (ours, other), ratios in found.items()
     ]
-    return _table(["median ratio (range) over runs", *(c.replace("_", " ") for c in columns)], rows)
+    head = ["median ratio (range) over runs", *(c.replace("_", " ") for c in columns)]
+    return _Table(head, rows)
 
 
-def _facts(facts: Facts) -> str:
+def _flat(facts: Facts) -> list[list[str]]:
     flat: dict[str, Any] = {}
     for name, value in facts.items():
         if isinstance(value, Mapping):
             flat.update({f"{name}: {key}": inner for key, inner in value.items()})
         else:
             flat[name] = value
-    return _table(["", ""], [[name, str(value)] for name, value in flat.items()])
-
-
-def _notes(results: Sequence[Result]) -> str:
-    notes = [f"<b>{name}</b>: {text}." for name, text in _COLUMNS.items()]
-    silent = [r.side for r in results if not any(s.invalid_kv is not None for s in r.pool)]
-    if silent:
-        sides = escape(", ".join(dict.fromkeys(silent)))
-        notes.append(
-            f"Not told by the servers of {sides}: what their caches hold, and whose it is, so that "
-            "this is left out. A probe in the scheduler has measured stock's invalid KV: "
-            "benchmarks/results/invalid_kv."
-        )
-    return "<ul>\n" + "\n".join(f"<li>{note}</li>" for note in notes) + "\n</ul>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["".join(f"<th>{escape(name)}</th>" for name in head)]
-    lines += ["".join(f"<td>{escape(text)}</td>" for text in row) for row in rows]
-    return "<table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>"
+    return [[name, str(value)] for name, value in flat.items()]

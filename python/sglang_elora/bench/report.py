@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_elora.bench.figures import Spread, counted, medians, ratios, table
+from sglang_elora.bench.plain_table import plain_table
 from sglang_elora.bench.record import Record
 from sglang_elora.bench.result import Result, by_block, by_side, peak_of, read
 from sglang_elora.workloads import GROWS_AT, WORKLOADS
@@ -92,16 +93,13 @@ def relative(blocks: Mapping[str, Sequence[Result]], base: str) -> str:
             ratio = ratios(_records(runs[side]), _records(runs[base]), results[0].duration_s)
             if "ttft_mean_ms" in ratio:
                 found.setdefault(side, {})[name] = ratio["ttft_mean_ms"].median
-    width = max(map(len, found))
-    lines = [f"mean TTFT over that of {base}"]
-    lines.append(" " * width + "".join(f"{name:>13}" for name in [*blocks, "mean"]))
+    rows = []
     for side, by_workload in found.items():
         cells = [by_workload.get(name) for name in blocks]
         known = [cell for cell in cells if cell is not None]
         cells.append(statistics.mean(known) if len(known) == len(blocks) else None)
-        row = "".join(f"{'-':>13}" if cell is None else f"{cell:>13.2f}" for cell in cells)
-        lines.append(f"{side:<{width}}{row}")
-    return "\n".join(lines)
+        rows.append([side, *("-" if cell is None else f"{cell:.2f}" for cell in cells)])
+    return f"mean TTFT over that of {base}\n{plain_table(['', *blocks, 'mean'], rows)}"
 
 
 def best_split(runs: Mapping[str, Mapping[int, Result]]) -> str | None:
@@ -130,14 +128,12 @@ def over_time(results: Sequence[Result], window_s: float) -> str:
         for record in result.records:
             if record.ttft_s is not None:
                 row[min(int(record.due_s / window_s), num_windows - 1)].append(record.ttft_s)
-    width = max(map(len, rows))
-    head = " " * width + "".join(f"{window_s * i:>7.0f}" for i in range(num_windows))
-    lines = [
-        f"{side:<{width}}"
-        + "".join(f"{1e3 * statistics.mean(found):>7.0f}" if found else "      -" for found in row)
+    head = ["", *(f"{window_s * i:.0f}" for i in range(num_windows))]
+    cells = (
+        [side, *(f"{1e3 * statistics.mean(found):.0f}" if found else "-" for found in row)]
         for side, row in rows.items()
-    ]
-    return "\n".join(["mean TTFT in ms, by seconds since the start", head, *lines])
+    )
+    return f"mean TTFT in ms, by seconds since the start\n{plain_table(head, cells)}"
 
 
 def after_growth(results: Sequence[Result], window_s: float) -> str:
