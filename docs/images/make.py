@@ -24,7 +24,7 @@ from playwright.sync_api import sync_playwright
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 
-from sglang_elora.commands.top import moves, screen
+from sglang_elora.control.screen import moves, screen
 from sglang_elora.demo.__main__ import MODEL, launch_flags
 from sglang_elora.demo.chat import ChatPlan, hold_chats
 from sglang_elora.testbed.adapters import demo_adapters, make_adapters

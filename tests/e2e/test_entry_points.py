@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import pytest
 
 from adapters import SPECS
 from client import Answer, Client, run
 from reference import Reference
 from server_flags import server_flags
+from sglang_elora.demo.__main__ import main as demo
 from sglang_elora.testbed.adapters import make_adapters
 from sglang_elora.testbed.checkpoint import make_checkpoint
 from sglang_elora.testbed.server import ServerProcess
@@ -82,3 +86,15 @@ def test_host_tier_and_emulated_link(
     pages = sum(len(prompt) // 16 for prompt in many)
     assert pages * 16 > 1024
     assert all(answer.cached_tokens >= 16 for answer in rounds[1])
+
+
+def test_short_demo_loads_and_evicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo(["--short", "--dir", str(tmp_path / "demo")]) == 0
+    run = json.loads((tmp_path / "demo" / "chats.json").read_text())
+    assert len(run["turns"]) == 32 and not run["failures"]
+    assert run["counts"]["adapter_loads"] >= len(run["adapters"])
+    assert run["counts"]["adapter_evictions"] > 0
+    moves = run["adapter_moves"].values()
+    assert sum(adapter["num_loads"] for adapter in moves) == run["counts"]["adapter_loads"]
+    text = capsys.readouterr().out
+    assert "adapter evictions" in text and "/elora/ui" in text and "\x1b" not in text

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import pytest
 from rich.console import Console
 
 from sglang_elora.demo.__main__ import launch_flags, parse_arguments
-from sglang_elora.demo.loads import adapter_loads_in_log
+from sglang_elora.demo.loads import AdapterMoves, adapter_moves
 from sglang_elora.demo.plot import save_plot
-from sglang_elora.demo.report import adapter_table, turn_table
-from sglang_elora.demo.summary import DemoRun, percentile
+from sglang_elora.demo.report import adapter_table, cache_table, slot_table, turn_table
+from sglang_elora.demo.slots import slot_demand
+from sglang_elora.demo.summary import DemoRun
 from sglang_elora.demo.terminal import Terminal
 from sglang_elora.demo.turns import TurnFailure, TurnRecord, TurnResult
+from sglang_elora.demo.watch import CacheWatch
 from sglang_elora.testbed.adapters import demo_adapters
 
 SPECS = demo_adapters(3)
@@ -27,6 +30,7 @@ def record(session: int, turn: int, ttft_s: float, cached: int) -> TurnRecord:
         session=session,
         adapter=SPECS[session].name,
         turn=turn,
+        sent_s=0.0,
         ttft_s=ttft_s,
         total_s=1.0,
         prompt_tokens=100,
@@ -44,9 +48,34 @@ RESULTS: Sequence[TurnResult] = [
 ]
 
 
-def run(loads: dict[str, int] | None = None) -> DemoRun:
+COUNTS = {
+    "adapter_loads": 4,
+    "adapter_evictions": 3,
+    "adapter_lookups.device": 3,
+    "adapter_lookups.host": 1,
+    "prompt_tokens.device": 50,
+    "prompt_tokens.host": 10,
+    "prompt_tokens.computed": 40,
+    "kv_slots_evicted": 90,
+    "kv_slots_to_host": 80,
+    "kv_slots_from_host": 70,
+    "hints_used": 2,
+    "prefetched_slots": 20,
+    "prefetched_slots_used": 10,
+}
+
+
+def run(moves: Mapping[str, AdapterMoves] | None = None) -> DemoRun:
+    if moves is not None:
+        moves = {spec.name: AdapterMoves(0, 0, 0) for spec in SPECS} | dict(moves)
     return DemoRun(
-        specs=SPECS, results=RESULTS, loads=loads, duration_s=2.0, server_command=["python"]
+        specs=SPECS,
+        results=RESULTS,
+        moves=moves,
+        counts=COUNTS,
+        pool_slots=100,
+        duration_s=2.0,
+        server_command=["python"],
     )
 
 
@@ -58,14 +87,6 @@ def rendered(renderable: object) -> str:
     return text.getvalue()
 
 
-def test_percentile_interpolates() -> None:
-    assert percentile([3.0, 1.0, 2.0], 50) == 2.0
-    assert percentile([0.0, 10.0], 95) == 9.5
-    assert percentile([7.0], 95) == 7.0
-    with pytest.raises(ValueError, match="no values"):
-        percentile([], 50)
-
-
 def test_summary_by_turn() -> None:
     first, second = run().by_turn()
     assert (first.turn, first.num_requests, first.cached_share) == (0, 2, 0.0)
@@ -75,16 +96,16 @@ def test_summary_by_turn() -> None:
 
 
 def test_summary_by_adapter_keeps_those_without_answer() -> None:
-    summaries = run({SPECS[0].name: 4}).by_adapter()
+    summaries = run({SPECS[0].name: AdapterMoves(48, 4, 3)}).by_adapter()
     assert [summary.num_requests for summary in summaries] == [2, 2, 0]
-    assert [summary.num_loads for summary in summaries] == [4, 0, 0]
+    assert [summary.moves and summary.moves.num_loads for summary in summaries] == [4, 0, 0]
     assert summaries[2].mean_ttft_s is None
-    assert [summary.num_loads for summary in run().by_adapter()] == [None] * 3
+    assert [summary.moves for summary in run().by_adapter()] == [None] * 3
 
 
 def test_tables_show_the_numbers() -> None:
     assert "70%" in rendered(turn_table(run()))
-    table = rendered(adapter_table(run({SPECS[0].name: 4})))
+    table = rendered(adapter_table(run({SPECS[0].name: AdapterMoves(48, 4, 3)})))
     assert SPECS[0].name in table and "300 ms" not in table and "350 ms" in table
     assert "—" in rendered(adapter_table(run()))
 
@@ -95,30 +116,56 @@ def test_plot_is_a_picture(tmp_path: Path) -> None:
 
 
 def test_json_holds_raw_records(tmp_path: Path) -> None:
-    run({"law": 1}).save(tmp_path / "run.json")
+    run({"law": AdapterMoves(9, 1, 0)}).save(tmp_path / "run.json")
     saved = json.loads((tmp_path / "run.json").read_text())
     assert len(saved["turns"]) == 4 and len(saved["failures"]) == 1
-    assert saved["adapter_loads"] == {"law": 1}
+    assert saved["adapter_moves"]["law"] == {"num_slots": 9, "num_loads": 1, "num_evictions": 0}
+    assert saved["counts"] == COUNTS
+    assert saved["computed_for_fixed_slots"]["num_slots"] == 8
     assert saved["machine"]["num_cpus"] > 0
 
 
-def test_loads_are_counted_by_name(tmp_path: Path) -> None:
-    """The id is what SGLang computes for ``--lora-paths b=/x/b``."""
+def test_adapter_moves_are_counted_by_name(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text(
-        "[1] load 43448c2555cf5392a4aa816caa7a240d into 48 slots\n"
-        "[2] load ffffffffffffffffffffffffffffffff into 48 slots\n" * 2
+        "[1] load law into 48 slots\n[2] load gone into 9 slots\n[3] evict law\n" * 2
+        + "[4] load law into 48 slots again\n"
     )
-    adapters = {"a": Path("/x/a"), "b": Path("/x/b")}
-    assert adapter_loads_in_log(log, adapters) == {"a": 0, "b": 2}
+    moves = adapter_moves(log, ["art", "law"])
+    assert moves == {"art": AdapterMoves(0, 0, 0), "law": AdapterMoves(48, 2, 2)}
     log.write_text("nothing of the kind")
-    assert adapter_loads_in_log(log, adapters) is None
+    assert adapter_moves(log, ["art"]) is None
+
+
+def test_cache_table_shows_the_counts_of_the_server() -> None:
+    text = rendered(cache_table(run({SPECS[0].name: AdapterMoves(48, 4, 3)})))
+    assert "3 of 4 (75%)" in text and "60 of 100 (60%)" in text and "48" in text
+    assert "told no counts" in rendered(cache_table(replace(run(), counts={})))
+
+
+def sent(adapter: str, sent_s: float, total_s: float) -> TurnRecord:
+    return replace(record(0, 0, 0.1, 0), adapter=adapter, sent_s=sent_s, total_s=total_s)
+
+
+def test_turns_wait_for_a_slot_while_all_are_taken_by_other_adapters() -> None:
+    turns = [
+        sent("a", 0.0, 10.0),
+        sent("b", 1.0, 4.0),
+        sent("c", 2.0, 1.0),  # a third adapter, two slots
+        sent("a", 2.5, 1.0),  # its adapter has a slot
+        sent("c", 6.0, 1.0),  # the turn of b is over
+    ]
+    demand = slot_demand(turns, num_slots=2)
+    assert (demand.most_adapters, demand.num_over, demand.num_turns) == (3, 1, 5)
+    assert slot_demand(turns, num_slots=3).num_over == 0
+    assert slot_demand([]).share_over == 0.0
+    assert "computed from the recorded turns, not measured" in rendered(slot_table(run()))
 
 
 def test_progress_without_a_terminal_is_plain_lines() -> None:
     out = StringIO()
     terminal = Terminal(Console(file=out))
-    with terminal.chats(len(RESULTS)) as show:
+    with terminal.chats(len(RESULTS), CacheWatch("http://127.0.0.1:9")) as show:
         for result in RESULTS:
             show(result)
     with pytest.raises(KeyError), terminal.step("fails"):

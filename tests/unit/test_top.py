@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sglang_elora.commands.top import main, moves, pool_bar, screen
+from sglang_elora.commands.top import main
+from sglang_elora.control.screen import moves, pool_bar, screen
 
 COUNTS = {
     "adapter_loads": 7,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sglang_elora.demo.examples import example_lines
-from sglang_elora.demo.loads import adapter_loads, adapter_loads_in_log
+from sglang_elora.demo.loads import adapter_moves
 from sglang_elora.demo.terminal import Terminal
 from sglang_elora.testbed.server import SMALL_MODEL_ENV, ServerProcess, ServerStartError
 from sglang_elora.testbed.signals import signals_ignored, sigterm_acts_as_ctrl_c
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
 MODEL = "demo"
 _SHORT_TURNS = 2
+_SMALL_POOL = (
+    *("--max-total-tokens", "9000", "--max-running-requests", "32"),
+    *("--enable-hierarchical-cache", "--hicache-ratio", "2"),
+    *("--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first"),
+    *("--hicache-write-policy", "write_back"),
+)
+"""For the chats: fewer slots than the adapters and all KV take, batches that only memory limits,
+and host memory for evicted KV."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,8 +110,9 @@ def _run(terminal: Terminal, options: argparse.Namespace, server_flags: Sequence
         paths = make_adapters(checkpoint, directory / "adapters", specs)
         ranks = sorted(spec.rank for spec in specs)
         step.detail = f"{len(specs)} of rank {ranks[0]} to {ranks[-1]}"
+    pool = () if options.serve else _SMALL_POOL
     server = ServerProcess(
-        launch_flags(checkpoint, paths, server_flags),
+        launch_flags(checkpoint, paths, [*pool, *server_flags]),
         log_path=directory / "server.log",
         env={name: value for name, value in SMALL_MODEL_ENV.items() if name not in os.environ},
     )
@@ -145,22 +154,28 @@ def _chat(
 ) -> int:
     from sglang_elora.demo.chat import ChatPlan, hold_chats
     from sglang_elora.demo.plot import save_plot
-    from sglang_elora.demo.report import adapter_table, turn_table
+    from sglang_elora.demo.report import adapter_table, cache_table, slot_table, turn_table
     from sglang_elora.demo.summary import DemoRun
+    from sglang_elora.demo.watch import CacheWatch
 
     plan = ChatPlan(
         model=MODEL,
         adapters=list(adapters),
         num_sessions=options.sessions,
         num_turns=options.turns,
+        mean_think_s=1.0 if options.short else 2.0,  # so that one can watch it
     )
+    terminal.say_verbatim(f"\nopen {server.url}/elora/ui to see the pool while the chats run\n")
     started = time.perf_counter()
-    with terminal.chats(plan.num_requests) as show:
+    watch = CacheWatch(server.url)
+    with terminal.chats(plan.num_requests, watch) as show:
         results = asyncio.run(hold_chats(server.url, plan, show))
     run = DemoRun(
         specs=specs,
         results=results,
-        loads=adapter_loads(server.url) or adapter_loads_in_log(server.log_path, adapters),
+        moves=adapter_moves(server.log_path, adapters),
+        counts=watch.counts(),
+        pool_slots=watch.pool_slots,
         duration_s=time.perf_counter() - started,
         server_command=server.command,
     )
@@ -179,6 +194,9 @@ def _chat(
         plot_path = directory / "chats.png"
         save_plot(run, plot_path)
         terminal.say_verbatim(f"plot     {plot_path}")
+        terminal.say()
+        terminal.say(cache_table(run))
+        terminal.say(slot_table(run))
     terminal.say_verbatim(f"records  {records_path}")
     terminal.say_verbatim(f"log      {server.log_path}\n")
     return 0 if len(run.records) == plan.num_requests else 1
@@ -213,7 +231,8 @@ def _introduction(options: argparse.Namespace) -> str:
         return first + "Then prints requests to try, and serves until Ctrl-C."
     return first + (
         f"[bold]{options.sessions} chats[/] of {options.turns} turns run at once, each with one "
-        "adapter for its life.\nLater turns should find their history in the cache."
+        "adapter for its life.\nThe pool is too small for all adapters and all KV "
+        "at once: watch it load and evict."
     )
 
 

@@ -59,6 +59,7 @@ class ChatPlan:
 @dataclass(frozen=True, slots=True)
 class _Answer:
     text: str
+    sent_s: float  # of time.perf_counter
     ttft_s: float
     total_s: float
     usage: CompletionUsage
@@ -78,6 +79,7 @@ async def hold_chats(
     ``on_result`` as they do.
     """
     results: list[TurnResult] = []
+    started_s = time.perf_counter()
 
     def record(result: TurnResult) -> None:
         results.append(result)
@@ -95,13 +97,20 @@ async def hold_chats(
         ) as client,
     ):
         await asyncio.gather(
-            *(_hold_chat(client, plan, session, record) for session in range(plan.num_sessions))
+            *(
+                _hold_chat(client, plan, session, started_s, record)
+                for session in range(plan.num_sessions)
+            )
         )
     return results
 
 
 async def _hold_chat(
-    client: AsyncOpenAI, plan: ChatPlan, session: int, record: Callable[[TurnResult], None]
+    client: AsyncOpenAI,
+    plan: ChatPlan,
+    session: int,
+    started_s: float,
+    record: Callable[[TurnResult], None],
 ) -> None:
     adapter = plan.adapter_of(session)
     history: list[ChatCompletionMessageParam] = [
@@ -123,6 +132,7 @@ async def _hold_chat(
                 session=session,
                 adapter=adapter,
                 turn=turn,
+                sent_s=answer.sent_s - started_s,
                 ttft_s=answer.ttft_s,
                 total_s=answer.total_s,
                 prompt_tokens=answer.usage.prompt_tokens,
@@ -160,7 +170,7 @@ async def _ask(
             pieces.append(piece)
     if not pieces or usage is None:
         raise IncompleteAnswerError(f"got {len(pieces)} pieces of text, usage: {usage}")
-    return _Answer("".join(pieces), ttft_s, time.perf_counter() - started, usage)
+    return _Answer("".join(pieces), started, ttft_s, time.perf_counter() - started, usage)
 
 
 def system_prompt(adapter: str) -> str:

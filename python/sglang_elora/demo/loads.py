@@ -1,47 +1,38 @@
-"""How often each adapter was copied onto the device: from the server, or from its log."""
+"""How often each adapter was loaded and evicted, counted in a server's log."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from uuid import NAMESPACE_URL, uuid5
 
-import httpx
-
-_LOAD_LINE = re.compile(r"\] load (\w+) into \d+ slots")
-"""Logged at level info by srt/mem_cache/residency.py for each load into pages."""
+_LOAD_LINE = re.compile(r"\] load (\S+) into (\d+) slots$", re.MULTILINE)
+_EVICT_LINE = re.compile(r"\] evict (\S+)$", re.MULTILINE)
+"""Logged at level info by srt/mem_cache/residency.py, with the name of the adapter."""
 
 
-def adapter_loads(url: str) -> dict[str, int] | None:
-    """Loads per adapter name as ``GET /elora/adapters`` reports them, None without that route.
+@dataclass(frozen=True, slots=True)
+class AdapterMoves:
+    """How often one adapter was loaded to the device, and evicted from it."""
 
-    Expects ``{"adapters": [{"name": str, "loads": int, ...}, ...]}``.
+    num_slots: int  # of the pool that its weights take; 0 if it was never loaded
+    num_loads: int
+    num_evictions: int
 
-    Raises:
-        httpx.HTTPError: The server is unreachable or answers with an error other than 404.
+
+def adapter_moves(log_path: Path, adapters: Iterable[str]) -> dict[str, AdapterMoves] | None:
+    """Loads and evictions by adapter; None if the log, of a level above info, mentions none.
+
+    Each rank of a tensor-parallel server logs its own.
     """
-    answer = httpx.get(f"{url}/elora/adapters", timeout=10.0, trust_env=False)
-    if answer.status_code == httpx.codes.NOT_FOUND:
+    log = log_path.read_text(errors="replace")
+    loaded = _LOAD_LINE.findall(log)
+    if not loaded:
         return None
-    answer.raise_for_status()
-    return {entry["name"]: entry["loads"] for entry in answer.json()["adapters"]}
-
-
-def adapter_loads_in_log(log_path: Path, adapters: Mapping[str, Path]) -> dict[str, int] | None:
-    """Loads per adapter name, counted in a log of level info; None if it mentions none at all.
-
-    The log speaks of ids; ``adapters`` (name to the path given in ``--lora-paths``) brings the
-    names back. Ranks of a tensor-parallel server each log their own load.
-    """
-    ids = _LOAD_LINE.findall(log_path.read_text(errors="replace"))
-    if not ids:
-        return None
-    count = Counter(ids)
-    return {name: count[_adapter_id(name, path)] for name, path in adapters.items()}
-
-
-def _adapter_id(name: str, path: Path) -> str:
-    """SGLang's id for an adapter given at launch: ``LoRARef.deterministic_id``."""
-    return uuid5(NAMESPACE_URL, f"{name}\0{path}").hex
+    slots = {name: int(num_slots) for name, num_slots in loaded}
+    loads, evictions = Counter(name for name, _ in loaded), Counter(_EVICT_LINE.findall(log))
+    return {
+        name: AdapterMoves(slots.get(name, 0), loads[name], evictions[name]) for name in adapters
+    }

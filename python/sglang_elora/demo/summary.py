@@ -11,6 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
+
+from sglang_elora.demo.loads import AdapterMoves
+from sglang_elora.demo.slots import slot_demand
 from sglang_elora.demo.turns import TurnFailure, TurnRecord, TurnResult
 from sglang_elora.testbed.adapters import AdapterSpec
 
@@ -34,11 +38,11 @@ class TurnSummary:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSummary:
-    """One adapter's requests; ``num_loads`` is None if the server did not tell."""
+    """One adapter's requests; ``moves`` is None if the server's log does not mention any."""
 
     spec: AdapterSpec
     num_requests: int
-    num_loads: int | None
+    moves: AdapterMoves | None
     mean_ttft_s: float | None
     cached_share: float
 
@@ -49,7 +53,9 @@ class DemoRun:
 
     specs: Sequence[AdapterSpec]
     results: Sequence[TurnResult]
-    loads: Mapping[str, int] | None
+    moves: Mapping[str, AdapterMoves] | None
+    counts: Mapping[str, int]  # of the server, since its start; empty if it told none
+    pool_slots: int  # 0 if the server did not tell
     duration_s: float
     server_command: Sequence[str]
 
@@ -72,7 +78,7 @@ class DemoRun:
                     turn=turn,
                     num_requests=len(records),
                     mean_ttft_s=fmean(ttfts),
-                    p95_ttft_s=percentile(ttfts, 95),
+                    p95_ttft_s=float(np.percentile(ttfts, 95)),
                     prompt_tokens=sum(record.prompt_tokens for record in records),
                     cached_tokens=sum(record.cached_tokens for record in records),
                 )
@@ -88,7 +94,7 @@ class DemoRun:
                 AdapterSummary(
                     spec=spec,
                     num_requests=len(records),
-                    num_loads=None if self.loads is None else self.loads.get(spec.name, 0),
+                    moves=None if self.moves is None else self.moves[spec.name],
                     mean_ttft_s=fmean(r.ttft_s for r in records) if records else None,
                     cached_share=cached_share(records),
                 )
@@ -109,7 +115,12 @@ class DemoRun:
             "server_command": list(self.server_command),
             "duration_s": self.duration_s,
             "adapters": [asdict(spec) for spec in self.specs],
-            "adapter_loads": None if self.loads is None else dict(self.loads),
+            "adapter_moves": None
+            if self.moves is None
+            else {name: asdict(moves) for name, moves in self.moves.items()},
+            "pool_slots": self.pool_slots,
+            "counts": dict(self.counts),
+            "computed_for_fixed_slots": asdict(slot_demand(self.records)),
             "turns": [asdict(record) for record in self.records],
             "failures": [asdict(failure) for failure in self.failures],
         }
@@ -124,21 +135,6 @@ def cached_share(records: Sequence[TurnRecord]) -> float:
 def share(part: int, whole: int) -> float:
     """``part / whole``, and 0 of nothing is 0."""
     return part / whole if whole else 0.0
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Percentile with linear interpolation between the two nearest of ``values``.
-
-    Raises:
-        ValueError: ``values`` is empty.
-    """
-    if not values:
-        raise ValueError("no values, so no percentile")
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
 
 
 def _installed_version(package: str) -> str | None:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
@@ -18,10 +19,12 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.text import Text
 
 from sglang_elora.demo.report import milliseconds
 from sglang_elora.demo.summary import share
 from sglang_elora.demo.turns import TurnFailure, TurnRecord, TurnResult
+from sglang_elora.demo.watch import CacheWatch
 
 _PLAIN_WIDTH = 110  # without a terminal nobody tells the width, and 80 folds the tables
 _PLAIN_LINES = 8  # progress lines per run where there is no terminal
@@ -69,15 +72,32 @@ class Terminal:
                 yield step
 
     @contextmanager
-    def chats(self, num_turns: int) -> Iterator[Callable[[TurnResult], None]]:
-        """A step that yields what to call with each result; shows progress and totals."""
+    def chats(self, num_turns: int, watch: CacheWatch) -> Iterator[Callable[[TurnResult], None]]:
+        """A step that yields what to call with each result; shows progress, totals and the cache.
+
+        On a terminal the cache is shown as ``sglang-elora top`` does, until the chats are over.
+        """
         meter = _Meter(num_turns)
         with self._timed("chats") as step:
             if self.live:
-                with self._bar() as bar:
+                bar = self._bar()
+
+                def view() -> RenderableType:
+                    return Group(bar, Text(), watch.screen(self.console, lines_taken=4))
+
+                with (
+                    Live(
+                        get_renderable=view,
+                        console=self.console,
+                        refresh_per_second=4,
+                        transient=True,
+                    ),
+                    watch.running(),
+                ):
                     yield partial(_advance, bar, bar.add_task("", total=num_turns), meter)
             else:
-                yield partial(self._print_progress, meter)
+                with watch.running():
+                    yield partial(self._print_progress, meter, watch)
             step.detail = f"{meter.num_answers} of {num_turns} turns · {meter.numbers()} "
 
     @contextmanager
@@ -100,15 +120,15 @@ class Terminal:
             TimeElapsedColumn(),
             TextColumn("{task.description}"),
             console=self.console,
-            transient=True,
         )
 
-    def _print_progress(self, meter: _Meter, result: TurnResult) -> None:
+    def _print_progress(self, meter: _Meter, watch: CacheWatch, result: TurnResult) -> None:
         meter.add(result)
         interval = max(1, meter.num_turns // _PLAIN_LINES)
         if meter.num_results % interval == 0:
             count = f"{meter.num_results:>4}/{meter.num_turns} turns"
-            self.console.print(f"  {count}  {meter.elapsed_s:5.1f} s  {meter.numbers()}")
+            numbers = " · ".join(filter(None, (meter.numbers(), watch.numbers())))
+            self.console.print(f"  {count}  {meter.elapsed_s:5.1f} s  {numbers}", soft_wrap=True)
 
 
 def _advance(bar: Progress, task: TaskID, meter: _Meter, result: TurnResult) -> None:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TurnRecord:
-    """What one answered turn took; times are seconds since its request was sent."""
+    """What one answered turn took; its times are seconds since its request was sent."""
 
     session: int
     adapter: str
     turn: int
+    sent_s: float  # since the chats began
     ttft_s: float
     total_s: float
     prompt_tokens: int
