@@ -1,5 +1,6 @@
 """The CPU server's calibration, fitted to what its own runs in results/serving have recorded.
 
+    python benchmarks/results/rows.py unpack serving
     python benchmarks/sim/fit.py
 
 How long an answer takes from its first token to its last is made up of its decode steps and of the
@@ -42,6 +43,22 @@ RUNS = {
 TOGETHER_S = 0.004
 LAYERS = 4
 FEATURES = ("steps", "requests", "context", "batches", "new", "attended")
+
+
+def runs(patterns: Sequence[str]) -> list[Path]:
+    """The files of runs that match, by name.
+
+    Raises:
+        SystemExit: A pattern has no file; the rows are packed in a clone.
+    """
+    found = {pattern: sorted(SERVING.glob(pattern)) for pattern in patterns}
+    for pattern, paths in found.items():
+        if not paths:
+            raise SystemExit(
+                f"no {SERVING.relative_to(ROOT) / pattern}: raw rows are packed, "
+                "run `python benchmarks/results/rows.py unpack serving` first"
+            )
+    return sorted(path for paths in found.values() for path in paths)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -189,8 +206,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder")
     options = parser.parse_args()
     for name, patterns in RUNS.items():
-        paths = sorted(path for pattern in patterns for path in SERVING.glob(pattern))
-        found = json.dumps(asdict(calibration(name, paths)), indent=1)
+        found = json.dumps(asdict(calibration(name, runs(patterns))), indent=1)
         (options.out / f"{name}.json").write_text(found + "\n")
 
 

@@ -1,5 +1,6 @@
 """The simulator beside the real CPU server: the same traces, what both found and how long it took.
 
+    python benchmarks/results/rows.py unpack serving
     python benchmarks/sim/validate.py [--folders load-1 load-0.7] [--out FILE]
 
 Per workload and side, means over the runs of results/serving: tokens of the prompts found on the
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fit import SERVING, read
+from fit import read, runs
 
 from sglang_elora.bench.figures import WARM_UP
 from sglang_elora.bench.machine import machine
@@ -84,7 +85,7 @@ def main() -> None:
     rows, about = [], machine()
     for folder in options.folders:
         found: dict[str, dict[str, list[tuple[Found, Found]]]] = {}
-        for path in sorted((SERVING / folder).glob("*.json.gz")):
+        for path in runs([f"{folder}/*.json.gz"]):
             row = read(path)
             workload, side = row["trace"]["workload"]["name"], row["side"]
             pair = compare(row, stock if side.startswith("stock") else ours)

@@ -180,6 +180,11 @@ def main() -> None:
     parser.add_argument("--relative-to", help="a side: mean TTFT of all others over its")
     options = parser.parse_args()
     rows = read(options.folder)
+    if not rows:
+        parser.error(
+            f"{options.folder} has no files of runs; those of benchmarks/results are packed: "
+            "`python benchmarks/results/rows.py unpack`"
+        )
     if found := [row for row in rows if "rise" in row]:
         print(peaks(found))
     results = [Result.from_row(row) for row in rows if "rise" not in row]
