@@ -1,6 +1,6 @@
 """Traffic of the base model alone: what --elora costs those who do not use an adapter.
 
-    python benchmarks/base_only/run.py [--rounds 20] [--out FILE]
+    python -m benchmarks.base_only.run [--rounds 20] [--out FILE]
 
 A stock server and one with --elora are up at once, with the same adapters loaded and the same
 bytes of KV pool and adapters; they answer the same requests in turns, one idle while the other
@@ -15,29 +15,26 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests/e2e"))
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
+from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
 
 ensure_torchvision_importable()
 
 import httpx  # noqa: E402
 
-from pressure import PRESSURE_SPECS  # noqa: E402
-from server_flags import server_flags  # noqa: E402
 from sglang_elora.bench.machine import machine  # noqa: E402
 from sglang_elora.testbed.adapters import make_adapters  # noqa: E402
 from sglang_elora.testbed.checkpoint import ModelShape, make_checkpoint  # noqa: E402
 from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess, python_module  # noqa: E402
+from tests.harness.pressure import PRESSURE_SPECS  # noqa: E402
+from tests.harness.server_flags import server_flags  # noqa: E402
 
 PROGRAMS = {"stock": python_module("sglang.launch_server"), "elora": ELORA_SERVER}
 NUM_ADAPTERS = 8

@@ -1,6 +1,6 @@
 """What hints are good for: how soon after its arrival a request's adapter begins to move.
 
-    python benchmarks/control/hints.py --link calibration.json --out FILE
+    python -m benchmarks.control.hints --link calibration.json --out FILE
 
 Two servers, with hints and without, take turns. On each some clients chat without a pause, with
 adapters that stay; beside them a chat arrives now and then whose adapter is not on the device. Of
@@ -31,8 +31,8 @@ from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importabl
 ensure_torchvision_importable()
 
 import httpx  # noqa: E402
-from chats import chat, text  # noqa: E402
 
+from benchmarks.control.chats import chat, text  # noqa: E402
 from sglang_elora.bench.machine import machine  # noqa: E402
 from sglang_elora.bench.servers import Bench, EmulatedLink  # noqa: E402
 from sglang_elora.bench.sides import Sizes, make_side  # noqa: E402

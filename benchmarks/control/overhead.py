@@ -1,6 +1,6 @@
 """What hints cost requests that need none: their adapters are on the device and stay.
 
-    python benchmarks/control/overhead.py --link calibration.json --out FILE
+    python -m benchmarks.control.overhead --link calibration.json --out FILE
 
 One server changes its mode from block to block of chats (``switched`` of variants.py):
 nothing is announced, each request is, and 10,000 others per second are as well. What it takes to
@@ -34,8 +34,8 @@ ensure_torchvision_importable()
 
 import httpx  # noqa: E402
 import psutil  # noqa: E402
-from chats import Chat, chat, text  # noqa: E402
 
+from benchmarks.control.chats import Chat, chat, text  # noqa: E402
 from sglang_elora.bench.machine import machine  # noqa: E402
 from sglang_elora.bench.servers import Bench, EmulatedLink  # noqa: E402
 from sglang_elora.bench.sides import Sizes, make_side  # noqa: E402

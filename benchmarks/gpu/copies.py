@@ -1,6 +1,6 @@
 """Adapters copied beside a batch on a GPU, in one call: are slots safe, and how fast.
 
-    python benchmarks/gpu/copies.py --out OUT_DIR [--dry-run]
+    python -m benchmarks.gpu.copies --out OUT_DIR [--dry-run]
 
 The server's own ``Residency`` over a pool of Llama-3-8B's shape, adapters of rank 32 on all linear
 layers, and a stand-in for a batch: a long run of matrix products on the forward stream. Shown:
@@ -19,22 +19,17 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks/tree"), str(ROOT / "benchmarks/swapper")]
-
-from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
+from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
 
 ensure_torchvision_importable()
 
 import torch  # noqa: E402
 
-from radix_caches import Cache  # noqa: E402
 from sglang_elora.bench.machine import machine  # noqa: E402
 from sglang_elora.pages import (  # noqa: E402
     AdapterImage,
@@ -46,7 +41,8 @@ from sglang_elora.pages import (  # noqa: E402
 )
 from sglang_elora.policy import LRU, Costs  # noqa: E402
 from sglang_elora.srt.lora.adapter_memory import page_locked_memory  # noqa: E402
-from swapper_world import AdapterSource, HostTier, Residency  # noqa: E402
+from tests.harness.radix_cache import Cache  # noqa: E402
+from tests.harness.swapper_world import AdapterSource, HostTier, Residency  # noqa: E402
 
 RANK = 32
 LLAMA_8B = (

@@ -1,6 +1,6 @@
 """The kernels on a GPU, in one call: are they right, and how fast.
 
-    python benchmarks/gpu/kernels.py --out OUT_DIR [--site SITE_DIR] [--budget-s 540] [--dry-run]
+    python -m benchmarks.gpu.kernels --out OUT_DIR [--site SITE_DIR] [--budget-s 540] [--dry-run]
 
 Parts, each written as soon as it is measured: facts and bandwidths, results on the device
 (tests/kernels, if pytest is there), CUDA graphs replayed with other adapters, times, page_copy,
@@ -22,27 +22,28 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "benchmarks" / "kernels"
 DRY_RUN = "--dry-run" in sys.argv
 if DRY_RUN:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 if "--site" in sys.argv:
-    sys.path.insert(0, sys.argv[sys.argv.index("--site") + 1])
-sys.path.insert(0, str(FOLDER))
-import_module("shapes")  # makes sglang_elora.kernels importable in a bare checkout
+    # The unpacked bundle is not installed; the checkout, in front, has its own ``tests``.
+    sys.path.insert(1, sys.argv[sys.argv.index("--site") + 1])
+import_module("benchmarks.kernels.shapes")  # makes sglang_elora importable in a bare checkout
 
 import torch  # noqa: E402
 
-import bench_both  # noqa: E402
-import bench_lora_expand  # noqa: E402
-import bench_lora_shrink  # noqa: E402
-import bench_page_copy  # noqa: E402
-import replay  # noqa: E402
-from floor import expand_work, shrink_work  # noqa: E402
+from benchmarks.kernels import (  # noqa: E402
+    bench_both,
+    bench_lora_expand,
+    bench_lora_shrink,
+    bench_page_copy,
+    replay,
+)
+from benchmarks.kernels.floor import expand_work, shrink_work  # noqa: E402
+from benchmarks.kernels.shapes import MODULES, NUM_ADAPTERS, Case, cases  # noqa: E402
+from benchmarks.kernels.timing import Timer, bandwidths, facts, interleaved  # noqa: E402
+from benchmarks.kernels.world import CaseWorld  # noqa: E402
 from sglang_elora.pages import ModuleShape  # noqa: E402
-from shapes import MODULES, NUM_ADAPTERS, Case, cases  # noqa: E402
-from timing import Timer, bandwidths, facts, interleaved  # noqa: E402
-from world import World  # noqa: E402
 
 TINY = (ModuleShape("qkv_proj", 128, (128, 64, 64)), ModuleShape("o_proj", 128, (96,)))
 
@@ -67,13 +68,13 @@ def device_tests(log: Path, timeout_s: float) -> dict[str, Any]:
 
     pytest writes to ``log`` as it goes, so that a time-out keeps what was done until then.
     """
-    code = "import shapes, sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    code = "import benchmarks.kernels.shapes, sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     folder = ROOT / "tests" / "kernels"
     command = [sys.executable, "-c", code, "-v", "-x", "-c", os.devnull, "--rootdir", str(folder)]
     command += ["--confcutdir", str(folder), "-p", "no:cacheprovider", str(folder)]
     for name in ("test_compile.py", "test_gpu_scripts.py", "test_gpu_stages.py"):  # for a CPU
         command += ["--ignore", str(folder / name)]
-    path = os.pathsep.join([str(FOLDER), *sys.path])
+    path = os.pathsep.join([str(ROOT), *sys.path])
     env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     passed = None
     with log.open("w") as output:
@@ -90,7 +91,7 @@ def device_tests(log: Path, timeout_s: float) -> dict[str, Any]:
 def measure(case: Case, device: torch.device, rivals: bool) -> dict[str, Any]:
     """All four modules of a case; with --dry-run each work runs once, untimed."""
     shapes = TINY if DRY_RUN else MODULES
-    world = World.build(case, device, shapes)
+    world = CaseWorld.build(case, device, shapes)
     if DRY_RUN:
         world.num_layers = 2
     row: dict[str, Any] = {"case": case.name, "layers_rotated": world.num_layers, "modules": {}}

@@ -1,6 +1,6 @@
 """The real server at the size of Llama-3-8B with 100 adapters: stock and ELORA on the same traces.
 
-    python benchmarks/gpu/serve.py --out OUT_DIR [--workloads chat] [--sides ...] [--dry-run]
+    python -m benchmarks.gpu.serve --out OUT_DIR [--workloads chat] [--sides ...] [--dry-run]
 
 Weights are random, with the shapes of Llama-3-8B; 100 adapters of rank 32 and 64 on all linear
 layers, of which those of a rank share one file (what they say means nothing here, what they weigh

@@ -1,6 +1,6 @@
 """Size of what a call to the GPU machine takes along: the tracked tree and the bundle.
 
-    python benchmarks/gpu/travel.py [BUNDLE_DIR]
+    python -m benchmarks.gpu.travel [BUNDLE_DIR]
 
 Prints each top folder's size and the sum, and exits with status 1 if the sum exceeds ``LIMIT_MIB``.
 Git's history does not travel; untracked files that git does not ignore do, and are counted.

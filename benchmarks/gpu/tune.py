@@ -1,6 +1,6 @@
 """Find launch configurations of the LoRA kernels for this GPU, in one call.
 
-    python benchmarks/gpu/tune.py --out OUT_DIR [--budget-s 560] [--dry-run]
+    python -m benchmarks.gpu.tune --out OUT_DIR [--budget-s 560] [--dry-run]
 
 Writes OUT_DIR/<GPU>.json in the form of kernels/launch_configs/default.json, after each shape: the
 fastest configuration of those that compute the same as the default one. Copy it to
@@ -24,18 +24,17 @@ from typing import Any
 DRY_RUN = "--dry-run" in sys.argv
 if DRY_RUN:
     os.environ["TRITON_INTERPRET"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-import_module("shapes")  # makes sglang_elora.kernels importable in a bare checkout
+import_module("benchmarks.kernels.shapes")  # makes sglang_elora importable in a bare checkout
 
 import torch  # noqa: E402
 
-from bench_both import TOLERANCE  # noqa: E402
+from benchmarks.kernels.bench_both import TOLERANCE  # noqa: E402
+from benchmarks.kernels.shapes import MODULES, Case  # noqa: E402
+from benchmarks.kernels.timing import Timer, facts, interleaved  # noqa: E402
+from benchmarks.kernels.world import CaseWorld, Ours  # noqa: E402
 from sglang_elora.kernels import ExpandConfig, ShrinkConfig  # noqa: E402
 from sglang_elora.kernels.launch_configs import file_name  # noqa: E402
 from sglang_elora.pages import ModuleShape  # noqa: E402
-from shapes import MODULES, Case  # noqa: E402
-from timing import Timer, facts, interleaved  # noqa: E402
-from world import Ours, World  # noqa: E402
 
 # Tiles come from rows: in decode one per adapter, in prefill 64 rows each.
 CASES = (
@@ -137,7 +136,7 @@ def main() -> None:
         if time.monotonic() > end:
             log.setdefault("left_out", []).append([case.name, shape.name])
             continue
-        world = World.build(case, device, TINY if DRY_RUN else MODULES)
+        world = CaseWorld.build(case, device, TINY if DRY_RUN else MODULES)
         ours = Ours(world, shape, world.scattered)
         x, output = world.inputs(shape)
         rows, tiles = ours.tables.tile_rows, ours.tables.num_tiles

@@ -1,6 +1,6 @@
 """How much KV on the device is of no use because its adapter is not there, stock against ELORA.
 
-    python benchmarks/invalid_kv/run.py [--sides stock elora] [--runs 3] [--out DIR]
+    python -m benchmarks.invalid_kv.run [--sides stock elora] [--runs 3] [--out DIR]
 
 Both sides hold the same chats (tests/e2e/pressure.py) with the same number of bytes for adapters
 and KV: stock splits them into a slab of --stock-adapters slots and a KV pool, ELORA has one pool.
@@ -14,7 +14,6 @@ import asyncio
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -22,18 +21,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests" / t) for t in ("e2e", "contract")]
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
+from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
 
 ensure_torchvision_importable()
 
 import httpx  # noqa: E402
-import probe  # noqa: E402
 
-from pressure import (  # noqa: E402
+from benchmarks.invalid_kv import probe  # noqa: E402
+from sglang_elora.bench.machine import machine  # noqa: E402
+from sglang_elora.testbed.adapters import ALL_LINEAR, make_adapters  # noqa: E402
+from sglang_elora.testbed.checkpoint import ModelShape, make_checkpoint  # noqa: E402
+from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess, python_module  # noqa: E402
+from tests.harness.plugin_packages import write_plugin  # noqa: E402
+from tests.harness.pressure import (  # noqa: E402
     PRESSURE_SPECS,
     Record,
     Trace,
@@ -42,12 +44,7 @@ from pressure import (  # noqa: E402
     plane_elements,
     run_trace,
 )
-from second_plugin import write_plugin  # noqa: E402
-from server_flags import server_flags  # noqa: E402
-from sglang_elora.bench.machine import machine  # noqa: E402
-from sglang_elora.testbed.adapters import ALL_LINEAR, make_adapters  # noqa: E402
-from sglang_elora.testbed.checkpoint import ModelShape, make_checkpoint  # noqa: E402
-from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess, python_module  # noqa: E402
+from tests.harness.server_flags import server_flags  # noqa: E402
 
 SIDES = ("stock", "elora")
 SAMPLE_EVERY = 5  # scheduler steps

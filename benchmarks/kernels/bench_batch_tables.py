@@ -1,6 +1,6 @@
 """Time of the host to describe a batch to the kernels, as the backend does before each pass.
 
-    python benchmarks/kernels/bench_batch_tables.py [--out DIR]
+    python -m benchmarks.kernels.bench_batch_tables [--out DIR]
 
 Runs without a GPU: the tables are in host memory, so the copy to a device is missing.
 """
@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.kernels.shapes import MODULES, ROOT
 from sglang_elora.kernels import Batch, BatchTables, adapter_record
-from shapes import MODULES, ROOT
 
 NUM_ADAPTERS, MAX_ADAPTERS, REPEATS = 64, 256, 500
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from rivals import RIVALS
+from benchmarks.kernels.rivals import RIVALS
+from benchmarks.kernels.world import CaseWorld, Ours, expected
 from sglang_elora.pages import ModuleShape
-from tolerances import TOLERANCES
-from world import Ours, World, expected
+from tests.harness.tolerances import TOLERANCES
 
 TOLERANCE = TOLERANCES[torch.bfloat16]
 
 
-def competitors(world: World, shape: ModuleShape, rivals: bool) -> dict[str, Any]:
+def competitors(world: CaseWorld, shape: ModuleShape, rivals: bool) -> dict[str, Any]:
     """Objects with ``both(layer, x, output)``."""
     result: dict[str, Any] = {
         "both/scattered": Ours(world, shape, world.scattered),
@@ -27,7 +27,7 @@ def competitors(world: World, shape: ModuleShape, rivals: bool) -> dict[str, Any
 
 
 def works(
-    world: World, shape: ModuleShape, rivals: bool
+    world: CaseWorld, shape: ModuleShape, rivals: bool
 ) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
     """What to time, and how far each one's result is from the reference.
 

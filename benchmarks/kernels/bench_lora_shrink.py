@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.kernels.world import CaseWorld, Ours
 from sglang_elora.pages import ModuleShape
-from world import Ours, World
 
 
-def works(world: World, shape: ModuleShape) -> dict[str, Callable[[], object]]:
+def works(world: CaseWorld, shape: ModuleShape) -> dict[str, Callable[[], object]]:
     """Each computes the module once per layer of the world."""
     x, _ = world.inputs(shape)
 

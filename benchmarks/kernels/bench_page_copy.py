@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.kernels.shapes import MODULES, NUM_LAYERS, SLOT_ELEMS
+from benchmarks.kernels.timing import event_samples
 from sglang_elora.kernels import Contiguous, PoolPlanes, page_copy
 from sglang_elora.pages import AdapterLayout, ModuleShape
-from shapes import MODULES, NUM_LAYERS, SLOT_ELEMS
-from timing import event_samples
 
 SLOT_BYTES = 2 * SLOT_ELEMS  # bfloat16
 BATCH = 8

@@ -1,6 +1,6 @@
 """Bytes and operations of the LoRA kernels per batch, and the time below which no GPU can do them.
 
-    python benchmarks/kernels/floor.py [--out DIR]
+    python -m benchmarks.kernels.floor [--out DIR]
 
 Counts, no times: nothing runs on a device here.
 """
@@ -12,8 +12,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.kernels.shapes import MODULES, ROOT, SLOT_ELEMS, Case, cases
 from sglang_elora.pages import ModuleShape
-from shapes import MODULES, ROOT, SLOT_ELEMS, Case, cases
 
 WEIGHT_BYTES = 2  # bfloat16
 INNER_BYTES = 4  # float32

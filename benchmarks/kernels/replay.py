@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench_both import TOLERANCE
+from benchmarks.kernels.bench_both import TOLERANCE
+from benchmarks.kernels.shapes import MODULES, Case
+from benchmarks.kernels.world import CaseWorld, expected
 from sglang_elora.kernels import (
     Batch,
     BatchTables,
@@ -19,8 +21,6 @@ from sglang_elora.kernels import (
     shrink_config,
 )
 from sglang_elora.pages import ModuleShape
-from shapes import MODULES, Case
-from world import World, expected
 
 MAX_RANK = 256
 
@@ -49,7 +49,7 @@ def check(
 ) -> list[dict[str, Any]]:
     """One row per batch that was replayed: the share of wrong elements, and untouched ones."""
     shape = shapes[0]
-    whole = World.build(Case("decode", num_rows, min(8, num_rows), "mixed"), device, shapes)
+    whole = CaseWorld.build(Case("decode", num_rows, min(8, num_rows), "mixed"), device, shapes)
     names = tuple(whole.modules)
     tables = BatchTables(
         device,
@@ -103,7 +103,7 @@ def check(
         truth = base.float()
         for i in adapters:
             mine = torch.tensor([r for r, owner in enumerate(owners) if owner == i], device=device)
-            one = World(
+            one = CaseWorld(
                 Case("decode", len(mine), 1, "16"),
                 1,
                 whole.planes,

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.kernels.world import CaseWorld
 from sglang_elora.pages import ModuleShape
-from world import World
 
 CHUNK_ROWS = 16  # --max-lora-chunk-size, SGLang's default
 
@@ -19,7 +19,7 @@ class Slabs:
     them.
     """
 
-    def __init__(self, world: World, shape: ModuleShape) -> None:
+    def __init__(self, world: CaseWorld, shape: ModuleShape) -> None:
         case, device = world.case, world.planes.device
         rank, parts = max(case.ranks), len(shape.out_features)
         self.parts, self.shape, self.rank = parts, shape, rank
@@ -56,7 +56,7 @@ class Slabs:
 class Csgmv(Slabs):
     """As ``ChunkedSgmvLoRABackend`` launches them."""
 
-    def __init__(self, world: World, shape: ModuleShape) -> None:
+    def __init__(self, world: CaseWorld, shape: ModuleShape) -> None:
         from sglang.kernels.ops.lora.dense.chunked_sgmv_expand import (
             chunked_sgmv_lora_expand_forward,
         )
@@ -104,7 +104,7 @@ class Csgmv(Slabs):
 class Triton(Slabs):
     """As ``TritonLoRABackend`` launches them in decode: rows sorted by adapter."""
 
-    def __init__(self, world: World, shape: ModuleShape) -> None:
+    def __init__(self, world: CaseWorld, shape: ModuleShape) -> None:
         from sglang.kernels.ops.lora.dense.gate_up_lora_b import gate_up_lora_b_fwd
         from sglang.kernels.ops.lora.dense.qkv_lora_b import qkv_lora_b_fwd
         from sglang.kernels.ops.lora.dense.sgemm_lora_a import sgemm_lora_a_fwd
@@ -143,7 +143,7 @@ class Triton(Slabs):
 RIVALS: dict[str, Any] = {"csgmv": Csgmv, "sglang_triton": Triton}
 
 
-def _by_adapter(world: World) -> tuple[list[int], list[int]]:
+def _by_adapter(world: CaseWorld) -> tuple[list[int], list[int]]:
     """Row numbers grouped by adapter, and how many each has."""
     groups: list[list[int]] = [[] for _ in range(world.case.num_adapters)]
     row = 0

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-for folder in ("tests/kernels", "python"):  # also in a checkout where nothing is installed
-    if str(ROOT / folder) not in sys.path:
-        sys.path.insert(0, str(ROOT / folder))
+# A GPU machine has a copy of the checkout in which nothing is installed (benchmarks/gpu/TODO.md).
+if str(ROOT / "python") not in sys.path:
+    sys.path.insert(0, str(ROOT / "python"))
 
 import sglang_elora  # noqa: E402
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from shapes import ROOT
+from benchmarks.kernels.shapes import ROOT
 
 ROUNDS = 12
 ROUND_S = 1.5e-3  # of device work per sample, at least

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from benchmarks.kernels.shapes import MODULES, SLOT_ELEMS, Case
 from sglang_elora.kernels import (
     Batch,
     BatchTables,
@@ -24,7 +25,6 @@ from sglang_elora.pages import (
     PageTable,
     stacked_modules,
 )
-from shapes import MODULES, SLOT_ELEMS, Case
 
 SEED = 0
 ROTATE_BYTES = 256 * 2**20  # weights that a round reads; an H200's second-level cache holds 50 MB
@@ -32,7 +32,7 @@ MAX_LAYERS = 16
 
 
 @dataclass
-class World:
+class CaseWorld:
     """One case on the device.
 
     Random weights everywhere in the pool, so that any page table names an adapter. ``scattered``
@@ -50,7 +50,7 @@ class World:
     @classmethod
     def build(
         cls, case: Case, device: torch.device, shapes: tuple[ModuleShape, ...] = MODULES
-    ) -> World:
+    ) -> CaseWorld:
         generator = torch.Generator(device).manual_seed(SEED)
         layouts = [AdapterLayout.build(rank, shapes) for rank in case.ranks]
         counts = [layout.num_slots(SLOT_ELEMS, 1) for layout in layouts]
@@ -106,7 +106,7 @@ class Ours:
     ``shrink_config`` and ``expand_config`` are how they are launched, as the backend chooses.
     """
 
-    def __init__(self, world: World, shape: ModuleShape, adapters: list[PagedAdapter]) -> None:
+    def __init__(self, world: CaseWorld, shape: ModuleShape, adapters: list[PagedAdapter]) -> None:
         tile_rows = 16 if world.case.phase == "decode" else 64
         self.world, self.module = world, world.modules[shape.name]
         self.tables = world.tables(adapters, tile_rows)
@@ -144,7 +144,7 @@ class Ours:
 
 
 def expected(
-    world: World, shape: ModuleShape, layer: int, x: torch.Tensor, base: torch.Tensor
+    world: CaseWorld, shape: ModuleShape, layer: int, x: torch.Tensor, base: torch.Tensor
 ) -> torch.Tensor:
     """What both halves make of a base output, in float32, adapter by adapter."""
     output = base.to(torch.float32, copy=True)

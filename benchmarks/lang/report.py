@@ -1,6 +1,6 @@
 """Tables of what three_steps.py measured.
 
-Run it by ``python benchmarks/lang/report.py FILE...``.
+Run it by ``python -m benchmarks.lang.report FILE...``.
 """
 
 from __future__ import annotations

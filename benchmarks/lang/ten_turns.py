@@ -1,7 +1,7 @@
 """Chats of ten turns: how much of what was said before comes from the cache, turn by turn.
 
-    python benchmarks/lang/ten_turns.py --link calibration.json --runs 2 --out FOLDER
-    python benchmarks/lang/ten_turns.py --report FOLDER
+    python -m benchmarks.lang.ten_turns --link calibration.json --runs 2 --out FOLDER
+    python -m benchmarks.lang.ten_turns --report FOLDER
 
 40 adapters, at equal device bytes; live chats and adapters together do not fit. A server per side
 and run, all sides play the same trace. ``chat``: over /v1/chat/completions, where a turn's history

@@ -1,6 +1,6 @@
 """What it is worth to know a program: three steps with three adapters that are not on the device.
 
-    python benchmarks/lang/three_steps.py --link calibration.json --out FILE
+    python -m benchmarks.lang.three_steps --link calibration.json --out FILE
 
 A frontend program of three calls, each with an adapter of its own, each prompt with the answer
 before it. Three ways take turns on one server, program by program: ``program`` announces the

@@ -1,6 +1,6 @@
 """Policies on one cache tree, without a server: the seconds that each loses to what it gave up.
 
-    python benchmarks/replay/policies.py [--workloads chat translation agent] [--share 0.3]
+    python -m benchmarks.replay.policies [--workloads chat translation agent] [--share 0.3]
 
 The trace is played in its own time, each request for itself: what of its prompt is cached is free,
 the rest costs ``--recompute-us`` per token, an adapter that is not there costs ``--load-us`` per
@@ -14,23 +14,19 @@ import argparse
 import heapq
 import json
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks/tree"))
-
-from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
+from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
 
 ensure_torchvision_importable()
 
-from radix_caches import Cache  # noqa: E402
 from sglang_elora.estimators import Popularity  # noqa: E402
 from sglang_elora.policy import Costs, Policy, PolicyContext, Term, make_policy  # noqa: E402
 from sglang_elora.tree import namespace_of  # noqa: E402
 from sglang_elora.workloads import WORKLOADS, Session, Trace, make_trace  # noqa: E402
+from tests.harness.radix_cache import Cache  # noqa: E402
 
 ADAPTER_SLOTS = (170, 340, 680, 1360)  # ranks 8, 16, 32, 64 of an 8B model, a quarter each
 

@@ -1,6 +1,6 @@
 """What loads of adapters add to the time to first token, from rounds on three servers.
 
-python benchmarks/serving/added.py FILE  # that cold.py wrote
+python -m benchmarks.serving.added FILE  # that cold.py wrote
 """
 
 from __future__ import annotations

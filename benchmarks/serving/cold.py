@@ -1,6 +1,6 @@
 """What the load of an adapter adds to the time to first token of the request that needs it.
 
-    python benchmarks/serving/cold.py --link calibration-8-layers.json --layers 8 --out FILE
+    python -m benchmarks.serving.cold --link calibration-8-layers.json --layers 8 --out FILE
 
 Three servers that differ in loads only: ELORA's, loads that hold the scheduler up, and loads that
 take no time on the link (variants.py). Clients ask without a pause, each request for an adapter
@@ -29,8 +29,7 @@ from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importabl
 
 ensure_torchvision_importable()
 
-from added import report  # noqa: E402
-
+from benchmarks.serving.added import report  # noqa: E402
 from sglang_elora.bench.driver import play_closed  # noqa: E402
 from sglang_elora.bench.machine import machine  # noqa: E402
 from sglang_elora.bench.record import Played  # noqa: E402

@@ -1,6 +1,6 @@
 """SGLang's own benchmark and ours on one server and the same requests: do they measure the same?
 
-    python benchmarks/serving/cross_check.py --out FILE
+    python -m benchmarks.serving.cross_check --out FILE
 
 A stock server and one adapter. Both send the same texts to ``/v1/completions``, each answer as long
 as the other's, taking turns; the cache is emptied before each turn. First as many clients as

@@ -1,6 +1,6 @@
 """Where one pool has little to gain, or nothing: is stock as good there, or better?
 
-    python benchmarks/serving/unfavourable.py --link calibration.json --out DIR [--runs 2]
+    python -m benchmarks.serving.unfavourable --link calibration.json --out DIR [--runs 2]
 
 ``one``: one adapter. ``fits``: eight adapters, which fit into stock's slots, and chats which fit
 into its pool. ``new``: every prompt is new, so that no KV is ever used again. ``tiny``: a pool of

@@ -1,7 +1,7 @@
 """The CPU server's calibration, fitted to what its own runs in results/serving have recorded.
 
     python benchmarks/results/rows.py unpack serving
-    python benchmarks/sim/fit.py
+    python -m benchmarks.sim.fit
 
 How long an answer takes from its first token to its last is made up of its decode steps and of the
 prefill batches that came between. Both are fitted at once, with errors weighed by absolute value;

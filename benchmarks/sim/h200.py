@@ -1,8 +1,8 @@
 """Simulated: all sides at the costs of H200s, from 20 to 1000 adapters.
 
-    python benchmarks/sim/h200.py table [--adapters 20 50 100 1000] [--model h200-8b] --out FILE
-    python benchmarks/sim/h200.py peak  [--adapters 100] ... --out FILE
-    python benchmarks/sim/h200.py sensitivity [--adapters 100] ... --out FILE
+    python -m benchmarks.sim.h200 table [--adapters 20 50 100 1000] [--model h200-8b] --out FILE
+    python -m benchmarks.sim.h200 peak  [--adapters 100] ... --out FILE
+    python -m benchmarks.sim.h200 sensitivity [--adapters 100] ... --out FILE
 
 ``table``: TTFT, TPOT, hit rates and hit value of each side at ``RATES``; static splits at several
 shares. ``peak``: the highest rate whose mean TTFT stays below 500 ms, found by doubling and halving

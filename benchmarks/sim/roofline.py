@@ -1,6 +1,6 @@
 """Calibrations of H200s with Llama 3, from data sheets and sizes: nothing was measured on one.
 
-python benchmarks/sim/roofline.py [--out benchmarks/sim]
+python -m benchmarks.sim.roofline [--out benchmarks/sim]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tables of what h200.py wrote.
 
-python benchmarks/sim/tables.py benchmarks/results/sim/h200.jsonl [...]
+python -m benchmarks.sim.tables benchmarks/results/sim/h200.jsonl [...]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Simulated: where one pool has little to gain, at the costs of an H200 and 32 GB.
 
-    python benchmarks/sim/unfavourable.py --out FILE
+    python -m benchmarks.sim.unfavourable --out FILE
 
 The cases of ``serving/unfavourable.py`` at full size. Both sides compute LoRA alike here, so what
 is left between them is the cache alone. ``one``: one adapter. ``fits``: eight adapters, as many
@@ -15,8 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from h200 import Case, figures, run
-
+from benchmarks.sim.h200 import Case, figures, run
 from sglang_elora.sim import Calibration
 from sglang_elora.workloads import FULL_SIZE, Trace, Workload, make_trace
 

@@ -1,7 +1,7 @@
 """The simulator beside the real CPU server: the same traces, what both found and how long it took.
 
     python benchmarks/results/rows.py unpack serving
-    python benchmarks/sim/validate.py [--folders load-1 load-0.7] [--out FILE]
+    python -m benchmarks.sim.validate [--folders load-1 load-0.7] [--out FILE]
 
 Per workload and side, means over the runs of results/serving: tokens of the prompts found on the
 device and on the host, and mean TTFT. Below each workload, the sides by mean TTFT as the server and
@@ -18,8 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fit import read, runs
-
+from benchmarks.sim.fit import read, runs
 from sglang_elora.bench.figures import WARM_UP
 from sglang_elora.bench.machine import machine
 from sglang_elora.sim import Calibration, make_engine

@@ -1,6 +1,6 @@
 """Mixed traffic for an hour: does a server's memory, or anything else that it holds, grow?
 
-    python benchmarks/soak/run.py [--minutes 60] [--out FOLDER]
+    python -m benchmarks.soak.run [--minutes 60] [--out FOLDER]
 
 One server with --elora, a host tier of KV and a pool that holds a quarter of the adapters and KV
 of a trace. The trace is answered again and again, 8 sessions at a time, by name and with their next
@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -27,20 +26,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests/e2e"), str(ROOT / "tests")]
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
+from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
 
 ensure_torchvision_importable()
 
 import httpx  # noqa: E402
 import psutil  # noqa: E402
 
-from bad_adapters import make_bad_adapters  # noqa: E402
-from disturbances import reload_copies  # noqa: E402
-from pressure import (  # noqa: E402
+from sglang_elora.bench.machine import machine  # noqa: E402
+from sglang_elora.testbed.server import ServerProcess  # noqa: E402
+from tests.harness.bad_adapters import make_bad_adapters  # noqa: E402
+from tests.harness.disturbances import reload_copies  # noqa: E402
+from tests.harness.pressure import (  # noqa: E402
     PRESSURE_SPECS,
     OnRecord,
     Record,
@@ -49,9 +48,7 @@ from pressure import (  # noqa: E402
     pool_tokens,
     run_trace,
 )
-from server_flags import HOST_TIER, server_flags  # noqa: E402
-from sglang_elora.bench.machine import machine  # noqa: E402
-from sglang_elora.testbed.server import ServerProcess  # noqa: E402
+from tests.harness.server_flags import HOST_TIER, server_flags  # noqa: E402
 
 TRACE = make_trace(num_requests=150)
 SAMPLE_EVERY_S = 5.0

@@ -1,6 +1,6 @@
 """Time that the swapper and admission take of a scheduler iteration, by the number of cached nodes.
 
-    python benchmarks/swapper/step.py [--nodes 1000 10000 100000] [--waiting 2000]
+    python -m benchmarks.swapper.step [--nodes 1000 10000 100000] [--waiting 2000]
         [--adapters 2000] [--gc server] [--out FILE]
 
 The server's own pool, tree, policy, host tier, swapper and admission under steady pressure, without
@@ -29,23 +29,20 @@ import gc
 import json
 import os
 import random
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks/tree"))
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
+from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
 
 ensure_torchvision_importable()
 
 from sglang_elora.bench.machine import machine  # noqa: E402
-from swapper_world import Admission, World, uid  # noqa: E402
+from tests.harness.swapper_world import Admission, SwapperWorld, uid  # noqa: E402
 
 RESIDENT = 64  # as many as the pool was sized for
 ADAPTER_SLOTS = 128
@@ -95,7 +92,7 @@ class Bench:
         self._rng = random.Random(SEED)
         self._num_waiting = num_waiting
         slots = num_nodes * LEAF_TOKENS + RESIDENT * ADAPTER_SLOTS
-        self.world = World(
+        self.world = SwapperWorld(
             slots,
             num_adapters=num_adapters,
             adapter_slots=ADAPTER_SLOTS,

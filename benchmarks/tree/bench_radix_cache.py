@@ -1,6 +1,6 @@
 """Cost of the radix cache's operations against the number of cached conversations.
 
-    python benchmarks/tree/bench_radix_cache.py [--leaves 1000 10000 100000] [--out FILE]
+    python -m benchmarks.tree.bench_radix_cache [--leaves 1000 10000 100000] [--out FILE]
 
 Ours and both of SGLang's tree cores hold the same conversations and do the same operation in
 turn, so that a change of the machine's speed meets all three. Times are of one call, in
@@ -28,8 +28,8 @@ from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importabl
 
 ensure_torchvision_importable()
 
-from radix_caches import Cache  # noqa: E402
 from sglang_elora.bench.machine import machine  # noqa: E402
+from tests.harness.radix_cache import Cache  # noqa: E402
 
 CORES = ("elora", "python", "rust")
 EVICT_TOKENS = 1000

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import forked
-from run_python import RunPython
+from tests.harness import forked
+from tests.harness.run_python import RunPython
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from adapter_cache import AdapterCache
-from radix_caches import sglang
 from sglang_elora.tree import namespace_of
+from tests.harness.adapter_cache import AdapterCache
+from tests.harness.radix_cache import sglang
 
 
 def test_an_adapter_goes_after_its_kv() -> None:

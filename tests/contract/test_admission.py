@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from swapper_world import MAX_BYPASS, Admission, World, uid
+from tests.harness.swapper_world import MAX_BYPASS, Admission, SwapperWorld, uid
 
 SLOTS = 64  # of an adapter
 
@@ -21,7 +21,7 @@ class Running(set[Any]):
 
 
 def admission(num_adapters: int = 4) -> Admission:
-    made = World(8 * SLOTS, num_adapters=num_adapters, adapter_slots=SLOTS)
+    made = SwapperWorld(8 * SLOTS, num_adapters=num_adapters, adapter_slots=SLOTS)
     return Admission(made.residency, made.swapper, max_adapters=8)
 
 

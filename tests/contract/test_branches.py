@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sglang_elora.tree import namespace_of
-from swapper_world import EVICT_LEAVES, PURGE_NODES, World, uid
+from tests.harness.swapper_world import EVICT_LEAVES, PURGE_NODES, SwapperWorld, uid
 
 SLOTS = 64  # of an adapter
 
@@ -27,16 +27,16 @@ class CountedChildren(dict[Any, Any]):
             yield child
 
 
-def world(num_leaves: int, num_slots: int = 8 * SLOTS) -> World:
+def world(num_leaves: int, num_slots: int = 8 * SLOTS) -> SwapperWorld:
     """Adapter 0 is on the device, with so many leaves of KV under one common beginning."""
-    made = World(num_slots + num_leaves + 2, num_adapters=3, adapter_slots=SLOTS)
+    made = SwapperWorld(num_slots + num_leaves + 2, num_adapters=3, adapter_slots=SLOTS)
     bring(made, uid(0))
     for i in range(num_leaves):
         made.cache_kv(uid(0), [7, 8, 1000 + i])
     return made
 
 
-def bring(made: World, name: str) -> None:
+def bring(made: SwapperWorld, name: str) -> None:
     made.arrive(name)
     made.step()
     made.waiting.clear()
@@ -44,11 +44,11 @@ def bring(made: World, name: str) -> None:
     assert made.is_resident(name)
 
 
-def num_nodes(made: World) -> int:
+def num_nodes(made: SwapperWorld) -> int:
     return len(made.core._node_arena)
 
 
-def purge(made: World) -> int:
+def purge(made: SwapperWorld) -> int:
     """Have the swapper prepare until nothing is purged any more; how often."""
     for calls in range(1_000):
         if not made.swapper.is_waiting:
@@ -160,7 +160,7 @@ def test_kv_of_an_unloaded_adapter_is_not_copied_to_the_host_when_it_is_evicted(
 
 
 def test_popularity_forgets_adapters_that_are_unloaded() -> None:
-    made = World(8 * SLOTS, num_adapters=1, adapter_slots=SLOTS)
+    made = SwapperWorld(8 * SLOTS, num_adapters=1, adapter_slots=SLOTS)
     made.swapper.used(uid(0))
     for i in range(1, 50):
         made.load(uid(i))

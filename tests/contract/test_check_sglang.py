@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from run_python import RunPython
 from sglang_elora.upstream.comparison import Verdict, compare, patch_fits
 from sglang_elora.upstream.seams import OURS, Kind, Seam, find_seams
 from sglang_elora.upstream.sources import SERVER_ARGS, Files, Sources
+from tests.harness.run_python import RunPython
 
 ROOT = Path(__file__).parents[2]
 PATCHES = {path.name: path.read_text() for path in (ROOT / "patches").glob("*.patch")}

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from run_python import RunPython
 from sglang_elora.testbed.adapters import AdapterSpec, make_adapters
+from tests.harness.run_python import RunPython
 
 LORA = ("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "q_proj", "o_proj")
 ATTENTION = ["qkv_proj", "o_proj"]

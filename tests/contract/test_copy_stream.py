@@ -12,7 +12,7 @@ import torch
 from sglang_elora.pages import AdapterImage
 from sglang_elora.platforms.emulated_link import Link
 from sglang_elora.policy import Item
-from swapper_world import AdapterSource, World, uid
+from tests.harness.swapper_world import AdapterSource, SwapperWorld, uid
 
 SLOTS = 64  # of an adapter
 LAYERS = 8  # so that a copy has several pieces
@@ -48,8 +48,10 @@ def link(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Link]:
     yield made
 
 
-def world(num_slots: int = 4 * SLOTS, **options: Any) -> World:
-    return World(num_slots, num_adapters=6, adapter_slots=SLOTS, num_layers=LAYERS, **options)
+def world(num_slots: int = 4 * SLOTS, **options: Any) -> SwapperWorld:
+    return SwapperWorld(
+        num_slots, num_adapters=6, adapter_slots=SLOTS, num_layers=LAYERS, **options
+    )
 
 
 def test_a_copy_behind_a_batch_is_measured_without_the_wait_for_the_batch(
@@ -128,7 +130,9 @@ class CompilationError(Exception):
     """Of no kind that torch raises, as Triton's own errors."""
 
 
-def failing(made: World, where: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def failing(
+    made: SwapperWorld, where: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Have the next copy fail, at the start or half-way through its pieces."""
     from sglang_elora.srt.mem_cache import copy_stream
 
@@ -164,7 +168,7 @@ class _NotCloned(torch.Tensor):
         raise torch.OutOfMemoryError("no memory for slots")
 
 
-def answers(made: World, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+def answers(made: SwapperWorld, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """Adapters and texts of requests that have ended with an error, as they are sent."""
     from sglang_elora.srt.scheduler import swapper
 
@@ -252,7 +256,7 @@ def test_kv_of_a_session_is_not_loaded_under_an_adapter_whose_copy_failed(
 FP8 = torch.float8_e4m3fn
 
 
-def paged_world(page_size: int, kv_dtype: torch.dtype) -> World:
+def paged_world(page_size: int, kv_dtype: torch.dtype) -> SwapperWorld:
     """Weights are 3.4e38 in float32, whose bytes 0x7f are NaN in float8_e4m3fn."""
     made = world(page_size=page_size, kv_dtype=kv_dtype)
     like = made.host.get(uid(0))
@@ -264,12 +268,12 @@ def paged_world(page_size: int, kv_dtype: torch.dtype) -> World:
     return made
 
 
-def is_finite(made: World) -> bool:
+def is_finite(made: SwapperWorld) -> bool:
     planes = [*made.pool.k_buffer, *made.pool.v_buffer]
     return all(bool(plane.float().isfinite().all()) for plane in planes)
 
 
-def leave(made: World, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def leave(made: SwapperWorld, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if how == "displaced":
         answers(made, monkeypatch)
         with monkeypatch.context() as patch:

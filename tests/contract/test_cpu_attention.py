@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from run_python import RunPython
+from tests.harness.run_python import RunPython
 
 CODE = """
 import json, sys

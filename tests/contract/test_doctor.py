@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from run_python import RunPython
-from second_plugin import write_plugin
 from sglang_elora.config import SGLANG_PIN
+from tests.harness.plugin_packages import write_plugin
+from tests.harness.run_python import RunPython
 
 DOCTOR = ("-m", "sglang_elora.commands.cli", "doctor")
 

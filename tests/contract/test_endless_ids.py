@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from object_sizes import sizes_of
 from sglang_elora.pages import AdapterImage
-from swapper_world import AdapterSource, World, uid
+from tests.harness.object_sizes import sizes_of
+from tests.harness.swapper_world import AdapterSource, SwapperWorld, uid
 
 with warnings.catch_warnings():  # SGLang's
     warnings.simplefilter("ignore")
@@ -36,7 +36,7 @@ class Endless:
     """A world whose adapters have files, and an id for each that was never used before."""
 
     def __init__(self, policy: str) -> None:
-        self.world = World(
+        self.world = SwapperWorld(
             4 * SLOTS, num_adapters=1, adapter_slots=SLOTS, policy=policy, host_bytes=100_000
         )
         self.admission: Any = Admission(self.world.residency, self.world.swapper, max_adapters=8)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from swapper_world import World
+from tests.harness.swapper_world import SwapperWorld
 
 SLOTS = 64
 
@@ -41,8 +41,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 
 def order_of(num_slots: int, *, page_size: int = 1, need_sort: bool = False) -> Any:
-    from radix_caches import Cache
     from sglang_elora.srt.mem_cache.free_order import FreeOrder
+    from tests.harness.radix_cache import Cache
 
     allocator = Cache("elora", num_slots, page_size=page_size).allocator
     allocator.need_sort = need_sort
@@ -113,7 +113,7 @@ def test_a_copy_into_room_that_was_free_before_the_batch_does_not_wait_for_it(
     """The rest of its room is freed after the launch, by a batch's end or by an eviction."""
     from sglang_elora.srt.scheduler.swapper import prepare
 
-    made = World(3 * SLOTS, num_adapters=6, adapter_slots=SLOTS)
+    made = SwapperWorld(3 * SLOTS, num_adapters=6, adapter_slots=SLOTS)
     order = made.residency._free_order
     server: Any = SimpleNamespace(tree_cache=SimpleNamespace(elora=made))
     held = made.cache.allocator.alloc(3 * SLOTS - num_free_before)

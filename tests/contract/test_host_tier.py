@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from adapter_cache import AdapterCache
 from sglang_elora.tree import namespace_of
+from tests.harness.adapter_cache import AdapterCache
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of what SGLang imports
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from run_python import RunPython
+from tests.harness.run_python import RunPython
 
 UNTOUCHED = """
 import pkgutil

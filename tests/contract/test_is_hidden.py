@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from swapper_world import World, uid
-from test_swapper import SLOTS, world
+from tests.contract.test_swapper import SLOTS, world
+from tests.harness.swapper_world import SwapperWorld, uid
 
 
 class Adder:
@@ -20,7 +20,7 @@ class Adder:
         self.rem_chunk_tokens = chunk
 
 
-def with_two_copies(made: World, prompt_tokens: int) -> Any:
+def with_two_copies(made: SwapperWorld, prompt_tokens: int) -> Any:
     """The request for the second of two adapters under way, whose copies take 4.05 s together.
 
     A batch takes 1 s, and 0.1 s per token.

@@ -28,7 +28,7 @@ from sglang_elora.pages import (
     PageTable,
     WeightRef,
 )
-from specializations import Launches, unaligned
+from tests.harness.specializations import Launches, unaligned
 
 NUM_LAYERS, NUM_SLOTS, MAX_RANK = 9, 600, 64
 RANKS = (1, 3, 8, 15, 16, 24, MAX_RANK)

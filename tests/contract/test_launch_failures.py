@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from run_python import RunPython
-from second_plugin import write_plugin
 from sglang_elora.config import SGLANG_PIN
+from tests.harness.plugin_packages import write_plugin
+from tests.harness.run_python import RunPython
 
 LAUNCH = ("-m", "sglang_elora.launch_server", "--elora", "--model-path", "no-such-model")
 TARGET = "sglang.srt.lora.lora.LoRAAdapter._normalize_weights"

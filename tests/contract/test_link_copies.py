@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from run_python import RunPython
+from tests.harness.run_python import RunPython
 
 COPIES = """
 import os

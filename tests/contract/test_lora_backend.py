@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 
-import cases
 from sglang_elora.pages import (
     AdapterImage,
     AdapterLayout,
@@ -28,7 +27,8 @@ from sglang_elora.pages import (
     PageTable,
     WeightRef,
 )
-from tolerances import TOLERANCES
+from tests.harness import kernel_cases
+from tests.harness.tolerances import TOLERANCES
 
 QKV = ModuleShape("qkv_proj", 96, (128, 64, 64))
 GATE_UP = ModuleShape("gate_up_proj", 96, (80, 80))
@@ -175,7 +175,7 @@ MIXES = {
     # What the kernels are tested over.
     **{
         name: (ranks, [(None if i < 0 else i, n) for i, n in segments])
-        for name, (ranks, segments) in cases.MIXES.items()
+        for name, (ranks, segments) in kernel_cases.MIXES.items()
     },
 }
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from sglang.utils import TypeBasedDispatcher
 
-from run_python import RunPython
-from swapper_world import World, uid
+from tests.harness.run_python import RunPython
+from tests.harness.swapper_world import SwapperWorld, uid
 
 with warnings.catch_warnings():  # SGLang's
     warnings.simplefilter("ignore")
@@ -45,14 +45,14 @@ def test_messages_are_decoded_as_they_were(run_python: RunPython) -> None:
     assert done.returncode == 0 and "equal" in done.stdout, done.stderr
 
 
-def channel() -> tuple[World, TypeBasedDispatcher]:
-    made = World(8 * 64, num_adapters=4, adapter_slots=64)
+def channel() -> tuple[SwapperWorld, TypeBasedDispatcher]:
+    made = SwapperWorld(8 * 64, num_adapters=4, adapter_slots=64)
     dispatcher = TypeBasedDispatcher([])
     Control(made.scheduler, made.swapper).add_to(dispatcher)
     return made, dispatcher
 
 
-def dropped(made: World) -> int:
+def dropped(made: SwapperWorld) -> int:
     return int(made.residency.statistics()["messages_dropped"])
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from radix_caches import Cache, sglang
 from sglang_elora.tree import LeafOrder
+from tests.harness.radix_cache import Cache, sglang
 
 NUM_SLOTS = 600
 NAMESPACES = (None, None, "lora//a", "lora//b")

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from sglang_elora.pages import AdapterImage, ModuleShape
-from swapper_world import HEAD_DIM, AdapterSource, World, uid
+from tests.harness.swapper_world import HEAD_DIM, AdapterSource, SwapperWorld, uid
 
 SLOTS, RANK = 64, 8
 WIDTH = SLOTS * HEAD_DIM // RANK
@@ -59,7 +59,7 @@ class Ranks:
             swapper, "_make_abort_req", lambda req, finished_reason: finished_reason
         )
         for rank in range(2):
-            made = World(num_slots, num_adapters=6, adapter_slots=SLOTS)
+            made = SwapperWorld(num_slots, num_adapters=6, adapter_slots=SLOTS)
             made.cache.tree.tp_world_size = 2
             made.cache.tree._all_reduce = lambda tensor, op, rank=rank: self.group.all_reduce(
                 rank, tensor, op
@@ -75,7 +75,7 @@ class Ranks:
             )
             self.worlds.append(made)
 
-    def run(self, action: Callable[[World], Any]) -> list[Any]:
+    def run(self, action: Callable[[SwapperWorld], Any]) -> list[Any]:
         futures = [self._threads.submit(action, made) for made in self.worlds]
         return [future.result(timeout=2 * LIVENESS_S) for future in futures]
 
@@ -96,7 +96,7 @@ class Ranks:
             source = AdapterSource(name, name, image.layout, image.nbytes, False, read=read)
             made.residency.register(source)
 
-    def step_until(self, is_over: Callable[[World], bool]) -> None:
+    def step_until(self, is_over: Callable[[SwapperWorld], bool]) -> None:
         for _ in range(2000):
             self.step()
             over = self.run(is_over)
@@ -139,7 +139,7 @@ def image(ranks: Ranks) -> AdapterImage:
     return ranks.worlds[0].host.get(uid(0))
 
 
-def is_idle(made: World) -> bool:
+def is_idle(made: SwapperWorld) -> bool:
     return not (made.host.reading or made.residency.copies)
 
 
@@ -221,7 +221,7 @@ def test_a_failed_read_is_settled_when_the_slower_rank_has_read_and_blocks_nobod
     assert "no such file" in ranks.sent[0][0] and "another rank" in ranks.sent[1][0]
 
 
-def fail_to_queue(made: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def fail_to_queue(made: SwapperWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
 
@@ -288,7 +288,7 @@ def write_adapter(folder: Path, *, alpha: int = 16, rank: int = RANK) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-def manager_of(made: World) -> Any:
+def manager_of(made: SwapperWorld) -> Any:
     """SGLang's loading and ours, over a rank's pool and without a model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -375,7 +375,7 @@ def test_adapters_given_at_start_must_be_the_same_on_all_ranks(
         manager.configs = {"new": LoRAConfig(str(tmp_path / "a"))}
         manager.lora_backend = SimpleNamespace(warm_up=lambda planes: None)
 
-    def bind(made: World) -> str:
+    def bind(made: SwapperWorld) -> str:
         try:
             managers[id(made)].bind(made.residency, made.measure)
         except ValueError as error:

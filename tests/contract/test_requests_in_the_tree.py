@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from adapter_cache import AdapterCache
-from radix_caches import Cache
 from sglang_elora.policy import Expectation
 from sglang_elora.tree import namespace_of
+from tests.harness.adapter_cache import AdapterCache
+from tests.harness.radix_cache import Cache
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of what SGLang imports
 

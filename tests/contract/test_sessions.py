@@ -6,15 +6,15 @@ from typing import Any
 
 from sglang_elora.policy import Expectation
 from sglang_elora.tree import namespace_of
-from swapper_world import World, uid
+from tests.harness.swapper_world import SwapperWorld, uid
 
 UNKNOWN, ALIVE, OVER, BEGINNING = Expectation
 SLOTS = 64
 SYSTEM = [1, 2, 3, 4]
 
 
-def world(policy: str = "elora") -> World:
-    made = World(8 * SLOTS, num_adapters=4, adapter_slots=SLOTS, policy=policy)
+def world(policy: str = "elora") -> SwapperWorld:
+    made = SwapperWorld(8 * SLOTS, num_adapters=4, adapter_slots=SLOTS, policy=policy)
     made.arrive(uid(0))
     made.step()
     made.waiting.clear()
@@ -22,17 +22,17 @@ def world(policy: str = "elora") -> World:
     return made
 
 
-def end_of(made: World, tokens: list[int]) -> Any:
+def end_of(made: SwapperWorld, tokens: list[int]) -> Any:
     found = made.cache.match(tokens, namespace_of(uid(0)))
     return made.core.node_by_id(found.last_device_node)
 
 
-def turn(made: World, session: str, tokens: list[int]) -> None:
+def turn(made: SwapperWorld, session: str, tokens: list[int]) -> None:
     made.cache_kv(uid(0), tokens)
     made.core.sessions.turn(session, end_of(made, tokens))
 
 
-def expected(made: World, tokens: list[int]) -> list[Expectation]:
+def expected(made: SwapperWorld, tokens: list[int]) -> list[Expectation]:
     """From the adapter down."""
     path = made.core.path_of(end_of(made, tokens))
     return [node.item.expectation for node in reversed(path)]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sglang_elora.pages import AdapterImage, AdapterLayout, ModuleShape, WeightRef
-from swapper_world import HEAD_DIM, AdapterSource, World, uid
+from tests.harness.swapper_world import HEAD_DIM, AdapterSource, SwapperWorld, uid
 
 SLOTS, WIDTH = 64, 64 * HEAD_DIM // 8  # of an adapter of rank 8
 SHAPE = ModuleShape("o_proj", WIDTH, (WIDTH,))
@@ -55,7 +55,7 @@ class Server:
 
     def __init__(self, host: Any) -> None:
         self.host = host
-        self.world = World(6 * SLOTS, num_adapters=0, adapter_slots=SLOTS, num_layers=2)
+        self.world = SwapperWorld(6 * SLOTS, num_adapters=0, adapter_slots=SLOTS, num_layers=2)
         self.manager = object.__new__(host.manager)  # of what its constructor sets, without a model
         self.manager.residency = self.manager._measure = None
         self.manager.max_adapters_in_batch, self.manager.lora_refs = 0, {}

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from step import Bench, Clock
+from benchmarks.swapper.step import Bench, Clock
 
 
 class Calls(Clock):

@@ -11,29 +11,31 @@ import torch
 
 from sglang_elora.pages import AdapterImage
 from sglang_elora.swapper.expected import CREDIT_STEPS, HINT_STEPS, HINTED_SHARE, MOST_CREDIT
-from swapper_world import (
+from tests.harness.swapper_world import (
     EVICT_LEAVES,
     LOOKAHEAD,
     ROOM_LEAVES,
     WORK_PER_STEP,
     AdapterSource,
     PoolTooSmall,
-    World,
+    SwapperWorld,
     uid,
 )
 
 SLOTS = 64  # of an adapter
 
 
-def world(num_slots: int = 6 * SLOTS, *, num_adapters: int = 12, policy: str = "lru") -> World:
-    return World(num_slots, num_adapters=num_adapters, adapter_slots=SLOTS, policy=policy)
+def world(
+    num_slots: int = 6 * SLOTS, *, num_adapters: int = 12, policy: str = "lru"
+) -> SwapperWorld:
+    return SwapperWorld(num_slots, num_adapters=num_adapters, adapter_slots=SLOTS, policy=policy)
 
 
-def resident(made: World) -> list[int]:
+def resident(made: SwapperWorld) -> list[int]:
     return [i for i, adapter in enumerate(made.residency.forest) if adapter.resident]
 
 
-def bring(made: World, *adapters: int) -> None:
+def bring(made: SwapperWorld, *adapters: int) -> None:
     """Have them on the device, and nobody waiting."""
     for i in adapters:
         made.arrive(uid(i))
@@ -43,7 +45,7 @@ def bring(made: World, *adapters: int) -> None:
         assert made.is_resident(uid(i))
 
 
-def fill(made: World, i: int) -> None:
+def fill(made: SwapperWorld, i: int) -> None:
     """The rest of the pool with KV of an adapter that is there, a leaf per slot."""
     for token in range(made.cache.allocator.available_size()):
         made.cache_kv(uid(i), [1000 * i + token])

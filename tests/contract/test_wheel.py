@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from run_python import RunPython
+from tests.harness.run_python import RunPython
 
 ROOT = Path(__file__).parents[2]
 IN_USE = """

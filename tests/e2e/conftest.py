@@ -11,15 +11,15 @@ from typing import Any
 import psutil
 import pytest
 
-import forked
-from adapters import SPECS
-from bad_adapters import make_bad_adapters
-from reference import Reference
-from second_plugin import write_plugin
-from server_flags import server_flags
-from sglang_elora.testbed import server as demo_server
+from sglang_elora.testbed import server as server_module
 from sglang_elora.testbed.adapters import make_adapters
 from sglang_elora.testbed.server import ServerProcess, python_module
+from tests.harness import forked
+from tests.harness.adapter_specs import SPECS
+from tests.harness.bad_adapters import make_bad_adapters
+from tests.harness.plugin_packages import write_plugin
+from tests.harness.reference import Reference
+from tests.harness.server_flags import server_flags
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,7 +58,7 @@ def forked_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     forked.ensure_started()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(folder), given))))
-        patch.setattr(demo_server, "Popen", _forked_or_spawned)
+        patch.setattr(server_module, "Popen", _forked_or_spawned)
         yield
 
 
@@ -66,7 +66,7 @@ def forked_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def spawned_start(forked_start: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers spawn all their processes, as they do for users."""
     monkeypatch.delenv("PYTHONPATH")
-    monkeypatch.setattr(demo_server, "Popen", subprocess.Popen)
+    monkeypatch.setattr(server_module, "Popen", subprocess.Popen)
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from client import Client, run
-from reference import Reference
 from sglang_elora.testbed.server import ServerProcess
+from tests.harness.client import Client, run
+from tests.harness.reference import Reference
 
 SERVABLE_S = 2.0
 WATCHED = "watched"

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from client import Client, run
-from reference import Reference
-from server_flags import server_flags
 from sglang_elora.testbed.server import ServerProcess
+from tests.harness.client import Client, run
+from tests.harness.reference import Reference
+from tests.harness.server_flags import server_flags
 
 NEAR, FAR, OUTSIDE = "attention-r8", "mlp-r24", "all-r4"
 

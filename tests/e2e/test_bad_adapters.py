@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bad_adapters import BAD, WEIGHTS, diverge, truncate
-from client import MODEL, Client, run
-from reference import Reference
 from sglang_elora.testbed.server import ServerProcess
+from tests.harness.bad_adapters import BAD, WEIGHTS, diverge, truncate
+from tests.harness.client import MODEL, Client, run
+from tests.harness.reference import Reference
 
 
 @pytest.mark.parametrize("spoil", BAD, ids=lambda spoil: spoil.__name__)

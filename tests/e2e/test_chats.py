@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import takewhile
 
-from client import MODEL, Client, run
-from reference import Reference
 from sglang_elora.testbed.server import ServerProcess
+from tests.harness.client import MODEL, Client, run
+from tests.harness.reference import Reference
 
 LINES = (
     "Where does the train to the harbour leave?",

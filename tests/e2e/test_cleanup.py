@@ -13,8 +13,8 @@ import httpx
 import psutil
 import pytest
 
-from server_flags import server_flags
 from sglang_elora.testbed.server import ServerProcess
+from tests.harness.server_flags import server_flags
 
 FAILING_TEST = """
 from pathlib import Path

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from client import Client, run
-from control import adapter, off_device, on_device, order, state, until
-from reference import Reference
-from second_plugin import write_plugin
-from server_flags import server_flags
 from sglang_elora.commands.cli import main
 from sglang_elora.control.hint_gate import GAP_S
 from sglang_elora.testbed.server import ServerProcess
+from tests.harness.client import Client, run
+from tests.harness.control import adapter, off_device, on_device, order, state, until
+from tests.harness.plugin_packages import write_plugin
+from tests.harness.reference import Reference
+from tests.harness.server_flags import server_flags
 
 FRESH_S = 1.1  # after which a scrape looks again
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from math import exp
 from pathlib import Path
 
-from client import Client, run
-from server_flags import server_flags
 from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess, python_module
+from tests.harness.client import Client, run
+from tests.harness.server_flags import server_flags
 
 NOISE = 0.05
 """Of a probability, by rounding to bfloat16 and fp8."""

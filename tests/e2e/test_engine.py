@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from reference import Reference
+from tests.harness.reference import Reference
 
 PROGRAM = """
 import json, sys

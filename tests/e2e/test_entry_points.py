@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from adapters import SPECS
-from client import Answer, Client, run
-from reference import Reference
-from server_flags import server_flags
 from sglang_elora.demo.__main__ import main as demo
 from sglang_elora.testbed.adapters import make_adapters
 from sglang_elora.testbed.checkpoint import make_checkpoint
 from sglang_elora.testbed.server import ServerProcess
+from tests.harness.adapter_specs import SPECS
+from tests.harness.client import Answer, Client, run
+from tests.harness.reference import Reference
+from tests.harness.server_flags import server_flags
 
 
 def test_sglang_serve_configured_by_environment(

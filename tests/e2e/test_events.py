@@ -11,11 +11,11 @@ import msgspec
 import zmq
 from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 
-from client import Client, run
-from control import off_device, state
-from server_flags import server_flags
 from sglang_elora.control.events import AdapterMoved
 from sglang_elora.testbed.server import ServerProcess, free_port
+from tests.harness.client import Client, run
+from tests.harness.control import off_device, state
+from tests.harness.server_flags import server_flags
 
 NAMES = ("qv-r4", "attention-r8")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from reference import Reference
 from sglang_elora.testbed.server import ServerProcess
+from tests.harness.reference import Reference
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ("attention-r8", "mlp-r24", "rslora-r8", "all-r4", "qv-r4")

@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 
 RUN = range(4, 11) if "PRESSURE_FULL" in os.environ else (7,)
-STAGES = Path(__file__).parents[2] / "benchmarks" / "gpu" / "stages"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("stage", RUN)
 def test_server_stage_dry_run_goes_through(stage: int, tmp_path: Path) -> None:
-    command = [sys.executable, str(STAGES), str(stage), "--out", str(tmp_path), "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=550)
+    command = [sys.executable, "-m", "benchmarks.gpu.stages", str(stage), "--dry-run"]
+    command += ["--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     assert "right: " in done.stdout and "WRONG" not in done.stdout
     rows = (tmp_path / f"stage-{stage}.jsonl").read_text().splitlines()

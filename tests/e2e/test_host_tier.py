@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from adapters import SPECS
-from client import Client, run
-from pressure import adapter_slots
-from reference import Reference
-from second_plugin import write_plugin
-from server_flags import server_flags
 from sglang_elora.testbed.server import ServerProcess
+from tests.harness.adapter_specs import SPECS
+from tests.harness.client import Client, run
+from tests.harness.plugin_packages import write_plugin
+from tests.harness.pressure import adapter_slots
+from tests.harness.reference import Reference
+from tests.harness.server_flags import server_flags
 
 WEIGHTS = "adapter_model.safetensors"
 NAMES = ("qv-r4", "attention-r8", "attention-r24", "mlp-r24", "all-r4", "rslora-r8")

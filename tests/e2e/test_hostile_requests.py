@@ -13,13 +13,13 @@ from typing import Any
 import httpx
 import pytest
 
-from bad_adapters import edit_config, edit_weights
-from client import MODEL, Client, run
-from control import adapter as row_of
-from reference import Reference
-from server_flags import server_flags
 from sglang_elora.testbed.adapters import ALL_LINEAR
 from sglang_elora.testbed.server import ServerProcess
+from tests.harness.bad_adapters import edit_config, edit_weights
+from tests.harness.client import MODEL, Client, run
+from tests.harness.control import adapter as row_of
+from tests.harness.reference import Reference
+from tests.harness.server_flags import server_flags
 
 NAMES = ("qv-r4", "attention-r8")
 SHORT = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}

@@ -15,9 +15,9 @@ from sglang.lang.backend.runtime_endpoint import compute_normalized_prompt_logpr
 from sglang.lang.ir import REGEX_INT
 
 import sglang_elora.lang as elora
-from reference import Reference
 from sglang_elora.frontend.announcing import announcer_of
 from sglang_elora.testbed.server import ServerProcess
+from tests.harness.reference import Reference
 
 # As an error, SGLang's warning would end the thread that gives it, and all would wait for that.
 pytestmark = pytest.mark.filterwarnings("ignore:Error in stream_executor")

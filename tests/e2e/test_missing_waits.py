@@ -14,11 +14,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from pressure import Model, make_model, make_trace, run_trace
-from second_plugin import write_plugin
-from server_flags import server_flags
 from sglang_elora.testbed.server import ServerProcess, ServerStartError
-from test_pressure import VARIANTS, Variant
+from tests.e2e.test_pressure import VARIANTS, Variant
+from tests.harness.plugin_packages import write_plugin
+from tests.harness.pressure import Model, make_model, make_trace, run_trace
+from tests.harness.server_flags import server_flags
 
 NO_WAIT_BEFORE_SLOTS = """
 from sglang_elora.srt.mem_cache.free_order import FreeOrder

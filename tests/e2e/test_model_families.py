@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from client import Answer, Client, run
-from model_families import FAMILIES, VOCABULARY, Family, make_family
-from server_flags import server_flags
 from sglang_elora.testbed.server import ServerProcess
+from tests.harness.client import Answer, Client, run
+from tests.harness.model_families import FAMILIES, VOCABULARY, Family, make_family
+from tests.harness.server_flags import server_flags
 
 SERVED = [each for each in FAMILIES if each.differs or "FAMILIES_FULL" in os.environ]
 

@@ -7,9 +7,9 @@ from uuid import NAMESPACE_URL, uuid5
 
 import pytest
 
-from client import Answer, Client, run
-from reference import Reference
 from sglang_elora.testbed.server import ServerProcess
+from tests.harness.client import Answer, Client, run
+from tests.harness.reference import Reference
 
 
 def adapter_id(server: ServerProcess, name: str) -> str:

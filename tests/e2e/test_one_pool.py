@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from adapters import NAMES, SPECS
-from client import Client, run
-from pressure import adapter_slots
-from reference import Reference
-from server_flags import HOST_TIER, server_flags
 from sglang_elora.testbed.adapters import ALL_LINEAR, AdapterSpec, make_adapters
 from sglang_elora.testbed.server import ServerProcess
+from tests.harness.adapter_specs import NAMES, SPECS
+from tests.harness.client import Client, run
+from tests.harness.pressure import adapter_slots
+from tests.harness.reference import Reference
+from tests.harness.server_flags import HOST_TIER, server_flags
 
 POOL_SLOTS = 2600
 LARGEST = "all-r64"

@@ -21,12 +21,12 @@ import pytest
 import requests
 from hypothesis import HealthCheck, Phase, given, settings
 
-from client import run
-from reference import Reference
-from server_flags import server_flags
 from sglang_elora.testbed.adapters import ALL_LINEAR
 from sglang_elora.testbed.server import ServerProcess
-from test_hostile_requests import NAMES, NOT_CALLED, assert_right
+from tests.e2e.test_hostile_requests import NAMES, NOT_CALLED, assert_right
+from tests.harness.client import run
+from tests.harness.reference import Reference
+from tests.harness.server_flags import server_flags
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

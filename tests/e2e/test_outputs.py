@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from adapters import NAMES
-from client import MODEL, Answer, Client, run
-from reference import Reference
 from sglang_elora.testbed.server import ServerProcess
+from tests.harness.adapter_specs import NAMES
+from tests.harness.client import MODEL, Answer, Client, run
+from tests.harness.reference import Reference
 
 BASE_AND_ADAPTERS = (None, *NAMES)
 MESSAGES = (

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from client import Client, run
-from server_flags import server_flags
 from sglang_elora.testbed.server import ServerProcess
+from tests.harness.client import Client, run
+from tests.harness.server_flags import server_flags
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -18,8 +18,9 @@ from typing import Any
 import httpx
 import pytest
 
-from disturbances import Disturb, flush_often, reload_copies
-from pressure import (
+from sglang_elora.testbed.server import ServerProcess, python_module
+from tests.harness.disturbances import Disturb, flush_often, reload_copies
+from tests.harness.pressure import (
     PRESSURE_SPECS,
     Model,
     Record,
@@ -29,9 +30,8 @@ from pressure import (
     pool_tokens,
     run_trace,
 )
-from reference import Reference
-from server_flags import HOST_TIER, server_flags
-from sglang_elora.testbed.server import ServerProcess, python_module
+from tests.harness.reference import Reference
+from tests.harness.server_flags import HOST_TIER, server_flags
 
 ALL = "PRESSURE_FULL" in os.environ
 CHATS = make_trace(small=not ALL)

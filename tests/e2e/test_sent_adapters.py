@@ -14,9 +14,9 @@ import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
 
-from client import Client, run
-from reference import Reference
 from sglang_elora.testbed.server import ServerProcess
+from tests.harness.client import Client, run
+from tests.harness.reference import Reference
 
 
 @pytest.fixture(autouse=True)

@@ -12,15 +12,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from adapters import SPECS
-from client import Answer, Client, run
-from recorded_graphs import PLUGIN
-from reference import Reference
-from second_plugin import write_plugin
-from server_flags import server_flags
 from sglang_elora.testbed.adapters import make_adapters
 from sglang_elora.testbed.checkpoint import ModelShape, make_checkpoint
 from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess
+from tests.harness.adapter_specs import SPECS
+from tests.harness.client import Answer, Client, run
+from tests.harness.plugin_packages import write_plugin
+from tests.harness.recorded_graphs import PLUGIN
+from tests.harness.reference import Reference
+from tests.harness.server_flags import server_flags
 
 # Every module, ranks above and below a tile.
 NAMES = ("attention-r24", "all-r4", None)

@@ -1,6 +1,6 @@
 """Searches for adapter folders that the check of adapters neither serves nor refuses.
 
-``python tests/fuzz/adapter_folder.py --seconds 60 [corpus folder]`` makes folders as strangers may
+``python -m tests.fuzz.adapter_folder --seconds 60 [corpus folder]`` makes folders as strangers may
 send them, led by what the check's code did with earlier ones. It ends with an error at the first
 folder that raises anything but a refusal, takes too long or too much memory, runs code, or is
 refused in a text that names no file or would spoil a terminal. Given a file instead of a folder, it
@@ -22,7 +22,8 @@ from typing import Any
 
 import atheris
 import torch
-from strange_folders import HIDDEN, LAYERS, SIZES, VOCAB, build, seeds
+
+from tests.harness.strange_folders import HIDDEN, LAYERS, SIZES, VOCAB, build, seeds
 
 with atheris.instrument_imports(include=["sglang_elora.adapters"]):
     from sglang_elora.adapters import (

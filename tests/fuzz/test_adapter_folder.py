@@ -12,17 +12,19 @@ import pytest
 
 pytest.importorskip("atheris")
 
-SCRIPT = Path(__file__).with_name("adapter_folder.py")
+ROOT = Path(__file__).parents[2]
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "60"))
 
 
 @pytest.mark.timeout(SECONDS + 240)
 def test_any_folder_is_served_or_refused(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--seconds", str(SECONDS), "--seed", "1"]
+    command = [sys.executable, "-m", "tests.fuzz.adapter_folder"]
+    command += ["--seconds", str(SECONDS), "--seed", "1"]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     done = subprocess.run(
         [*command, str(tmp_path / "corpus")],
         env=environment,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         errors="replace",

@@ -10,17 +10,21 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[2] / "benchmarks" / "gpu"
+ROOT = Path(__file__).parents[2]
+
+
+def _command(script: str, out: Path) -> list[str]:
+    return [sys.executable, "-m", f"benchmarks.gpu.{script}", "--out", str(out)]
 
 
 def dry_run(script: str, out: Path, *options: str) -> None:
-    command = [sys.executable, str(SCRIPTS / script), "--out", str(out), "--dry-run", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    command = [*_command(script, out), "--dry-run", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
 def test_kernels(tmp_path: Path) -> None:
-    dry_run("kernels.py", tmp_path)
+    dry_run("kernels", tmp_path)
     read = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert set(read) == {"facts", "graphs", "page_copy", "times", "summary"}
     assert read["summary"]["targets"]["graph_replay_right"] is True
@@ -31,16 +35,16 @@ def test_kernels(tmp_path: Path) -> None:
 
 
 def test_copies_dry_run_reads_the_right_bytes(tmp_path: Path) -> None:
-    dry_run("copies.py", tmp_path, "--rounds", "2")
+    dry_run("copies", tmp_path, "--rounds", "2")
     read = json.loads((tmp_path / "copies.json").read_text())
     assert read["old_bytes_are_read"] == read["layers_are_awaited"] == [True] * 3
     assert len(read["times"]["launch_s"]) == 2
 
 
 def test_tune(tmp_path: Path) -> None:
-    dry_run("tune.py", tmp_path)
+    dry_run("tune", tmp_path)
     tuned = json.loads((tmp_path / "cpu.json").read_text())
-    default = json.loads((SCRIPTS.parents[1] / "kernels/launch_configs/default.json").read_text())
+    default = json.loads((ROOT / "kernels/launch_configs/default.json").read_text())
     assert tuned.keys() == default.keys()
     for half, entries in tuned.items():
         assert entries
@@ -49,11 +53,13 @@ def test_tune(tmp_path: Path) -> None:
             assert entry["shape"].keys() == default[half][0]["shape"].keys()
 
 
-@pytest.mark.parametrize("script", ["kernels.py", "tune.py"])
+@pytest.mark.parametrize("script", ["kernels", "tune"])
 def test_without_a_gpu_nothing_is_measured(script: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPTS / script), "--out", str(tmp_path / "out")]
+    command = _command(script, tmp_path / "out")
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=hidden)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=100, env=hidden, cwd=ROOT
+    )
     assert done.returncode == 2
     assert "needs a GPU" in done.stdout
     assert not (tmp_path / "out").exists()

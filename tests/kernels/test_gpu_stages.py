@@ -11,25 +11,22 @@ from pathlib import Path
 
 import pytest
 
-STAGES = Path(__file__).parents[2] / "benchmarks" / "gpu" / "stages"
-sys.path.insert(0, str(STAGES))
+from benchmarks.gpu.stages import served
+from benchmarks.gpu.stages.stage_run import STAGE_LIMIT_S, Context, StageRun, Step, Verdict
 
-import served  # noqa: E402
-from stage_run import STAGE_LIMIT_S, Context, StageRun, Step, Verdict  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 STEPS_OF = """
-import importlib.util, json, sys
-sys.path.insert(0, sys.argv[1])
-spec = importlib.util.spec_from_file_location("entry", sys.argv[1] + "/__main__.py")
-entry = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(entry)
+import json
+from benchmarks.gpu.stages import __main__ as entry
 print(json.dumps({n: [s.timeout_s for s in entry.steps(n)] for n in entry.MODULES}))
 """
 
 
 def test_time_outs_of_each_stage_add_up_to_less_than_a_call() -> None:
-    command = [sys.executable, "-W", "ignore", "-c", STEPS_OF, str(STAGES)]
-    found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    command = [sys.executable, "-W", "ignore", "-c", STEPS_OF]
+    done = subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
+    found = json.loads(done.stdout)
     assert sorted(map(int, found)) == list(range(1, 11))
     assert {n: sum(s) for n, s in found.items() if sum(s) > STAGE_LIMIT_S} == {}
 
@@ -110,9 +107,10 @@ def test_graphs_are_read_from_the_log_as_sglang_writes_it() -> None:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_stage_dry_run_goes_through(stage: int, tmp_path: Path) -> None:
-    command = [sys.executable, str(STAGES), str(stage), "--out", str(tmp_path), "--dry-run"]
+    command = [sys.executable, "-m", "benchmarks.gpu.stages", str(stage), "--dry-run"]
+    command += ["--out", str(tmp_path)]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=env, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     assert "right: " in done.stdout and "WRONG" not in done.stdout
     rows = (tmp_path / f"stage-{stage}.jsonl").read_text().splitlines()

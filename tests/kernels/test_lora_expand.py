@@ -5,17 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import GATE_UP, MIXES, OUT, POOLS, QKV, RANKS, SHAPES, Segments, lacks
 from sglang_elora.kernels import ExpandConfig, lora_expand, reference
 from sglang_elora.pages import ModuleShape
-from tolerances import TOLERANCES
-from worlds import DEVICE, ORDERS, World, make_world, rows_of
+from tests.harness.kernel_cases import (
+    GATE_UP,
+    MIXES,
+    OUT,
+    POOLS,
+    QKV,
+    RANKS,
+    SHAPES,
+    Segments,
+    lacks,
+)
+from tests.harness.kernel_world import DEVICE, ORDERS, KernelWorld, make_world, rows_of
+from tests.harness.tolerances import TOLERANCES
 
 CONFIG = ExpandConfig(block_n=64, block_r=16, max_tile_programs=256, num_warps=4, num_stages=2)
 
 
 def check(
-    world: World,
+    world: KernelWorld,
     shape: ModuleShape,
     segments: Segments,
     *,

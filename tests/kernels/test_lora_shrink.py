@@ -5,11 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import GATE_UP, MIXES, OUT, POOLS, QKV, RANKS, SHAPES, Segments, lacks
 from sglang_elora.kernels import ShrinkConfig, lora_shrink, reference
 from sglang_elora.pages import ModuleShape
-from tolerances import TOLERANCES
-from worlds import DEVICE, ORDERS, World, make_world, rows_of
+from tests.harness.kernel_cases import (
+    GATE_UP,
+    MIXES,
+    OUT,
+    POOLS,
+    QKV,
+    RANKS,
+    SHAPES,
+    Segments,
+    lacks,
+)
+from tests.harness.kernel_world import DEVICE, ORDERS, KernelWorld, make_world, rows_of
+from tests.harness.tolerances import TOLERANCES
 
 CONFIG = ShrinkConfig(
     block_n=32,
@@ -23,7 +33,7 @@ CONFIG = ShrinkConfig(
 
 
 def check(
-    world: World,
+    world: KernelWorld,
     shape: ModuleShape,
     segments: Segments,
     *,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sglang_elora.kernels import Contiguous, PoolPlanes, page_copy, reference
-from specializations import Launches, unaligned
-from worlds import DEVICE
+from tests.harness.kernel_world import DEVICE
+from tests.harness.specializations import Launches, unaligned
 
 LAYERS, SLOTS = 3, 200
 Planes = list[list[torch.Tensor]]

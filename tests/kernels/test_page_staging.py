@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_elora.pages import AdapterImage, AdapterLayout, KVPlanes, ModuleShape, PageTable
 from sglang_elora.pages.image import PIECE_BYTES
-from specializations import Launches
-from worlds import DEVICE, ORDERS
+from tests.harness.kernel_world import DEVICE, ORDERS
+from tests.harness.specializations import Launches
 
 SMALL = (ModuleShape("qkv_proj", 96, (128, 64, 64)), ModuleShape("o_proj", 100, (96,)))
 LARGE = (ModuleShape("down_proj", 28672, (8192,)), ModuleShape("o_proj", 8192, (8192,)))

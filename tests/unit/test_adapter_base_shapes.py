@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import test_adapter_support as support
 from sglang_elora.adapters import BaseShapes, check_adapter
-from test_adapter_support import (
+from tests.harness.peft_adapters import (
     HIDDEN,
     INTERMEDIATE,
     SIZES,
@@ -18,8 +17,6 @@ from test_adapter_support import (
     refusal,
     tiny_config,
 )
-
-saved, adapter = support.saved, support.adapter
 
 
 def test_unknown_base_skips_shapes_only(adapter: Path) -> None:

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-import test_adapter_support as support
 from sglang_elora.adapters import EMBEDDING_MODULES, AdapterFacts, BaseShapes, check_adapter
-from test_adapter_support import (
+from tests.harness.peft_adapters import (
     ALL_LINEAR,
     FAMILIES,
     HIDDEN,
@@ -29,8 +28,6 @@ from test_adapter_support import (
     save_adapter,
     tiny_config,
 )
-
-base, saved, adapter = support.base, support.saved, support.adapter
 
 
 # Adapters that must pass

@@ -8,11 +8,8 @@ from typing import Any
 
 import pytest
 
-import test_adapter_support as support
 from sglang_elora.adapters import BaseShapes
-from test_adapter_support import CONFIG, VOCAB, WEIGHTS, assert_in, edit_config, refusal
-
-base, saved, adapter = support.base, support.saved, support.adapter
+from tests.harness.peft_adapters import CONFIG, VOCAB, WEIGHTS, assert_in, edit_config, refusal
 
 
 # The folder

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-import test_adapter_support as support
 from sglang_elora.adapters import BaseShapes, check_adapter
-from test_adapter_support import (
+from tests.harness.peft_adapters import (
     ALL_LINEAR,
     CONFIG,
     HIDDEN,
@@ -28,8 +27,6 @@ from test_adapter_support import (
     save_adapter,
     tiny_config,
 )
-
-base, saved, adapter = support.base, support.saved, support.adapter
 
 
 def put(name: str, *shape: int, dtype: str = "float32") -> Callable[[Tensors], None]:

@@ -10,17 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import test_adapter_support as support
 from sglang_elora.adapters import AdapterError, BaseShapes, check_adapter
-from test_adapter_support import (
+from tests.harness.peft_adapters import (
     CONFIG,
     WEIGHTS,
     assert_in,
     edit_tensors,
     refusal,
 )
-
-base, saved, adapter = support.base, support.saved, support.adapter
 
 
 # The weights file

@@ -24,7 +24,7 @@ def slots(*numbers: int) -> list[Access]:
     return [("pool", np.array(numbers, np.int64))]
 
 
-class World:
+class DeviceWorld:
     """A forward stream and a copy stream, and a journal of what ran when."""
 
     def __init__(self, order: Order, seed: int = 0) -> None:
@@ -54,7 +54,7 @@ class World:
 
 
 def test_latest_copy_runs_when_a_batch_waits_for_it() -> None:
-    world = World(Order.LATEST)
+    world = DeviceWorld(Order.LATEST)
     there = world.copy("copy", 1, poison=True)
     assert world.journal == ["poison copy"]
     world.run("batch", 1, inside=there.wait)
@@ -62,7 +62,7 @@ def test_latest_copy_runs_when_a_batch_waits_for_it() -> None:
 
 
 def test_latest_layer_of_a_copy_runs_when_that_layer_is_waited_for() -> None:
-    world = World(Order.LATEST)
+    world = DeviceWorld(Order.LATEST)
     first, second = world.copy("layer 0", 1, poison=True), world.copy("layer 1", 1, poison=True)
 
     def layers() -> None:
@@ -79,7 +79,7 @@ def test_latest_layer_of_a_copy_runs_when_that_layer_is_waited_for() -> None:
 
 @pytest.mark.parametrize(("order", "seed"), ORDERS)
 def test_batch_that_does_not_wait_for_a_copy_is_a_race(order: Order, seed: int) -> None:
-    world = World(order, seed)
+    world = DeviceWorld(order, seed)
     world.copy("copy", 1)
     with pytest.raises(RaceError, match=r"batch .* after a copy .* reads pool that it wrote"):
         world.run("batch", 1, 2).synchronize()
@@ -87,7 +87,7 @@ def test_batch_that_does_not_wait_for_a_copy_is_a_race(order: Order, seed: int) 
 
 @pytest.mark.parametrize(("order", "seed"), ORDERS)
 def test_copy_that_does_not_wait_for_a_batch_is_a_race(order: Order, seed: int) -> None:
-    world = World(order, seed)
+    world = DeviceWorld(order, seed)
     world.run("batch", 1, 2)
     with pytest.raises(RaceError, match=r"copy .* after a batch .* writes pool that it read"):
         world.copy("copy", 2).synchronize()
@@ -95,7 +95,7 @@ def test_copy_that_does_not_wait_for_a_batch_is_a_race(order: Order, seed: int) 
 
 @pytest.mark.parametrize(("order", "seed"), ORDERS)
 def test_no_order_breaks_what_events_demand(order: Order, seed: int) -> None:
-    world = World(order, seed)
+    world = DeviceWorld(order, seed)
     before = world.run("batch 1", 1)
     world.copies.wait_event(before)
     there = world.copy("copy", 1)
@@ -105,7 +105,7 @@ def test_no_order_breaks_what_events_demand(order: Order, seed: int) -> None:
 
 @pytest.mark.parametrize(("order", "seed"), ORDERS)
 def test_wait_between_streams_orders_all_that_was_launched(order: Order, seed: int) -> None:
-    world = World(order, seed)
+    world = DeviceWorld(order, seed)
     for name in ("batch 1", "batch 2"):
         world.run(name, 1)
     world.copies.wait_stream(world.forward)
@@ -114,7 +114,7 @@ def test_wait_between_streams_orders_all_that_was_launched(order: Order, seed: i
 
 
 def test_earliest_copy_overtakes_a_batch_that_it_does_not_wait_for() -> None:
-    world = World(Order.EARLIEST)
+    world = DeviceWorld(Order.EARLIEST)
     done = world.run("batch", 1)
     world.copy("copy", 2)
     done.synchronize()
@@ -122,7 +122,7 @@ def test_earliest_copy_overtakes_a_batch_that_it_does_not_wait_for() -> None:
 
 
 def test_earliest_copy_that_waits_runs_as_soon_as_the_batch_is_over() -> None:
-    world = World(Order.EARLIEST)
+    world = DeviceWorld(Order.EARLIEST)
     done = world.run("batch", 1)
     world.copies.wait_event(done)
     world.copy("copy", 1)
@@ -132,7 +132,7 @@ def test_earliest_copy_that_waits_runs_as_soon_as_the_batch_is_over() -> None:
 
 
 def test_query_answers_no_a_few_times_and_then_ends_what_it_asks_for() -> None:
-    world = World(Order.LATEST)
+    world = DeviceWorld(Order.LATEST)
     there = world.copy("copy", 1)
     assert [there.query() for _ in range(PATIENCE + 1)] == [False] * PATIENCE + [True]
     world.run("batch", 1)  # the host knew that the copy was over when it launched this
@@ -140,7 +140,7 @@ def test_query_answers_no_a_few_times_and_then_ends_what_it_asks_for() -> None:
 
 
 def test_host_that_has_synchronized_orders_what_it_launches_next() -> None:
-    world = World(Order.LATEST)
+    world = DeviceWorld(Order.LATEST)
     world.run("batch", 1).synchronize()
     world.copy("copy", 1).synchronize()
     assert world.journal == ["batch", "copy"]
@@ -148,7 +148,7 @@ def test_host_that_has_synchronized_orders_what_it_launches_next() -> None:
 
 @pytest.mark.parametrize(("order", "seed"), ORDERS)
 def test_host_that_reuses_memory_of_a_copy_under_way_is_a_race(order: Order, seed: int) -> None:
-    world = World(order, seed)
+    world = DeviceWorld(order, seed)
     there = world.copy("copy", 1, 2)
     world.device.host_writes("reuse", "pool", np.array([3]))
     with pytest.raises(RaceError, match=r"nothing orders a reuse .* after a copy"):
@@ -160,7 +160,7 @@ def test_host_that_reuses_memory_of_a_copy_under_way_is_a_race(order: Order, see
 
 
 def test_event_recorded_before_its_copy_does_not_order_it() -> None:
-    world = World(Order.LATEST)
+    world = DeviceWorld(Order.LATEST)
     early = world.copies.record_event()
     world.copy("copy", 1)
     with pytest.raises(RaceError, match="batch"):
@@ -168,7 +168,7 @@ def test_event_recorded_before_its_copy_does_not_order_it() -> None:
 
 
 def test_memory_that_an_operation_under_way_reads_is_not_poisoned() -> None:
-    world = World(Order.LATEST)
+    world = DeviceWorld(Order.LATEST)
     backups = Stream(world.device)
     backups.asynchronous = True
     with StreamContext(backups):
@@ -180,7 +180,7 @@ def test_memory_that_an_operation_under_way_reads_is_not_poisoned() -> None:
 
 
 def test_stream_of_the_host_runs_its_operations_at_once() -> None:
-    world = World(Order.LATEST)
+    world = DeviceWorld(Order.LATEST)
     there = world.copy("copy", 1)
     there.wait(world.device.stream)
     assert world.journal == ["copy"]
@@ -189,7 +189,7 @@ def test_stream_of_the_host_runs_its_operations_at_once() -> None:
 
 
 def test_failed_operation_is_over_and_its_error_reaches_who_waited() -> None:
-    world = World(Order.LATEST)
+    world = DeviceWorld(Order.LATEST)
 
     def fail() -> None:
         raise OSError("the link broke")
@@ -203,7 +203,7 @@ def test_failed_operation_is_over_and_its_error_reaches_who_waited() -> None:
 
 
 def test_race_is_named_where_poison_made_an_operation_fail() -> None:
-    world = World(Order.LATEST)
+    world = DeviceWorld(Order.LATEST)
     world.copy("copy", 1)
 
     def use_poison() -> None:
@@ -214,7 +214,7 @@ def test_race_is_named_where_poison_made_an_operation_fail() -> None:
 
 
 def test_synchronize_ends_everything() -> None:
-    world = World(Order.LATEST)
+    world = DeviceWorld(Order.LATEST)
     for number in range(3):
         world.copy(f"copy {number}", number)
     world.device.synchronize()

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sglang_elora.control import Changes, Counters, Histogram, StateMirror
 from sglang_elora.control.histogram import SECONDS
 from sglang_elora.control.metrics import LORA_INFO, StateCollector
-from test_state_mirror import POOL, adapter
+from tests.unit.test_state_mirror import POOL, adapter
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
-sys.path.insert(0, str(FOLDER))
+from benchmarks.gpu import travel
 
-import travel  # noqa: E402
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
 
 BUNDLE_MIB = 46
 """MiB. What ``bundle.sh`` makes may weigh at most this; the rest is the tracked tree's."""

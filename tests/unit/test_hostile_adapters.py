@@ -14,16 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-import test_adapter_support as support
 from sglang_elora.adapters import AdapterError, BaseShapes, check_adapter, read_adapter
 from sglang_elora.adapters.bounded_files import (
     MAX_HEADER_BYTES,
     MAX_JSON_BYTES,
     MAX_PROGRAM_BYTES,
 )
-from test_adapter_support import CONFIG, WEIGHTS, assert_in, edit_config, refusal
-
-base, saved, adapter = support.base, support.saved, support.adapter
+from tests.harness.peft_adapters import CONFIG, WEIGHTS, assert_in, edit_config, refusal
 
 PICKLED = "adapter_model.bin"
 

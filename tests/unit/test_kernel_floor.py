@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from floor import Work, count, expand_work, shrink_work
+from benchmarks.kernels.floor import Work, count, expand_work, shrink_work
+from benchmarks.kernels.shapes import MODULES, Case, cases
 from sglang_elora.pages import ModuleShape
-from shapes import MODULES, Case, cases
 
 SMALL = ModuleShape("qkv", 2048, (1024, 1024))
 

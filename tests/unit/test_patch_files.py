@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patch_files import unified
 from sglang_elora.srt.install.patching import (
     Patch,
     PatchError,
     load_patches,
     patched_source,
 )
+from tests.harness.diffs import unified
 
 NUMBERED = "".join(f"line {n}\n" for n in range(1, 31))
 

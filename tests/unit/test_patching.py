@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from patch_files import unified
 from sglang_elora.config import SGLANG_PIN
 from sglang_elora.srt.install.patching import (
     Patch,
@@ -25,6 +24,7 @@ from sglang_elora.srt.install.patching import (
     is_applied,
     preflight,
 )
+from tests.harness.diffs import unified
 
 _numbers = itertools.count()
 

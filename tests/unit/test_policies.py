@@ -130,7 +130,7 @@ def test_lru_on_a_path_the_deepest_is_the_youngest() -> None:
 
 
 @dataclass
-class World:
+class PolicyWorld:
     """Items that come, are visited and go; the policy's order is kept in a ``LeafOrder``."""
 
     policy: Policy
@@ -183,7 +183,7 @@ class World:
 def test_the_victim_is_the_lowest_of_all(name: str, seed: int) -> None:
     """After any history: the order kept in heaps is that of ranking every item anew."""
     rng = random.Random(seed)
-    world = World(MAKERS[name]())
+    world = PolicyWorld(MAKERS[name]())
     for _ in range(80):
         world.act(rng)
 
@@ -193,7 +193,7 @@ def test_the_victim_is_the_lowest_of_all(name: str, seed: int) -> None:
 @given(seed=st.integers(0, 2**32 - 1), later=st.floats(0.001, 50))
 def test_priorities_do_not_fall_while_time_passes(name: str, seed: int, later: float) -> None:
     rng = random.Random(seed)
-    world = World(MAKERS[name]())
+    world = PolicyWorld(MAKERS[name]())
     for _ in range(60):
         world.act(rng)
     before = [world.policy.priority(item) for item in world.items]
@@ -209,7 +209,7 @@ def test_order_within_a_kind_does_not_depend_on_the_time_of_asking(
     name: str, seed: int, later: float
 ) -> None:
     rng = random.Random(seed)
-    world = World(MAKERS[name]())
+    world = PolicyWorld(MAKERS[name]())
     for _ in range(60):
         world.act(rng)
 
@@ -230,7 +230,7 @@ def test_order_within_a_kind_does_not_depend_on_the_time_of_asking(
 def test_a_history_that_begins_later_gives_up_the_same(name: str, shift: float, seed: int) -> None:
     victims = []
     for start in (0.0, shift):
-        rng, world = random.Random(seed), World(MAKERS[name]())
+        rng, world = random.Random(seed), PolicyWorld(MAKERS[name]())
         world.policy.advance(start)
         for _ in range(120):
             world.act(rng)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks/serving"))
-
-from added import Round, added, report, rounds_of
+from benchmarks.serving.added import Round, added, report, rounds_of
 
 
 def test_what_is_added_is_above_loads_that_take_no_time() -> None:

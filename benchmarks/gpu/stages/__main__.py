@@ -1,6 +1,6 @@
 """Entry of the stages that a borrowed GPU machine runs, one per call.
 
-    python benchmarks/gpu/stages N --out OUT [--site SITE_DIR] [--dry-run] [--set NAME=VALUE ...]
+    python -m benchmarks.gpu.stages N --out OUT [--site SITE_DIR] [--dry-run] [--set NAME=VALUE ...]
 
 N is 1 to 10 (``../TODO.md`` says what each answers). SITE_DIR holds the unpacked bundle. OUT gets
 ``stage-N.jsonl``, a row per step, and ``stage-N.tar.gz``, logs and details, both after every step.
@@ -18,7 +18,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
-from stage_run import ROOT, Context, StageRun, Step, write_verdict
+from benchmarks.gpu.stages.stage_run import ROOT, Context, StageRun, Step, write_verdict
 
 MODULES = {
     1: "first_launch",
@@ -42,7 +42,7 @@ DRY_RUN_PATIENCE = 3
 
 
 def steps(stage: int) -> tuple[Step, ...]:
-    found: tuple[Step, ...] = import_module(MODULES[stage]).STEPS
+    found: tuple[Step, ...] = import_module(f"benchmarks.gpu.stages.{MODULES[stage]}").STEPS
     return found
 
 
@@ -81,7 +81,7 @@ def run_step(options: argparse.Namespace) -> None:
 
 
 def run_stage(options: argparse.Namespace, work: Path) -> bool:
-    command = [sys.executable, str(Path(__file__).parent), str(options.stage)]
+    command = [sys.executable, "-m", "benchmarks.gpu.stages", str(options.stage)]
     command += ["--out", str(options.out), "--work", str(work)]
     command += ["--dry-run"] if options.dry_run else []
     command += ["--set", *options.options] if options.options else []
@@ -96,8 +96,9 @@ def run_stage(options: argparse.Namespace, work: Path) -> bool:
 def main() -> None:
     options = parsed()
     if options.site:
-        sys.path.insert(0, str(options.site.resolve()))
-    sys.path.append(str(ROOT / "python"))  # behind an installed package
+        # The unpacked bundle is not installed; the checkout, in front, has its own ``tests``.
+        sys.path.insert(1, str(options.site.resolve()))
+    sys.path.append(str(ROOT / "python"))  # after the bundle, or an installed package
     if options.step:
         run_step(options)
         return

@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from served import EAGER, agreement, elora_server, prompts, tokens
-from stage_run import Context, Step, Verdict
-
-from adapters import NAMES
-from client import Client, run
+from benchmarks.gpu.stages.served import EAGER, agreement, elora_server, prompts, tokens
+from benchmarks.gpu.stages.stage_run import Context, Step, Verdict
+from tests.harness.adapter_specs import NAMES
+from tests.harness.client import Client, run
 
 ADAPTER = NAMES[2]
 HOST_TIER = (

@@ -6,13 +6,13 @@ import json
 import subprocess
 import sys
 
-from stage_run import ROOT, Context, Step, Verdict
+from benchmarks.gpu.stages.stage_run import Context, Step, Verdict
 
 CHECKS = ("old_bytes_are_read", "layers_are_awaited")
 
 
 def copies(context: Context) -> Verdict:
-    command = [sys.executable, str(ROOT / "benchmarks/gpu/copies.py"), "--out", str(context.work)]
+    command = [sys.executable, "-m", "benchmarks.gpu.copies", "--out", str(context.work)]
     command += ["--dry-run", "--rounds", "2"] if context.dry_run else []
     status = subprocess.run(command).returncode
     found = json.loads((context.work / "copies.json").read_text())

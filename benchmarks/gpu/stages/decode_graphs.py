@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from served import STEP_S, compare, graphs_in, serve_and_ask, torch_step
-from stage_run import Context, Step, Verdict
+from benchmarks.gpu.stages.served import STEP_S, compare, graphs_in, serve_and_ask, torch_step
+from benchmarks.gpu.stages.stage_run import Context, Step, Verdict
 
 FLAGS: tuple[str, ...] = ("--disable-prefill-cuda-graph",)
 

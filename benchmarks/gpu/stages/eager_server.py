@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from served import EAGER, STEP_S, compare, serve_and_ask, torch_step
-from stage_run import Context, Step, Verdict
+from benchmarks.gpu.stages.served import EAGER, STEP_S, compare, serve_and_ask, torch_step
+from benchmarks.gpu.stages.stage_run import Context, Step, Verdict
 
 
 def triton(context: Context) -> Verdict:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import filecmp
-import sys
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from stage_run import ROOT, Context, Step, Verdict
+from benchmarks.gpu.stages.stage_run import ROOT, Context, Step, Verdict
 
-sys.path.insert(0, str(ROOT / "benchmarks/kernels"))
 GPU_ONLY = ("sgl_kernel", "flashinfer")
 MODULES = ("torch", "triton", "transformers", "peft", "httpx", "sglang", "sglang_elora")
 MEMORY_BYTES = 2**30
@@ -67,8 +65,9 @@ def launch(context: Context) -> Verdict:
 
     from sglang_elora.pages import ModuleShape
 
-    import_module("shapes")
-    replay, page_copy = import_module("replay"), import_module("bench_page_copy")
+    import_module("benchmarks.kernels.shapes")
+    replay = import_module("benchmarks.kernels.replay")
+    page_copy = import_module("benchmarks.kernels.bench_page_copy")
     device = torch.device("cpu" if context.dry_run else "cuda")
     shapes = (ModuleShape("qkv_proj", 128, (128, 64, 64)), ModuleShape("o_proj", 128, (96,)))
     rows = replay.check(device, shapes=shapes, num_rows=4)

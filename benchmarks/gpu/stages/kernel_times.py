@@ -10,16 +10,21 @@ import os
 import subprocess
 import sys
 
-from served import EAGER, SHAPE, Client, device_flags, run, server_flags, start_s, tokens
-from stage_run import ROOT, Context, Step, Verdict
-
+from benchmarks.gpu.stages.served import (
+    EAGER,
+    SHAPE,
+    Client,
+    device_flags,
+    run,
+    server_flags,
+    start_s,
+    tokens,
+)
+from benchmarks.gpu.stages.stage_run import Context, Step, Verdict
 from sglang_elora.testbed.adapters import ALL_LINEAR, AdapterSpec, make_adapters
 from sglang_elora.testbed.checkpoint import ModelShape, make_checkpoint
 from sglang_elora.testbed.server import ServerProcess, python_module
-
-sys.path.insert(0, str(ROOT / "tests/contract"))
-
-from second_plugin import write_plugin
+from tests.harness.plugin_packages import write_plugin
 
 RANKS = (8, 16, 32, 64)
 REPEATS = 5
@@ -29,7 +34,7 @@ WIDE = ModelShape(4096, 14336, LAYERS, 32, 8, 128, 2048, 8192)
 
 def kernels(context: Context) -> Verdict:
     """Decode of 64 rows and prefill of 2,048 rows with 1, 8 and 64 adapters, by ``kernels.py``."""
-    command = [sys.executable, str(ROOT / "benchmarks/gpu/kernels.py"), "--out", str(context.work)]
+    command = [sys.executable, "-m", "benchmarks.gpu.kernels", "--out", str(context.work)]
     command += ["--parts", "times", "--budget-s", "300", "--only", "decode-64x", "prefill-2048x"]
     command += ["--dry-run"] if context.dry_run else []
     status = subprocess.run(command).returncode

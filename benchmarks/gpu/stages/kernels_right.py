@@ -8,11 +8,9 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from stage_run import ROOT, Context, Step, Verdict
+from benchmarks.gpu.stages.stage_run import ROOT, Context, Step, Verdict
 
-FOLDER = ROOT / "benchmarks/kernels"
 TESTS_S = 240
-sys.path.insert(0, str(FOLDER))
 
 
 def tiny(context: Context) -> dict[str, Any]:
@@ -26,8 +24,8 @@ def graphs(context: Context) -> Verdict:
     """Graphs of decode and prefill tiles, at the shapes of Llama-3-8B."""
     import torch
 
-    import_module("shapes")
-    replay = import_module("replay")
+    import_module("benchmarks.kernels.shapes")
+    replay = import_module("benchmarks.kernels.replay")
     device = torch.device("cpu" if context.dry_run else "cuda")
     sizes: dict[str, Any] = {"num_rows": 4, **tiny(context)} if context.dry_run else {}
     rows = replay.check(device, **sizes) + replay.check(device, tile_rows=64, **sizes)
@@ -44,8 +42,8 @@ def page_copy(context: Context) -> Verdict:
     """Adapters of rank 16 and 64, written to scattered slots of all layers and read back."""
     import torch
 
-    import_module("shapes")
-    bench = import_module("bench_page_copy")
+    import_module("benchmarks.kernels.shapes")
+    bench = import_module("benchmarks.kernels.bench_page_copy")
     device = torch.device("cpu" if context.dry_run else "cuda")
     small: dict[str, Any] = {**tiny(context), "num_layers": 2, "ranks": (3,)}
     pool = bench.Pool(device, **(small if context.dry_run else {}))
@@ -55,14 +53,14 @@ def page_copy(context: Context) -> Verdict:
 def tests(context: Context) -> Verdict:
     """tests/kernels in bfloat16 on this device; pytest writes as it goes to this step's log."""
     folder = ROOT / "tests/kernels"
-    code = "import shapes, sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    code = "import benchmarks.kernels.shapes, sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     files = ["test_page_copy.py"]
     files += [] if context.dry_run else ["test_lora_shrink.py", "test_lora_expand.py"]
     command = [sys.executable, "-c", code, "-v", "--maxfail=3", "-c", os.devnull]
     command += ["--rootdir", str(folder), "--confcutdir", str(folder), "-p", "no:cacheprovider"]
     command += [str(folder / name) for name in files]
     command += ["-k", "bfloat16 or not (float16 or float32)"] if not context.dry_run else []
-    path = os.pathsep.join([str(FOLDER), str(folder), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     status = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
     return Verdict({"tests/kernels pass": status == 0}, {"exit status": status})
 

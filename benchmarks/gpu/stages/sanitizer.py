@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import sys
 
-from served import EAGER, SHAPE, device_flags, server_flags, start_s
-from stage_run import Context, Step, Verdict
-
+from benchmarks.gpu.stages.served import EAGER, SHAPE, device_flags, server_flags, start_s
+from benchmarks.gpu.stages.stage_run import Context, Step, Verdict
 from sglang_elora.testbed.adapters import make_adapters
 from sglang_elora.testbed.checkpoint import make_checkpoint
 from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess
-
-from pressure import PRESSURE_SPECS, make_trace, pool_tokens, run_trace  # isort: skip
+from tests.harness.pressure import PRESSURE_SPECS, make_trace, pool_tokens, run_trace
 
 
 def races(log: str) -> int:

@@ -6,21 +6,17 @@ import asyncio
 import json
 import random
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stage_run import ROOT, Context, Step, Verdict
-
-sys.path.insert(0, str(ROOT / "tests/e2e"))
-
-from adapters import NAMES, SPECS
-from client import Client, run
-from server_flags import server_flags
+from benchmarks.gpu.stages.stage_run import Context, Step, Verdict
 from sglang_elora.testbed.adapters import make_adapters
 from sglang_elora.testbed.checkpoint import ModelShape, make_checkpoint
 from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess
+from tests.harness.adapter_specs import NAMES, SPECS
+from tests.harness.client import Client, run
+from tests.harness.server_flags import server_flags
 
 SHAPE = ModelShape(num_heads=4, num_kv_heads=2, head_dim=64)  # FlashInfer has no smaller head
 EAGER = ("--disable-decode-cuda-graph", "--disable-prefill-cuda-graph")

@@ -8,13 +8,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from stage_run import ROOT, Context, Step, Verdict
+from benchmarks.gpu.stages.stage_run import Context, Step, Verdict
 
 
 def serve(context: Context) -> Verdict:
     options = context.options
     sides = options.get("sides", "stock-default,elora:elora").split(",")
-    command = [sys.executable, str(ROOT / "benchmarks/gpu/serve.py"), "--out", str(context.work)]
+    command = [sys.executable, "-m", "benchmarks.gpu.serve", "--out", str(context.work)]
     command += ["--workloads", options.get("workload", "chat"), "--sides", *sides]
     command += ["--attention-backend", options.get("attention", "triton")]
     command += ["--dry-run", "--duration", "4"] if context.dry_run else []

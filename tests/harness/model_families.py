@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from reference import Reference
 from sglang_elora.testbed.noise import noise
 from sglang_elora.testbed.tokenizer import train_tokenizer
+from tests.harness.reference import Reference
 
 VOCABULARY = 1024
 _SIZES = {

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from radix_caches import Cache
 from sglang_elora.tree import Adapter, namespace_of
+from tests.harness.radix_cache import Cache
 
 
 class AdapterCache(Cache):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from client import MODEL
+from tests.harness.client import MODEL
 
 HOST_TIER = (
     *("--enable-hierarchical-cache", "--hicache-size", "1", "--hicache-io-backend", "direct"),

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten
 PLUGIN = f"""
 import sys
 sys.path.append({str(Path(__file__).parent)!r})
-import recorded_graphs
+from tests.harness import recorded_graphs
 recorded_graphs.use()
 """
 

@@ -19,7 +19,7 @@ from typing import Any
 FORKSERVER = "multiprocessing.forkserver"
 """Part of the command of the process that others are forked from."""
 
-_TESTS = Path(__file__).parent
+_ROOT = Path(__file__).parents[2]
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -60,9 +60,9 @@ def run(
 def ensure_started() -> None:
     """Start the process that others are forked from, unless it runs."""
     given = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_TESTS), given)))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), given)))
     try:
-        _CONTEXT.set_forkserver_preload(["preload"])
+        _CONTEXT.set_forkserver_preload(["tests.harness.preload"])
         multiprocessing.forkserver.ensure_running()
     finally:
         del os.environ["PYTHONPATH"]
@@ -91,9 +91,8 @@ def _run(arguments: Sequence[str], env: Mapping[str, str], cwd: str, out: str, e
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     os.environ.clear()
     os.environ.update(env)
-    # The parent's path has tests and benchmarks on it.
-    for folder in (_TESTS, _TESTS.parent / "benchmarks"):
-        sys.path[:] = [entry for entry in sys.path if not Path(entry).is_relative_to(folder)]
+    # The parent's path has the checkout on it, where the package's metadata lies too.
+    sys.path[:] = [entry for entry in sys.path if entry and Path(entry) != _ROOT]
     sys.path[:0] = ["", *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
     multiprocessing.process._parent_process = None  # type: ignore[attr-defined]
     option, what, *rest = arguments

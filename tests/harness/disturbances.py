@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 
-from pressure import OnRecord, Record, announce_turn
+from tests.harness.pressure import OnRecord, Record, announce_turn
 
 Disturb = Callable[[Mapping[str, Path]], OnRecord]
 """Adapters' folders by name -> what to do between a turn's answer and the next turn."""

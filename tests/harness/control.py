@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from client import Client
+from tests.harness.client import Client
 
 
 async def state(client: Client) -> dict[str, Any]:

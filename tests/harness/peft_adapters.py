@@ -1,12 +1,8 @@
-"""What the adapter tests share: adapters written by peft itself, and ways to edit them.
-
-No tests here; the other test_adapter files take the fixtures from this module.
-"""
+"""Adapters of tiny models, written by peft itself, and ways to edit them."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,22 +63,6 @@ def save_adapter(folder: Path, family: str = "Llama", **options: Any) -> Path:
                 parameter.normal_(std=0.1)
     model.save_pretrained(str(folder))
     return folder
-
-
-@pytest.fixture(scope="session")
-def base() -> BaseShapes:
-    return BaseShapes.from_config(tiny_config("Llama"))
-
-
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_adapter(tmp_path_factory.mktemp("saved") / "good")
-
-
-@pytest.fixture
-def adapter(saved: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
-    return Path(shutil.copytree(saved, tmp_path / "adapter"))
 
 
 def edit_config(adapter: Path, **changes: Any) -> None:

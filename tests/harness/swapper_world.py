@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from radix_caches import Cache, sglang
 from sglang_elora.pages import AdapterImage, AdapterLayout, HostArena, ModuleShape, lazy_memory
 from sglang_elora.policy import PolicyContext, make_policy
 from sglang_elora.swapper.host_tier import HostTier
 from sglang_elora.swapper.planner import LOOKAHEAD, ROOM_LEAVES, WORK_PER_STEP
 from sglang_elora.tree import namespace_of
+from tests.harness.radix_cache import Cache, sglang
 
 sglang()
 with warnings.catch_warnings():  # SGLang's
@@ -41,7 +41,7 @@ __all__ = [
     "HostTier",
     "PoolTooSmall",
     "Residency",
-    "World",
+    "SwapperWorld",
     "uid",
 ]
 
@@ -50,7 +50,7 @@ _RANK = 8
 _BLOCK_BYTES = 4096
 
 
-class World:
+class SwapperWorld:
     """One scheduler's cache, and requests that are no more than an adapter and a length.
 
     Args:

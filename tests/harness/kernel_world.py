@@ -46,7 +46,7 @@ ORDERS: dict[str, Order] = {
 
 
 @dataclass
-class World:
+class KernelWorld:
     """One layer's planes with adapters in them; everything else in the pool is poison."""
 
     planes: KVPlanes
@@ -99,7 +99,7 @@ def make_world(
     num_planes: int = 2,
     lacks: Callable[[int, str], bool] = lambda adapter, name: False,
     device: str = DEVICE,
-) -> World:
+) -> KernelWorld:
     """Adapters of given ranks, one after the other in whole pages of one pool.
 
     Args:
@@ -118,7 +118,7 @@ def make_world(
     planes = KVPlanes(pool[:num_planes], dtype)
     for plane in range(num_planes):
         planes.plane(plane, 0).fill_(POISON)
-    world = World(planes, stacked_modules(shapes), layouts, [], [], [], list(ranks), [])
+    world = KernelWorld(planes, stacked_modules(shapes), layouts, [], [], [], list(ranks), [])
     first = page_size
     for i, (layout, count) in enumerate(zip(layouts, counts, strict=True)):
         matrices = {

@@ -1,0 +1,1 @@
+"""What several tests and benchmarks share: worlds, clients, references, adapters, plugins."""
