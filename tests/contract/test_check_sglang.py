@@ -14,21 +14,12 @@ import pytest
 from sglang_elora.upstream.comparison import Verdict, compare, patch_fits
 from sglang_elora.upstream.seams import OURS, Kind, Seam, find_seams
 from sglang_elora.upstream.sources import SERVER_ARGS, Files, Sources
+from tests.harness.programs import source
 from tests.harness.run_python import RunPython
 
 ROOT = Path(__file__).parents[2]
 PATCHES = {path.name: path.read_text() for path in (ROOT / "patches").glob("*.patch")}
 BY_CLASS = (Kind.HOOK, Kind.OVERRIDE, Kind.BASE, Kind.CALL, Kind.IMPORT, Kind.MEMBER, Kind.FIELD)
-
-PRINT_ROWS = """
-from sglang_elora.srt.install.endpoint_hooks import ENDPOINT_HOOKS
-from sglang_elora.srt.install.hooks import HOOKS
-from sglang_elora.frontend.hooks import HOOKS as LANG_HOOKS
-from sglang_elora.srt.install.stream_hooks import STREAM_HOOKS
-
-for row in (*HOOKS, *ENDPOINT_HOOKS, *STREAM_HOOKS, *LANG_HOOKS):
-    print("row", row.target, *row.parameters)
-"""
 
 
 class Edited(Files):
@@ -75,7 +66,7 @@ def test_the_pinned_sglang_has_every_place_and_nothing_differs(
 
 
 def test_each_row_of_the_tables_of_hooks_is_found(seams: list[Seam], run_python: RunPython) -> None:
-    answer = run_python("-c", PRINT_ROWS)
+    answer = run_python("-c", source("print_hooks"))
     assert answer.returncode == 0, answer.stderr
     rows = answer.stdout.splitlines()
     expected = {line.removeprefix("row ") for line in rows if line.startswith("row ")}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sglang_elora.testbed.adapters import AdapterSpec, make_adapters
+from tests.harness.programs import source
 from tests.harness.run_python import RunPython
 
 LORA = ("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "q_proj", "o_proj")
@@ -111,74 +112,19 @@ ACCEPTED: list[dict[str, Any]] = [
     {"raw": {"lora_backend": "elora_triton"}},
 ]
 
-RESOLVE = """
-import copy, json, os, sys
-from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
-ensure_torchvision_importable()
-from sglang.srt.plugins import load_plugins
-load_plugins()
-from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
-from sglang.srt.configs.model_config import AttentionArch
-from sglang.srt.server_args import prepare_server_args
-from sglang_elora.srt.arguments import compatibility
 
-def resolve(*flags):
-    server_args = prepare_server_args(["--model-path", sys.argv[1], *flags])
-    server_args.resolve_once()
-    return server_args
-
-def change(server_args, raw=None, model=None, env=None, **fields):
-    changed = copy.copy(server_args)
-    changed._raw_input = {**server_args._raw_input, **(raw or {})}
-    changed._resolved_overrides = list(server_args._resolved_overrides)
-    declare_resolution(changed, "test", **fields)
-    changed._model_config = copy.deepcopy(model_config_of(server_args))
-    for name, value in (model or {}).items():
-        if "experts" in name:
-            setattr(changed._model_config.hf_text_config, name, value)
-        else:
-            assert hasattr(changed._model_config, name), name
-            value = AttentionArch[value] if name == "attention_arch" else value
-            setattr(changed._model_config, name, value)
-    return changed
-
-def problems(server_args, env=None):
-    os.environ.update(env or {})
-    try:
-        compatibility.check_compatible(server_args)
-    except ValueError as error:
-        return str(error).splitlines()[1:]
-    finally:
-        for name in env or {}:
-            del os.environ[name]
-    return []
-"""
-
-
-def _in_process(run_python: RunPython, checkpoint: Path, code: str, *arguments: str) -> Any:
-    """What ``code`` prints last, as JSON. ``RESOLVE`` is before it, argv[1] is the model."""
-    result = run_python("-c", RESOLVE + code, str(checkpoint), *arguments)
+def _in_process(run_python: RunPython, checkpoint: Path, function: str, *arguments: Any) -> Any:
+    """What a function of the program ``compatibility`` returns."""
+    given = [json.dumps(argument) for argument in arguments]
+    result = run_python("-c", source("compatibility"), str(checkpoint), function, *given)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def test_every_refusal(run_python: RunPython, checkpoint: Path) -> None:
     """Each row of the table: triggered, alone, and its line says what to do."""
-    code = """
-base = resolve(*json.loads(sys.argv[2]))
-lines, seen = [], set()
-for case in json.loads(sys.argv[3]):
-    changed = change(base, **case)
-    os.environ.update(case.get("env", {}))
-    seen |= {i for i, r in enumerate(compatibility.REFUSALS) if r.applies(resolving_view(changed))}
-    lines.append(problems(changed, case.get("env")))
-missing = [r.name for i, r in enumerate(compatibility.REFUSALS) if i not in seen]
-print(json.dumps([lines, missing]))
-"""
     cases = [case for case, _ in REFUSED]
-    lines, missing = _in_process(
-        run_python, checkpoint, code, json.dumps(LORA), json.dumps([*cases, *ACCEPTED])
-    )
+    lines, missing = _in_process(run_python, checkpoint, "every_refusal", LORA, [*cases, *ACCEPTED])
     assert missing == []
     for (case, begin), found in zip(REFUSED, lines, strict=False):
         assert len(found) == 1, (case, found)
@@ -190,15 +136,7 @@ print(json.dumps([lines, missing]))
 
 def test_real_flags(run_python: RunPython, checkpoint: Path) -> None:
     """Through SGLang's parser and resolution: all problems at once, none without LoRA."""
-    code = """
-flags = ["--enable-streaming-session", "--enable-priority-scheduling", "--lora-backend", "triton",
-         "--enable-lora-overlap-loading", "--lora-drain-wait-threshold", "2", "--max-loaded-loras",
-         "64", "--is-embedding", "--disable-radix-cache"]
-lora = json.loads(sys.argv[2])
-print(json.dumps([problems(resolve(*lora, *flags)), problems(resolve(*flags)),
-                  problems(resolve("--lora-paths", "a=/none", "--enable-streaming-session"))]))
-"""
-    with_lora, without, implied = _in_process(run_python, checkpoint, code, json.dumps(LORA))
+    with_lora, without, implied = _in_process(run_python, checkpoint, "real_flags", LORA)
     named = [line.split()[0].rstrip(":") for line in with_lora]
     assert named == [
         "--disable-radix-cache",
@@ -216,12 +154,7 @@ print(json.dumps([problems(resolve(*lora, *flags)), problems(resolve(*flags)),
 def test_attention_that_is_data_parallel_is_refused_however_it_is_spelled(
     run_python: RunPython, checkpoint: Path
 ) -> None:
-    code = """
-lora = json.loads(sys.argv[2])
-spellings = [["--attn-dp-size", "2"], ["--enable-dp-attention", "--dp-size", "2"]]
-print(json.dumps([problems(resolve(*lora, "--tp-size", "2", *flags)) for flags in spellings]))
-"""
-    found = _in_process(run_python, checkpoint, code, json.dumps(LORA))
+    found = _in_process(run_python, checkpoint, "data_parallel_attention", LORA)
     for (problem,) in found:
         assert problem.startswith("  --attn-dp-size 2 (or --enable-dp-attention): ")
 
@@ -230,63 +163,21 @@ def test_fields_that_rows_look_at_can_be_set_by_a_flag(
     run_python: RunPython, checkpoint: Path
 ) -> None:
     """A field that no flag sets any more would never be refused."""
-    code = """
-from typing import get_type_hints
-from sglang.srt.server_args import ServerArgs
-fields = get_type_hints(ServerArgs, include_extras=True)
-source = Path(compatibility.__file__).read_text()
-looked_at = sorted({*re.findall(r"\\bcfg\\.([a-z]\\w*)", source),
-                    *re.findall(r'_raw_input\\["(\\w+)"\\]', source)})
-found = {name: name in fields and not any(getattr(argument, "no_cli", False)
-                                          for argument in fields[name].__metadata__)
-         for name in looked_at}
-print(json.dumps([found, fields["enable_dp_attention"].__metadata__[0].no_cli]))
-"""
-    found, can_fail = _in_process(
-        run_python, checkpoint, "import re\nfrom pathlib import Path" + code
-    )
+    found, can_fail = _in_process(run_python, checkpoint, "fields_without_a_flag")
     assert can_fail and len(found) > 40
     # SGLang derives this one from the model.
     assert [name for name, settable in found.items() if not settable] == ["uses_mamba_radix_cache"]
 
 
 def test_adapter_events_need_a_stream(run_python: RunPython, checkpoint: Path) -> None:
-    code = """
-from sglang_elora import config
-config.activate(config.EloraConfig(enabled=True, adapter_events=True))
-events = ["--kv-events-config", '{"publisher": "zmq"}']
-lora = json.loads(sys.argv[2])
-found = []
-for flags in (lora, events, [*lora, *events]):
-    try:
-        compatibility.check_compatible(resolve(*flags))
-        found.append("")
-    except ValueError as error:
-        found.append(str(error))
-print(json.dumps(found))
-"""
-    no_stream, no_lora, both = _in_process(run_python, checkpoint, code, json.dumps(LORA))
+    no_stream, no_lora, both = _in_process(run_python, checkpoint, "adapter_events", LORA)
     expected = "--elora-adapter-events needs --enable-lora and --kv-events-config"
     assert no_stream == no_lora == expected and both == ""
 
 
 def test_flags_about_slots_have_no_effect(run_python: RunPython, checkpoint: Path) -> None:
     """One line in the log; and SGLang's own check does not ask for as many adapters as slots."""
-    code = """
-import logging
-heard = []
-compatibility.logger.info = lambda text, *values: heard.append(text % values)
-few = resolve(*json.loads(sys.argv[2]), "--max-loaded-loras", "4")
-compatibility.check_compatible(few)
-few.check_server_args()
-slots = resolve(*json.loads(sys.argv[2]), "--max-loras-per-batch", "3", "--lora-eviction-policy",
-                "fifo", "--radix-eviction-policy", "lfu")
-quiet = list(heard)
-compatibility.check_compatible(slots)
-slots.check_server_args()
-print(json.dumps([quiet, heard, resolving_view(few).max_loaded_loras]))
-"""
-    quiet, heard, limit = _in_process(run_python, checkpoint, code, json.dumps(LORA))
+    quiet, heard, limit = _in_process(run_python, checkpoint, "flags_about_slots", LORA)
     assert quiet == []
     assert [line.split(" has no effect")[0] for line in heard] == [
         "--max-loras-per-batch 3",
@@ -298,24 +189,7 @@ print(json.dumps([quiet, heard, resolving_view(few).max_loaded_loras]))
 
 def test_lora_backend_and_cuda_graphs(run_python: RunPython, checkpoint: Path) -> None:
     """The torch backend runs eagerly; kernels are captured, and chosen where there is CUDA."""
-    code = """
-from sglang_elora.srt.lora import registry
-from sglang_elora.srt.arguments import selection
-registry.register_backends(max_adapters=256)
-lora = json.loads(sys.argv[2])
-found = []
-for cuda in (False, True):
-    selection.is_cuda = lambda: cuda
-    for flags in (lora, [*lora, "--lora-backend", "elora_torch"],
-                  [*lora, "--lora-backend", "elora_triton"], []):
-        server_args = resolve(*flags, "--cuda-graph-backend-decode", "full")
-        selection.select_parts(None, server_args)
-        cfg = resolving_view(server_args)
-        graphs = cfg.cuda_graph_config
-        found.append([cfg.lora_backend, graphs.decode.backend])
-print(json.dumps(found))
-"""
-    found = _in_process(run_python, checkpoint, code, json.dumps(LORA))
+    found = _in_process(run_python, checkpoint, "lora_backends", LORA)
     on_cpu, on_cuda = found[:4], found[4:]
     torch, triton = ["elora_torch", "disabled"], ["elora_triton", "full"]
     assert on_cpu == [torch, torch, triton, ["elora_torch", "full"]]
@@ -323,31 +197,7 @@ print(json.dumps(found))
 
 
 def test_pools_adapters_cannot_live_in(run_python: RunPython, checkpoint: Path) -> None:
-    code = """
-from types import SimpleNamespace
-from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import UnquantizedKVCacheMethod
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
-
-def refusal(pool_class=MHATokenToKVPool, layout="nhd", quant_method=None, **state):
-    pool = object.__new__(pool_class)
-    pool.kv_cache_layout = layout
-    pool.quant_method = quant_method or UnquantizedKVCacheMethod()
-    allocator = SimpleNamespace(get_kvcache=lambda: pool)
-    defaults = {"is_hybrid_swa": False, "is_hybrid_ssm": False, "disable_radix_cache": False}
-    ctx = SimpleNamespace(
-        params=SimpleNamespace(token_to_kv_pool_allocator=allocator), **{**defaults, **state}
-    )
-    try:
-        compatibility.check_pool(ctx)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-print(json.dumps([refusal(), refusal(pool_class=MLATokenToKVPool), refusal(layout="hnd"),
-                  refusal(quant_method=object()), refusal(is_hybrid_swa=True),
-                  refusal(is_hybrid_ssm=True), refusal(disable_radix_cache=True)]))
-"""
-    plain, *refused = _in_process(run_python, checkpoint, code)
+    plain, *refused = _in_process(run_python, checkpoint, "pools")
     assert plain == ""
     words = ("MLATokenToKVPool", "hnd", "scales", "outside", "outside", "radix cache is off")
     for text, word in zip(refused, words, strict=True):

@@ -1,8 +1,8 @@
 """What the frontend language sends, with adapters and without, and what a trace of it finds.
 
-Programs run in a process of their own (``lang_programs.py``) against an HTTP server that
-writes down each request and answers by rule, so that stock and patched frontends can be compared
-word by word.
+Programs run in a process of their own (``lang_programs.py``) against an HTTP server that writes
+down each request and answers by rule, so that stock and patched frontends can be compared word by
+word.
 """
 
 from __future__ import annotations

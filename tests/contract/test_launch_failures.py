@@ -11,6 +11,7 @@ import pytest
 
 from sglang_elora.config import SGLANG_PIN
 from tests.harness.plugin_packages import write_plugin
+from tests.harness.programs import source
 from tests.harness.run_python import RunPython
 
 LAUNCH = ("-m", "sglang_elora.launch_server", "--elora", "--model-path", "no-such-model")
@@ -113,29 +114,7 @@ def around(original, self):
 HookRegistry.register({TARGET!r}, around, HookType.AROUND)
 """,
     )
-    code = """
-import os
-from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
-ensure_torchvision_importable()
-from sglang.srt.plugins import load_plugins
-load_plugins()
-import torch
-from types import SimpleNamespace
-from sglang.srt.lora.lora import LoRAAdapter
-weights = {
-    "model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 4),
-    "model.layers.0.mlp.up_proj.lora_B.weight": torch.ones(8, 2),
-}
-adapter = SimpleNamespace(
-    layers=[SimpleNamespace(weights=weights)], base_hf_config=None,
-)
-try:
-    LoRAAdapter._normalize_weights(adapter)
-except AttributeError as error:
-    print("original ran:", error)
-print(sorted(name.split(".")[4] for name in weights if "lora_A" in name))
-"""
-    result = run_python("-c", code, path=tmp_path, SGLANG_ELORA="1")
+    result = run_python("-c", source("second_hook"), path=tmp_path, SGLANG_ELORA="1")
     assert result.returncode == 0, result.stderr
     assert "neighbour ran" in result.stdout
     assert "original ran" in result.stdout

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from sglang.utils import TypeBasedDispatcher
 
+from tests.harness.programs import source
 from tests.harness.run_python import RunPython
 from tests.harness.swapper_world import SwapperWorld, uid
 
@@ -20,28 +21,9 @@ with warnings.catch_warnings():  # SGLang's
     from sglang_elora.srt.messages import AdapterHint, AdapterOrder, StateRequest, Undecodable
     from sglang_elora.srt.scheduler.control import Control
 
-ROUND_TRIP = """
-from sglang.srt.managers import io_struct
-from sglang_elora.control import Changes
-from sglang_elora.srt import messages
-messages.register_types()
-sent = [
-    messages.AdapterHint(adapters=["a", "b"]),
-    messages.AdapterHint(adapters=[], sessions=["s"]),
-    messages.StateRequest(rid="r", version=7),
-    messages.AdapterOrder(rid="r", do="pin", adapter="a"),
-    messages.AdapterOrderAnswer(rid="r", error="", tier="host"),
-    messages.Undecodable(reason="x"),
-]
-for message in sent:
-    assert io_struct.msgpack_decode(io_struct.msgpack_encode(message)) == message, message
-    assert messages.valid(message) == message
-print("equal")
-"""
-
 
 def test_messages_are_decoded_as_they_were(run_python: RunPython) -> None:
-    done = run_python("-c", ROUND_TRIP)
+    done = run_python("-c", source("messages_round_trip"))
     assert done.returncode == 0 and "equal" in done.stdout, done.stderr
 
 

@@ -6,28 +6,8 @@ import json
 
 import pytest
 
+from tests.harness.programs import source
 from tests.harness.run_python import RunPython
-
-START = """
-import json, os, sys
-from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
-ensure_torchvision_importable()
-from importlib import import_module
-module, process = import_module(sys.argv[1]), sys.argv[2]
-before = "sglang.srt.managers.scheduler" in sys.modules
-
-def after_plugins(*_, **__):
-    from sglang.srt.plugins.hook_registry import HookRegistry
-    print(json.dumps([before, "sglang.srt.managers.scheduler" in sys.modules,
-                      "sglang_elora.srt.install.install" in sys.modules, len(HookRegistry._hooks)]),
-          flush=True)
-    os._exit(0)
-
-module.publish = after_plugins  # what each of them does next, or before that the scheduler:
-module.spawn_world_rank = after_plugins
-module.configure_logger = lambda *_, **__: None
-getattr(module, process)(*[None] * int(sys.argv[3]))
-"""
 
 
 @pytest.mark.parametrize(
@@ -48,7 +28,9 @@ def test_only_the_scheduler_of_the_engines_processes_has_hooks(
     run_fresh_python: RunPython,
 ) -> None:
     arguments = (f"sglang.srt.managers.{module}", process, str(num_arguments))
-    result = run_fresh_python("-W", "ignore", "-c", START, *arguments, SGLANG_ELORA="1")
+    result = run_fresh_python(
+        "-W", "ignore", "-c", source("start_process"), *arguments, SGLANG_ELORA="1"
+    )
     assert result.returncode == 0, result.stderr
     before, after, installed, num_hooks = json.loads(result.stdout.splitlines()[-1])
     assert before == imports_scheduler, "SGLang's own imports"

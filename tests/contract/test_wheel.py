@@ -10,30 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.programs import source
 from tests.harness.run_python import RunPython
 
 ROOT = Path(__file__).parents[2]
-IN_USE = """
-import importlib, pathlib, sys
-from importlib.metadata import entry_points
-from importlib.resources import files
-import sglang_elora, sglang_elora.kernels
-assert str(pathlib.Path(sglang_elora.__file__)).startswith(sys.argv[1]), sglang_elora.__file__
-assert {p.name for p in entry_points(group="sglang.srt.plugins")} == {"elora"}
-assert {p.name for p in entry_points(group="sglang.srt.platforms")} == {"elora_cpu"}
-from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
-ensure_torchvision_importable()
-from sglang_elora.srt.install.install import preflight
-from sglang_elora.config import EloraConfig
-assert preflight(EloraConfig(enabled=True)) == []
-names = {entry.name for entry in files("sglang_elora.patches").iterdir()}
-assert {"README.md", "01-cache-namespace.patch"} <= names, names
-import torch
-from sglang_elora.kernels import expand_config, shrink_config
-assert shrink_config(torch.device("cpu"), 16, 1, 4096).block_k
-assert expand_config(torch.device("cpu"), 64, 1, 4096).block_n
-print("in use")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +54,6 @@ def test_works_outside_the_checkout(
 ) -> None:
     target = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(target)
-    result = run_fresh_python("-c", IN_USE, str(target), path=target)
+    result = run_fresh_python("-c", source("wheel_in_use"), str(target), path=target)
     assert result.returncode == 0, result.stderr
     assert "in use" in result.stdout

@@ -15,49 +15,13 @@ import psutil
 import pytest
 
 from sglang_elora.testbed.server import ServerProcess, ServerStartError, python_module
-
-FAKE_SERVER = """
-import os, signal, subprocess, sys, time
-from http.server import BaseHTTPRequestHandler, HTTPServer
-
-STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-child = subprocess.Popen([sys.executable, "-c", STUBBORN])
-daemon = subprocess.Popen([sys.executable, "-c", STUBBORN], start_new_session=True)
-with open(os.environ["FAKE_PIDS"], "w") as file:
-    print(os.getpid(), child.pid, daemon.pid, file=file)
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-        if self.path == "/crash":
-            os._exit(1)
-
-port = int(sys.argv[sys.argv.index("--port") + 1])
-if "--never-healthy" in sys.argv:
-    time.sleep(600)
-if "--fail" in sys.argv:
-    time.sleep(0.5)  # long enough to be seen with all children
-    print("\\n".join(f"line {i}" for i in range(100)))
-    sys.exit(3)
-HTTPServer(("127.0.0.1", port), Handler).serve_forever()
-"""
-
-DRIVER = """
-import sys, time
-from pathlib import Path
-from sglang_elora.testbed.server import ServerProcess, python_module
-program = python_module("fake_server")
-with ServerProcess([], program=program, log_path=Path(sys.argv[1]), stop_timeout_s=1.0):
-    print("up", flush=True)
-    time.sleep(600)
-"""
+from tests.harness.programs import source
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where ``fake_server`` can be imported from and leaves its process ids."""
-    (tmp_path / "fake_server.py").write_text(FAKE_SERVER)
+    (tmp_path / "fake_server.py").write_text(source("fake_server"))
     path = os.pathsep.join([str(tmp_path), *sys.path])
     monkeypatch.setenv("PYTHONPATH", path)
     monkeypatch.setenv("FAKE_PIDS", str(tmp_path / "pids"))
@@ -140,7 +104,7 @@ def test_start_up_timeout(folder: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_ends_when_its_owner_is_told_to(folder: Path, number: signal.Signals) -> None:
     owner = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(folder / "server.log")],
+        [sys.executable, "-c", source("hold_server"), str(folder / "server.log")],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
