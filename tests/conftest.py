@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("tests.harness")
+
 # A shell starts background jobs with Ctrl-C ignored, and all that they start inherits it. The tests
 # interrupt processes on purpose.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -55,7 +55,8 @@ def tests(context: Context) -> Verdict:
     folder = ROOT / "tests/kernels"
     code = "import benchmarks.kernels.shapes, sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     files = ["test_page_copy.py"]
-    files += [] if context.dry_run else ["test_lora_shrink.py", "test_lora_expand.py"]
+    lora = ["test_lora_kernels.py", "test_lora_shrink.py", "test_lora_expand.py"]
+    files += [] if context.dry_run else lora
     command = [sys.executable, "-c", code, "-v", "--maxfail=3", "-c", os.devnull]
     command += ["--rootdir", str(folder), "--confcutdir", str(folder), "-p", "no:cacheprovider"]
     command += [str(folder / name) for name in files]
