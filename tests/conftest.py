@@ -35,6 +35,12 @@ ensure_torchvision_importable()
 
 
 @pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Async tests run under asyncio, as SGLang and our clients do."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder for generated checkpoints and adapters."""
     return tmp_path_factory.mktemp("models")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from sglang_elora.testbed.server import ServerProcess, python_module
 from tests.harness import forked
 from tests.harness.adapter_specs import SPECS
 from tests.harness.bad_adapters import make_bad_adapters
-from tests.harness.plugin_packages import write_plugin
+from tests.harness.client import Client
+from tests.harness.plugin_packages import install_plugin
 from tests.harness.reference import Reference
 from tests.harness.server_flags import server_flags
 
@@ -31,13 +32,6 @@ def nothing_left_running() -> Iterator[None]:
     left = [process.cmdline() for process in psutil.Process().children(recursive=True)]
     left = [command for command in left if not any(name in " ".join(command) for name in ours)]
     assert not left, left
-
-
-_FORKED_START = """
-import multiprocessing
-set_start_method = multiprocessing.set_start_method
-multiprocessing.set_start_method = lambda method, force=False: set_start_method("fork", force)
-"""
 
 
 def _forked_or_spawned(command: Sequence[str], **options: Any) -> Any:
@@ -54,7 +48,7 @@ def forked_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with ``spawned_start``, and ``make demo``, start a server as users do.
     """
     folder, given = tmp_path_factory.mktemp("forked-start"), os.environ.get("PYTHONPATH", "")
-    write_plugin(folder, "forked_start", _FORKED_START)
+    install_plugin(folder, "forked_start")
     forked.ensure_started()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(folder), given))))
@@ -112,6 +106,19 @@ def elora_server(
     flags += ["--elora-adapter-dir", str(adapter_dir)]
     with ServerProcess(flags, log_path=logs / "elora.log") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def server(elora_server: ServerProcess) -> ServerProcess:
+    """The server of the fixture ``client``; many modules start one of their own."""
+    return elora_server
+
+
+@pytest.fixture
+async def client(server: ServerProcess) -> AsyncIterator[Client]:
+    """Requests to the module's server."""
+    async with Client(server.url) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sglang_elora.testbed.server import ServerProcess
-from tests.harness.client import Client, run
+from tests.harness.client import Client
 from tests.harness.reference import Reference
 from tests.harness.server_flags import server_flags
 
@@ -68,42 +68,36 @@ def server(
 
 
 @pytest.mark.parametrize(("name", "adapter"), [("team/near", NEAR), ("far", FAR)])
-def test_the_first_requests_load_it(
+async def test_the_first_requests_load_it(
     name: str,
     adapter: str,
-    server: ServerProcess,
+    client: Client,
     reference: Reference,
     prompts: Sequence[list[int]],
 ) -> None:
-    async def work(client: Client) -> None:
-        answers = await asyncio.gather(*(client.generate(name, ids) for ids in prompts))
-        for ids, answer in zip(prompts, answers, strict=True):
-            assert list(answer.token_ids) == reference.generate(adapter, ids)
-        chat = await client.post("/v1/completions", {"model": name, "prompt": "Hello"})
-        assert chat.status_code == 200, chat.text
-        assert name in [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
-
-    run(server.url, work)
+    answers = await asyncio.gather(*(client.generate(name, ids) for ids in prompts))
+    for ids, answer in zip(prompts, answers, strict=True):
+        assert list(answer.token_ids) == reference.generate(adapter, ids)
+    chat = await client.post("/v1/completions", {"model": name, "prompt": "Hello"})
+    assert chat.status_code == 200, chat.text
+    assert name in [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
 
 
-def test_one_that_changed_behind_its_url_is_another(
-    server: ServerProcess,
+async def test_one_that_changed_behind_its_url_is_another(
+    client: Client,
     places: Places,
     adapters: dict[str, Path],
     reference: Reference,
     prompts: Sequence[list[int]],
 ) -> None:
-    async def work(client: Client) -> None:
-        folder = places.served / "adapters" / "changing"
-        for adapter in (FAR, NEAR):
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(adapters[adapter], folder)
-            answer = await client.generate("changing", prompts[0])
-            assert list(answer.token_ids) == reference.generate(adapter, prompts[0])
-            gone = await client.post("/unload_lora_adapter", {"lora_name": "changing"})
-            assert gone.status_code == 200, gone.text
-
-    run(server.url, work)
+    folder = places.served / "adapters" / "changing"
+    for adapter in (FAR, NEAR):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(adapters[adapter], folder)
+        answer = await client.generate("changing", prompts[0])
+        assert list(answer.token_ids) == reference.generate(adapter, prompts[0])
+        gone = await client.post("/unload_lora_adapter", {"lora_name": "changing"})
+        assert gone.status_code == 200, gone.text
 
 
 @pytest.mark.parametrize(
@@ -116,24 +110,20 @@ def test_one_that_changed_behind_its_url_is_another(
         ("broken", "adapter_model.safetensors"),
     ],
 )
-def test_a_request_gets_nothing_from_elsewhere(
-    name: str, reason: str, server: ServerProcess, places: Places, prompts: Sequence[list[int]]
+async def test_a_request_gets_nothing_from_elsewhere(
+    name: str, reason: str, client: Client, places: Places, prompts: Sequence[list[int]]
 ) -> None:
     """Nor does it learn where the server has its adapters, and which others."""
-
-    async def work(client: Client) -> None:
-        for _ in range(2):
-            answer = await client.post("/generate", {"text": "Hello", "lora_path": name})
-            assert answer.status_code == 400
-            assert reason in answer.text
-            assert str(places.folder) not in answer.text and "start" not in answer.text
-        assert (await client.generate("start", prompts[0])).token_ids
-
-    run(server.url, work)
+    for _ in range(2):
+        answer = await client.post("/generate", {"text": "Hello", "lora_path": name})
+        assert answer.status_code == 400
+        assert reason in answer.text
+        assert str(places.folder) not in answer.text and "start" not in answer.text
+    assert (await client.generate("start", prompts[0])).token_ids
 
 
-def test_loading_is_bound_to_the_places_too(
-    server: ServerProcess, places: Places, adapters: dict[str, Path]
+async def test_loading_is_bound_to_the_places_too(
+    client: Client, places: Places, adapters: dict[str, Path]
 ) -> None:
     async def load(client: Client, path: str) -> tuple[int, str]:
         body = {"lora_name": "asked-for", "lora_path": path}
@@ -142,19 +132,16 @@ def test_loading_is_bound_to_the_places_too(
             await client.post("/unload_lora_adapter", {"lora_name": "asked-for"})
         return answer.status_code, answer.text
 
-    async def work(client: Client) -> None:
-        for path in (
-            str(places.outside),
-            str(places.folder / "linked"),
-            str(places.folder / ".." / "outside"),
-            places.url.replace("/adapters", "/"),
-            f"{places.url}/../far",
-        ):
-            code, text = await load(client, path)
-            assert code == 400
-            assert "not in --elora-adapter-sources" in text
-        for path in (str(places.folder / "team" / "near"), f"{places.url}/far", adapters["qv-r4"]):
-            code, text = await load(client, str(path))
-            assert code == 200, text
-
-    run(server.url, work)
+    for path in (
+        str(places.outside),
+        str(places.folder / "linked"),
+        str(places.folder / ".." / "outside"),
+        places.url.replace("/adapters", "/"),
+        f"{places.url}/../far",
+    ):
+        code, text = await load(client, path)
+        assert code == 400
+        assert "not in --elora-adapter-sources" in text
+    for path in (str(places.folder / "team" / "near"), f"{places.url}/far", adapters["qv-r4"]):
+        code, text = await load(client, str(path))
+        assert code == 200, text

@@ -10,14 +10,14 @@ import pytest
 
 from sglang_elora.testbed.server import ServerProcess
 from tests.harness.bad_adapters import BAD, WEIGHTS, diverge, truncate
-from tests.harness.client import MODEL, Client, run
+from tests.harness.client import MODEL, Client
 from tests.harness.reference import Reference
 
 
 @pytest.mark.parametrize("spoil", BAD, ids=lambda spoil: spoil.__name__)
-def test_load_is_refused_and_the_server_goes_on(
+async def test_load_is_refused_and_the_server_goes_on(
     spoil: Callable[[Path], None],
-    elora_server: ServerProcess,
+    client: Client,
     adapters: dict[str, Path],
     reference: Reference,
     prompts: Sequence[list[int]],
@@ -26,29 +26,23 @@ def test_load_is_refused_and_the_server_goes_on(
     folder = tmp_path / "bad"
     shutil.copytree(adapters["attention-r8"], folder)
     spoil(folder)
+    loaded = await client.post("/load_lora_adapter", {"lora_name": "bad", "lora_path": str(folder)})
+    assert loaded.status_code == 400
+    message = loaded.json()["error_message"]
+    assert "'bad'" in message
+    assert str(folder) in message
+    for part in BAD[spoil]:
+        assert part in message
 
-    async def work(client: Client) -> None:
-        loaded = await client.post(
-            "/load_lora_adapter", {"lora_name": "bad", "lora_path": str(folder)}
-        )
-        assert loaded.status_code == 400
-        message = loaded.json()["error_message"]
-        assert "'bad'" in message
-        assert str(folder) in message
-        for part in BAD[spoil]:
-            assert part in message
+    refused = await client.post("/generate", {"text": "Hello", "lora_path": "bad"})
+    assert refused.status_code == 400
 
-        refused = await client.post("/generate", {"text": "Hello", "lora_path": "bad"})
-        assert refused.status_code == 400
-
-        answer = await client.generate("attention-r8", prompts[0])
-        assert list(answer.token_ids) == reference.generate("attention-r8", prompts[0])
-
-    run(elora_server.url, work)
+    answer = await client.generate("attention-r8", prompts[0])
+    assert list(answer.token_ids) == reference.generate("attention-r8", prompts[0])
 
 
-def test_load_after_mending_the_folder(
-    elora_server: ServerProcess,
+async def test_load_after_mending_the_folder(
+    client: Client,
     adapters: dict[str, Path],
     reference: Reference,
     prompts: Sequence[list[int]],
@@ -59,47 +53,39 @@ def test_load_after_mending_the_folder(
     shutil.copytree(adapters["all-r4"], folder)
     good = (folder / WEIGHTS).read_bytes()
     body = {"lora_name": "mended", "lora_path": str(folder)}
-
-    async def work(client: Client) -> None:
-        truncate(folder)
-        assert (await client.post("/load_lora_adapter", body)).status_code == 400
-        (folder / WEIGHTS).write_bytes(good)
-        loaded = await client.post("/load_lora_adapter", body)
-        assert loaded.status_code == 200, loaded.text
-        assert "mended" in loaded.json()["loaded_adapters"]
-        answer = await client.generate("mended", prompts[0])
-        assert list(answer.token_ids) == reference.generate("all-r4", prompts[0])
-        twice = await client.post("/load_lora_adapter", body)
-        assert twice.status_code == 400
-        assert "already loaded" in twice.json()["error_message"]
-        gone = await client.post("/unload_lora_adapter", {"lora_name": "mended"})
-        assert gone.status_code == 200, gone.text
-
-    run(elora_server.url, work)
+    truncate(folder)
+    assert (await client.post("/load_lora_adapter", body)).status_code == 400
+    (folder / WEIGHTS).write_bytes(good)
+    loaded = await client.post("/load_lora_adapter", body)
+    assert loaded.status_code == 200, loaded.text
+    assert "mended" in loaded.json()["loaded_adapters"]
+    answer = await client.generate("mended", prompts[0])
+    assert list(answer.token_ids) == reference.generate("all-r4", prompts[0])
+    twice = await client.post("/load_lora_adapter", body)
+    assert twice.status_code == 400
+    assert "already loaded" in twice.json()["error_message"]
+    gone = await client.post("/unload_lora_adapter", {"lora_name": "mended"})
+    assert gone.status_code == 200, gone.text
 
 
-def test_bad_adapters_at_start_are_left_out_and_named(
-    elora_server: ServerProcess, adapters: dict[str, Path]
+async def test_bad_adapters_at_start_are_left_out_and_named(
+    client: Client, elora_server: ServerProcess, adapters: dict[str, Path]
 ) -> None:
     """``elora_server`` was given one of each kind, and one whose folder is not there."""
     reasons = {spoil.__name__: parts for spoil, parts in BAD.items() if spoil is not diverge}
     reasons["missing"] = ("no-such-adapter",)
+    models = (await client.get("/v1/models")).json()["data"]
+    served = {model["id"] for model in models}
+    assert set(adapters) <= served
+    assert not served & set(reasons)
+    refused = await client.post("/generate", {"text": "Hello", "lora_path": "missing"})
+    assert refused.status_code == 400
 
-    async def work(client: Client) -> None:
-        models = (await client.get("/v1/models")).json()["data"]
-        served = {model["id"] for model in models}
-        assert set(adapters) <= served
-        assert not served & set(reasons)
-        refused = await client.post("/generate", {"text": "Hello", "lora_path": "missing"})
-        assert refused.status_code == 400
-
-        # Of the files of --lora-paths only the headers are read at start.
-        for _ in range(2):
-            failed = await client.post("/generate", {"text": "Hello", "lora_path": "diverge"})
-            assert failed.status_code == 503
-            assert "'diverge' cannot be loaded" in failed.text and "NaN" in failed.text
-
-    run(elora_server.url, work)
+    # Of the files of --lora-paths only the headers are read at start.
+    for _ in range(2):
+        failed = await client.post("/generate", {"text": "Hello", "lora_path": "diverge"})
+        assert failed.status_code == 503
+        assert "'diverge' cannot be loaded" in failed.text and "NaN" in failed.text
     log = elora_server.log_path.read_text().splitlines()
     for name, parts in reasons.items():
         (line,) = [line for line in log if f"Not served: LoRA adapter '{name}'" in line]
@@ -128,21 +114,15 @@ def test_bad_adapters_at_start_are_left_out_and_named(
         ),
     ],
 )
-def test_request_for_an_unknown_adapter(
-    path: str, body: dict[str, object], elora_server: ServerProcess
+async def test_request_for_an_unknown_adapter(
+    path: str, body: dict[str, object], client: Client
 ) -> None:
-    async def work(client: Client) -> None:
-        response = await client.post(path, body)
-        assert response.status_code == 400
-        assert "nobody" in response.text
-
-    run(elora_server.url, work)
+    response = await client.post(path, body)
+    assert response.status_code == 400
+    assert "nobody" in response.text
 
 
-def test_request_by_internal_id(elora_server: ServerProcess, adapters: dict[str, Path]) -> None:
-    async def work(client: Client) -> None:
-        response = await client.post("/generate", {"text": "Hello", "lora_id": "0" * 32})
-        assert response.status_code == 400
-        assert "lora_path" in response.text
-
-    run(elora_server.url, work)
+async def test_request_by_internal_id(client: Client, adapters: dict[str, Path]) -> None:
+    response = await client.post("/generate", {"text": "Hello", "lora_id": "0" * 32})
+    assert response.status_code == 400
+    assert "lora_path" in response.text

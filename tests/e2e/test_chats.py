@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import takewhile
 
-from sglang_elora.testbed.server import ServerProcess
-from tests.harness.client import MODEL, Client, run
+from tests.harness.client import MODEL, Client
 from tests.harness.reference import Reference
 
 LINES = (
@@ -18,45 +17,35 @@ LINES = (
 )
 
 
-def test_a_chat_finds_its_turns_in_the_cache(
-    elora_server: ServerProcess, reference: Reference
-) -> None:
+async def test_a_chat_finds_its_turns_in_the_cache(client: Client, reference: Reference) -> None:
     """As far as the tokenizer writes an answer as the model did, which is a matter of the two."""
     adapter = "rslora-r8"
-
-    async def work(client: Client) -> None:
-        messages: list[dict[str, str]] = []
-        before: list[int] = []
-        for line in LINES:
-            messages.append({"role": "user", "content": line})
-            ids = reference.chat_prompt(messages)
-            answer = await client.chat(f"{MODEL}:{adapter}", messages, session_id="five-turns")
-            assert answer.text == reference.text(adapter, ids)
-            same = takewhile(lambda pair: pair[0] == pair[1], zip(before, ids, strict=False))
-            assert answer.cached_tokens >= sum(1 for _ in same) - 1
-            messages.append({"role": "assistant", "content": answer.text})
-            before = [*ids, *reference.generate(adapter, ids)[:-1]]  # the last was not computed
-        await client.post("/close_session", {"session_id": "five-turns"})
-
-    run(elora_server.url, work)
+    messages: list[dict[str, str]] = []
+    before: list[int] = []
+    for line in LINES:
+        messages.append({"role": "user", "content": line})
+        ids = reference.chat_prompt(messages)
+        answer = await client.chat(f"{MODEL}:{adapter}", messages, session_id="five-turns")
+        assert answer.text == reference.text(adapter, ids)
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(before, ids, strict=False))
+        assert answer.cached_tokens >= sum(1 for _ in same) - 1
+        messages.append({"role": "assistant", "content": answer.text})
+        before = [*ids, *reference.generate(adapter, ids)[:-1]]  # the last was not computed
+    await client.post("/close_session", {"session_id": "five-turns"})
 
 
-def test_another_adapter_within_a_chat_computes_its_own_kv_once(
-    elora_server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+async def test_another_adapter_within_a_chat_computes_its_own_kv_once(
+    client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     first, second = "attention-r8", "mlp-r24"
-
-    async def work(client: Client) -> None:
-        history = [*reversed(prompts[1]), *prompts[0]]  # nobody else's
-        known = {first: 0, second: 0}  # tokens of the history for which it has KV
-        for adapter in (first, first, second, first, second, second):
-            answer = await client.generate(adapter, history, session_id="changing")
-            assert list(answer.token_ids) == reference.generate(adapter, history)
-            # KV of an answer's last token may be there or not.
-            assert answer.cached_tokens in {known[adapter], known[adapter] + bool(known[adapter])}
-            history = [*history, *answer.token_ids]
-            known[adapter] = len(history) - 1
-            history += prompts[2]
-        await client.post("/close_session", {"session_id": "changing"})
-
-    run(elora_server.url, work)
+    history = [*reversed(prompts[1]), *prompts[0]]  # nobody else's
+    known = {first: 0, second: 0}  # tokens of the history for which it has KV
+    for adapter in (first, first, second, first, second, second):
+        answer = await client.generate(adapter, history, session_id="changing")
+        assert list(answer.token_ids) == reference.generate(adapter, history)
+        # KV of an answer's last token may be there or not.
+        assert answer.cached_tokens in {known[adapter], known[adapter] + bool(known[adapter])}
+        history = [*history, *answer.token_ids]
+        known[adapter] = len(history) - 1
+        history += prompts[2]
+    await client.post("/close_session", {"session_id": "changing"})

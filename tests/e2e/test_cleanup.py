@@ -3,6 +3,8 @@ one of its own."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -14,34 +16,15 @@ import psutil
 import pytest
 
 from sglang_elora.testbed.server import ServerProcess
+from tests.harness.programs import source
 from tests.harness.server_flags import server_flags
-
-FAILING_TEST = """
-from pathlib import Path
-import httpx
-import psutil
-import pytest
-from sglang_elora.testbed.server import ServerProcess
-
-@pytest.fixture
-def server():
-    with ServerProcess({flags!r}, log_path=Path({log!r})) as server:
-        yield server
-
-def test_fails(server):
-    pids = server.alive()
-    names = [psutil.Process(pid).name() for pid in pids]
-    assert any("scheduler" in name for name in names), names
-    Path({pids!r}).write_text(" ".join(map(str, pids)))
-    {ending}
-"""
 
 
 @pytest.mark.parametrize(
     ("ending", "status"),
     [
-        ("assert False, 'on purpose'", pytest.ExitCode.TESTS_FAILED),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", pytest.ExitCode.INTERRUPTED),
+        ("fails", pytest.ExitCode.TESTS_FAILED),
+        ("interrupted", pytest.ExitCode.INTERRUPTED),
     ],
     ids=["fails", "interrupted"],
 )
@@ -51,10 +34,12 @@ def test_no_process_is_left(
     flags = [*server_flags(checkpoint), "--max-lora-rank", "8", "--lora-target-modules", "q_proj"]
     pids, log = tmp_path / "pids", tmp_path / "server.log"
     inner = tmp_path / "test_inner.py"
-    inner.write_text(FAILING_TEST.format(flags=flags, log=str(log), pids=str(pids), ending=ending))
+    inner.write_text(source("fails_with_server"))
+    given = {"flags": flags, "log": str(log), "pids": str(pids), "ending": ending}
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(inner)],
         cwd=tmp_path,
+        env={**os.environ, "FAILING_TEST": json.dumps(given)},
         capture_output=True,
         text=True,
         timeout=300,

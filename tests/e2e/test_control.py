@@ -15,9 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from sglang_elora.commands.cli import main
 from sglang_elora.control.hint_gate import GAP_S
 from sglang_elora.testbed.server import ServerProcess
-from tests.harness.client import Client, run
+from tests.harness.client import Client
 from tests.harness.control import adapter, off_device, on_device, order, state, until
-from tests.harness.plugin_packages import write_plugin
+from tests.harness.plugin_packages import install_plugin
 from tests.harness.reference import Reference
 from tests.harness.server_flags import server_flags
 
@@ -27,49 +27,6 @@ FRESH_S = 1.1  # after which a scrape looks again
 NAMES = ("qv-r4", "attention-r8", "attention-r24", "mlp-r24", "all-r4", "rslora-r8")
 ADMIN_KEY, USER_KEY = "let-me-in", "let-me-ask"
 ORDERS = ("prefetch", "pin", "unpin", "evict")
-
-NOISE = """
-import os
-import pickle
-import random
-import zmq
-from sglang.srt.utils.network import get_zmq_socket
-from sglang_elora.srt.tokenizer import tokenizer_control
-from sglang_elora.srt.messages import AdapterHint, AdapterOrder, StateRequest
-original = tokenizer_control.TokenizerControl.refresh
-seeds = iter(range(100))
-async def refresh(self):
-    if not os.path.exists(os.environ["NOISE"]):
-        return await original(self)
-    if open(os.environ["NOISE"]).read() == "die":
-        dead = self._manager.send_to_scheduler
-        for _ in range(100):
-            dead.send_pyobj(AdapterHint(adapters=["nobody"]))
-        endpoint = dead.getsockopt_string(zmq.LAST_ENDPOINT)
-        dead.close(linger=0)
-        back = get_zmq_socket(dead.context, zmq.PUSH, endpoint, True)
-        self._manager.send_to_scheduler = back
-        return await original(self)
-    rng = random.Random(next(seeds))
-    whole = [
-        pickle.dumps(AdapterHint(adapters=["nobody", "x" * 999])),
-        pickle.dumps(AdapterOrder(do="prefetch", adapter="nobody")),
-        pickle.dumps(StateRequest(version=-5)),
-    ]
-    for _ in range(1000):
-        data = rng.randbytes(rng.randrange(64))
-        if rng.random() < 0.6:
-            data = rng.choice(whole)
-            data = data[: rng.randrange(len(data) + 1)]
-            if data and rng.random() < 0.5:
-                i = rng.randrange(len(data))
-                data = data[:i] + rng.randbytes(1) + data[i + 1 :]
-        await self._manager.send_to_scheduler.send(data)
-    return await original(self)
-tokenizer_control.TokenizerControl.refresh = refresh
-"""
-"""A plugin: asking for the state writes 1,000 broken messages first, while a file is there. With
-"die" in it, the socket is closed with what it has not sent, and another takes its place."""
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +43,7 @@ def server(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ServerProcess]:
     plugins = tmp_path_factory.mktemp("plugins")
-    write_plugin(plugins, "noise", NOISE)
+    install_plugin(plugins, "noise")
     given = {name: adapters[name] for name in NAMES}
     flags = ["--elora", "--elora-check", "--enable-metrics", *server_flags(checkpoint, given)]
     paths = (str(plugins), os.environ.get("PYTHONPATH"))
@@ -97,133 +54,112 @@ def server(
         assert "AssertionError" not in log_path.read_text()
 
 
-def test_state_has_every_adapter_and_adds_up(
-    server: ServerProcess, prompts: Sequence[list[int]]
+async def test_state_has_every_adapter_and_adds_up(
+    client: Client, prompts: Sequence[list[int]]
 ) -> None:
-    async def work(client: Client) -> None:
-        await asyncio.gather(*(client.generate(name, prompts[1]) for name in NAMES[:3]))
-        await client.generate(None, prompts[1])
-        found = await state(client)
-        rows = {row["lora_name"]: row for row in found["adapters"]}
-        assert set(rows) == set(NAMES)
-        for name in NAMES[:3]:
-            row = rows[name]
-            assert row["tier"] == "device" and row["slots"] > 0 and row["host_bytes"] > 0
-            assert row["kv_tokens_device"] >= len(prompts[1])
-            assert row["visits"] >= 1 and 0 <= row["idle_s"] < 60
-        pool = found["pool"]
-        assert pool["adapters"] == sum(row["slots"] for row in rows.values())
-        of_adapters = sum(row["kv_tokens_device"] for row in rows.values())
-        assert pool["kv"] == of_adapters + pool["kv_base"] and pool["kv_base"] > 0
-        assert pool["free"] + pool["adapters"] + pool["kv"] == pool["slots"] == 12000
-        assert pool["num_on_device"] == sum(row["tier"] == "device" for row in rows.values())
-        assert pool["num_waiting"] == pool["num_running"] == 0
-
-    run(server.url, work)
+    await asyncio.gather(*(client.generate(name, prompts[1]) for name in NAMES[:3]))
+    await client.generate(None, prompts[1])
+    found = await state(client)
+    rows = {row["lora_name"]: row for row in found["adapters"]}
+    assert set(rows) == set(NAMES)
+    for name in NAMES[:3]:
+        row = rows[name]
+        assert row["tier"] == "device" and row["slots"] > 0 and row["host_bytes"] > 0
+        assert row["kv_tokens_device"] >= len(prompts[1])
+        assert row["visits"] >= 1 and 0 <= row["idle_s"] < 60
+    pool = found["pool"]
+    assert pool["adapters"] == sum(row["slots"] for row in rows.values())
+    of_adapters = sum(row["kv_tokens_device"] for row in rows.values())
+    assert pool["kv"] == of_adapters + pool["kv_base"] and pool["kv_base"] > 0
+    assert pool["free"] + pool["adapters"] + pool["kv"] == pool["slots"] == 12000
+    assert pool["num_on_device"] == sum(row["tier"] == "device" for row in rows.values())
+    assert pool["num_waiting"] == pool["num_running"] == 0
 
 
-def test_prefetched_means_loaded_before_it_is_asked_for(
-    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+async def test_prefetched_means_loaded_before_it_is_asked_for(
+    client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
-    async def work(client: Client) -> None:
-        await off_device(client, "mlp-r24")
-        await on_device(client, "mlp-r24")
-        before = (await state(client))["pool"]["counts"]
-        answer = await client.generate("mlp-r24", prompts[0])
-        after = (await state(client))["pool"]["counts"]
-        assert list(answer.token_ids) == reference.generate("mlp-r24", prompts[0])
-        assert after["adapter_loads"] == before["adapter_loads"]
-        assert after["hints_used"] == before["hints_used"] + 1
-
-    run(server.url, work)
+    await off_device(client, "mlp-r24")
+    await on_device(client, "mlp-r24")
+    before = (await state(client))["pool"]["counts"]
+    answer = await client.generate("mlp-r24", prompts[0])
+    after = (await state(client))["pool"]["counts"]
+    assert list(answer.token_ids) == reference.generate("mlp-r24", prompts[0])
+    assert after["adapter_loads"] == before["adapter_loads"]
+    assert after["hints_used"] == before["hints_used"] + 1
 
 
-def test_counts_tell_where_requests_found_what_they_need(
-    server: ServerProcess, prompts: Sequence[list[int]]
+async def test_counts_tell_where_requests_found_what_they_need(
+    client: Client, prompts: Sequence[list[int]]
 ) -> None:
-    async def work(client: Client) -> None:
-        await off_device(client, "all-r4")
-        found = [(await state(client))["pool"]["counts"]]
-        for _ in range(2):
-            await client.generate("all-r4", prompts[1])
-            found.append((await state(client))["pool"]["counts"])
-        await off_device(client, "all-r4")
+    await off_device(client, "all-r4")
+    found = [(await state(client))["pool"]["counts"]]
+    for _ in range(2):
+        await client.generate("all-r4", prompts[1])
         found.append((await state(client))["pool"]["counts"])
-        cold, warm, gone = ({n: y[n] - x[n] for n in y if y[n] != x[n]} for x, y in pairwise(found))
-        length = len(prompts[1])
-        assert cold["prompt_tokens.computed"] == length and "prompt_tokens.device" not in cold
-        assert cold["adapter_lookups.host"] == cold["adapter_loads"] == 1
-        assert warm["adapter_lookups.device"] == 1 and "adapter_loads" not in warm
-        assert warm["prompt_tokens.device"] == length - 1 and warm["prompt_tokens.computed"] == 1
-        assert gone["adapter_evictions.api"] == gone["adapter_evictions"] == 1
-        assert gone["kv_slots_evicted.api"] == gone["kv_slots_evicted"] >= length
-
-    run(server.url, work)
-
-
-def test_a_list_is_prefetched_together(server: ServerProcess) -> None:
-    async def work(client: Client) -> None:
-        names = ["all-r4", "rslora-r8"]
-        for name in names:
-            await off_device(client, name)
-        answer = await client.post("/elora/prefetch", {"lora_name": names})
-        assert answer.status_code == 200 and set(answer.json()["tiers"]) == set(names)
-        for name in names:
-            await until(lambda row: row["tier"] == "device", client, name)
-
-    run(server.url, work)
+    await off_device(client, "all-r4")
+    found.append((await state(client))["pool"]["counts"])
+    cold, warm, gone = ({n: y[n] - x[n] for n in y if y[n] != x[n]} for x, y in pairwise(found))
+    length = len(prompts[1])
+    assert cold["prompt_tokens.computed"] == length and "prompt_tokens.device" not in cold
+    assert cold["adapter_lookups.host"] == cold["adapter_loads"] == 1
+    assert warm["adapter_lookups.device"] == 1 and "adapter_loads" not in warm
+    assert warm["prompt_tokens.device"] == length - 1 and warm["prompt_tokens.computed"] == 1
+    assert gone["adapter_evictions.api"] == gone["adapter_evictions"] == 1
+    assert gone["kv_slots_evicted.api"] == gone["kv_slots_evicted"] >= length
 
 
-def test_evicted_is_gone_with_its_kv_and_gives_the_same_again(
-    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+async def test_a_list_is_prefetched_together(client: Client) -> None:
+    names = ["all-r4", "rslora-r8"]
+    for name in names:
+        await off_device(client, name)
+    answer = await client.post("/elora/prefetch", {"lora_name": names})
+    assert answer.status_code == 200 and set(answer.json()["tiers"]) == set(names)
+    for name in names:
+        await until(lambda row: row["tier"] == "device", client, name)
+
+
+async def test_evicted_is_gone_with_its_kv_and_gives_the_same_again(
+    client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
-    async def work(client: Client) -> None:
-        """The pool is not full: what was evicted for room would come back by itself."""
-        expected = reference.generate("attention-r8", prompts[1])
-        for _ in range(2):
-            answer = await client.generate("attention-r8", prompts[1])
-            assert list(answer.token_ids) == expected
-        assert answer.cached_tokens > 0
-        await off_device(client, "attention-r8")
-        await asyncio.sleep(0.5)
-        row = await adapter(client, "attention-r8")
-        assert row["slots"] == row["kv_tokens_device"] == 0
+    """The pool is not full: what was evicted for room would come back by itself."""
+    expected = reference.generate("attention-r8", prompts[1])
+    for _ in range(2):
         answer = await client.generate("attention-r8", prompts[1])
-        assert list(answer.token_ids) == expected and answer.cached_tokens == 0
-
-    run(server.url, work)
-
-
-def test_a_pin_ends_with_its_lease(server: ServerProcess) -> None:
-    async def work(client: Client) -> None:
-        await order(client, "pin", "qv-r4", lease_s=1.5)
-        await until(lambda row: row["pinned"] and row["tier"] == "device", client, "qv-r4")
-        assert 0 < (await adapter(client, "qv-r4"))["lease_s"] <= 1.5
-        refused = await client.post("/elora/evict", {"lora_name": "qv-r4"})
-        assert refused.status_code == 400 and "pinned" in refused.json()["error_message"]
-        await until(lambda row: not row["pinned"], client, "qv-r4")
-        await order(client, "pin", "qv-r4", lease_s=0.5)
-        await order(client, "pin", "qv-r4")  # takes the place of the lease
-        await asyncio.sleep(1)
-        row = await adapter(client, "qv-r4")
-        assert row["pinned"] and row["lease_s"] is None
-        await order(client, "unpin", "qv-r4")
-        assert not (await adapter(client, "qv-r4"))["pinned"]
-        await off_device(client, "qv-r4")
-
-    run(server.url, work)
+        assert list(answer.token_ids) == expected
+    assert answer.cached_tokens > 0
+    await off_device(client, "attention-r8")
+    await asyncio.sleep(0.5)
+    row = await adapter(client, "attention-r8")
+    assert row["slots"] == row["kv_tokens_device"] == 0
+    answer = await client.generate("attention-r8", prompts[1])
+    assert list(answer.token_ids) == expected and answer.cached_tokens == 0
 
 
-def test_an_adapter_in_use_is_not_evicted(
-    server: ServerProcess, prompts: Sequence[list[int]]
+async def test_a_pin_ends_with_its_lease(client: Client) -> None:
+    await order(client, "pin", "qv-r4", lease_s=1.5)
+    await until(lambda row: row["pinned"] and row["tier"] == "device", client, "qv-r4")
+    assert 0 < (await adapter(client, "qv-r4"))["lease_s"] <= 1.5
+    refused = await client.post("/elora/evict", {"lora_name": "qv-r4"})
+    assert refused.status_code == 400 and "pinned" in refused.json()["error_message"]
+    await until(lambda row: not row["pinned"], client, "qv-r4")
+    await order(client, "pin", "qv-r4", lease_s=0.5)
+    await order(client, "pin", "qv-r4")  # takes the place of the lease
+    await asyncio.sleep(1)
+    row = await adapter(client, "qv-r4")
+    assert row["pinned"] and row["lease_s"] is None
+    await order(client, "unpin", "qv-r4")
+    assert not (await adapter(client, "qv-r4"))["pinned"]
+    await off_device(client, "qv-r4")
+
+
+async def test_an_adapter_in_use_is_not_evicted(
+    client: Client, prompts: Sequence[list[int]]
 ) -> None:
-    async def work(client: Client) -> None:
-        running = await client.begin("all-r4", prompts[0], num_tokens=200)
-        refused = await client.post("/elora/evict", {"lora_name": "all-r4"})
-        assert refused.status_code == 400 and "uses the adapter" in refused.text
-        assert len((await running).token_ids) == 200
-
-    run(server.url, work)
+    running = await client.begin("all-r4", prompts[0], num_tokens=200)
+    refused = await client.post("/elora/evict", {"lora_name": "all-r4"})
+    assert refused.status_code == 400 and "uses the adapter" in refused.text
+    assert len((await running).token_ids) == 200
 
 
 @pytest.mark.parametrize("what", ORDERS)
@@ -236,119 +172,94 @@ def test_an_adapter_in_use_is_not_evicted(
         ({}, 400),
     ],
 )
-def test_wrong_orders_are_refused(
-    server: ServerProcess, what: str, body: dict[str, Any], status: int
+async def test_wrong_orders_are_refused(
+    client: Client, what: str, body: dict[str, Any], status: int
 ) -> None:
-    async def work(client: Client) -> None:
-        answer = await client.post(f"/elora/{what}", body)
-        assert answer.status_code == status, answer.text
-        assert (await client.get("/health")).status_code == 200
-
-    run(server.url, work)
+    answer = await client.post(f"/elora/{what}", body)
+    assert answer.status_code == status, answer.text
+    assert (await client.get("/health")).status_code == 200
 
 
 @pytest.mark.parametrize("lease_s", [0, -1, "long", float("1e999")])
-def test_wrong_leases_are_refused(server: ServerProcess, lease_s: Any) -> None:
-    async def work(client: Client) -> None:
-        body = {"lora_name": "qv-r4", "lease_s": lease_s if lease_s != float("inf") else "Infinity"}
-        answer = await client.post("/elora/pin", body)
-        assert answer.status_code == 400, answer.text
-        assert not (await adapter(client, "qv-r4"))["pinned"]
-
-    run(server.url, work)
+async def test_wrong_leases_are_refused(client: Client, lease_s: Any) -> None:
+    body = {"lora_name": "qv-r4", "lease_s": lease_s if lease_s != float("inf") else "Infinity"}
+    answer = await client.post("/elora/pin", body)
+    assert answer.status_code == 400, answer.text
+    assert not (await adapter(client, "qv-r4"))["pinned"]
 
 
-def test_state_of_an_unknown_adapter_is_refused(server: ServerProcess) -> None:
-    async def work(client: Client) -> None:
-        answer = await client.get("/elora/state?lora_name=nobody")
-        assert answer.status_code == 400
-        assert answer.json()["error_message"] == "LoRA adapter 'nobody' is not loaded"
-
-    run(server.url, work)
+async def test_state_of_an_unknown_adapter_is_refused(client: Client) -> None:
+    answer = await client.get("/elora/state?lora_name=nobody")
+    assert answer.status_code == 400
+    assert answer.json()["error_message"] == "LoRA adapter 'nobody' is not loaded"
 
 
-def test_models_carry_their_tier_and_the_schema_has_all(server: ServerProcess) -> None:
-    async def work(client: Client) -> None:
-        await on_device(client, "attention-r24")
-        models = {m["id"]: m for m in (await client.get("/v1/models")).json()["data"]}
-        assert models["attention-r24"]["tier"] == "device"
-        assert "tier" not in models["demo"]
-        paths = (await client.get("/openapi.json")).json()["paths"]
-        assert {"/elora/state", *(f"/elora/{what}" for what in ORDERS)} <= set(paths)
-        assert "/v1/models" in paths
-
-    run(server.url, work)
+async def test_models_carry_their_tier_and_the_schema_has_all(client: Client) -> None:
+    await on_device(client, "attention-r24")
+    models = {m["id"]: m for m in (await client.get("/v1/models")).json()["data"]}
+    assert models["attention-r24"]["tier"] == "device"
+    assert "tier" not in models["demo"]
+    paths = (await client.get("/openapi.json")).json()["paths"]
+    assert {"/elora/state", *(f"/elora/{what}" for what in ORDERS)} <= set(paths)
+    assert "/v1/models" in paths
 
 
-def test_metrics_are_those_of_sglang_and_ours(
-    server: ServerProcess, prompts: Sequence[list[int]]
+async def test_metrics_are_those_of_sglang_and_ours(
+    client: Client, prompts: Sequence[list[int]]
 ) -> None:
-    async def work(client: Client) -> None:
-        await on_device(client, "mlp-r24")
-        await client.generate("mlp-r24", prompts[0])
-        await asyncio.sleep(FRESH_S)
-        answer = await client.get("/metrics")
-        assert answer.status_code == 200
-        found = {
-            (sample.name, sample.labels.get("tier") or sample.labels.get("use")): sample.value
-            for family in text_string_to_metric_families(answer.text)
-            for sample in family.samples
-        }
-        assert ("sglang:num_running_reqs", None) in found, "SGLang's own"
-        now = await state(client)
-        tiers = [row["tier"] for row in now["adapters"]]
-        assert found["sglang:elora_adapters", "device"] == tiers.count("device")
-        assert found["sglang:elora_pool_slots", "adapters"] == now["pool"]["adapters"]
-        loads = now["pool"]["counts"]["adapter_loads"]
-        assert found["sglang:elora_adapter_loads_total", None] == loads > 0
-        assert found["sglang:elora_adapter_load_seconds_count", None] == loads
-        assert ("sglang:lora_requests_info", None) in found
-
-    run(server.url, work)
+    await on_device(client, "mlp-r24")
+    await client.generate("mlp-r24", prompts[0])
+    await asyncio.sleep(FRESH_S)
+    answer = await client.get("/metrics")
+    assert answer.status_code == 200
+    found = {
+        (sample.name, sample.labels.get("tier") or sample.labels.get("use")): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+    assert ("sglang:num_running_reqs", None) in found, "SGLang's own"
+    now = await state(client)
+    tiers = [row["tier"] for row in now["adapters"]]
+    assert found["sglang:elora_adapters", "device"] == tiers.count("device")
+    assert found["sglang:elora_pool_slots", "adapters"] == now["pool"]["adapters"]
+    loads = now["pool"]["counts"]["adapter_loads"]
+    assert found["sglang:elora_adapter_loads_total", None] == loads > 0
+    assert found["sglang:elora_adapter_load_seconds_count", None] == loads
+    assert ("sglang:lora_requests_info", None) in found
 
 
-def test_top_shows_the_server_and_the_page_is_served(
-    server: ServerProcess, capsys: pytest.CaptureFixture[str]
+async def test_top_shows_the_server_and_the_page_is_served(
+    client: Client, server: ServerProcess, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["top", "--url", server.url, "--once"]) == 0
     shown = capsys.readouterr().out
     assert "12000 slots" in shown and all(name in shown for name in NAMES)
-
-    async def work(client: Client) -> None:
-        page = await client.get("/elora/ui")
-        assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
-        assert 'fetch("state"' in page.text and "http" not in page.text, "nothing from elsewhere"
-
-    run(server.url, work)
+    page = await client.get("/elora/ui")
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    assert 'fetch("state"' in page.text and "http" not in page.text, "nothing from elsewhere"
 
 
-def test_an_adapter_that_is_loaded_and_unloaded_comes_and_goes(
-    server: ServerProcess, adapters: dict[str, Path]
+async def test_an_adapter_that_is_loaded_and_unloaded_comes_and_goes(
+    client: Client, adapters: dict[str, Path]
 ) -> None:
-    async def work(client: Client) -> None:
-        body = {"lora_name": "late", "lora_path": str(adapters["qv-r4"])}
-        assert (await client.post("/load_lora_adapter", body)).status_code == 200
-        await on_device(client, "late")
-        assert (await client.post("/unload_lora_adapter", {"lora_name": "late"})).is_success
-        rows = (await state(client))["adapters"]
-        assert {row["lora_name"] for row in rows} == set(NAMES)
-
-    run(server.url, work)
+    body = {"lora_name": "late", "lora_path": str(adapters["qv-r4"])}
+    assert (await client.post("/load_lora_adapter", body)).status_code == 200
+    await on_device(client, "late")
+    assert (await client.post("/unload_lora_adapter", {"lora_name": "late"})).is_success
+    rows = (await state(client))["adapters"]
+    assert {row["lora_name"] for row in rows} == set(NAMES)
 
 
-def test_a_chat_announces_its_adapter(server: ServerProcess, prompts: Sequence[list[int]]) -> None:
-    async def work(client: Client) -> None:
-        await off_device(client, "rslora-r8")
-        before = await state(client)
-        for model in ("demo:rslora-r8", "demo:no-such-adapter"):
-            body = {"model": model, "messages": [{"role": "user", "content": "Hello"}]}
-            await client.post("/v1/chat/completions", {**body, "max_tokens": 4})
-        after = await state(client)
-        assert after["hints"]["sent"] == before["hints"]["sent"] + 1
-        counts = after["pool"]["counts"]
-        assert counts["hints"] == before["pool"]["counts"]["hints"] + 1
-
-    run(server.url, work)
+async def test_a_chat_announces_its_adapter(client: Client, prompts: Sequence[list[int]]) -> None:
+    await off_device(client, "rslora-r8")
+    before = await state(client)
+    for model in ("demo:rslora-r8", "demo:no-such-adapter"):
+        body = {"model": model, "messages": [{"role": "user", "content": "Hello"}]}
+        await client.post("/v1/chat/completions", {**body, "max_tokens": 4})
+    after = await state(client)
+    assert after["hints"]["sent"] == before["hints"]["sent"] + 1
+    counts = after["pool"]["counts"]
+    assert counts["hints"] == before["pool"]["counts"]["hints"] + 1
 
 
 def kv_hints(payload: Any, kind: str = "elora.prefetch", version: str = "1") -> dict[str, Any]:
@@ -356,25 +267,22 @@ def kv_hints(payload: Any, kind: str = "elora.prefetch", version: str = "1") -> 
     return {"protocol_version": "1", "message_id": "m", "actions": [action]}
 
 
-def test_a_client_may_name_the_adapters_it_will_ask_for(
-    server: ServerProcess, prompts: Sequence[list[int]]
+async def test_a_client_may_name_the_adapters_it_will_ask_for(
+    client: Client, prompts: Sequence[list[int]]
 ) -> None:
-    async def work(client: Client) -> None:
-        names = ["rslora-r8", "attention-r24"]
-        for name in names:
-            await off_device(client, name)
-        await asyncio.sleep(GAP_S)  # within which nothing is announced again
-        hints = kv_hints({"lora_name": [*names, "no-such-adapter"]})
-        await client.generate("qv-r4", prompts[0], kv_hints=hints)
-        for name in names:
-            await until(lambda row: row["tier"] == "device", client, name)
-        await off_device(client, "rslora-r8")
-        await asyncio.sleep(GAP_S)
-        await client.generate(None, prompts[0], kv_hints=kv_hints({"lora_name": "rslora-r8"}))
-        await until(lambda row: row["tier"] == "device", client, "rslora-r8")
-        await client.generate(None, prompts[0], kv_hints=kv_hints({"other": 1}, kind="theirs"))
-
-    run(server.url, work)
+    names = ["rslora-r8", "attention-r24"]
+    for name in names:
+        await off_device(client, name)
+    await asyncio.sleep(GAP_S)  # within which nothing is announced again
+    hints = kv_hints({"lora_name": [*names, "no-such-adapter"]})
+    await client.generate("qv-r4", prompts[0], kv_hints=hints)
+    for name in names:
+        await until(lambda row: row["tier"] == "device", client, name)
+    await off_device(client, "rslora-r8")
+    await asyncio.sleep(GAP_S)
+    await client.generate(None, prompts[0], kv_hints=kv_hints({"lora_name": "rslora-r8"}))
+    await until(lambda row: row["tier"] == "device", client, "rslora-r8")
+    await client.generate(None, prompts[0], kv_hints=kv_hints({"other": 1}, kind="theirs"))
 
 
 @pytest.mark.parametrize(
@@ -386,103 +294,88 @@ def test_a_client_may_name_the_adapters_it_will_ask_for(
         (kv_hints({"lora_name": "qv-r4"}, version="2"), "has version '1' here, not '2'"),
     ],
 )
-def test_malformed_hints_of_clients_are_refused(
-    server: ServerProcess, prompts: Sequence[list[int]], hints: dict[str, Any], text: str
+async def test_malformed_hints_of_clients_are_refused(
+    client: Client, prompts: Sequence[list[int]], hints: dict[str, Any], text: str
 ) -> None:
-    async def work(client: Client) -> None:
-        body = {"input_ids": prompts[0], "sampling_params": {"max_new_tokens": 1}}
-        answer = await client.post("/generate", {**body, "kv_hints": hints})
-        assert answer.status_code == 400, answer.text
-        assert text in answer.json()["error"]["message"]
-
-    run(server.url, work)
+    body = {"input_ids": prompts[0], "sampling_params": {"max_new_tokens": 1}}
+    answer = await client.post("/generate", {**body, "kv_hints": hints})
+    assert answer.status_code == 400, answer.text
+    assert text in answer.json()["error"]["message"]
 
 
-def test_a_session_is_alive_from_its_first_turn_until_it_is_closed(
-    server: ServerProcess, prompts: Sequence[list[int]]
+async def test_a_session_is_alive_from_its_first_turn_until_it_is_closed(
+    client: Client, prompts: Sequence[list[int]]
 ) -> None:
     async def sessions(client: Client) -> int:
         return int((await state(client))["pool"]["num_sessions"])
 
-    async def work(client: Client) -> None:
-        await client.generate("qv-r4", prompts[0], session_id="first")
-        await client.generate("qv-r4", prompts[1], session_id="first")
-        await client.chat("demo:all-r4", [{"role": "user", "content": "Hello"}], session_id="other")
-        assert await sessions(client) == 2
-        for left, name in ((1, "first"), (0, "other"), (0, "never-opened")):
-            answer = await client.post("/close_session", {"session_id": name})
-            assert answer.status_code == 200, answer.text
-            assert await sessions(client) == left
-
-    run(server.url, work)
+    await client.generate("qv-r4", prompts[0], session_id="first")
+    await client.generate("qv-r4", prompts[1], session_id="first")
+    await client.chat("demo:all-r4", [{"role": "user", "content": "Hello"}], session_id="other")
+    assert await sessions(client) == 2
+    for left, name in ((1, "first"), (0, "other"), (0, "never-opened")):
+        answer = await client.post("/close_session", {"session_id": name})
+        assert answer.status_code == 200, answer.text
+        assert await sessions(client) == left
 
 
-def test_noise_on_the_channel_is_dropped_and_harms_nothing(
-    server: ServerProcess, noise: Path, reference: Reference, prompts: Sequence[list[int]]
+async def test_noise_on_the_channel_is_dropped_and_harms_nothing(
+    client: Client, noise: Path, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
-    async def work(client: Client) -> None:
-        before = (await state(client))["pool"]["counts"]["messages_dropped"]
-        noise.touch()
-        asking = [asyncio.create_task(client.generate(name, prompts[0])) for name in NAMES[:3]]
-        for _ in range(5):
-            await state(client)
+    before = (await state(client))["pool"]["counts"]["messages_dropped"]
+    noise.touch()
+    asking = [asyncio.create_task(client.generate(name, prompts[0])) for name in NAMES[:3]]
+    for _ in range(5):
+        await state(client)
+    noise.unlink()
+    for name, answer in zip(NAMES, await asyncio.gather(*asking), strict=False):
+        assert list(answer.token_ids) == reference.generate(name, prompts[0])
+    after = (await state(client))["pool"]["counts"]["messages_dropped"]
+    assert after - before > 1000
+
+
+async def test_a_peer_that_dies_and_comes_back_is_heard_again(
+    client: Client, noise: Path, reference: Reference, prompts: Sequence[list[int]]
+) -> None:
+    for name in NAMES[:3]:
+        running = await client.begin(name, prompts[0], num_tokens=64)
+        noise.write_text("die")
+        await state(client)  # asked for by the one that came back
         noise.unlink()
-        for name, answer in zip(NAMES, await asyncio.gather(*asking), strict=False):
-            assert list(answer.token_ids) == reference.generate(name, prompts[0])
-        after = (await state(client))["pool"]["counts"]["messages_dropped"]
-        assert after - before > 1000
-
-    run(server.url, work)
+        assert list((await running).token_ids) == reference.generate(name, prompts[0], 64)
+        answer = await client.generate(name, prompts[1])
+        assert list(answer.token_ids) == reference.generate(name, prompts[1])
 
 
-def test_a_peer_that_dies_and_comes_back_is_heard_again(
-    server: ServerProcess, noise: Path, reference: Reference, prompts: Sequence[list[int]]
-) -> None:
-    async def work(client: Client) -> None:
-        for name in NAMES[:3]:
-            running = await client.begin(name, prompts[0], num_tokens=64)
-            noise.write_text("die")
-            await state(client)  # asked for by the one that came back
-            noise.unlink()
-            assert list((await running).token_ids) == reference.generate(name, prompts[0], 64)
-            answer = await client.generate(name, prompts[1])
-            assert list(answer.token_ids) == reference.generate(name, prompts[1])
-
-    run(server.url, work)
-
-
-def test_with_an_admin_key_only_its_owner_may(
+async def test_with_an_admin_key_only_its_owner_may(
     checkpoint: Path, adapters: dict[str, Path], logs: Path
 ) -> None:
     given = {"qv-r4": adapters["qv-r4"]}
     flags = ["--elora", *server_flags(checkpoint, given)]
     flags += ["--admin-api-key", ADMIN_KEY, "--api-key", USER_KEY]
     user = {"Authorization": f"Bearer {USER_KEY}"}
-
-    async def work(client: Client) -> None:
-        for key, status in ((None, 401), ("wrong", 401), (USER_KEY, 401), (ADMIN_KEY, 200)):
-            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-            got = await client._http.get("/elora/state", headers=headers)
-            assert got.status_code == status
-            for what in ORDERS:
-                body = {"lora_name": "qv-r4"}
-                got = await client._http.post(f"/elora/{what}", json=body, headers=headers)
-                assert got.status_code == status, (what, key, got.text)
-                if what == "prefetch" and status == 200:
-                    await asyncio.sleep(1)
-        http = client._http
-        assert (await http.get("/v1/models")).status_code == 401
-        assert (await http.get("/v1/models", headers=user)).status_code == 200
-        for path in ("/load_lora_adapter", "/load_lora_adapter_from_tensors"):
-            got = await http.post(path, json={"lora_name": "theirs"}, headers=user)
-            assert got.status_code == 401
-        for path in ("/server_info", "/get_server_info"):
-            info = await http.get(path, headers=user)
-            assert info.status_code == 200
-            assert ADMIN_KEY not in info.text and USER_KEY not in info.text
-        page = await http.get("/elora/ui")  # a browser has no key to send
-        policy = page.headers["content-security-policy"]
-        assert page.status_code == 200 and "frame-ancestors 'none'" in policy
-
     with ServerProcess(flags, log_path=logs / "admin.log") as server:
-        run(server.url, work)
+        async with Client(server.url) as client:
+            for key, status in ((None, 401), ("wrong", 401), (USER_KEY, 401), (ADMIN_KEY, 200)):
+                headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+                got = await client._http.get("/elora/state", headers=headers)
+                assert got.status_code == status
+                for what in ORDERS:
+                    body = {"lora_name": "qv-r4"}
+                    got = await client._http.post(f"/elora/{what}", json=body, headers=headers)
+                    assert got.status_code == status, (what, key, got.text)
+                    if what == "prefetch" and status == 200:
+                        await asyncio.sleep(1)
+            http = client._http
+            assert (await http.get("/v1/models")).status_code == 401
+            assert (await http.get("/v1/models", headers=user)).status_code == 200
+            for path in ("/load_lora_adapter", "/load_lora_adapter_from_tensors"):
+                got = await http.post(path, json={"lora_name": "theirs"}, headers=user)
+                assert got.status_code == 401
+            for path in ("/server_info", "/get_server_info"):
+                info = await http.get(path, headers=user)
+                assert info.status_code == 200
+                assert ADMIN_KEY not in info.text and USER_KEY not in info.text
+            page = await http.get("/elora/ui")  # a browser has no key to send
+            policy = page.headers["content-security-policy"]
+            assert page.status_code == 200 and "frame-ancestors 'none'" in policy

@@ -8,7 +8,7 @@ from math import exp
 from pathlib import Path
 
 from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess, python_module
-from tests.harness.client import Client, run
+from tests.harness.client import Client
 from tests.harness.server_flags import server_flags
 
 NOISE = 0.05
@@ -25,7 +25,7 @@ class Token:
     probabilities: dict[int, float]
 
 
-def test_bfloat16_adapters_in_an_fp8_pool(
+async def test_bfloat16_adapters_in_an_fp8_pool(
     checkpoint: Path, adapters: dict[str, Path], logs: Path
 ) -> None:
     """The same tokens as SGLang with its own LoRA pool, whose KV is rounded alike.
@@ -54,7 +54,8 @@ def test_bfloat16_adapters_in_an_fp8_pool(
     for program, extra in ((stock, []), (ELORA_SERVER, ["--elora", "--elora-check"])):
         log_path = logs / f"fp8-{len(extra)}.log"
         with ServerProcess([*extra, *flags], log_path=log_path, program=program) as server:
-            outputs.append(run(server.url, ask))
+            async with Client(server.url) as client:
+                outputs.append(await ask(client))
     pairs = list(zip(*outputs, strict=True))
     lengths = [_check_alike(*pair) for pair in pairs]
     print("equal tokens, of 16:", lengths)

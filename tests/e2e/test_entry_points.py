@@ -15,12 +15,12 @@ from sglang_elora.testbed.adapters import make_adapters
 from sglang_elora.testbed.checkpoint import make_checkpoint
 from sglang_elora.testbed.server import ServerProcess
 from tests.harness.adapter_specs import SPECS
-from tests.harness.client import Answer, Client, run
+from tests.harness.client import Answer, Client
 from tests.harness.reference import Reference
 from tests.harness.server_flags import server_flags
 
 
-def test_sglang_serve_configured_by_environment(
+async def test_sglang_serve_configured_by_environment(
     models: Path, prompts: Sequence[list[int]], logs: Path, spawned_start: None
 ) -> None:
     """A Qwen3 model and no adapter at start; one is loaded later, with ELORA's semantics."""
@@ -35,18 +35,15 @@ def test_sglang_serve_configured_by_environment(
     with ServerProcess(
         flags, log_path=logs / "serve.log", program=program, env={"SGLANG_ELORA": "1"}
     ) as server:
-
-        async def work(client: Client) -> Answer:
+        async with Client(server.url) as client:
             body = {"lora_name": "late", "lora_path": str(adapters["rslora-r8"])}
             loaded = await client.post("/load_lora_adapter", body)
             assert loaded.status_code == 200, loaded.text
-            return await client.generate("late", prompts[0])
-
-        answer = run(server.url, work)
+            answer = await client.generate("late", prompts[0])
     assert list(answer.token_ids) == Reference(qwen, adapters).generate("rslora-r8", prompts[0])
 
 
-def test_host_tier_and_emulated_link(
+async def test_host_tier_and_emulated_link(
     checkpoint: Path,
     adapters: dict[str, Path],
     reference: Reference,
@@ -77,7 +74,8 @@ def test_host_tier_and_emulated_link(
         return answers
 
     with ServerProcess(flags, log_path=logs / "hicache.log") as server:
-        rounds = [run(server.url, ask_all) for _ in range(2)]
+        async with Client(server.url) as client:
+            rounds = [await ask_all(client) for _ in range(2)]
     for answers in rounds:
         for i, answer in enumerate(answers):
             expected = reference.generate(names[i % len(names)], many[i], 16)

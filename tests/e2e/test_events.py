@@ -13,7 +13,7 @@ from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, 
 
 from sglang_elora.control.events import AdapterMoved
 from sglang_elora.testbed.server import ServerProcess, free_port
-from tests.harness.client import Client, run
+from tests.harness.client import Client
 from tests.harness.control import off_device, state
 from tests.harness.server_flags import server_flags
 
@@ -28,7 +28,7 @@ class EventBatch(msgspec.Struct, array_like=True):
     attn_dp_rank: int | None = None
 
 
-def test_events_say_whose_kv_it_is_and_where_adapters_are(
+async def test_events_say_whose_kv_it_is_and_where_adapters_are(
     checkpoint: Path, adapters: dict[str, Path], prompts: Sequence[list[int]], logs: Path
 ) -> None:
     given = {name: adapters[name] for name in NAMES}
@@ -51,26 +51,26 @@ def test_events_say_whose_kv_it_is_and_where_adapters_are(
             [event for event in found if isinstance(event, AdapterMoved)],
         )
 
-    async def work(client: Client) -> None:
-        ids = {row["lora_name"]: row["lora_id"] for row in (await state(client))["adapters"]}
-        published()  # of the start, as far as it was heard
-        for name in (*given, None):
-            await client.generate(name, prompts[1])
-            blocks, moved = published()
-            assert blocks and {block.lora_name for block in blocks} == {name}
-            tokens = [token for block in blocks for token in block.token_ids]
-            assert tokens[: len(prompts[1])] == prompts[1]
-            assert {event.lora_id for event in moved} == {ids[name]} if name else not moved
-            assert not name or moved[-1].tier == "device"
-        first, second = given
-        await off_device(client, first)
-        await client.post("/unload_lora_adapter", {"lora_name": second})
-        _, moved = published()
-        last = {event.lora_name: event.tier for event in moved}
-        assert last == {first: "host", second: "unloaded"}
-
     try:
         with ServerProcess(flags, log_path=logs / "events.log") as server:
-            run(server.url, work)
+            async with Client(server.url) as client:
+                ids = {
+                    row["lora_name"]: row["lora_id"] for row in (await state(client))["adapters"]
+                }
+                published()  # of the start, as far as it was heard
+                for name in (*given, None):
+                    await client.generate(name, prompts[1])
+                    blocks, moved = published()
+                    assert blocks and {block.lora_name for block in blocks} == {name}
+                    tokens = [token for block in blocks for token in block.token_ids]
+                    assert tokens[: len(prompts[1])] == prompts[1]
+                    assert {event.lora_id for event in moved} == {ids[name]} if name else not moved
+                    assert not name or moved[-1].tier == "device"
+                first, second = given
+                await off_device(client, first)
+                await client.post("/unload_lora_adapter", {"lora_name": second})
+                _, moved = published()
+                last = {event.lora_name: event.tier for event in moved}
+                assert last == {first: "host", second: "unloaded"}
     finally:
         context.destroy(linger=0)

@@ -13,8 +13,8 @@ import pytest
 
 from sglang_elora.testbed.server import ServerProcess
 from tests.harness.adapter_specs import SPECS
-from tests.harness.client import Client, run
-from tests.harness.plugin_packages import write_plugin
+from tests.harness.client import Client
+from tests.harness.plugin_packages import install_plugin
 from tests.harness.pressure import adapter_slots
 from tests.harness.reference import Reference
 from tests.harness.server_flags import server_flags
@@ -26,18 +26,6 @@ NAMES = ("qv-r4", "attention-r8", "attention-r24", "mlp-r24", "all-r4", "rslora-
 TWIN = "qv-r4-b"
 POOL_SLOTS = 1000
 NUM_REGISTERED = 2000
-
-FAILING_COPIES = """
-import os
-from sglang_elora.pages import KVPlanes
-original = KVPlanes._to_slots
-def to_slots(self, memory, table, plane_bytes, first_layer):
-    if first_layer and os.path.exists(os.environ["FAIL_COPIES"]):
-        raise RuntimeError("the link broke")
-    original(self, memory, table, plane_bytes, first_layer)
-KVPlanes._to_slots = to_slots
-"""
-"""A plugin that breaks copies off behind their first piece, while a file is there."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +55,7 @@ def server(
     slots = [adapter_slots(spec) for spec in SPECS if spec.name in NAMES]
     assert max(slots) < POOL_SLOTS / 2 < POOL_SLOTS < sum(slots)
     plugins = tmp_path_factory.mktemp("plugins")
-    write_plugin(plugins, "failing_copies", FAILING_COPIES)
+    install_plugin(plugins, "failing_copies")
     links = tmp_path_factory.mktemp("spare")
     given = {f"spare-{i}": links / str(i) for i in range(NUM_REGISTERED)}
     for i, link in enumerate(given.values()):
@@ -105,140 +93,119 @@ async def drive_out(client: Client, name: str, prompt: Sequence[int]) -> None:
     assert (await statistics(client))["adapter_evictions"] > before + len(others)
 
 
-def test_nothing_is_read_for_adapters_that_nobody_asks_for(
-    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+async def test_nothing_is_read_for_adapters_that_nobody_asks_for(
+    client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
-    async def work(client: Client) -> None:
-        models = (await client.get("/v1/models")).json()["data"]
-        assert len(models) > NUM_REGISTERED
-        before = await statistics(client)
-        answer = await client.generate("spare-1999", prompts[0])
-        after = await statistics(client)
-        assert after["adapter_files_read"] == before["adapter_files_read"] + 1
-        assert after["adapters_resident"] <= 3
-        expected = reference.generate(NAMES[1999 % len(NAMES)], prompts[0])
-        assert list(answer.token_ids) == expected
-
-    run(server.url, work)
+    models = (await client.get("/v1/models")).json()["data"]
+    assert len(models) > NUM_REGISTERED
+    before = await statistics(client)
+    answer = await client.generate("spare-1999", prompts[0])
+    after = await statistics(client)
+    assert after["adapter_files_read"] == before["adapter_files_read"] + 1
+    assert after["adapters_resident"] <= 3
+    expected = reference.generate(NAMES[1999 % len(NAMES)], prompts[0])
+    assert list(answer.token_ids) == expected
 
 
-def test_adapters_are_read_again_and_give_the_same(
-    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+async def test_adapters_are_read_again_and_give_the_same(
+    client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     """All at once, over and over, with room on the device for few and on the host for none."""
-
-    async def work(client: Client) -> None:
-        for _ in range(3):
-            answers = await asyncio.gather(*(client.generate(n, prompts[0]) for n in NAMES))
-            for name, answer in zip(NAMES, answers, strict=True):
-                assert list(answer.token_ids) == reference.generate(name, prompts[0]), name
-        after = await statistics(client)
-        assert after["adapter_files_read"] > 2 * len(NAMES)
-        assert after["adapters_on_host"] <= 1 and after["kv_tokens_invalid"] == 0
-
-    run(server.url, work)
+    for _ in range(3):
+        answers = await asyncio.gather(*(client.generate(n, prompts[0]) for n in NAMES))
+        for name, answer in zip(NAMES, answers, strict=True):
+            assert list(answer.token_ids) == reference.generate(name, prompts[0]), name
+    after = await statistics(client)
+    assert after["adapter_files_read"] > 2 * len(NAMES)
+    assert after["adapters_on_host"] <= 1 and after["kv_tokens_invalid"] == 0
 
 
-def test_a_file_that_is_gone_fails_its_requests_and_nothing_else(
-    server: ServerProcess,
+async def test_a_file_that_is_gone_fails_its_requests_and_nothing_else(
+    client: Client,
     folders: dict[str, Path],
     reference: Reference,
     prompts: Sequence[list[int]],
 ) -> None:
-    async def work(client: Client) -> None:
-        await client.generate("mlp-r24", prompts[0])
-        await drive_out(client, "mlp-r24", prompts[1])
-        weights = folders["mlp-r24"] / WEIGHTS
-        weights.rename(weights.with_suffix(".away"))
-        failing = [ask(client, "mlp-r24", prompts[0]) for _ in range(3)]
-        *failed, good = await asyncio.gather(*failing, ask(client, "qv-r4", prompts[0]))
-        for answer in failed:
-            assert answer.status_code == 503, answer.text
-            assert "LoRA adapter 'mlp-r24' cannot be loaded" in answer.text
-        assert good.json()["output_ids"] == reference.generate("qv-r4", prompts[0])[:16]
-        weights.with_suffix(".away").rename(weights)
-        answer = await client.generate("mlp-r24", prompts[0])
-        assert list(answer.token_ids) == reference.generate("mlp-r24", prompts[0])
-        assert (await statistics(client))["requests_failed"] >= 3
-
-    run(server.url, work)
+    await client.generate("mlp-r24", prompts[0])
+    await drive_out(client, "mlp-r24", prompts[1])
+    weights = folders["mlp-r24"] / WEIGHTS
+    weights.rename(weights.with_suffix(".away"))
+    failing = [ask(client, "mlp-r24", prompts[0]) for _ in range(3)]
+    *failed, good = await asyncio.gather(*failing, ask(client, "qv-r4", prompts[0]))
+    for answer in failed:
+        assert answer.status_code == 503, answer.text
+        assert "LoRA adapter 'mlp-r24' cannot be loaded" in answer.text
+    assert good.json()["output_ids"] == reference.generate("qv-r4", prompts[0])[:16]
+    weights.with_suffix(".away").rename(weights)
+    answer = await client.generate("mlp-r24", prompts[0])
+    assert list(answer.token_ids) == reference.generate("mlp-r24", prompts[0])
+    assert (await statistics(client))["requests_failed"] >= 3
 
 
-def test_a_file_that_has_changed_is_not_mixed_with_what_was_computed(
-    server: ServerProcess,
+async def test_a_file_that_has_changed_is_not_mixed_with_what_was_computed(
+    client: Client,
     adapters: dict[str, Path],
     folders: dict[str, Path],
     reference: Reference,
     prompts: Sequence[list[int]],
 ) -> None:
     """Same shapes, other weights: KV of the old ones may be cached under this adapter."""
-
-    async def work(client: Client) -> None:
-        old = await client.generate(TWIN, prompts[0])
-        assert list(old.token_ids) == reference.generate("qv-r4", prompts[0])
-        await drive_out(client, TWIN, prompts[1])
-        folder = folders[TWIN]
-        shutil.rmtree(folder)
-        shutil.copytree(adapters["attention-r8"], folder)
-        other_shape = await ask(client, TWIN, prompts[0])
-        assert other_shape.status_code == 503, other_shape.text
-        shutil.copytree(adapters["qv-r4"], folder, dirs_exist_ok=True)
-        scale_weights(folder / WEIGHTS, 0.5)
-        changed = await ask(client, TWIN, prompts[0])
-        assert changed.status_code == 503, changed.text
-        assert "unload it and load it again" in changed.text
-        assert (await client.post("/unload_lora_adapter", {"lora_name": TWIN})).status_code == 200
-        body = {"lora_name": TWIN, "lora_path": str(folder)}
-        assert (await client.post("/load_lora_adapter", body)).status_code == 200
-        new = await client.generate(TWIN, prompts[0])
-        assert new.cached_tokens == 0 and new.token_ids != old.token_ids
-
-    run(server.url, work)
+    old = await client.generate(TWIN, prompts[0])
+    assert list(old.token_ids) == reference.generate("qv-r4", prompts[0])
+    await drive_out(client, TWIN, prompts[1])
+    folder = folders[TWIN]
+    shutil.rmtree(folder)
+    shutil.copytree(adapters["attention-r8"], folder)
+    other_shape = await ask(client, TWIN, prompts[0])
+    assert other_shape.status_code == 503, other_shape.text
+    shutil.copytree(adapters["qv-r4"], folder, dirs_exist_ok=True)
+    scale_weights(folder / WEIGHTS, 0.5)
+    changed = await ask(client, TWIN, prompts[0])
+    assert changed.status_code == 503, changed.text
+    assert "unload it and load it again" in changed.text
+    assert (await client.post("/unload_lora_adapter", {"lora_name": TWIN})).status_code == 200
+    body = {"lora_name": TWIN, "lora_path": str(folder)}
+    assert (await client.post("/load_lora_adapter", body)).status_code == 200
+    new = await client.generate(TWIN, prompts[0])
+    assert new.cached_tokens == 0 and new.token_ids != old.token_ids
 
 
-def test_a_copy_that_breaks_off_leaves_the_pool_whole(
-    server: ServerProcess,
+async def test_a_copy_that_breaks_off_leaves_the_pool_whole(
+    client: Client,
     fail_copies: Path,
     reference: Reference,
     prompts: Sequence[list[int]],
 ) -> None:
-    async def work(client: Client) -> None:
-        await drive_out(client, "all-r4", prompts[1])
-        before = await statistics(client)
-        fail_copies.touch()
-        failed = await asyncio.gather(*(ask(client, "all-r4", prompts[0]) for _ in range(3)))
-        fail_copies.unlink()
-        for answer in failed:
-            assert answer.status_code == 503, answer.text
-            assert "'all-r4' cannot be loaded: the link broke" in answer.text
-        after = await statistics(client)
-        assert after["adapter_copies_failed"] > before["adapter_copies_failed"]
-        answer = await client.generate("all-r4", prompts[0])
-        assert list(answer.token_ids) == reference.generate("all-r4", prompts[0])
-        assert (await client.post("/flush_cache?timeout=30", {})).status_code == 200
-        empty = await statistics(client)
-        assert empty["adapters_resident"] == empty["kv_tokens_device"] == 0
-
-    run(server.url, work)
+    await drive_out(client, "all-r4", prompts[1])
+    before = await statistics(client)
+    fail_copies.touch()
+    failed = await asyncio.gather(*(ask(client, "all-r4", prompts[0]) for _ in range(3)))
+    fail_copies.unlink()
+    for answer in failed:
+        assert answer.status_code == 503, answer.text
+        assert "'all-r4' cannot be loaded: the link broke" in answer.text
+    after = await statistics(client)
+    assert after["adapter_copies_failed"] > before["adapter_copies_failed"]
+    answer = await client.generate("all-r4", prompts[0])
+    assert list(answer.token_ids) == reference.generate("all-r4", prompts[0])
+    assert (await client.post("/flush_cache?timeout=30", {})).status_code == 200
+    empty = await statistics(client)
+    assert empty["adapters_resident"] == empty["kv_tokens_device"] == 0
 
 
-def test_a_load_that_nobody_waits_for_any_more(
-    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+async def test_a_load_that_nobody_waits_for_any_more(
+    client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     """Requests are aborted while their adapters are on the way; the pool stays balanced."""
-
-    async def work(client: Client) -> None:
-        for i in range(20):
-            name = NAMES[i % len(NAMES)]
-            task = asyncio.create_task(ask(client, name, [*prompts[0], i + 3]))
-            await asyncio.sleep(0.004 * (i % 5))
-            task.cancel()
-        # It flushes when nothing runs or waits.
-        assert (await client.post("/flush_cache?timeout=30", {})).status_code == 200
-        answer = await client.generate("attention-r24", prompts[0])
-        assert list(answer.token_ids) == reference.generate("attention-r24", prompts[0])
-
-    run(server.url, work)
+    for i in range(20):
+        name = NAMES[i % len(NAMES)]
+        task = asyncio.create_task(ask(client, name, [*prompts[0], i + 3]))
+        await asyncio.sleep(0.004 * (i % 5))
+        task.cancel()
+    # It flushes when nothing runs or waits.
+    assert (await client.post("/flush_cache?timeout=30", {})).status_code == 200
+    answer = await client.generate("attention-r24", prompts[0])
+    assert list(answer.token_ids) == reference.generate("attention-r24", prompts[0])
 
 
 def scale_weights(path: Path, factor: float) -> None:

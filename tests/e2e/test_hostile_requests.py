@@ -157,57 +157,51 @@ ENDS = ("too long", "aborted", "cut off", "many samples", "a name nobody knows",
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_an_adapter_can_be_unloaded_however_its_requests_ended(
-    server: ServerProcess, adapters: dict[str, Path], end: str
+async def test_an_adapter_can_be_unloaded_however_its_requests_ended(
+    client: Client, adapters: dict[str, Path], end: str
 ) -> None:
     name = "qv-r4"
-
-    async def work(client: Client) -> None:
-        http = client._http
-        if end == "too long":
-            body = {"input_ids": [5] * 100_000, "lora_path": name, "sampling_params": SHORT}
-            assert (await client.post("/generate", body)).status_code == 400
-        elif end == "aborted":
-            body = {"input_ids": [5] * 50, "lora_path": name, "sampling_params": LONG}
-            tasks = [asyncio.create_task(client.post("/generate", body)) for _ in range(48)]
-            await asyncio.sleep(1)  # more than run at a time: some are queued
-            assert (await client.post("/abort_request", {"abort_all": True})).status_code == 200
-            await asyncio.gather(*tasks)
-        elif end == "cut off":
-            body = {
-                "input_ids": [5] * 9,
-                "lora_path": name,
-                "sampling_params": LONG,
-                "stream": True,
-            }
-            for _ in range(3):
-                async with http.stream("POST", "/generate", json=body) as stream:
-                    await anext(stream.aiter_lines())
-        elif end == "many samples":
-            sampling = {**SHORT, "n": 4}
-            body = {"input_ids": [5, 6, 7], "lora_path": name, "sampling_params": sampling}
-            for _ in range(2):
-                answer = await client.post("/generate", body)
-                assert answer.status_code == 200 and len(answer.json()) == 4, answer.text
-        elif end == "bad grammar":
-            sampling = {**SHORT, "json_schema": '{"type": "nonsense"}'}
-            body = {"input_ids": [5, 6], "lora_path": name, "sampling_params": sampling}
-            assert (await client.post("/generate", body)).status_code in (200, 400)
-        else:
-            body = {"input_ids": TWO, "lora_path": [name, "nobody"], "sampling_params": SHORT}
-            assert (await client.post("/generate", body)).status_code == 400
-        unloaded = await asyncio.wait_for(
-            client.post("/unload_lora_adapter", {"lora_name": name}), 60
-        )
-        assert unloaded.status_code == 200, unloaded.text
-        body = {"input_ids": ONE, "lora_path": name, "sampling_params": SHORT}
-        refused = await client.post("/generate", body)
-        assert refused.status_code == 400, "an unloaded adapter is served"
-        body = {"lora_name": name, "lora_path": str(adapters[name])}
-        loaded = await asyncio.wait_for(client.post("/load_lora_adapter", body), 60)
-        assert loaded.status_code == 200, loaded.text
-
-    run(server.url, work)
+    http = client._http
+    if end == "too long":
+        body = {"input_ids": [5] * 100_000, "lora_path": name, "sampling_params": SHORT}
+        assert (await client.post("/generate", body)).status_code == 400
+    elif end == "aborted":
+        body = {"input_ids": [5] * 50, "lora_path": name, "sampling_params": LONG}
+        tasks = [asyncio.create_task(client.post("/generate", body)) for _ in range(48)]
+        await asyncio.sleep(1)  # more than run at a time: some are queued
+        assert (await client.post("/abort_request", {"abort_all": True})).status_code == 200
+        await asyncio.gather(*tasks)
+    elif end == "cut off":
+        body = {
+            "input_ids": [5] * 9,
+            "lora_path": name,
+            "sampling_params": LONG,
+            "stream": True,
+        }
+        for _ in range(3):
+            async with http.stream("POST", "/generate", json=body) as stream:
+                await anext(stream.aiter_lines())
+    elif end == "many samples":
+        sampling = {**SHORT, "n": 4}
+        body = {"input_ids": [5, 6, 7], "lora_path": name, "sampling_params": sampling}
+        for _ in range(2):
+            answer = await client.post("/generate", body)
+            assert answer.status_code == 200 and len(answer.json()) == 4, answer.text
+    elif end == "bad grammar":
+        sampling = {**SHORT, "json_schema": '{"type": "nonsense"}'}
+        body = {"input_ids": [5, 6], "lora_path": name, "sampling_params": sampling}
+        assert (await client.post("/generate", body)).status_code in (200, 400)
+    else:
+        body = {"input_ids": TWO, "lora_path": [name, "nobody"], "sampling_params": SHORT}
+        assert (await client.post("/generate", body)).status_code == 400
+    unloaded = await asyncio.wait_for(client.post("/unload_lora_adapter", {"lora_name": name}), 60)
+    assert unloaded.status_code == 200, unloaded.text
+    body = {"input_ids": ONE, "lora_path": name, "sampling_params": SHORT}
+    refused = await client.post("/generate", body)
+    assert refused.status_code == 400, "an unloaded adapter is served"
+    body = {"lora_name": name, "lora_path": str(adapters[name])}
+    loaded = await asyncio.wait_for(client.post("/load_lora_adapter", body), 60)
+    assert loaded.status_code == 200, loaded.text
 
 
 @pytest.mark.parametrize(
@@ -215,21 +209,17 @@ def test_an_adapter_can_be_unloaded_however_its_requests_ended(
     [{"rank_pattern": {"(([a-z_0-9.]+)+)+!": 5}}, {"lora_alpha": 1e308}],
     ids=["endless expression", "scale that overflows"],
 )
-def test_an_adapter_that_would_end_the_server_is_refused(
-    server: ServerProcess, adapters: dict[str, Path], tmp_path: Path, change: dict[str, Any]
+async def test_an_adapter_that_would_end_the_server_is_refused(
+    client: Client, adapters: dict[str, Path], tmp_path: Path, change: dict[str, Any]
 ) -> None:
     folder = tmp_path / "adapter"
     folder.mkdir()
     for file in adapters["qv-r4"].iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     edit_config(folder, **change)
-
-    async def work(client: Client) -> None:
-        body = {"lora_name": "bad", "lora_path": str(folder)}
-        answer = await asyncio.wait_for(client.post("/load_lora_adapter", body), 20)
-        assert answer.status_code == 400 and next(iter(change)) in answer.text
-
-    run(server.url, work)
+    body = {"lora_name": "bad", "lora_path": str(folder)}
+    answer = await asyncio.wait_for(client.post("/load_lora_adapter", body), 20)
+    assert answer.status_code == 400 and next(iter(change)) in answer.text
 
 
 @pytest.mark.parametrize(
@@ -243,8 +233,8 @@ def test_an_adapter_that_would_end_the_server_is_refused(
     ],
     ids=["greedy", "top-p", "top-k and min-p", "several answers", "no token"],
 )
-def test_request_whose_logits_are_no_numbers_fails_alone(
-    server: ServerProcess,
+async def test_request_whose_logits_are_no_numbers_fails_alone(
+    client: Client,
     adapters: dict[str, Path],
     reference: Reference,
     prompts: Sequence[list[int]],
@@ -257,73 +247,65 @@ def test_request_whose_logits_are_no_numbers_fails_alone(
     edit_config(folder, lora_alpha=64 * 4096)
     edit_weights(folder, lambda ts: {name: 6e4 * t.sign() for name, t in ts.items()})
     name = NAMES[1]
-
-    async def work(client: Client) -> None:
-        overflow = "overflow " + ", ".join(sampling)
-        body = {"lora_name": overflow, "lora_path": str(folder)}
-        loaded = await client.post("/load_lora_adapter", body)
-        assert loaded.status_code == 200, loaded.text
-        bad = {"input_ids": prompts[0], "lora_path": overflow, "return_logprob": True}
-        bad["sampling_params"] = {"max_new_tokens": 8, **sampling}
-        beside = [client.generate(name, prompts[i], num_tokens=24) for i in (0, 1)]
-        refused, *answers = await asyncio.gather(client.post("/generate", bad), *beside)
-        refused_alone = await client.post("/generate", bad)  # in a batch of its own
-        for answer in (refused, refused_alone):
-            assert answer.status_code == 400 and "NaN or infinite" in answer.text, answer.text
-        for i, answer in enumerate(answers):
-            expected = reference.generate(name, prompts[i], num_tokens=24)
-            assert list(answer.token_ids) == expected
-        row = await _settled(client, overflow)
-        assert row["kv_tokens_device"] == 0, "KV of NaN was cached, which others would meet"
-        unloaded = await client.post("/unload_lora_adapter", {"lora_name": overflow})
-        assert unloaded.status_code == 200, unloaded.text
-
-    run(server.url, work)
+    overflow = "overflow " + ", ".join(sampling)
+    body = {"lora_name": overflow, "lora_path": str(folder)}
+    loaded = await client.post("/load_lora_adapter", body)
+    assert loaded.status_code == 200, loaded.text
+    bad = {"input_ids": prompts[0], "lora_path": overflow, "return_logprob": True}
+    bad["sampling_params"] = {"max_new_tokens": 8, **sampling}
+    beside = [client.generate(name, prompts[i], num_tokens=24) for i in (0, 1)]
+    refused, *answers = await asyncio.gather(client.post("/generate", bad), *beside)
+    refused_alone = await client.post("/generate", bad)  # in a batch of its own
+    for answer in (refused, refused_alone):
+        assert answer.status_code == 400 and "NaN or infinite" in answer.text, answer.text
+    for i, answer in enumerate(answers):
+        expected = reference.generate(name, prompts[i], num_tokens=24)
+        assert list(answer.token_ids) == expected
+    row = await _settled(client, overflow)
+    assert row["kv_tokens_device"] == 0, "KV of NaN was cached, which others would meet"
+    unloaded = await client.post("/unload_lora_adapter", {"lora_name": overflow})
+    assert unloaded.status_code == 200, unloaded.text
 
 
-def test_who_names_an_adapter_is_answered_by_it_or_refused(
-    server: ServerProcess, reference: Reference
+async def test_who_names_an_adapter_is_answered_by_it_or_refused(
+    client: Client, reference: Reference
 ) -> None:
     """By the id that /v1/models lists, or behind the base model's; on each endpoint."""
     name = "attention-r8"
     prompt = "The train to the harbour"
+    by_colon = await client.complete(f"{MODEL}:{name}", prompt, num_tokens=8)
+    by_id = await client.complete(name, prompt, num_tokens=8)
+    base = await client.complete(MODEL, prompt, num_tokens=8)
+    assert by_colon.text == by_id.text != base.text
+    listed = (await client.get("/v1/models")).json()["data"]
+    for card in listed:
+        assert (await client.get(f"/v1/models/{card['id']}")).json()["id"] == card["id"]
+    assert (await client.get("/v1/models/nobody")).status_code == 404
 
-    async def work(client: Client) -> None:
-        by_colon = await client.complete(f"{MODEL}:{name}", prompt, num_tokens=8)
-        by_id = await client.complete(name, prompt, num_tokens=8)
-        base = await client.complete(MODEL, prompt, num_tokens=8)
-        assert by_colon.text == by_id.text != base.text
-        listed = (await client.get("/v1/models")).json()["data"]
-        for card in listed:
-            assert (await client.get(f"/v1/models/{card['id']}")).json()["id"] == card["id"]
-        assert (await client.get("/v1/models/nobody")).status_code == 404
+    score = {"query": prompt, "items": [" a", " b"], "label_token_ids": [5, 6, 7]}
+    scores = {}
+    for model in (MODEL, name, f"{MODEL}:{name}"):
+        answer = await client.post("/v1/score", {**score, "model": model})
+        assert answer.status_code == 200, answer.text
+        scores[model] = answer.json()["scores"]
+    assert scores[name][0] == pytest.approx(scores[f"{MODEL}:{name}"][0], rel=1e-3)
+    assert scores[name][0] != pytest.approx(scores[MODEL][0], rel=1e-2)
+    unknown = await client.post("/v1/score", {**score, "model": f"{MODEL}:nobody"})
+    assert unknown.status_code == 400 and "nobody" in unknown.text
 
-        score = {"query": prompt, "items": [" a", " b"], "label_token_ids": [5, 6, 7]}
-        scores = {}
-        for model in (MODEL, name, f"{MODEL}:{name}"):
-            answer = await client.post("/v1/score", {**score, "model": model})
-            assert answer.status_code == 200, answer.text
-            scores[model] = answer.json()["scores"]
-        assert scores[name][0] == pytest.approx(scores[f"{MODEL}:{name}"][0], rel=1e-3)
-        assert scores[name][0] != pytest.approx(scores[MODEL][0], rel=1e-2)
-        unknown = await client.post("/v1/score", {**score, "model": f"{MODEL}:nobody"})
-        assert unknown.status_code == 400 and "nobody" in unknown.text
-
-        texts = {}
-        for model in (MODEL, name, f"{MODEL}:{name}"):
-            ask = {"model": model, "input": prompt, "temperature": 0, "max_output_tokens": 8}
-            answer = await client.post("/v1/responses", ask)
-            assert answer.status_code == 200, answer.text
-            texts[model] = [item.get("content") for item in answer.json()["output"]]
-        bare = {
-            model: [[part["text"] for part in content or ()] for content in contents]
-            for model, contents in texts.items()
-        }
-        assert bare[name] == bare[f"{MODEL}:{name}"] != bare[MODEL]
-        ask = {"model": f"{MODEL}:nobody", "input": prompt, "max_output_tokens": 8}
-        assert 400 <= (await client.post("/v1/responses", ask)).status_code < 500
-
-    run(server.url, work)
+    texts = {}
+    for model in (MODEL, name, f"{MODEL}:{name}"):
+        ask = {"model": model, "input": prompt, "temperature": 0, "max_output_tokens": 8}
+        answer = await client.post("/v1/responses", ask)
+        assert answer.status_code == 200, answer.text
+        texts[model] = [item.get("content") for item in answer.json()["output"]]
+    bare = {
+        model: [[part["text"] for part in content or ()] for content in contents]
+        for model, contents in texts.items()
+    }
+    assert bare[name] == bare[f"{MODEL}:{name}"] != bare[MODEL]
+    ask = {"model": f"{MODEL}:nobody", "input": prompt, "max_output_tokens": 8}
+    assert 400 <= (await client.post("/v1/responses", ask)).status_code < 500
 
 
 @pytest.mark.parametrize("payload", [["AAAA"], [""], [], "AAAA", ["gASVBQAAAAAAAABDAXgu"]], ids=str)
@@ -334,35 +316,29 @@ def test_tensors_that_are_none_are_refused(server: ServerProcess, payload: Any) 
     assert 400 <= answer.status_code < 500, answer.text
 
 
-def test_memory_is_not_released_under_requests_nor_resumed_without(server: ServerProcess) -> None:
-    async def work(client: Client) -> None:
-        body = {"input_ids": [5] * 9, "lora_path": "qv-r4", "sampling_params": LONG}
-        running = asyncio.create_task(client.post("/generate", body))
-        await asyncio.sleep(0.5)
+async def test_memory_is_not_released_under_requests_nor_resumed_without(client: Client) -> None:
+    body = {"input_ids": [5] * 9, "lora_path": "qv-r4", "sampling_params": LONG}
+    running = asyncio.create_task(client.post("/generate", body))
+    await asyncio.sleep(0.5)
+    assert (await client.post("/release_memory_occupation", {})).status_code == 400
+    assert (await client.post("/resume_memory_occupation", {})).status_code == 400
+    await client.post("/abort_request", {"abort_all": True})
+    await running
+    for _ in range(2):
+        assert (await client.post("/release_memory_occupation", {})).status_code == 200
         assert (await client.post("/release_memory_occupation", {})).status_code == 400
-        assert (await client.post("/resume_memory_occupation", {})).status_code == 400
-        await client.post("/abort_request", {"abort_all": True})
-        await running
-        for _ in range(2):
-            assert (await client.post("/release_memory_occupation", {})).status_code == 200
-            assert (await client.post("/release_memory_occupation", {})).status_code == 400
-            assert (await client.post("/resume_memory_occupation", {})).status_code == 200
-
-    run(server.url, work)
+        assert (await client.post("/resume_memory_occupation", {})).status_code == 200
 
 
-def test_a_pause_that_aborts_ends_what_an_earlier_pause_holds(server: ServerProcess) -> None:
-    async def work(client: Client) -> None:
-        body = {"input_ids": ONE, "sampling_params": LONG, "lora_path": "qv-r4"}
-        held = asyncio.create_task(client.post("/generate", body))
-        await asyncio.sleep(1)
-        for mode in ("in_place", "abort", "retract", "abort"):
-            paused = client.post("/pause_generation", {"mode": mode})
-            assert (await asyncio.wait_for(paused, 20)).status_code == 200, mode
-        assert (await held).json()["meta_info"]["finish_reason"]["type"] == "abort"
-        assert (await client.post("/continue_generation", {})).status_code == 200
-
-    run(server.url, work)
+async def test_a_pause_that_aborts_ends_what_an_earlier_pause_holds(client: Client) -> None:
+    body = {"input_ids": ONE, "sampling_params": LONG, "lora_path": "qv-r4"}
+    held = asyncio.create_task(client.post("/generate", body))
+    await asyncio.sleep(1)
+    for mode in ("in_place", "abort", "retract", "abort"):
+        paused = client.post("/pause_generation", {"mode": mode})
+        assert (await asyncio.wait_for(paused, 20)).status_code == 200, mode
+    assert (await held).json()["meta_info"]["finish_reason"]["type"] == "abort"
+    assert (await client.post("/continue_generation", {})).status_code == 200
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sglang_elora.testbed.server import ServerProcess
-from tests.harness.client import Answer, Client, run
+from tests.harness.client import Client
 from tests.harness.model_families import FAMILIES, VOCABULARY, Family, make_family
 from tests.harness.server_flags import server_flags
 
@@ -20,26 +20,21 @@ SERVED = [each for each in FAMILIES if each.differs or "FAMILIES_FULL" in os.env
 
 
 @pytest.mark.parametrize("family", SERVED, ids=lambda family: family.name)
-def test_answers_equal_those_of_transformers(family: Family, tmp_path: Path, logs: Path) -> None:
+async def test_answers_equal_those_of_transformers(
+    family: Family, tmp_path: Path, logs: Path
+) -> None:
     made = make_family(family, tmp_path)
     rng = random.Random(0)
     prompts = [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in (5, 40, 90)]
     names = (None, *made.adapters)
-
-    async def ask(client: Client) -> list[Answer]:
-        return [
-            await client.generate(name, prompt, num_tokens=16)
-            for _ in range(2)  # the second time from the cache
-            for name in names
-            for prompt in prompts
-        ]
-
+    # The second time from the cache.
+    questions = [(name, prompt) for _ in range(2) for name in names for prompt in prompts]
     flags = server_flags(made.checkpoint, made.adapters)
     log_path = logs / f"family-{family.model_type}.log"
     with ServerProcess(["--elora", "--elora-check", *flags], log_path=log_path) as server:
-        answers = run(server.url, ask)
+        async with Client(server.url) as client:
+            answers = [await client.generate(*asked, num_tokens=16) for asked in questions]
     reference = made.reference()
-    questions = [(name, prompt) for _ in range(2) for name in names for prompt in prompts]
     outputs = set()
     for (name, prompt), answer in zip(questions, answers, strict=True):
         output = list(answer.token_ids)

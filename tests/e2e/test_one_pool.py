@@ -13,7 +13,7 @@ import pytest
 from sglang_elora.testbed.adapters import ALL_LINEAR, AdapterSpec, make_adapters
 from sglang_elora.testbed.server import ServerProcess
 from tests.harness.adapter_specs import NAMES, SPECS
-from tests.harness.client import Client, run
+from tests.harness.client import Client
 from tests.harness.pressure import adapter_slots
 from tests.harness.reference import Reference
 from tests.harness.server_flags import HOST_TIER, server_flags
@@ -56,62 +56,49 @@ async def unload(client: Client, name: str) -> None:
     assert answer.status_code == 200, answer.text
 
 
-def test_files_are_read_while_there_is_nothing_else_to_do(server: ServerProcess) -> None:
+async def test_files_are_read_while_there_is_nothing_else_to_do(client: Client) -> None:
     """Before anybody asks for them, and into host memory only; must come first."""
-
-    async def work(client: Client) -> dict[str, int]:
+    found = await statistics(client)
+    for _ in range(200):
+        if found["adapters_on_host"] == len(NAMES):
+            break
+        await asyncio.sleep(0.1)
         found = await statistics(client)
-        for _ in range(200):
-            if found["adapters_on_host"] == len(NAMES):
-                break
-            await asyncio.sleep(0.1)
-            found = await statistics(client)
-        return found
-
-    found = run(server.url, work)
     assert found["adapters_on_host"] == found["adapter_files_read"] == len(NAMES)
     assert found["adapter_loads"] == 0
 
 
-def test_adapters_that_do_not_fit_together_take_turns(
-    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+async def test_adapters_that_do_not_fit_together_take_turns(
+    client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     """All at once, three prompts each; nobody waits for ever and every answer is right."""
     asked = [(name, prompt) for prompt in prompts for name in (*NAMES, None)]
-
-    async def work(client: Client) -> dict[str, int]:
-        answers = await asyncio.gather(*(client.generate(*request) for request in asked))
-        for (name, prompt), answer in zip(asked, answers, strict=True):
-            assert list(answer.token_ids) == reference.generate(name, prompt), name
-        return await statistics(client)
-
-    found = run(server.url, work)
+    answers = await asyncio.gather(*(client.generate(*request) for request in asked))
+    for (name, prompt), answer in zip(asked, answers, strict=True):
+        assert list(answer.token_ids) == reference.generate(name, prompt), name
+    found = await statistics(client)
     assert found["adapter_loads"] >= len(NAMES) and found["adapter_evictions"] > 0
     assert found["kv_tokens_invalid"] == 0 and found["checks"] > 0
     assert found["adapter_slots"] + found["kv_tokens_device"] <= POOL_SLOTS
 
 
-def test_a_batch_holds_the_adapters_that_fit(
-    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+async def test_a_batch_holds_the_adapters_that_fit(
+    client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     small = sorted(NAMES, key=SLOTS.__getitem__)[:9]
     assert sum(SLOTS[name] for name in small) < POOL_SLOTS - 900
-
-    async def work(client: Client) -> dict[str, int]:
-        for name in small:  # all are there, and answers last until the last has begun
-            await client.generate(name, prompts[0], num_tokens=1)
-        answers = await asyncio.gather(
-            *(client.generate(name, prompts[0], num_tokens=64) for name in small)
-        )
-        for name, answer in zip(small, answers, strict=True):
-            assert list(answer.token_ids) == reference.generate(name, prompts[0], 64)
-        return await statistics(client)
-
-    assert run(server.url, work)["max_adapters_in_batch"] >= len(small)
+    for name in small:  # all are there, and answers last until the last has begun
+        await client.generate(name, prompts[0], num_tokens=1)
+    answers = await asyncio.gather(
+        *(client.generate(name, prompts[0], num_tokens=64) for name in small)
+    )
+    for name, answer in zip(small, answers, strict=True):
+        assert list(answer.token_ids) == reference.generate(name, prompts[0], 64)
+    assert (await statistics(client))["max_adapters_in_batch"] >= len(small)
 
 
-def test_an_adapter_larger_than_the_pool_is_refused_with_the_numbers(
-    server: ServerProcess,
+async def test_an_adapter_larger_than_the_pool_is_refused_with_the_numbers(
+    client: Client,
     checkpoint: Path,
     models: Path,
     reference: Reference,
@@ -119,185 +106,151 @@ def test_an_adapter_larger_than_the_pool_is_refused_with_the_numbers(
 ) -> None:
     spec = AdapterSpec("huge", rank=128, alpha=8, target_modules=ALL_LINEAR, seed=20)
     path = make_adapters(checkpoint, models / "huge", [spec])["huge"]
-
-    async def work(client: Client) -> None:
-        refused = await load(client, "huge", path)
-        assert refused.status_code == 400
-        message = refused.json()["error_message"]
-        assert f"{adapter_slots(spec)} slots" in message and str(POOL_SLOTS) in message
-        assert "--max-total-tokens" in message
-        unknown = await client.post("/generate", {"text": "Hello", "lora_path": "huge"})
-        assert unknown.status_code == 400
-        answer = await client.generate(LARGEST, prompts[0])
-        assert list(answer.token_ids) == reference.generate(LARGEST, prompts[0])
-
-    run(server.url, work)
+    refused = await load(client, "huge", path)
+    assert refused.status_code == 400
+    message = refused.json()["error_message"]
+    assert f"{adapter_slots(spec)} slots" in message and str(POOL_SLOTS) in message
+    assert "--max-total-tokens" in message
+    unknown = await client.post("/generate", {"text": "Hello", "lora_path": "huge"})
+    assert unknown.status_code == 400
+    answer = await client.generate(LARGEST, prompts[0])
+    assert list(answer.token_ids) == reference.generate(LARGEST, prompts[0])
 
 
-def test_a_prompt_too_long_beside_its_adapter_is_refused(
-    server: ServerProcess, reference: Reference
+async def test_a_prompt_too_long_beside_its_adapter_is_refused(
+    client: Client, reference: Reference
 ) -> None:
     prompt = list(range(3, 3 + POOL_SLOTS - SLOTS[LARGEST]))
-
-    async def work(client: Client) -> None:
-        body = {"input_ids": prompt, "sampling_params": {"temperature": 0, "max_new_tokens": 4}}
-        refused = await client.post("/generate", {**body, "lora_path": LARGEST})
-        assert refused.status_code == 400
-        assert (
-            f"({SLOTS[LARGEST]} slots)" in refused.text and f"{len(prompt)} tokens" in refused.text
-        )
-        answer = await client.generate(None, prompt, num_tokens=4)
-        assert list(answer.token_ids) == reference.generate(None, prompt, 4)
-
-    run(server.url, work)
+    body = {"input_ids": prompt, "sampling_params": {"temperature": 0, "max_new_tokens": 4}}
+    refused = await client.post("/generate", {**body, "lora_path": LARGEST})
+    assert refused.status_code == 400
+    assert f"({SLOTS[LARGEST]} slots)" in refused.text and f"{len(prompt)} tokens" in refused.text
+    answer = await client.generate(None, prompt, num_tokens=4)
+    assert list(answer.token_ids) == reference.generate(None, prompt, 4)
 
 
-def test_answers_are_clipped_to_what_fits_beside_the_adapter(server: ServerProcess) -> None:
-    async def work(client: Client) -> None:
-        answer = await client.generate(LARGEST, range(3, 103), num_tokens=POOL_SLOTS)
-        room = POOL_SLOTS - SLOTS[LARGEST] - 100
-        assert room - 8 < len(answer.token_ids) < room
-
-    run(server.url, work)
+async def test_answers_are_clipped_to_what_fits_beside_the_adapter(client: Client) -> None:
+    answer = await client.generate(LARGEST, range(3, 103), num_tokens=POOL_SLOTS)
+    room = POOL_SLOTS - SLOTS[LARGEST] - 100
+    assert room - 8 < len(answer.token_ids) < room
 
 
-def test_a_cold_adapter_is_not_passed_by_for_ever(
-    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+async def test_a_cold_adapter_is_not_passed_by_for_ever(
+    client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     """Requests of the base model keep the pool full; the adapter's request gets its turn."""
     rng = random.Random(0)
+    await client.post("/flush_cache?timeout=30", {})
+    passed, done = 0, asyncio.Event()
 
-    async def work(client: Client) -> int:
-        await client.post("/flush_cache?timeout=30", {})
-        passed, done = 0, asyncio.Event()
+    async def keep_busy() -> None:
+        nonlocal passed
+        while not done.is_set():
+            prompt = [rng.randrange(3, 2000) for _ in range(150)]
+            await client.generate(None, prompt, num_tokens=32)
+            passed += 1
 
-        async def keep_busy() -> None:
-            nonlocal passed
-            while not done.is_set():
-                prompt = [rng.randrange(3, 2000) for _ in range(150)]
-                await client.generate(None, prompt, num_tokens=32)
-                passed += 1
-
-        others = [asyncio.create_task(keep_busy()) for _ in range(12)]
-        while passed < 12:
-            await asyncio.sleep(0.05)
-        before = passed
-        answer = await client.generate(LARGEST, prompts[0])
-        overtaken = passed - before
-        done.set()
-        await asyncio.gather(*others)
-        assert list(answer.token_ids) == reference.generate(LARGEST, prompts[0])
-        return overtaken
-
-    assert run(server.url, work) <= 64 + 2 * 12
+    others = [asyncio.create_task(keep_busy()) for _ in range(12)]
+    while passed < 12:
+        await asyncio.sleep(0.05)
+    before = passed
+    answer = await client.generate(LARGEST, prompts[0])
+    overtaken = passed - before
+    done.set()
+    await asyncio.gather(*others)
+    assert list(answer.token_ids) == reference.generate(LARGEST, prompts[0])
+    assert overtaken <= 64 + 2 * 12
 
 
-def test_flush_leaves_adapters_servable(
-    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+async def test_flush_leaves_adapters_servable(
+    client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     names = ("qv-r4", "attention-r8", None)
-
-    async def work(client: Client) -> None:
-        for _ in range(3):
-            for name in names:
-                for expect_cached in (False, True):
-                    answer = await client.generate(name, prompts[1])
-                    assert list(answer.token_ids) == reference.generate(name, prompts[1])
-                    assert (answer.cached_tokens > 0) == expect_cached
-            assert (await client.post("/flush_cache?timeout=30", {})).status_code == 200
-        found = await statistics(client)
-        assert (found["adapter_slots"], found["kv_tokens_device"]) == (0, 0)
-
-    run(server.url, work)
+    for _ in range(3):
+        for name in names:
+            for expect_cached in (False, True):
+                answer = await client.generate(name, prompts[1])
+                assert list(answer.token_ids) == reference.generate(name, prompts[1])
+                assert (answer.cached_tokens > 0) == expect_cached
+        assert (await client.post("/flush_cache?timeout=30", {})).status_code == 200
+    found = await statistics(client)
+    assert (found["adapter_slots"], found["kv_tokens_device"]) == (0, 0)
 
 
-def test_weight_update_leaves_adapters_servable(
-    server: ServerProcess, checkpoint: Path, reference: Reference, prompts: Sequence[list[int]]
+async def test_weight_update_leaves_adapters_servable(
+    client: Client, checkpoint: Path, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
-    async def work(client: Client) -> None:
-        await client.generate("all-r4", prompts[1])
-        await asyncio.sleep(0.2)  # SGLang ends if its last batch has not been looked at yet
-        updated = await client.post("/update_weights_from_disk", {"model_path": str(checkpoint)})
-        assert updated.json()["success"], updated.text
-        answer = await client.generate("all-r4", prompts[1])
-        assert answer.cached_tokens == 0
-        assert list(answer.token_ids) == reference.generate("all-r4", prompts[1])
-
-    run(server.url, work)
+    await client.generate("all-r4", prompts[1])
+    await asyncio.sleep(0.2)  # SGLang ends if its last batch has not been looked at yet
+    updated = await client.post("/update_weights_from_disk", {"model_path": str(checkpoint)})
+    assert updated.json()["success"], updated.text
+    answer = await client.generate("all-r4", prompts[1])
+    assert answer.cached_tokens == 0
+    assert list(answer.token_ids) == reference.generate("all-r4", prompts[1])
 
 
-def test_pinned_adapters_stay(
-    server: ServerProcess,
+async def test_pinned_adapters_stay(
+    client: Client,
     adapters: dict[str, Path],
     reference: Reference,
     prompts: Sequence[list[int]],
 ) -> None:
-    async def work(client: Client) -> None:
-        loaded = await load(client, "pinned", adapters["attention-r8"], pinned=True)
-        assert loaded.status_code == 200, loaded.text
-        await client.generate("pinned", prompts[0])
-        for name in NAMES:  # more than the pool holds; the largest one does not fit any more
-            if SLOTS[name] + SLOTS["attention-r8"] < POOL_SLOTS - 200:
-                await client.generate(name, prompts[1])
-        before = await statistics(client)
-        answer = await client.generate("pinned", prompts[2])
-        assert list(answer.token_ids) == reference.generate("attention-r8", prompts[2])
-        after = await statistics(client)
-        assert after["adapter_loads"] == before["adapter_loads"]
-        refused = await load(client, "pinned-too", adapters[LARGEST], pinned=True)
-        assert refused.status_code == 400 and "cannot be pinned" in refused.text
-        await unload(client, "pinned")
-
-    run(server.url, work)
+    loaded = await load(client, "pinned", adapters["attention-r8"], pinned=True)
+    assert loaded.status_code == 200, loaded.text
+    await client.generate("pinned", prompts[0])
+    for name in NAMES:  # more than the pool holds; the largest one does not fit any more
+        if SLOTS[name] + SLOTS["attention-r8"] < POOL_SLOTS - 200:
+            await client.generate(name, prompts[1])
+    before = await statistics(client)
+    answer = await client.generate("pinned", prompts[2])
+    assert list(answer.token_ids) == reference.generate("attention-r8", prompts[2])
+    after = await statistics(client)
+    assert after["adapter_loads"] == before["adapter_loads"]
+    refused = await load(client, "pinned-too", adapters[LARGEST], pinned=True)
+    assert refused.status_code == 400 and "cannot be pinned" in refused.text
+    await unload(client, "pinned")
 
 
-def test_a_name_loaded_again_serves_the_new_weights(
-    server: ServerProcess, checkpoint: Path, models: Path, prompts: Sequence[list[int]]
+async def test_a_name_loaded_again_serves_the_new_weights(
+    client: Client, checkpoint: Path, models: Path, prompts: Sequence[list[int]]
 ) -> None:
     """Three versions under one name; old KV is never used, requests in flight end consistently."""
     specs = [AdapterSpec(f"v{i}", 8, 16, ALL_LINEAR, seed=30 + i) for i in range(3)]
     versions = make_adapters(checkpoint, models / "versions", specs)
     truth = Reference(checkpoint, versions)
-
-    async def work(client: Client) -> None:
-        for version in ("v0", "v1", "v2", "v0"):
-            assert (await load(client, "name", versions[version])).status_code == 200
-            for expect_cached in (False, True):
-                answer = await client.generate("name", prompts[1])
-                assert list(answer.token_ids) == truth.generate(version, prompts[1])
-                assert (answer.cached_tokens > 0) == expect_cached
-            asked = [(name, prompt) for prompt in prompts for name in ("name", None)]
-            in_flight = await asyncio.gather(
-                *(client.begin(*request, num_tokens=64) for request in asked)
-            )
-            await unload(client, "name")  # waits for its requests
-            for (name, prompt), answer in zip(asked, in_flight, strict=True):
-                weights = None if name is None else version
-                assert list((await answer).token_ids) == truth.generate(weights, prompt, 64)
-
-    run(server.url, work)
+    for version in ("v0", "v1", "v2", "v0"):
+        assert (await load(client, "name", versions[version])).status_code == 200
+        for expect_cached in (False, True):
+            answer = await client.generate("name", prompts[1])
+            assert list(answer.token_ids) == truth.generate(version, prompts[1])
+            assert (answer.cached_tokens > 0) == expect_cached
+        asked = [(name, prompt) for prompt in prompts for name in ("name", None)]
+        in_flight = await asyncio.gather(
+            *(client.begin(*request, num_tokens=64) for request in asked)
+        )
+        await unload(client, "name")  # waits for its requests
+        for (name, prompt), answer in zip(asked, in_flight, strict=True):
+            weights = None if name is None else version
+            assert list((await answer).token_ids) == truth.generate(weights, prompt, 64)
 
 
-def test_unload_clears_device_and_host(
-    server: ServerProcess, adapters: dict[str, Path], prompts: Sequence[list[int]]
+async def test_unload_clears_device_and_host(
+    client: Client, adapters: dict[str, Path], prompts: Sequence[list[int]]
 ) -> None:
-    async def work(client: Client) -> None:
-        await client.post("/flush_cache?timeout=30", {})
-        assert (await load(client, "leaving", adapters["qv-r4"])).status_code == 200
-        for _ in range(2):
-            await client.generate("leaving", prompts[1])
-        held = await statistics(client)
-        assert held["adapter_slots"] == SLOTS["qv-r4"]
-        assert min(held["kv_tokens_device"], held["kv_tokens_host"]) > len(prompts[1])
-        await unload(client, "leaving")
-        left = await statistics(client)
-        assert left["adapter_slots"] == left["kv_tokens_device"] == left["kv_tokens_host"] == 0
-
-    run(server.url, work)
+    await client.post("/flush_cache?timeout=30", {})
+    assert (await load(client, "leaving", adapters["qv-r4"])).status_code == 200
+    for _ in range(2):
+        await client.generate("leaving", prompts[1])
+    held = await statistics(client)
+    assert held["adapter_slots"] == SLOTS["qv-r4"]
+    assert min(held["kv_tokens_device"], held["kv_tokens_host"]) > len(prompts[1])
+    await unload(client, "leaving")
+    left = await statistics(client)
+    assert left["adapter_slots"] == left["kv_tokens_device"] == left["kv_tokens_host"] == 0
 
 
-def test_two_hundred_random_operations(
-    server: ServerProcess,
+async def test_two_hundred_random_operations(
+    client: Client,
     adapters: dict[str, Path],
     reference: Reference,
     prompts: Sequence[list[int]],
@@ -313,31 +266,28 @@ def test_two_hundred_random_operations(
         answer = await client.generate(name, prompt, num_tokens=8)
         assert list(answer.token_ids) == reference.generate(weights, prompt, 8), (name, weights)
 
-    async def work(client: Client) -> None:
-        for step in range(200):
-            kind = rng.choices(["generate", "load", "unload", "flush"], [60, 20, 15, 5])[0]
-            if kind == "generate":
-                await asyncio.gather(*(generate(client) for _ in range(4)))
-            elif kind == "load" and len(loaded) < 6:
-                weights = rng.choice(NAMES)
-                answer = await load(client, f"random-{step}", adapters[weights])
-                assert answer.status_code == 200, answer.text
-                loaded[f"random-{step}"] = weights
-            elif kind == "unload" and loaded:
-                name = rng.choice(list(loaded))
-                loaded.pop(name)
-                await unload(client, name)
-            elif kind == "flush":
-                assert (await client.post("/flush_cache?timeout=30", {})).status_code == 200
-        for name in loaded:
+    for step in range(200):
+        kind = rng.choices(["generate", "load", "unload", "flush"], [60, 20, 15, 5])[0]
+        if kind == "generate":
+            await asyncio.gather(*(generate(client) for _ in range(4)))
+        elif kind == "load" and len(loaded) < 6:
+            weights = rng.choice(NAMES)
+            answer = await load(client, f"random-{step}", adapters[weights])
+            assert answer.status_code == 200, answer.text
+            loaded[f"random-{step}"] = weights
+        elif kind == "unload" and loaded:
+            name = rng.choice(list(loaded))
+            loaded.pop(name)
             await unload(client, name)
-        assert (await statistics(client))["kv_tokens_invalid"] == 0
+        elif kind == "flush":
+            assert (await client.post("/flush_cache?timeout=30", {})).status_code == 200
+    for name in loaded:
+        await unload(client, name)
+    assert (await statistics(client))["kv_tokens_invalid"] == 0
 
-    run(server.url, work)
 
-
-def test_the_kv_of_a_session_comes_back_when_its_next_turn_is_announced(
-    server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+async def test_the_kv_of_a_session_comes_back_when_its_next_turn_is_announced(
+    client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     """With so much in use that nothing comes back unasked."""
     name, prompt = "all-r4", prompts[1]
@@ -354,41 +304,38 @@ def test_the_kv_of_a_session_comes_back_when_its_next_turn_is_announced(
             await asyncio.sleep(0.05)
         raise AssertionError(await kv_tokens(client))
 
-    async def work(client: Client) -> None:
-        assert (await client.post("/flush_cache?timeout=30", {})).status_code == 200
-        await client.generate(LARGEST, prompts[0])
-        await client.generate(name, prompt, session_id="talk")
-        await client.generate(name, prompts[0])
-        for _ in range(100):  # it is in use for a moment longer than its last answer takes
-            evicted = await client.post("/elora/evict", {"lora_name": name})
-            if evicted.status_code == 200:
-                break
-            await asyncio.sleep(0.05)
-        assert evicted.status_code == 200, evicted.text
-        for _ in range(100):
-            if (await kv_tokens(client))[0] == 0:
-                break
-            await asyncio.sleep(0.05)
-        on_device, on_host = await kv_tokens(client)
-        assert on_device == 0 and on_host >= len(prompt)
-        await client.generate(name, prompts[2])  # the adapter is there now, and its KV is not
-        assert (await kv_tokens(client))[0] < len(prompt)
-        answer = await client.post("/elora/prefetch", {"session_id": "talk"})
-        assert answer.status_code == 200 and answer.json()["tiers"] == {}
-        await until_on_device(client, len(prompt))
-        again = await client.generate(name, prompt, session_id="talk")
-        assert list(again.token_ids) == reference.generate(name, prompt)
-        assert again.cached_tokens == len(prompt) - 1
-        refused = await client.post("/elora/prefetch", {"session_id": "nobody's"})
-        assert refused.status_code == 400
-        assert refused.json()["error_message"] == "no session of this name is alive"
-        assert (await client.post("/close_session", {"session_id": "talk"})).status_code == 200
-
-    run(server.url, work)
+    assert (await client.post("/flush_cache?timeout=30", {})).status_code == 200
+    await client.generate(LARGEST, prompts[0])
+    await client.generate(name, prompt, session_id="talk")
+    await client.generate(name, prompts[0])
+    for _ in range(100):  # it is in use for a moment longer than its last answer takes
+        evicted = await client.post("/elora/evict", {"lora_name": name})
+        if evicted.status_code == 200:
+            break
+        await asyncio.sleep(0.05)
+    assert evicted.status_code == 200, evicted.text
+    for _ in range(100):
+        if (await kv_tokens(client))[0] == 0:
+            break
+        await asyncio.sleep(0.05)
+    on_device, on_host = await kv_tokens(client)
+    assert on_device == 0 and on_host >= len(prompt)
+    await client.generate(name, prompts[2])  # the adapter is there now, and its KV is not
+    assert (await kv_tokens(client))[0] < len(prompt)
+    answer = await client.post("/elora/prefetch", {"session_id": "talk"})
+    assert answer.status_code == 200 and answer.json()["tiers"] == {}
+    await until_on_device(client, len(prompt))
+    again = await client.generate(name, prompt, session_id="talk")
+    assert list(again.token_ids) == reference.generate(name, prompt)
+    assert again.cached_tokens == len(prompt) - 1
+    refused = await client.post("/elora/prefetch", {"session_id": "nobody's"})
+    assert refused.status_code == 400
+    assert refused.json()["error_message"] == "no session of this name is alive"
+    assert (await client.post("/close_session", {"session_id": "talk"})).status_code == 200
 
 
-def test_into_room_that_is_free_comes_back_what_was_evicted(
-    server: ServerProcess,
+async def test_into_room_that_is_free_comes_back_what_was_evicted(
+    client: Client,
     adapters: dict[str, Path],
     reference: Reference,
     prompts: Sequence[list[int]],
@@ -397,28 +344,24 @@ def test_into_room_that_is_free_comes_back_what_was_evicted(
     prompt, names = prompts[1], ("attention-r8", "all-r4", "rslora-r8", "qv-r4")
     num_slots = sum(SLOTS[name] + len(prompt) for name in names)
     assert POOL_SLOTS - SLOTS[LARGEST] < num_slots < 0.7 * POOL_SLOTS
-
-    async def work(client: Client) -> None:
-        assert (await client.post("/flush_cache?timeout=30", {})).status_code == 200
-        for name in (*names, LARGEST):
-            await client.generate(name, prompt)
-        before = await statistics(client)
-        assert before["adapters_resident"] < len(names)
-        await unload(client, LARGEST)
-        assert (await load(client, LARGEST, adapters[LARGEST])).status_code == 200
-        for _ in range(100):
-            after = await statistics(client)
-            if after["kv_tokens_device"] >= len(names) * len(prompt):
-                break
-            await asyncio.sleep(0.1)
-        assert after["adapters_resident"] == len(names)
-        assert after["adapter_evictions.capacity"] == before["adapter_evictions.capacity"]
-        assert after["prefetched_slots"] > before["prefetched_slots"]
-        for name in names:
-            answer = await client.generate(name, prompt)
-            assert list(answer.token_ids) == reference.generate(name, prompt)
-            assert answer.cached_tokens == len(prompt) - 1
-        used = (await statistics(client))["prefetched_slots_used"] - before["prefetched_slots_used"]
-        assert used > len(prompt)
-
-    run(server.url, work)
+    assert (await client.post("/flush_cache?timeout=30", {})).status_code == 200
+    for name in (*names, LARGEST):
+        await client.generate(name, prompt)
+    before = await statistics(client)
+    assert before["adapters_resident"] < len(names)
+    await unload(client, LARGEST)
+    assert (await load(client, LARGEST, adapters[LARGEST])).status_code == 200
+    for _ in range(100):
+        after = await statistics(client)
+        if after["kv_tokens_device"] >= len(names) * len(prompt):
+            break
+        await asyncio.sleep(0.1)
+    assert after["adapters_resident"] == len(names)
+    assert after["adapter_evictions.capacity"] == before["adapter_evictions.capacity"]
+    assert after["prefetched_slots"] > before["prefetched_slots"]
+    for name in names:
+        answer = await client.generate(name, prompt)
+        assert list(answer.token_ids) == reference.generate(name, prompt)
+        assert answer.cached_tokens == len(prompt) - 1
+    used = (await statistics(client))["prefetched_slots_used"] - before["prefetched_slots_used"]
+    assert used > len(prompt)

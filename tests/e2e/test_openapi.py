@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from sglang_elora.testbed.adapters import ALL_LINEAR
 from sglang_elora.testbed.server import ServerProcess
 from tests.e2e.test_hostile_requests import NAMES, NOT_CALLED, assert_right
-from tests.harness.client import run
+from tests.harness.client import Client
 from tests.harness.reference import Reference
 from tests.harness.server_flags import server_flags
 
@@ -52,8 +52,9 @@ def server(checkpoint: Path, adapters: dict[str, Path], logs: Path) -> Iterator[
 
 
 @pytest.mark.parametrize("under_way", [False, True], ids=["quiet", "adapters-under-way"])
-def test_no_request_of_the_schema_is_answered_with_a_server_error(
+async def test_no_request_of_the_schema_is_answered_with_a_server_error(
     server: ServerProcess,
+    client: Client,
     under_way: bool,
     adapters: dict[str, Path],
     reference: Reference,
@@ -75,7 +76,7 @@ def test_no_request_of_the_schema_is_answered_with_a_server_error(
     assert rounds[200, 200, 200] > 3 or not under_way
     with httpx.Client(base_url=server.url, timeout=TIMEOUT_S, trust_env=False) as http:
         _undo(http)
-    run(server.url, lambda client: assert_right(client, reference, prompts[0]))
+    await assert_right(client, reference, prompts[0])
 
 
 def _try_all(url: str) -> tuple[Counter[int], list[str]]:

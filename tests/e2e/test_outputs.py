@@ -10,7 +10,7 @@ import pytest
 
 from sglang_elora.testbed.server import ServerProcess
 from tests.harness.adapter_specs import NAMES
-from tests.harness.client import MODEL, Answer, Client, run
+from tests.harness.client import MODEL, Client
 from tests.harness.reference import Reference
 
 BASE_AND_ADAPTERS = (None, *NAMES)
@@ -21,37 +21,32 @@ MESSAGES = (
 
 
 @pytest.mark.parametrize("adapter", BASE_AND_ADAPTERS)
-def test_one_at_a_time(
+async def test_one_at_a_time(
     adapter: str | None,
-    elora_server: ServerProcess,
+    client: Client,
     reference: Reference,
     prompts: Sequence[list[int]],
 ) -> None:
-    async def work(client: Client) -> list[Answer]:
-        return [await client.generate(adapter, prompt) for prompt in prompts]
-
-    for prompt, answer in zip(prompts, run(elora_server.url, work), strict=True):
+    for prompt in prompts:
+        answer = await client.generate(adapter, prompt)
         assert list(answer.token_ids) == reference.generate(adapter, prompt)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_all_mixed_in_one_batch(
+async def test_all_mixed_in_one_batch(
     stream: bool,
+    client: Client,
     elora_server: ServerProcess,
     reference: Reference,
     prompts: Sequence[list[int]],
 ) -> None:
     prompt = prompts[1]
     log_start = len(elora_server.log_path.read_text())
-
-    async def work(client: Client) -> list[Answer]:
+    for round_number in (1, 2):
         requests = [
             client.generate(adapter, prompt, stream=stream) for adapter in BASE_AND_ADAPTERS
         ]
-        return list(await asyncio.gather(*requests))
-
-    for round_number in (1, 2):
-        answers = run(elora_server.url, work)
+        answers = await asyncio.gather(*requests)
         for adapter, answer in zip(BASE_AND_ADAPTERS, answers, strict=True):
             assert list(answer.token_ids) == reference.generate(adapter, prompt), adapter
         if round_number == 2:
@@ -64,54 +59,48 @@ def test_all_mixed_in_one_batch(
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("by_model_name", [True, False])
-def test_completions(
+async def test_completions(
     by_model_name: bool,
     stream: bool,
-    elora_server: ServerProcess,
+    client: Client,
     reference: Reference,
 ) -> None:
     prompt = "The letter was written by"
     ids = reference.tokenizer.encode(prompt)
-
-    async def work(client: Client) -> list[Answer]:
-        requests = [
-            client.complete(
-                _model(adapter, by_model_name),
-                prompt,
-                stream=stream,
-                **_lora_path(adapter, by_model_name),
-            )
-            for adapter in BASE_AND_ADAPTERS
-        ]
-        return list(await asyncio.gather(*requests))
-
-    for adapter, answer in zip(BASE_AND_ADAPTERS, run(elora_server.url, work), strict=True):
+    requests = [
+        client.complete(
+            _model(adapter, by_model_name),
+            prompt,
+            stream=stream,
+            **_lora_path(adapter, by_model_name),
+        )
+        for adapter in BASE_AND_ADAPTERS
+    ]
+    answers = await asyncio.gather(*requests)
+    for adapter, answer in zip(BASE_AND_ADAPTERS, answers, strict=True):
         assert answer.text == reference.text(adapter, ids), adapter
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("by_model_name", [True, False])
-def test_chat_completions(
+async def test_chat_completions(
     by_model_name: bool,
     stream: bool,
-    elora_server: ServerProcess,
+    client: Client,
     reference: Reference,
 ) -> None:
     ids = reference.chat_prompt(MESSAGES)
-
-    async def work(client: Client) -> list[Answer]:
-        requests = [
-            client.chat(
-                _model(adapter, by_model_name),
-                MESSAGES,
-                stream=stream,
-                **_lora_path(adapter, by_model_name),
-            )
-            for adapter in BASE_AND_ADAPTERS
-        ]
-        return list(await asyncio.gather(*requests))
-
-    for adapter, answer in zip(BASE_AND_ADAPTERS, run(elora_server.url, work), strict=True):
+    requests = [
+        client.chat(
+            _model(adapter, by_model_name),
+            MESSAGES,
+            stream=stream,
+            **_lora_path(adapter, by_model_name),
+        )
+        for adapter in BASE_AND_ADAPTERS
+    ]
+    answers = await asyncio.gather(*requests)
+    for adapter, answer in zip(BASE_AND_ADAPTERS, answers, strict=True):
         assert answer.text == reference.text(adapter, ids), adapter
 
 

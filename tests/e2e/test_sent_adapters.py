@@ -14,8 +14,7 @@ import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
 
-from sglang_elora.testbed.server import ServerProcess
-from tests.harness.client import Client, run
+from tests.harness.client import Client
 from tests.harness.reference import Reference
 
 
@@ -35,8 +34,8 @@ def request(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> dict[s
     }
 
 
-def test_good_ones_are_served_and_bad_ones_refused(
-    elora_server: ServerProcess,
+async def test_good_ones_are_served_and_bad_ones_refused(
+    client: Client,
     adapters: dict[str, Path],
     reference: Reference,
     prompts: Sequence[list[int]],
@@ -48,20 +47,16 @@ def test_good_ones_are_served_and_bad_ones_refused(
         for name, tensor in tensors.items()
     }
     path = "/load_lora_adapter_from_tensors"
+    refused = await client.post(path, request(folder, "sent", narrow))
+    assert refused.status_code == 400
+    message = refused.json()["error_message"]
+    assert "LoRA adapter 'sent' (request/tensors)" in message
+    assert "128" in message
+    assert "256" in message
 
-    async def work(client: Client) -> None:
-        refused = await client.post(path, request(folder, "sent", narrow))
-        assert refused.status_code == 400
-        message = refused.json()["error_message"]
-        assert "LoRA adapter 'sent' (request/tensors)" in message
-        assert "128" in message
-        assert "256" in message
-
-        loaded = await client.post(path, request(folder, "sent", tensors))
-        assert loaded.status_code == 200, loaded.text
-        answer = await client.generate("sent", prompts[0])
-        assert list(answer.token_ids) == reference.generate("rslora-r8", prompts[0])
-        gone = await client.post("/unload_lora_adapter", {"lora_name": "sent"})
-        assert gone.status_code == 200, gone.text
-
-    run(elora_server.url, work)
+    loaded = await client.post(path, request(folder, "sent", tensors))
+    assert loaded.status_code == 200, loaded.text
+    answer = await client.generate("sent", prompts[0])
+    assert list(answer.token_ids) == reference.generate("rslora-r8", prompts[0])
+    gone = await client.post("/unload_lora_adapter", {"lora_name": "sent"})
+    assert gone.status_code == 200, gone.text

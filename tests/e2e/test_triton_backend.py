@@ -1,8 +1,8 @@
 """The kernels in the real server, under Triton's interpreter where there is no GPU.
 
-With CUDA graphs, as ``recorded_graphs.py`` emulates them: captured by SGLang's own graph runners in
-SGLang's own order of a start, before the cache is built and an adapter is there. Batches with more
-tokens than the graph of prefill run eagerly.
+With CUDA graphs, as the plugin ``recorded_graphs`` emulates them: captured by SGLang's own graph
+runners in SGLang's own order of a start, before the cache is built and an adapter is there. Batches
+with more tokens than the graph of prefill run eagerly.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from sglang_elora.testbed.adapters import make_adapters
 from sglang_elora.testbed.checkpoint import ModelShape, make_checkpoint
 from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess
 from tests.harness.adapter_specs import SPECS
-from tests.harness.client import Answer, Client, run
-from tests.harness.plugin_packages import write_plugin
-from tests.harness.recorded_graphs import PLUGIN
+from tests.harness.client import Answer, Client
+from tests.harness.plugin_packages import install_plugin
 from tests.harness.reference import Reference
 from tests.harness.server_flags import server_flags
 
@@ -32,7 +31,7 @@ GRAPHS = (
 )
 
 
-def test_outputs_equal_the_reference(
+async def test_outputs_equal_the_reference(
     models: Path,
     logs: Path,
     prompts: Sequence[list[int]],
@@ -46,7 +45,7 @@ def test_outputs_equal_the_reference(
     reference = Reference(checkpoint, adapters)
     elora = ["--elora", "--elora-check", "--lora-backend", "elora_triton"]
     prompt = prompts[0][: PREFILL_TOKENS // 2]
-    write_plugin(tmp_path, "graphs", PLUGIN)
+    install_plugin(tmp_path, "recorded_graphs")
 
     async def ask(client: Client, names: Sequence[str | None]) -> list[Answer]:
         requests = [client.generate(name, prompt, num_tokens=NUM_TOKENS) for name in names]
@@ -60,7 +59,8 @@ def test_outputs_equal_the_reference(
         startup_timeout_s=400,  # each capture is run three times, by the interpreter
     ) as server:
         for names in (NAMES, NAMES[:2]):
-            answers = run(server.url, lambda client, names=names: ask(client, names))
+            async with Client(server.url) as client:
+                answers = await ask(client, names)
             for name, answer in zip(names, answers, strict=True):
                 expected = reference.generate(name, prompt)[:NUM_TOKENS]
                 assert list(answer.token_ids) == expected, name

@@ -24,12 +24,18 @@ class Answer:
 
 
 class Client:
-    """Requests to one server; use inside ``run``."""
+    """Requests to one server; use it as an async context manager."""
 
     def __init__(self, url: str) -> None:
         self._http = httpx.AsyncClient(
             base_url=url, timeout=120, trust_env=False, limits=httpx.Limits(max_connections=None)
         )
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     async def generate(
         self,
@@ -108,14 +114,11 @@ class Client:
 
 
 def run(url: str, work: Callable[[Client], Awaitable[T]]) -> T:
-    """Run ``work`` with a client of its own."""
+    """Run ``work`` with a client of its own, where no event loop runs: a thread, a GPU stage."""
 
     async def main() -> T:
-        client = Client(url)
-        try:
+        async with Client(url) as client:
             return await work(client)
-        finally:
-            await client.close()
 
     return asyncio.run(main())
 

@@ -24,7 +24,7 @@ from benchmarks.gpu.stages.stage_run import Context, Step, Verdict
 from sglang_elora.testbed.adapters import ALL_LINEAR, AdapterSpec, make_adapters
 from sglang_elora.testbed.checkpoint import ModelShape, make_checkpoint
 from sglang_elora.testbed.server import ServerProcess, python_module
-from tests.harness.plugin_packages import write_plugin
+from tests.harness.plugin_packages import install_plugin
 
 RANKS = (8, 16, 32, 64)
 REPEATS = 5
@@ -48,28 +48,6 @@ def kernels(context: Context) -> Verdict:
     return Verdict(right, {"cases": [row["case"] for row in found["rows"]]})
 
 
-PLUGIN = """
-import json, os, time
-import torch
-from sglang.srt.lora.mem_pool import LoRAMemoryPool
-original = LoRAMemoryPool.load_lora_weight_to_buffer
-def wait():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-def timed(self, uid, buffer_id, lora_adapter, *rest, **named):
-    wait()
-    begun = time.perf_counter()
-    original(self, uid, buffer_id, lora_adapter, *rest, **named)
-    wait()
-    if lora_adapter is not None:
-        row = {"rank": lora_adapter.config.r, "seconds": time.perf_counter() - begun}
-        with open(os.environ["LOAD_TIMES"], "a") as file:
-            file.write(json.dumps(row) + "\\n")
-LoRAMemoryPool.load_lora_weight_to_buffer = timed
-"""
-"""A plugin for stock's server that notes how long each load of an adapter takes."""
-
-
 def loads(context: Context) -> Verdict:
     """Seconds of stock's ``load_lora_weight_to_buffer`` by rank, layers as wide as Llama-3-8B's.
 
@@ -83,7 +61,7 @@ def loads(context: Context) -> Verdict:
     adapters = make_adapters(checkpoint, context.models / "loads-adapters", specs)
     plugins = context.models / "plugins"
     plugins.mkdir()
-    write_plugin(plugins, "load_times", PLUGIN)
+    install_plugin(plugins, "load_times")
     paths = (str(plugins), os.environ.get("PYTHONPATH", ""))
     noted = context.work / "loads.jsonl"
     env = {"LOAD_TIMES": str(noted), "PYTHONPATH": os.pathsep.join(filter(None, paths))}

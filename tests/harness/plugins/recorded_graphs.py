@@ -6,14 +6,13 @@ launches again with the tensors that they were recorded with, and no Python of t
 graph has not read from static memory stays as it was at capture. As on CUDA, an operation that
 needs a value on the host ends the capture.
 
-``use()`` is called by a plugin in each of the server's processes (``PLUGIN``).
+A plugin calls ``load()`` in each of the server's processes.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -21,13 +20,6 @@ from unittest.mock import patch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-
-PLUGIN = f"""
-import sys
-sys.path.append({str(Path(__file__).parent)!r})
-from tests.harness import recorded_graphs
-recorded_graphs.use()
-"""
 
 _NEEDS_THE_HOST = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
 _LAUNCHES_NOTHING = ("aten::empty", "aten::new_empty", "aten::detach", "aten::lift_fresh")
@@ -123,7 +115,7 @@ def _as_one_launch(function: Callable[..., Any]) -> Callable[..., Any]:
     return launch
 
 
-def use() -> None:
+def load() -> None:
     """Let the CPU platform capture decode graphs and full prefill graphs."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from triton.runtime.interpreter import GridExecutor

@@ -1,0 +1,1 @@
+"""Plugins of SGLang that tests and benchmarks start servers with (``plugin_packages.py``)."""
