@@ -22,6 +22,15 @@ from tests.harness.plugin_packages import install_plugin
 from tests.harness.reference import Reference
 from tests.harness.server_flags import server_flags
 
+FOLDER = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Mark every test of this folder, whatever else is collected with it."""
+    for item in items:
+        if item.path.is_relative_to(FOLDER):
+            item.add_marker("e2e")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left_running() -> Iterator[None]:

@@ -20,6 +20,7 @@ from tests.harness.programs import source
 from tests.harness.server_flags import server_flags
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ending", "status"),
     [

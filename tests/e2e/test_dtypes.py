@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import exp
 from pathlib import Path
 
+import pytest
+
 from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess, python_module
 from tests.harness.client import Client
 from tests.harness.server_flags import server_flags
@@ -25,6 +27,7 @@ class Token:
     probabilities: dict[int, float]
 
 
+@pytest.mark.slow
 async def test_bfloat16_adapters_in_an_fp8_pool(
     checkpoint: Path, adapters: dict[str, Path], logs: Path
 ) -> None:

@@ -15,6 +15,8 @@ import pytest
 from tests.harness.programs import source
 from tests.harness.reference import Reference
 
+pytestmark = pytest.mark.slow  # one engine, which starts and runs for a minute
+
 
 @pytest.fixture(scope="module")
 def run_of_engine(

@@ -20,6 +20,7 @@ from tests.harness.reference import Reference
 from tests.harness.server_flags import server_flags
 
 
+@pytest.mark.slow
 async def test_sglang_serve_configured_by_environment(
     models: Path, prompts: Sequence[list[int]], logs: Path, spawned_start: None
 ) -> None:

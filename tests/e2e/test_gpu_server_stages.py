@@ -17,6 +17,7 @@ RUN = range(4, 11) if "PRESSURE_FULL" in os.environ else (7,)
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", RUN)
 def test_server_stage_dry_run_goes_through(stage: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu.stages", str(stage), "--dry-run"]

@@ -233,6 +233,7 @@ def expected(model: Model, logs: Path) -> Iterator[dict[Trace, _Outputs]]:
     yield {CHATS: chats, LONG_ANSWERS: long_answers}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "order"), RUNS)
 def test_outputs_are_right_under_pressure(
     name: str,

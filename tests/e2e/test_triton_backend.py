@@ -12,6 +12,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from sglang_elora.testbed.adapters import make_adapters
 from sglang_elora.testbed.checkpoint import ModelShape, make_checkpoint
 from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess
@@ -31,6 +33,7 @@ GRAPHS = (
 )
 
 
+@pytest.mark.slow
 async def test_outputs_equal_the_reference(
     models: Path,
     logs: Path,

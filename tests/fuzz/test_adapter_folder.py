@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "60"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(SECONDS + 240)
 def test_any_folder_is_served_or_refused(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.fuzz.adapter_folder"]

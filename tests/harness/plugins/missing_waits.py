@@ -12,7 +12,7 @@ def no_wait_before_slots():
 
 
 def no_wait_for_a_layer():
-    from sglang_elora.swapper import AdapterCopy
+    from sglang_elora.swapper.adapter_copy import AdapterCopy
 
     AdapterCopy.wait_layer = lambda self, layer: None
 
@@ -32,7 +32,7 @@ def event_before_its_copy():
 
 
 def image_not_held():
-    from sglang_elora.swapper import HostTier
+    from sglang_elora.swapper.host_tier import HostTier
 
     HostTier.hold = HostTier.get
     HostTier.release = lambda self, uid: None

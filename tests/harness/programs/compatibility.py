@@ -23,6 +23,7 @@ from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of,
 from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.server_args import prepare_server_args
 
+from sglang_elora import config
 from sglang_elora.srt.arguments import compatibility
 
 
