@@ -83,7 +83,7 @@ def moments(path: Path, start: int) -> tuple[list[tuple[str, str, float]], int]:
     with path.open() as lines:
         lines.seek(start)
         found = [line.split() for line in lines.read().splitlines()]
-        return [(what, uid, float(when)) for what, uid, when in found], lines.tell()
+        return [(what, adapter_id, float(when)) for what, adapter_id, when in found], lines.tell()
 
 
 def cold_chats(noted: Sequence[tuple[str, str, float]], ttft_s: Sequence[float]) -> list[Cold]:
@@ -92,11 +92,11 @@ def cold_chats(noted: Sequence[tuple[str, str, float]], ttft_s: Sequence[float])
     Raises:
         RuntimeError: There are not as many of them.
     """
-    copied = {uid for what, uid, _ in noted if what == "copied"}
+    copied = {adapter_id for what, adapter_id, _ in noted if what == "copied"}
     by_adapter: dict[str, dict[str, float]] = {}
-    for what, uid, when_s in noted:
-        if uid in copied:
-            by_adapter.setdefault(uid, {}).setdefault(what, when_s)
+    for what, adapter_id, when_s in noted:
+        if adapter_id in copied:
+            by_adapter.setdefault(adapter_id, {}).setdefault(what, when_s)
     chats = sorted(by_adapter.values(), key=lambda at: at["arrived"])
     if len(chats) != len(ttft_s):
         raise RuntimeError(f"{len(chats)} adapters were copied for {len(ttft_s)} cold chats")

@@ -82,37 +82,37 @@ class Bench:
         block_bytes = block_bytes_for(image_bytes // RANK)
         arena_bytes = 3 * (image_bytes + block_bytes)
         memory = lazy_memory(arena_bytes) if dry_run else page_locked_memory(arena_bytes)
-        host = HostTier(HostArena(memory, block_bytes), lambda uid: 0.0)
+        host = HostTier(HostArena(memory, block_bytes), lambda adapter_id: 0.0)
         self.residency = Residency(cache.tree, self.dtype, host, self.forward)
         self.images = {}
         for i in range(3):
             weights = torch.randn(self.layers * sum(layout.plane_elems)).to(self.dtype)
             chunks = (weights.view(torch.uint8),)
             image = AdapterImage(layout, self.dtype, self.layers, chunks, 1.0, f"version {i}")
-            uid = self.images_uid(i)
-            self.images[uid] = image
-            source = AdapterSource(uid, uid, layout, image.nbytes, False, image=image)
+            adapter_id = self.images_uid(i)
+            self.images[adapter_id] = image
+            source = AdapterSource(adapter_id, adapter_id, layout, image.nbytes, False, image=image)
             self.residency.register(source)
 
     @staticmethod
     def images_uid(i: int) -> str:
         return f"{i:08}"
 
-    def bring(self, uid: str) -> tuple[Any, float]:
+    def bring(self, adapter_id: str) -> tuple[Any, float]:
         """The copy, under way, and seconds of the scheduler's thread."""
         started = time.perf_counter()
-        assert self.residency.start_copy(uid)
-        return self.residency.copies[uid], time.perf_counter() - started
+        assert self.residency.start_copy(adapter_id)
+        return self.residency.copies[adapter_id], time.perf_counter() - started
 
-    def settle(self, uid: str) -> None:
-        self.residency.copies[uid].synchronize()
-        code = self.residency.copies[uid].code
-        assert self.residency.settle(uid, code) is None
+    def settle(self, adapter_id: str) -> None:
+        self.residency.copies[adapter_id].synchronize()
+        code = self.residency.copies[adapter_id].code
+        assert self.residency.settle(adapter_id, code) is None
 
-    def evict(self, uid: str) -> torch.Tensor:
+    def evict(self, adapter_id: str) -> torch.Tensor:
         """Its slots, which are free then."""
-        slots = self.residency.core.node_of(uid).slots
-        result = self.residency.core.displace(uid)
+        slots = self.residency.core.node_of(adapter_id).slots
+        result = self.residency.core.displace(adapter_id)
         self.residency.cache._apply_eviction_result(result)
         return slots
 
@@ -120,8 +120,8 @@ class Bench:
         """What lies there in both planes, ``[2, slots * elements]``."""
         return torch.stack([plane[layer][slots].reshape(-1) for plane in self.planes])
 
-    def is_there(self, uid: str, found: torch.Tensor, layer: int) -> bool:
-        image = self.images[uid]
+    def is_there(self, adapter_id: str, found: torch.Tensor, layer: int) -> bool:
+        image = self.images[adapter_id]
         wanted = image.layer(layer).split(image.layout.plane_elems)
         return all(
             torch.equal(row[: len(part)].cpu(), part)
@@ -154,38 +154,38 @@ class Bench:
         return kept and arrived
 
     def layers_are_awaited(self) -> bool:
-        uid = self.images_uid(0)
-        copy, _ = self.bring(uid)
-        slots = self.residency.core.node_of(uid).slots
+        adapter_id = self.images_uid(0)
+        copy, _ = self.bring(adapter_id)
+        slots = self.residency.core.node_of(adapter_id).slots
         with self.module.stream(self.forward):
             read = []
             for layer in range(self.layers):
                 copy.wait_layer(layer)
                 read.append(self.in_slots(slots, layer))
-        self.settle(uid)
-        self.evict(uid)
-        return all(self.is_there(uid, found, layer) for layer, found in enumerate(read))
+        self.settle(adapter_id)
+        self.evict(adapter_id)
+        return all(self.is_there(adapter_id, found, layer) for layer, found in enumerate(read))
 
     def times(self, rounds: int) -> dict[str, list[float]]:
         """Seconds, a sample per copy: launch, whole copy, until the first layer is there."""
-        uid = self.images_uid(0)
+        adapter_id = self.images_uid(0)
         took: dict[str, list[float]] = {"launch_s": [], "copy_s": [], "first_layer_s": []}
         for _ in range(rounds):
-            copy, launch_s = self.bring(uid)
+            copy, launch_s = self.bring(adapter_id)
             copy.synchronize()
             took["launch_s"].append(launch_s)
             if self.device == "cuda":
                 took["copy_s"].append(copy.seconds())
                 first = copy.pieces[0][1]
                 took["first_layer_s"].append(copy.begun.elapsed_time(first) / 1e3)
-            self.settle(uid)
-            self.evict(uid)
+            self.settle(adapter_id)
+            self.evict(adapter_id)
         return took
 
     def beside_a_batch(self, rounds: int) -> dict[str, list[float]]:
         """Seconds of the same batch, alone and with a copy beside it, in turns."""
         took: dict[str, list[float]] = {"alone_s": [], "with_copy_s": []}
-        uid = self.images_uid(0)
+        adapter_id = self.images_uid(0)
         for i in range(2 * rounds):
             begun, ended = self.event(), self.event()
             with self.module.stream(self.forward):
@@ -193,9 +193,9 @@ class Bench:
                 self.batch(10)
                 ended.record(self.forward)
             if i % 2:
-                self.bring(uid)
-                self.settle(uid)
-                self.evict(uid)
+                self.bring(adapter_id)
+                self.settle(adapter_id)
+                self.evict(adapter_id)
             ended.synchronize()
             if self.device == "cuda":
                 name = "with_copy_s" if i % 2 else "alone_s"

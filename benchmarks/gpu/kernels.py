@@ -222,7 +222,7 @@ def rightness(
         for *_, work in bench_page_copy.cases(pool):
             work()
     else:
-        copies += bench_page_copy.measure(pool, rates)
+        copies += bench_page_copy.measured(pool, rates)
     del pool
     results.write("page_copy", copies)
     return graphs, copies

@@ -49,13 +49,15 @@ def sample(scheduler: Any) -> dict[str, int]:
     """Slots of the KV pool by what is in them, and how many adapters are on the device."""
     kv, adapters = contents(scheduler.tree_cache.tree_core.root_node)
     slab = _lora_pool(scheduler).uid_to_buffer_id
-    resident = set(adapters) or {uid for uid in slab if uid is not None}
+    resident = set(adapters) or {adapter_id for adapter_id in slab if adapter_id is not None}
     allocator = scheduler.token_to_kv_pool_allocator
     cached, adapter_slots = kv.total(), sum(adapters.values())
     return {
         "kv_tokens_device": cached,
         "kv_tokens_invalid": sum(
-            tokens for uid, tokens in kv.items() if uid is not None and uid not in resident
+            tokens
+            for adapter_id, tokens in kv.items()
+            if adapter_id is not None and adapter_id not in resident
         ),
         "kv_tokens_uncached": allocator.size - allocator.available_size() - cached - adapter_slots,
         "adapter_slots": adapter_slots,
@@ -76,8 +78,8 @@ def contents(root: Any) -> tuple[Counter[str | None], Counter[str | None]]:
         stack += node.children.values()
         value = node.component_data[0].value
         if value is not None and len(value) > 0:
-            uid = adapter_of(node.key.extra_key)
-            (kv if len(node.key) > 0 else adapters)[uid] += len(value)
+            adapter_id = adapter_of(node.key.extra_key)
+            (kv if len(node.key) > 0 else adapters)[adapter_id] += len(value)
     return kv, adapters
 
 

@@ -22,7 +22,7 @@ from sglang_elora.pages import (
     KVPlanes,
     ModuleShape,
     PagedAdapter,
-    PageTable,
+    SlotTable,
     stacked_modules,
 )
 
@@ -73,7 +73,7 @@ class CaseWorld:
         begin = 0
         for layout, count in zip(layouts, counts, strict=True):
             for order, adapters in ((mixed, world.scattered), (straight, world.contiguous)):
-                table = PageTable(order[begin : begin + count])
+                table = SlotTable(order[begin : begin + count])
                 adapters.append(PagedAdapter(layout, table, planes, 0.5))
             begin += count
         return world

@@ -4,8 +4,8 @@
 
 The trace is played in its own time, each request for itself: what of its prompt is cached is free,
 the rest costs ``--recompute-us`` per token, an adapter that is not there costs ``--load-us`` per
-slot. Tree, forest, policies and their learning are the server's own; queues, batches and a host
-tier for KV are not in it.
+slot. Tree, policies and their learning are the server's own; queues, batches and a host tier for KV
+are not in it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Replay:
         context = PolicyContext(
             self.costs,
             needed_adapters=lambda: self.popularity.expected_distinct(self.batch),
-            resident_adapters=lambda: self.core.forest.num_resident,
+            resident_adapters=lambda: self.core.adapter_table.num_resident,
             is_held=self.core.is_held,
         )
         options: dict[str, Any] = {}
@@ -71,9 +71,9 @@ class Replay:
         return make_policy(kind, context, **options)
 
     def run(self, trace: Trace, warm_up: float = 0.2) -> Outcome:
-        for uid in {session.adapter for session in trace.sessions}:
-            slots = adapter_slots(uid)
-            self.core.forest.register(uid, num_slots=slots, pinned=False, version="1")
+        for adapter_id in {session.adapter for session in trace.sessions}:
+            slots = adapter_slots(adapter_id)
+            self.core.adapter_table.register(adapter_id, num_slots=slots, pinned=False, version="1")
         events: list[tuple[float, int, int]] = [(s.start_s, s.number, 0) for s in trace.sessions]
         heapq.heapify(events)
         lost = hits = prompts = loads = requests = 0.0
@@ -96,19 +96,19 @@ class Replay:
 
     def _turn(self, session: Session, i: int) -> tuple[int, int, int]:
         """(slots loaded, tokens found, tokens of the prompt)."""
-        uid = session.adapter
-        adapter, loaded = self.core.forest.get(uid), 0
-        self.popularity.use(uid)
+        adapter_id = session.adapter
+        adapter, loaded = self.core.adapter_table.get(adapter_id), 0
+        self.popularity.use(adapter_id)
         if not adapter.resident:
             self._make_room(adapter.num_slots)
-            self.core.place(uid, self.cache.allocator.alloc(adapter.num_slots))
+            self.core.place(adapter_id, self.cache.allocator.alloc(adapter.num_slots))
             loaded = adapter.num_slots
         tokens = list(session.system)
         for turn in session.turns[: i + 1]:
             tokens += turn.new_tokens
             if turn is not session.turns[i]:
                 tokens += _answer(session, turn.num_output)
-        namespace = namespace_of(uid)
+        namespace = namespace_of(adapter_id)
         match = self.cache.match(tokens, namespace)
         hit = match.device_prefix_len
         self.core.refresh_order()

@@ -82,8 +82,8 @@ def timed() -> None:
     scheduler and taken into a batch, and its copy began."""
     out = open(os.environ["MOMENTS"], "a", buffering=1)
 
-    def note(what: str, uid: str) -> None:
-        out.write(f"{what} {uid} {time.monotonic()}\n")
+    def note(what: str, adapter_id: str) -> None:
+        out.write(f"{what} {adapter_id} {time.monotonic()}\n")
 
     def arrived(self: Any, names: Any, *_: Any) -> None:
         if isinstance(names, str) and (ref := self._ref(names)) is not None:
@@ -97,17 +97,23 @@ def timed() -> None:
         "sglang_elora.srt.tokenizer.tokenizer_control.TokenizerControl.announce", arrived, "BEFORE"
     )
     _hook("sglang.srt.managers.scheduler.Scheduler.handle_generate_request", received, "BEFORE")
-    _hook(f"{_COPY_STREAM}.CopyStream.start", lambda self, uid, *_: note("copied", uid), "BEFORE")
+    _hook(
+        f"{_COPY_STREAM}.CopyStream.start",
+        lambda self, adapter_id, *_: note("copied", adapter_id),
+        "BEFORE",
+    )
     _hook(
         "sglang_elora.srt.scheduler.swapper.Swapper.used",
-        lambda self, uid: note("taken", uid),
+        lambda self, adapter_id: note("taken", adapter_id),
         "BEFORE",
     )
 
 
 def timed_without_hints() -> None:
     timed()
-    _hook("sglang_elora.control.hint_gate.HintGate.passing", lambda self, adapters: [], "REPLACE")
+    _hook(
+        "sglang_elora.control.hint_limiter.HintLimiter.admit", lambda self, adapters: [], "REPLACE"
+    )
 
 
 HINTS_PER_S = 10_000
@@ -189,14 +195,14 @@ class _Branches:
             if self.tracker[component.component_type] >= self._num_tokens:
                 return None
         leaf = self._victims.next()
-        if leaf is not None and leaf.item.group is not None and not leaf.item.is_adapter:
-            self._open, component._tokens_wanted = leaf.item.group, sys.maxsize
+        if leaf is not None and leaf.entry.group is not None and not leaf.entry.is_adapter:
+            self._open, component._tokens_wanted = leaf.entry.group, sys.maxsize
         return leaf
 
 
-def _leaf_under(core: Any, uid: str) -> Any:
+def _leaf_under(core: Any, adapter_id: str) -> Any:
     """Of the adapter's part of the tree, the adapter itself last; None if what is left is held."""
-    nodes = [core.node_of(uid)]
+    nodes = [core.node_of(adapter_id)]
     for node in nodes:  # grows while it is read
         nodes += node.children.values()
     return next((n for n in reversed(nodes) if n in core.evictable_device_leaves), None)

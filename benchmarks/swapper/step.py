@@ -42,7 +42,7 @@ from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importabl
 ensure_torchvision_importable()
 
 from sglang_elora.bench.machine import machine  # noqa: E402
-from tests.harness.swapper_world import Admission, SwapperWorld, uid  # noqa: E402
+from tests.harness.swapper_world import Admission, SwapperWorld, adapter_id  # noqa: E402
 
 RESIDENT = 64  # as many as the pool was sized for
 ADAPTER_SLOTS = 128
@@ -99,19 +99,19 @@ class Bench:
             policy=policy,
             num_layers=NUM_LAYERS,
         )
-        self._names = [uid(i) for i in range(num_adapters)]
+        self._names = [adapter_id(i) for i in range(num_adapters)]
         self._num_loaded = num_adapters
         self.admission = Admission(self.world.residency, self.world.swapper, MAX_ADAPTERS)
         self._conversations = 0
         self._put_off: list[Callable[[], None]] = []
         self._put_copies_off()
         for i in range(RESIDENT):
-            self.world.arrive(uid(i), PROMPT_TOKENS)
+            self.world.arrive(adapter_id(i), PROMPT_TOKENS)
             self.world.step()
             self._copy()
             self.world.waiting.clear()
         while self.world.cache.allocator.available_size() >= LEAF_TOKENS:
-            self._cache_kv(uid(self._rng.randrange(RESIDENT)))
+            self._cache_kv(adapter_id(self._rng.randrange(RESIDENT)))
 
     def run(self, num_steps: int, gc_mode: str, clock: Clock) -> None:
         """Run so many scheduler iterations, each call of which ``clock`` times."""
@@ -175,7 +175,7 @@ class Bench:
         free = [i for i, name in enumerate(self._names) if name not in wanted]
         if not free:
             return
-        i, new = self._rng.choice(free), uid(self._num_loaded)
+        i, new = self._rng.choice(free), adapter_id(self._num_loaded)
         clock.time("retire", lambda: self.world.residency.retire(self._names[i]))
         clock.time("register", lambda: self.world.load(new))
         self._names[i] = new

@@ -84,7 +84,7 @@ class Bench:
         """An adapter of 1,000 slots leaves; SGLang's caches hold none."""
         cache = self.caches["elora"]
         core = cache.tree.tree_core
-        core.forest.register("adapter", num_slots=EVICT_TOKENS, pinned=False, version="")
+        core.adapter_table.register("adapter", num_slots=EVICT_TOKENS, pinned=False, version="")
         took_us: list[float] = []
         for _ in range(rounds):
             cache.evict(max(0, EVICT_TOKENS - cache.allocator.available_size()))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sglang_elora.pages import HostMemoryFull, ModuleShape
-from tests.harness.swapper_world import SwapperWorld, uid
+from tests.harness.swapper_world import SwapperWorld, adapter_id
 
 RANK_BYTES = 100_000
 SLOTS = 64
@@ -106,11 +106,11 @@ def test_memory_that_cuda_cannot_lock_ends_the_start_and_names_the_flag(
 
 def test_an_image_is_needed_while_a_request_waits_and_the_weights_are_not_on_the_device() -> None:
     made = SwapperWorld(4 * SLOTS, num_adapters=3, adapter_slots=SLOTS)
-    position = made.core.forest.image_position
-    assert position(uid(1)) == math.inf
-    made.core.orders.set_queue_position(made.core.node_of(uid(1)), 7)
-    assert position(uid(1)) == 7
-    made.arrive(uid(1))
+    position = made.core.adapter_table.image_position
+    assert position(adapter_id(1)) == math.inf
+    made.core.orders.set_queue_position(made.core.node_of(adapter_id(1)), 7)
+    assert position(adapter_id(1)) == 7
+    made.arrive(adapter_id(1))
     made.step()
-    assert made.is_resident(uid(1)) and position(uid(1)) == math.inf
+    assert made.is_resident(adapter_id(1)) and position(adapter_id(1)) == math.inf
     made.check()

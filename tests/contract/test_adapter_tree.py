@@ -88,9 +88,9 @@ def test_pinned_adapters_stay_until_they_are_unloaded() -> None:
 
 def test_the_same_tokens_under_two_adapters_are_two_paths() -> None:
     cache = AdapterCache()
-    for uid in ("a", "b"):
-        cache.add(uid, 20)
-        cache.load(uid)
+    for adapter_id in ("a", "b"):
+        cache.add(adapter_id, 20)
+        cache.load(adapter_id)
     cache.chat(range(30), "a")
     assert cache.match(range(30), namespace_of("b")).device_prefix_len == 0
     assert cache.match(range(30)).device_prefix_len == 0
@@ -104,7 +104,7 @@ def test_extra_keys_share_the_adapter() -> None:
     cache.load("a")
     for salt in ("x", "y"):
         cache.insert(range(30), namespace_of("a", salt))
-    assert cache.forest.get("a").device_tokens == 60
+    assert cache.adapter_table.get("a").device_tokens == 60
     cache.unload("a")
     assert cache.allocator.available_size() == 400
     cache.check()
@@ -119,10 +119,10 @@ def test_unload_takes_what_nothing_holds_and_the_rest_later() -> None:
     node = cache.match(range(10), namespace_of("a")).last_device_node
     receipt = cache.lock(node)
     cache.unload("a")
-    assert "a" in cache.forest and cache.forest.get("a").device_tokens == 10
+    assert "a" in cache.adapter_table and cache.adapter_table.get("a").device_tokens == 10
     cache.check()
     cache.unlock(node, receipt)
-    assert cache.purge("a") and "a" not in cache.forest
+    assert cache.purge("a") and "a" not in cache.adapter_table
     assert cache.left == ["a"] and cache.allocator.available_size() == 400
     cache.check()
 
@@ -130,7 +130,7 @@ def test_unload_takes_what_nothing_holds_and_the_rest_later() -> None:
 def test_kv_that_comes_after_unload_is_purged() -> None:
     cache = AdapterCache()
     cache.insert(range(30), namespace_of("gone"))
-    assert cache.forest.get("gone").retired
+    assert cache.adapter_table.get("gone").retired
     cache.check()
     assert cache.purge("gone")
     cache.check()
@@ -140,14 +140,14 @@ def test_reset_forgets_pages_and_kv_but_not_adapters() -> None:
     cache = AdapterCache()
     cache.add("a", 20)
     cache.add("b", 20, pinned=True)
-    for uid in ("a", "b"):
-        cache.load(uid)
-        cache.chat(range(30), uid)
+    for adapter_id in ("a", "b"):
+        cache.load(adapter_id)
+        cache.chat(range(30), adapter_id)
     cache.tree.reset()
     cache.allocator.clear()
     cache.check()
     assert cache.left == ["a", "b"]
-    assert [(a.uid, a.resident, a.device_tokens) for a in cache.forest] == [
+    assert [(a.adapter_id, a.resident, a.device_tokens) for a in cache.adapter_table] == [
         ("a", False, 0),
         ("b", False, 0),
     ]
@@ -175,7 +175,7 @@ def test_the_check_finds_kv_without_its_adapter() -> None:
 def test_the_check_finds_a_wrong_count() -> None:
     cache = AdapterCache()
     cache.insert(range(30))
-    cache.forest.count_kv(cache.forest.base, device=-1, host=0)
+    cache.adapter_table.count_kv(cache.adapter_table.base, device=-1, host=0)
     with pytest.raises(AssertionError, match="holds \\[30, 0\\] tokens"):
         cache.check()
 
@@ -183,7 +183,7 @@ def test_the_check_finds_a_wrong_count() -> None:
 def test_the_check_finds_a_wrong_sum() -> None:
     cache = AdapterCache()
     cache.insert(range(30))
-    cache.forest.device_tokens -= 1
+    cache.adapter_table.device_tokens -= 1
     with pytest.raises(AssertionError, match="'device_tokens': 29"):
         cache.check()
 
@@ -204,8 +204,8 @@ def test_random_histories(seed: int, policy: str) -> None:
             ["chat", "lock", "unlock", "evict", "add", "unload", "reset"],
             weights=[50, 12, 12, 10, 6, 4, 0.5],
         )[0]
-        tokens, uid = rng.choice(paths[-20:])
-        if uid is not None and uid not in names:
+        tokens, adapter_id = rng.choice(paths[-20:])
+        if adapter_id is not None and adapter_id not in names:
             continue
         if kind == "add":
             serial += 1
@@ -214,26 +214,26 @@ def test_random_histories(seed: int, policy: str) -> None:
             paths.append(((), names[-1]))
         elif kind == "chat":
             tokens += tuple(rng.randint(1, 3) for _ in range(rng.randint(1, 30)))
-            if (uid is None or cache.load(uid)) and cache.chat(tokens, uid):
-                paths.append((tokens, uid))
+            if (adapter_id is None or cache.load(adapter_id)) and cache.chat(tokens, adapter_id):
+                paths.append((tokens, adapter_id))
                 seen["chat"] += 1
-        elif kind == "lock" and (uid is None or cache.load(uid)):
-            namespace = None if uid is None else namespace_of(uid)
+        elif kind == "lock" and (adapter_id is None or cache.load(adapter_id)):
+            namespace = None if adapter_id is None else namespace_of(adapter_id)
             node = cache.match(tokens, namespace).last_device_node
             locks.append((node, cache.lock(node)))
         elif kind == "unlock" and locks:
             cache.unlock(*locks.pop(rng.randrange(len(locks))))
         elif kind == "evict":
             cache.evict(rng.randint(1, 150))
-        elif kind == "unload" and uid is not None:
-            names.remove(uid)
-            cache.unload(uid)
+        elif kind == "unload" and adapter_id is not None:
+            names.remove(adapter_id)
+            cache.unload(adapter_id)
             seen["unload"] += 1
         elif kind == "reset" and not locks:
             cache.tree.reset()
             cache.allocator.clear()
-        for adapter in cache.forest.retired:
-            cache.purge(str(adapter.uid))
+        for adapter in cache.adapter_table.retired:
+            cache.purge(str(adapter.adapter_id))
         cache.check()
     for lock in locks:
         cache.unlock(*lock)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from tests.harness.swapper_world import MAX_BYPASS, Admission, SwapperWorld, uid
+from tests.harness.swapper_world import MAX_BYPASS, Admission, SwapperWorld, adapter_id
 
 SLOTS = 64  # of an adapter
 
@@ -47,7 +47,7 @@ def one_pass(
 
 def test_a_request_that_many_after_it_have_passed_holds_back_those_after_it_only() -> None:
     made = admission()
-    cold = request(uid(0))  # whose adapter is on the host
+    cold = request(adapter_id(0))  # whose adapter is on the host
     for _ in range(MAX_BYPASS):
         first, last = request(None), request(None)
         assert one_pass(made, [first, cold, last]) == [first, last]
@@ -62,7 +62,7 @@ def test_requests_before_a_cold_one_in_the_queue_do_not_count_as_passing_it() ->
     """A queue longer than the swapper's lookahead: if they did, the cold request would hold back
     the queue before the swapper sees it, and nothing would ever run again."""
     made = admission()
-    cold, after = request(uid(0)), request(None)
+    cold, after = request(adapter_id(0)), request(None)
     waiting = [*(request(None) for _ in range(3 * MAX_BYPASS)), cold, after]
     while waiting[0] is not cold:
         assert one_pass(made, waiting, most=1) == waiting[:1]
@@ -72,7 +72,7 @@ def test_requests_before_a_cold_one_in_the_queue_do_not_count_as_passing_it() ->
 
 def test_a_request_that_is_not_asked_about_is_not_passed() -> None:
     made = admission()
-    cold, after = request(uid(0)), request(None)
+    cold, after = request(adapter_id(0)), request(None)
     assert one_pass(made, [cold, after]) == [after]
     for _ in range(2 * MAX_BYPASS):  # the batch is full before it is its turn
         assert len(one_pass(made, [request(None), cold, after], most=1)) == 1
@@ -81,7 +81,7 @@ def test_a_request_that_is_not_asked_about_is_not_passed() -> None:
 
 def test_a_request_that_was_aborted_no_longer_holds_back_the_others() -> None:
     made = admission()
-    cold, others = request(uid(0)), [request(None) for _ in range(MAX_BYPASS)]
+    cold, others = request(adapter_id(0)), [request(None) for _ in range(MAX_BYPASS)]
     assert one_pass(made, [cold, *others]) == others
     assert one_pass(made, [cold, *others]) == []
     assert one_pass(made, others) == others
@@ -90,14 +90,14 @@ def test_a_request_that_was_aborted_no_longer_holds_back_the_others() -> None:
 def test_nothing_is_kept_of_requests_that_were_refused_and_aborted() -> None:
     made = admission()
     for _ in range(3):
-        assert one_pass(made, [request(uid(0), str(i)) for i in range(2000)]) == []
+        assert one_pass(made, [request(adapter_id(0), str(i)) for i in range(2000)]) == []
     kept = [value for value in vars(made).values() if isinstance(value, dict | list | set)]
     assert kept == [], kept
 
 
 def test_the_work_of_a_pass_is_in_proportion_to_the_queue_while_a_request_holds_it_back() -> None:
     made = admission()
-    cold, others = request(uid(0)), [request(None) for _ in range(MAX_BYPASS)]
+    cold, others = request(adapter_id(0)), [request(None) for _ in range(MAX_BYPASS)]
     one_pass(made, [cold, *others])
     num_compared = 0
 
@@ -114,7 +114,7 @@ def test_the_work_of_a_pass_is_in_proportion_to_the_queue_while_a_request_holds_
 
 def test_a_request_that_is_retracted_counts_its_next_wait_by_itself() -> None:
     made = admission()
-    counts, req = made.residency.core.counts, request(uid(0))
+    counts, req = made.residency.core.counts, request(adapter_id(0))
     assert one_pass(made, [req]) == []
     req.lora_id = None
     for _ in range(2):
@@ -124,17 +124,17 @@ def test_a_request_that_is_retracted_counts_its_next_wait_by_itself() -> None:
 
 def test_a_request_that_is_retracted_is_not_passed_by_as_many_again() -> None:
     made = admission()
-    req, other = request(uid(0)), request(None)
+    req, other = request(adapter_id(0)), request(None)
     for _ in range(MAX_BYPASS):
         assert one_pass(made, [req, other]) == [other]
     req.lora_id = None  # its adapter is there
     assert one_pass(made, [req, other]) == [req, other]
-    req.lora_id = uid(0)  # it was retracted, and its adapter evicted
+    req.lora_id = adapter_id(0)  # it was retracted, and its adapter evicted
     assert one_pass(made, [req, other]) == []
 
 
 def test_the_adapters_of_the_batch_are_counted_without_a_copy_of_them_per_request() -> None:
     made = admission()
     running: Any = Running({None, *(f"other{i}" for i in range(8))})
-    assert one_pass(made, [request(uid(0)) for _ in range(2000)], running) == []
+    assert one_pass(made, [request(adapter_id(0)) for _ in range(2000)], running) == []
     assert running.num_copies == 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sglang_elora.tree import namespace_of
-from tests.harness.swapper_world import EVICT_LEAVES, PURGE_NODES, SwapperWorld, uid
+from tests.harness.swapper_world import EVICT_LEAVES, PURGE_NODES, SwapperWorld, adapter_id
 
 SLOTS = 64  # of an adapter
 
@@ -30,9 +30,9 @@ class CountedChildren(dict[Any, Any]):
 def world(num_leaves: int, num_slots: int = 8 * SLOTS) -> SwapperWorld:
     """Adapter 0 is on the device, with so many leaves of KV under one common beginning."""
     made = SwapperWorld(num_slots + num_leaves + 2, num_adapters=3, adapter_slots=SLOTS)
-    bring(made, uid(0))
+    bring(made, adapter_id(0))
     for i in range(num_leaves):
-        made.cache_kv(uid(0), [7, 8, 1000 + i])
+        made.cache_kv(adapter_id(0), [7, 8, 1000 + i])
     return made
 
 
@@ -63,9 +63,9 @@ def test_an_unload_removes_a_bounded_number_of_nodes_per_step_on_an_idle_server_
 ) -> None:
     made = world(20 * PURGE_NODES)
     nodes = num_nodes(made)
-    made.residency.retire(uid(0))
+    made.residency.retire(adapter_id(0))
     steps = 0
-    while uid(0) in made.residency.forest:
+    while adapter_id(0) in made.residency.adapter_table:
         assert nodes - PURGE_NODES <= num_nodes(made) < nodes
         assert made.swapper.is_waiting
         made.check()
@@ -86,43 +86,43 @@ def test_an_unload_removes_a_bounded_number_of_nodes_per_step_on_an_idle_server_
 
 def test_an_adapter_loaded_again_during_the_purge_of_its_old_id_keeps_its_own_kv() -> None:
     made = world(5 * PURGE_NODES)
-    made.residency.retire(uid(0))
+    made.residency.retire(adapter_id(0))
     made.load("again")
-    made.residency.names["again"] = uid(0)
+    made.residency.names["again"] = adapter_id(0)
     bring(made, "again")
     made.cache_kv("again", [7, 8, 1000])
-    assert uid(0) in made.residency.forest
+    assert adapter_id(0) in made.residency.adapter_table
     purge(made)
-    assert uid(0) not in made.residency.forest
+    assert adapter_id(0) not in made.residency.adapter_table
     assert made.cache.match([7, 8, 1000], namespace_of("again")).device_prefix_len == 3
-    assert made.residency.forest.device_tokens == 3
+    assert made.residency.adapter_table.device_tokens == 3
     made.check()
 
 
 def test_a_flush_during_a_purge_leaves_nothing_to_purge() -> None:
     made = world(5 * PURGE_NODES)
-    made.residency.retire(uid(0))
+    made.residency.retire(adapter_id(0))
     made.cache.tree.reset()
     made.cache.allocator.clear()
-    assert uid(0) not in made.residency.forest
+    assert adapter_id(0) not in made.residency.adapter_table
     made.swapper.prepare()
     assert not made.swapper.is_waiting
     made.check()
-    bring(made, uid(1))
+    bring(made, adapter_id(1))
     made.check()
 
 
 def test_what_requests_hold_is_purged_when_they_end_and_is_not_waited_for_meanwhile() -> None:
     made = world(5 * PURGE_NODES)
     nodes = [
-        made.cache.match([7, 8, 1000 + i], namespace_of(uid(0))).last_device_node
+        made.cache.match([7, 8, 1000 + i], namespace_of(adapter_id(0))).last_device_node
         for i in range(2 * PURGE_NODES)  # more than one call looks at
     ]
     receipts = [made.cache.lock(node) for node in nodes]
-    made.residency.retire(uid(0))
+    made.residency.retire(adapter_id(0))
     for _ in range(20):
         made.swapper.prepare()
-    assert made.residency.forest.get(uid(0)).device_tokens == 2 * PURGE_NODES + 2
+    assert made.residency.adapter_table.get(adapter_id(0)).device_tokens == 2 * PURGE_NODES + 2
     assert not made.swapper.is_waiting  # or an idle server would not sleep
     made.check()
     for node, receipt in zip(nodes, receipts, strict=True):
@@ -130,30 +130,30 @@ def test_what_requests_hold_is_purged_when_they_end_and_is_not_waited_for_meanwh
     made.swapper.prepare()
     assert made.swapper.is_waiting
     purge(made)
-    assert uid(0) not in made.residency.forest
+    assert adapter_id(0) not in made.residency.adapter_table
     made.check()
 
 
 def test_one_purge_in_turns_serves_all_adapters_of_which_one_is_held() -> None:
     made = world(2 * PURGE_NODES)
-    made.residency.retire(uid(0))
-    held = made.cache.lock(made.core.node_of(uid(1)).id)
-    made.residency.retire(uid(1))
-    made.residency.retire(uid(2))
+    made.residency.retire(adapter_id(0))
+    held = made.cache.lock(made.core.node_of(adapter_id(1)).id)
+    made.residency.retire(adapter_id(1))
+    made.residency.retire(adapter_id(2))
     purge(made)
-    assert [adapter.uid for adapter in made.residency.forest] == [uid(1)]
-    made.cache.unlock(made.core.node_of(uid(1)).id, held)
+    assert [adapter.adapter_id for adapter in made.residency.adapter_table] == [adapter_id(1)]
+    made.cache.unlock(made.core.node_of(adapter_id(1)).id, held)
     made.swapper.prepare()
-    assert len(made.residency.forest) == 0
+    assert len(made.residency.adapter_table) == 0
     made.check()
 
 
 def test_kv_of_an_unloaded_adapter_is_not_copied_to_the_host_when_it_is_evicted() -> None:
     made = world(4 * PURGE_NODES)
     made.core.is_write_back = True
-    (begin,) = made.core.node_of(uid(0)).children.values()
+    (begin,) = made.core.node_of(adapter_id(0)).children.values()
     leaf = next(iter(begin.children.values()))
-    made.residency.retire(uid(0))
+    made.residency.retire(adapter_id(0))
     assert not made.core._is_worth_host_copy(leaf)
     assert made.core._is_worth_host_copy(begin), "what is below it would be lost"
     made.core.is_write_back = False
@@ -161,30 +161,30 @@ def test_kv_of_an_unloaded_adapter_is_not_copied_to_the_host_when_it_is_evicted(
 
 def test_popularity_forgets_adapters_that_are_unloaded() -> None:
     made = SwapperWorld(8 * SLOTS, num_adapters=1, adapter_slots=SLOTS)
-    made.swapper.used(uid(0))
+    made.swapper.used(adapter_id(0))
     for i in range(1, 50):
-        made.load(uid(i))
-        made.swapper.used(uid(i))
-        made.residency.retire(uid(i))
-    assert len(made.measure.popularity) == 1
+        made.load(adapter_id(i))
+        made.swapper.used(adapter_id(i))
+        made.residency.retire(adapter_id(i))
+    assert len(made.measured.popularity) == 1
 
 
 def test_evicting_an_adapter_passes_over_its_kv_on_the_host_once() -> None:
     """Leaves whose KV is on the host stay children of the adapter's node."""
     num_leaves = 20 * EVICT_LEAVES
     made = world(num_leaves)
-    adapter = made.residency.forest.get(uid(0))
-    top = made.core.node_of(uid(0))
+    adapter = made.residency.adapter_table.get(adapter_id(0))
+    top = made.core.node_of(adapter_id(0))
     begin = next(iter(top.children.values()))
     begin.children = children = CountedChildren(begin.children)
     for node in top.kv_nodes.values():
         data = node.component_data[0]
         data.host_value = torch.arange(len(data.value))
-        made.residency.forest.count_kv(adapter, device=0, host=len(data.value))
+        made.residency.adapter_table.count_kv(adapter, device=0, host=len(data.value))
         made.core.recount(node)
         made.core._update_evictable_leaf_sets(node)
     children.num_seen = 0
-    made.swapper.evict_soon(uid(0))
+    made.swapper.evict_soon(adapter_id(0))
     calls = 0
     while adapter.resident:
         made.swapper.prepare()

@@ -11,8 +11,8 @@ import torch
 
 from sglang_elora.pages import AdapterImage
 from sglang_elora.platforms.emulated_link import Link
-from sglang_elora.policy import Item
-from tests.harness.swapper_world import AdapterSource, SwapperWorld, uid
+from sglang_elora.policy import CacheEntry
+from tests.harness.swapper_world import AdapterSource, SwapperWorld, adapter_id
 
 SLOTS = 64  # of an adapter
 LAYERS = 8  # so that a copy has several pieces
@@ -40,7 +40,7 @@ def clock() -> Clock:
 @pytest.fixture
 def link(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Link]:
     """An emulated link in the place of torch's streams for the time of a test."""
-    num_bytes = world().host.get(uid(0)).nbytes
+    num_bytes = world().host.get(adapter_id(0)).nbytes
     for name in ("Stream", "Event", "StreamContext", "stream", "current_stream"):
         monkeypatch.setattr(torch.cpu, name, getattr(torch.cpu, name))
     made = Link(num_bytes / COPY_S, 0.0, clock=clock, sleep=clock.sleep)
@@ -60,9 +60,9 @@ def test_a_copy_behind_a_batch_is_measured_without_the_wait_for_the_batch(
     made = world()
     for i in (0, 1):
         made.forward_stream.busy_until_s = clock.now_s + BATCH_S  # type: ignore[attr-defined]
-        made.arrive(uid(i))
+        made.arrive(adapter_id(i))
         made.step()
-        copy = made.residency.copies[uid(i)]
+        copy = made.residency.copies[adapter_id(i)]
         clock.now_s += BATCH_S
         made.step()
         assert made.residency.copies, "the copy begins when the batch ends"
@@ -70,7 +70,7 @@ def test_a_copy_behind_a_batch_is_measured_without_the_wait_for_the_batch(
         assert copy.seconds() == pytest.approx(COPY_S)
         made.step()
         assert not made.residency.copies
-    per_slot, per_copy = made.measure._link.rates()
+    per_slot, per_copy = made.measured._link.rates()
     assert SLOTS * per_slot + per_copy == pytest.approx(COPY_S, rel=0.1)
     made.check()
 
@@ -87,15 +87,15 @@ def test_bytes_that_move_before_the_wait_count_and_the_wait_does_not(
     def write_staged(*args: Any, before_slots: Any, **options: Any) -> None:
         def transfer_then_wait() -> None:
             for _ in range(num_transfers_first):
-                link.copy(made.host.get(uid(0)).nbytes)
+                link.copy(made.host.get(adapter_id(0)).nbytes)
             before_slots()
 
         write(*args, before_slots=transfer_then_wait, **options)
 
     made.residency.planes.write = write_staged  # type: ignore[method-assign]
-    made.arrive(uid(0))
+    made.arrive(adapter_id(0))
     made.step()
-    copy = made.residency.copies[uid(0)]
+    copy = made.residency.copies[adapter_id(0)]
     assert copy.seconds() == pytest.approx((1 + num_transfers_first) * COPY_S)
 
 
@@ -115,14 +115,14 @@ def test_a_copy_runs_beside_the_batch_under_way_if_its_room_was_free_before_it(
         prepare(None, server)
     if not is_free_before:
         made.cache.allocator.free(held)
-    made.arrive(uid(0))
+    made.arrive(adapter_id(0))
     made.step()
     clock.now_s += 1.5 * COPY_S
     made.step()
     assert bool(made.residency.copies) is not is_free_before
     clock.now_s += BATCH_S
     made.step()
-    assert not made.residency.copies and made.is_resident(uid(0))
+    assert not made.residency.copies and made.is_resident(adapter_id(0))
     made.check()
 
 
@@ -140,7 +140,7 @@ def failing(
         raise error
 
     if where == "page table":
-        monkeypatch.setattr(copy_stream, "PageTable", fail)
+        monkeypatch.setattr(copy_stream, "SlotTable", fail)
     elif where == "stream":
         monkeypatch.setattr(copy_stream, "make_copy_stream", fail)
     elif where == "slots":
@@ -197,20 +197,20 @@ def test_a_copy_that_cannot_be_queued_fails_its_requests_and_returns_all_it_took
     made = world()
     sent, free = answers(made, monkeypatch), made.cache.allocator.available_size()
     if pinned:
-        made.residency.pin(uid(0))
+        made.residency.pin(adapter_id(0))
     with monkeypatch.context() as patch:
         failing(made, where, error, patch)
-        made.arrive(uid(0))
+        made.arrive(adapter_id(0))
         made.step()
-    assert [(name, str(error) in text) for name, text in sent] == [(uid(0), True)]
-    assert not made.waiting and not made.residency.copies and not made.is_resident(uid(0))
+    assert [(name, str(error) in text) for name, text in sent] == [(adapter_id(0), True)]
+    assert not made.waiting and not made.residency.copies and not made.is_resident(adapter_id(0))
     assert made.cache.allocator.available_size() == free
     assert made.core.counts.adapter_copies_failed == 1
     made.check()
-    made.arrive(uid(0))  # nothing holds it: the next request has it again
+    made.arrive(adapter_id(0))  # nothing holds it: the next request has it again
     made.step()
     made.step()
-    assert made.is_resident(uid(0)) and not made.residency.copies
+    assert made.is_resident(adapter_id(0)) and not made.residency.copies
     made.check()
 
 
@@ -221,9 +221,9 @@ def test_a_copy_without_memory_for_its_slot_numbers_fails_and_returns_them(
     sent, free = answers(made, monkeypatch), made.cache.allocator.available_size()
     with monkeypatch.context() as patch:
         failing(made, "slots", MemoryError(), patch)
-        made.arrive(uid(0))
+        made.arrive(adapter_id(0))
         made.step()
-    assert [name for name, _ in sent] == [uid(0)]
+    assert [name for name, _ in sent] == [adapter_id(0)]
     assert "no memory for slots" in sent[0][1]
     assert made.cache.allocator.available_size() == free
     made.check()
@@ -236,19 +236,21 @@ def test_kv_of_a_session_is_not_loaded_under_an_adapter_whose_copy_failed(
     made = world()
     sent = answers(made, monkeypatch)
     loads: list[Any] = []
-    end = made.core.node_of(uid(0))  # stands for the end of a session: all that is asked of it
-    kv = SimpleNamespace(id=-1, evicted=True, item=Item(False, 1, uid(0)))
+    end = made.core.node_of(
+        adapter_id(0)
+    )  # stands for the end of a session: all that is asked of it
+    kv = SimpleNamespace(id=-1, evicted=True, entry=CacheEntry(False, 1, adapter_id(0)))
     monkeypatch.setattr(made.core, "find", lambda node_id: kv)
     monkeypatch.setattr(made.core, "path_of", lambda node: [kv, end])
     monkeypatch.setattr(made.cache.tree, "load_back", loads.append)
     made.swapper.planner._sessions = {end.id: 10**9}
     with monkeypatch.context() as patch:
         failing(made, "half-way", RuntimeError("launch failed"), patch)
-        made.arrive(uid(0))
+        made.arrive(adapter_id(0))
         made.step()
-    assert not loads and [name for name, _ in sent] == [uid(0)]
+    assert not loads and [name for name, _ in sent] == [adapter_id(0)]
     made.check()
-    made.arrive(uid(0))
+    made.arrive(adapter_id(0))
     made.step()
     assert len(loads) == 1, "once its copy is queued, the KV follows"
 
@@ -259,7 +261,7 @@ FP8 = torch.float8_e4m3fn
 def paged_world(page_size: int, kv_dtype: torch.dtype) -> SwapperWorld:
     """Weights are 3.4e38 in float32, whose bytes 0x7f are NaN in float8_e4m3fn."""
     made = world(page_size=page_size, kv_dtype=kv_dtype)
-    like = made.host.get(uid(0))
+    like = made.host.get(adapter_id(0))
     large = torch.full((like.nbytes,), 0x7F, dtype=torch.uint8)
     image = AdapterImage(like.layout, like.dtype, like.num_layers, (large,), 1.0, "large")
     source = AdapterSource("large", "large", image.layout, image.nbytes, False, image=image)
@@ -303,7 +305,9 @@ def test_no_bytes_that_are_nan_for_fp8_kv_stay_in_pages_that_an_adapter_leaves(
     made = paged_world(4, FP8)
     leave(made, how, monkeypatch)
     assert (
-        not made.is_resident("large") if how != "retired" else "large" not in made.residency.forest
+        not made.is_resident("large")
+        if how != "retired"
+        else "large" not in made.residency.adapter_table
     )
     assert is_finite(made)
 
@@ -377,6 +381,6 @@ def test_the_copy_stream_avoids_the_stream_that_is_current_at_the_first_copy(
     schedule = torch.cpu.Stream()
     with torch.cpu.stream(schedule):
         for i in (0, 1):
-            made.arrive(uid(i))
+            made.arrive(adapter_id(i))
             made.step()
     assert avoided == [(made.forward_stream, schedule)]

@@ -18,7 +18,7 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
-from sglang_elora.control import Changes, Counters, HintGate, Histogram, PoolState, StateMirror
+from sglang_elora.control import Changes, Counters, HintLimiter, Histogram, PoolState, StateMirror
 from sglang_elora.control.metrics import StateCollector
 
 with warnings.catch_warnings():  # SGLang's
@@ -40,7 +40,7 @@ def of_elora() -> Exported:
     pool = PoolState(**{**numbers, **lists, "counts": Counters().flat(), "load_s": Histogram()})
     mirror = StateMirror()
     mirror.apply(Changes(1, False, [], msgspec.convert(msgspec.to_builtins(pool), PoolState)), ())
-    process = SimpleNamespace(num_hints=0, gate=HintGate())
+    process = SimpleNamespace(num_hints=0, gate=HintLimiter())
     hints = TokenizerControl.counts.fget
     assert hints is not None
     registry = CollectorRegistry()

@@ -17,7 +17,7 @@ import torch
 
 from sglang_elora.pages import AdapterImage
 from tests.harness.object_sizes import sizes_of
-from tests.harness.swapper_world import AdapterSource, SwapperWorld, uid
+from tests.harness.swapper_world import AdapterSource, SwapperWorld, adapter_id
 
 with warnings.catch_warnings():  # SGLang's
     warnings.simplefilter("ignore")
@@ -40,13 +40,13 @@ class Endless:
             4 * SLOTS, num_adapters=1, adapter_slots=SLOTS, policy=policy, host_bytes=100_000
         )
         self.admission: Any = Admission(self.world.residency, self.world.swapper, max_adapters=8)
-        self.image = self.world.host.get(uid(0))
+        self.image = self.world.host.get(adapter_id(0))
         self.num_ids = 0
         self.others: list[str] = []  # loaded still
 
     def new(self) -> str:
         self.num_ids += 1
-        name = uid(self.num_ids)
+        name = adapter_id(self.num_ids)
         image = self.image
         read = partial(_read, image)
         source = AdapterSource(name, name, image.layout, image.nbytes, False, read=read)
@@ -113,7 +113,7 @@ def run(endless: Endless, num_ids: int) -> tuple[Counter[str], int]:
     """The largest sizes seen, and what the process takes at the end."""
     most: Counter[str] = Counter()
     world: Any = endless.world
-    roots = (world.residency, world.core, world.swapper, world.measure, world.host, world.cache)
+    roots = (world.residency, world.core, world.swapper, world.measured, world.host, world.cache)
     while endless.num_ids < num_ids:
         endless.cycle()
         if endless.num_ids % SAMPLE < 2:
@@ -141,5 +141,5 @@ def test_nothing_grows_with_the_ids_of_adapters(policy: str, warm_up: int, num_i
     grown = {name: (before[name], n) for name, n in after.items() if n > before[name] + MOST_MORE}
     assert not grown, grown
     assert bytes_after - bytes_before < MOST_MORE_BYTES
-    assert len(endless.world.residency.forest) <= 8
-    assert before["HostTier._entries"] and before["LeafOrder._heaps"], "it was looked at"
+    assert len(endless.world.residency.adapter_table) <= 8
+    assert before["HostTier._entries"] and before["EvictionOrder._heaps"], "it was looked at"

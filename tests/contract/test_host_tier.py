@@ -59,7 +59,7 @@ class HostTierCache(AdapterCache):
         from sglang.srt.server_args import ServerArgs
 
         from sglang_elora.policy import Elora
-        from sglang_elora.srt.measure import Measure
+        from sglang_elora.srt.measured_costs import MeasuredCosts
 
         options = {"hicache_io_backend": "direct", "hicache_mem_layout": "layer_first"}
         args = ServerArgs(
@@ -79,12 +79,12 @@ class HostTierCache(AdapterCache):
         self.host_pool = self.tree.cache_controller.mem_pool_host
         self.num_loaded_back = 0
         if with_policy:
-            policy = Elora(Measure(self.tree).costs, self.core.is_held)
+            policy = Elora(MeasuredCosts(self.tree).costs, self.core.is_held)
             self.core.use_policy(policy, NUM_SLOTS)
 
-    def chat(self, tokens: Sequence[int], uid: str | None) -> bool:
+    def chat(self, tokens: Sequence[int], adapter_id: str | None) -> bool:
         """As a request does that finds part of its prompt on the device, part of it on the host."""
-        namespace = None if uid is None else namespace_of(uid)
+        namespace = None if adapter_id is None else namespace_of(adapter_id)
         found = self.match(tokens, namespace)
         receipt, node = self.lock(found.last_device_node), found.last_device_node
         if found.host_hit_length and self.tree.load_back(found.best_match_node):
@@ -93,21 +93,21 @@ class HostTierCache(AdapterCache):
         self.make_room(len(tokens))
         slots = self.allocator.alloc(len(tokens))
         if slots is not None:
-            self.pool.k_buffer[0][slots] = kv_of(tokens, uid)
+            self.pool.k_buffer[0][slots] = kv_of(tokens, adapter_id)
             base = self._sglang.base
             self.tree.insert(base.InsertParams(key=self._key(tokens, namespace), value=slots))
         self.unlock(node, receipt)
         return slots is not None
 
-    def check_found(self, tokens: Sequence[int], uid: str | None) -> int:
+    def check_found(self, tokens: Sequence[int], adapter_id: str | None) -> int:
         """What a match returns is this prefix's KV under this adapter; its length."""
-        namespace = None if uid is None else namespace_of(uid)
+        namespace = None if adapter_id is None else namespace_of(adapter_id)
         found = self.slots(self.match(tokens, namespace), namespace)
-        expected = kv_of(tokens, uid)[: len(found)]
-        assert torch.equal(self.pool.k_buffer[0][found], expected), f"{uid} got another's KV"
+        expected = kv_of(tokens, adapter_id)[: len(found)]
+        assert torch.equal(self.pool.k_buffer[0][found], expected), f"{adapter_id} got another's KV"
         return len(found)
 
-    def evict_adapter(self, uid: str, most_leaves: int) -> None:
+    def evict_adapter(self, adapter_id: str, most_leaves: int) -> None:
         """As ``/elora/evict_adapter`` does."""
         from sglang.srt.mem_cache.unified_cache import unified_tree_core_interface as interface
 
@@ -116,7 +116,7 @@ class HostTierCache(AdapterCache):
 
         freed = interface.BaseEvictionResult()
         for _ in range(100):
-            if branches.evict(self.core, uid, most_leaves, parts_of(freed)):
+            if branches.evict(self.core, adapter_id, most_leaves, parts_of(freed)):
                 break
         self.tree._apply_eviction_result(freed)
 
@@ -135,9 +135,9 @@ class HostTierCache(AdapterCache):
             assert node in node.parent.children.values(), f"{node.id} cannot be reached"
 
 
-def kv_of(tokens: Sequence[int], uid: str | None) -> torch.Tensor:
+def kv_of(tokens: Sequence[int], adapter_id: str | None) -> torch.Tensor:
     """What stands for the KV of each token after those before it: float32 ``[tokens, 1, 1]``."""
-    values = [hash((uid, tuple(tokens[: i + 1]))) % 2**24 for i in range(len(tokens))]
+    values = [hash((adapter_id, tuple(tokens[: i + 1]))) % 2**24 for i in range(len(tokens))]
     return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
 
 
@@ -166,8 +166,8 @@ def test_random_histories_lose_nothing_and_mix_nothing_up(seed: int, policy: str
             ],
             weights=[50, 3, 8, 16, 10, 16, 5, 4, 0.3],
         )[0]
-        tokens, uid = rng.choice(paths[-30:])
-        if uid is not None and uid not in names:
+        tokens, adapter_id = rng.choice(paths[-30:])
+        if adapter_id is not None and adapter_id not in names:
             continue
         if kind == "add":
             names.append(f"a{step}")
@@ -175,35 +175,41 @@ def test_random_histories_lose_nothing_and_mix_nothing_up(seed: int, policy: str
             paths.append(((), names[-1]))
         elif kind == "chat":
             tokens += tuple(rng.randint(1, 3) for _ in range(rng.randint(1, 30)))
-            if (uid is None or cache.load(uid)) and cache.chat(tokens, uid):
-                paths.append((tokens, uid))
-        elif kind == "lock" and (uid is None or cache.load(uid)):
-            node = cache.match(tokens, None if uid is None else namespace_of(uid)).last_device_node
+            if (adapter_id is None or cache.load(adapter_id)) and cache.chat(tokens, adapter_id):
+                paths.append((tokens, adapter_id))
+        elif kind == "lock" and (adapter_id is None or cache.load(adapter_id)):
+            node = cache.match(
+                tokens, None if adapter_id is None else namespace_of(adapter_id)
+            ).last_device_node
             locks.append((node, cache.lock(node)))
         elif kind == "unlock" and locks:
             cache.unlock(*locks.pop(rng.randrange(len(locks))))
         elif kind == "evict":
             cache.evict(rng.choice([1, 10, 100]))
-        elif kind == "evict adapter" and uid is not None:
-            cache.evict_adapter(uid, rng.randint(1, 4))
+        elif kind == "evict adapter" and adapter_id is not None:
+            cache.evict_adapter(adapter_id, rng.randint(1, 4))
         elif kind == "events":
             cache.tree.check_hicache_events()
-        elif kind == "unload" and uid is not None:
-            names.remove(uid)
-            cache.forest.retire(uid)
+        elif kind == "unload" and adapter_id is not None:
+            names.remove(adapter_id)
+            cache.adapter_table.retire(adapter_id)
         elif kind == "reset" and not locks:
             cache.tree.reset()
             cache.allocator.clear()
-        for adapter in cache.forest.retired:
+        for adapter in cache.adapter_table.retired:
             if rng.random() < 0.3:
-                cache.purge_some(str(adapter.uid), rng.randint(1, 3))
+                cache.purge_some(str(adapter.adapter_id), rng.randint(1, 3))
         cache.check()
-        seen["found"] += cache.check_found(tokens, uid) if uid is None or uid in names else 0
+        seen["found"] += (
+            cache.check_found(tokens, adapter_id)
+            if adapter_id is None or adapter_id in names
+            else 0
+        )
         seen[kind] += 1
     cache.tree.check_hicache_events()
     for lock in locks:
         cache.unlock(*lock)
-    for adapter in cache.forest.retired:
-        assert cache.purge(str(adapter.uid)), "what nothing holds is not removed"
+    for adapter in cache.adapter_table.retired:
+        assert cache.purge(str(adapter.adapter_id)), "what nothing holds is not removed"
     cache.check()
     assert seen["found"] > 1000 and cache.num_loaded_back > 100, seen

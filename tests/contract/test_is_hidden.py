@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.contract.test_swapper import SLOTS, world
-from tests.harness.swapper_world import SwapperWorld, uid
+from tests.harness.swapper_world import SwapperWorld, adapter_id
 
 
 class Adder:
@@ -25,11 +25,11 @@ def with_two_copies(made: SwapperWorld, prompt_tokens: int) -> Any:
 
     A batch takes 1 s, and 0.1 s per token.
     """
-    costs = made.measure.costs
+    costs = made.measured.costs
     costs.batch, costs.recompute = 1.0, 0.1
     costs.load, costs.load_latency = 2.0 / SLOTS, 0.05
-    made.arrive(uid(0))
-    req = made.arrive(uid(1), prompt_tokens)
+    made.arrive(adapter_id(0))
+    req = made.arrive(adapter_id(1), prompt_tokens)
     made.step()
     return req
 
@@ -40,10 +40,10 @@ def test_a_batch_need_not_wait_for_a_copy_that_its_prefill_hides(
 ) -> None:
     made = world(8 * SLOTS)
     req = with_two_copies(made, prompt_tokens)
-    copy = made.residency.copies[uid(1)]
+    copy = made.residency.copies[adapter_id(1)]
     busy: Any = Adder()
     assert made.swapper.is_hidden(copy, req, busy) is hidden
-    assert made.swapper.is_hidden(made.residency.copies[uid(0)], req, busy)
+    assert made.swapper.is_hidden(made.residency.copies[adapter_id(0)], req, busy)
     idle = SimpleNamespace(can_run_list=[], running_batch=SimpleNamespace(is_empty=lambda: True))
     assert made.swapper.is_hidden(copy, req, idle)  # there is nothing else to do
 
@@ -53,7 +53,7 @@ def test_is_hidden_counts_no_computation_of_a_batch_that_a_prefill_graph_replays
     made = world(8 * SLOTS)
     req = with_two_copies(made, 100)
     made.residency.replays_prefill_graph = lambda requests, tokens: requests <= 2 and tokens <= 60
-    copy = made.residency.copies[uid(1)]
+    copy = made.residency.copies[adapter_id(1)]
     for adder, hidden in (
         (Adder(), True),  # 110 tokens: more than the graph takes
         (Adder(chunk=50), False),  # a chunk of 50 of them is replayed
@@ -70,7 +70,7 @@ def test_is_hidden_counts_batches_launched_since_the_copy_was_started() -> None:
     from sglang_elora.srt.scheduler.swapper import prepare
 
     server: Any = SimpleNamespace(tree_cache=SimpleNamespace(elora=made))
-    copy, adder = made.residency.copies[uid(1)], Adder()
+    copy, adder = made.residency.copies[adapter_id(1)], Adder()
     hidden = []
     for _ in range(6):
         hidden.append(made.swapper.is_hidden(copy, req, adder))  # type: ignore[arg-type]

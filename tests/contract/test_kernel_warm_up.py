@@ -25,7 +25,7 @@ from sglang_elora.pages import (
     KVPlanes,
     ModuleShape,
     PagedAdapter,
-    PageTable,
+    SlotTable,
     WeightRef,
 )
 from tests.harness.specializations import Launches, unaligned
@@ -72,7 +72,7 @@ class Server:
 
     def adapter(self, rank: int) -> PagedAdapter:
         layout = AdapterLayout.build(rank, self.shapes, self.planes.num_planes)
-        table = PageTable(torch.zeros(layout.num_slots(self.planes.slot_elems, 1)))
+        table = SlotTable(torch.zeros(layout.num_slots(self.planes.slot_elems, 1)))
         return PagedAdapter(layout, table, self.planes, 1.0)
 
     def forward(self, segments: Sequence[tuple[Any, int]], graph: Any, num_rows: int) -> None:
@@ -213,7 +213,7 @@ def test_page_copy_of_any_adapter_is_compiled_by_warm_up(
     layout = AdapterLayout.build(rank, SHAPES[rank % 3 :: 3], num_planes)
     num_bytes = NUM_LAYERS * sum(layout.plane_elems) * dtype.itemsize
     chunks = (torch.zeros(num_bytes, dtype=torch.uint8),)
-    table = PageTable(torch.zeros(layout.num_slots(server.planes.slot_elems, 1)))
+    table = SlotTable(torch.zeros(layout.num_slots(server.planes.slot_elems, 1)))
     server.planes.write(table, AdapterImage(layout, dtype, NUM_LAYERS, chunks, 1.0, "zeros"))
     assert len(server.launches.arguments) >= 2
     assert server.launches.keys == warm

@@ -24,7 +24,7 @@ from sglang_elora.pages import (
     KVPlanes,
     ModuleShape,
     PagedAdapter,
-    PageTable,
+    SlotTable,
     WeightRef,
 )
 from tests.harness import kernel_cases
@@ -143,7 +143,7 @@ def make_adapters(dtype: torch.dtype, ranks: list[int], seed: int) -> list[Truth
         image = AdapterImage.build(
             layout, NUM_LAYERS, lambda _, name, m=matrices: m[name], dtype, scaling
         )
-        table = PageTable(
+        table = SlotTable(
             torch.tensor([numbers.pop() for _ in range(layout.num_slots(planes.slot_elems, 1))])
         )
         planes.write(table, image)
@@ -248,7 +248,7 @@ def test_rounds_as_torch_native_whoever_the_neighbours_are(
     k, v = torch.zeros(2, NUM_LAYERS, 99, 4096, dtype=dtype)
     planes = KVPlanes((k, v), dtype)
     layout = AdapterLayout.build(rank, [QKV])
-    table = PageTable(torch.arange(layout.num_slots(4096, 1)))
+    table = SlotTable(torch.arange(layout.num_slots(4096, 1)))
     planes.write(table, AdapterImage.build(layout, 2, lambda *_: (a, b), dtype, scaling))
     paged = PagedAdapter(layout, table, planes, scaling)
     x, base = whole_numbers(6, 96), whole_numbers(6, 256)

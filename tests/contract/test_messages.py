@@ -12,14 +12,14 @@ from sglang.utils import TypeBasedDispatcher
 
 from tests.harness.programs import source
 from tests.harness.run_python import RunPython
-from tests.harness.swapper_world import SwapperWorld, uid
+from tests.harness.swapper_world import SwapperWorld, adapter_id
 
 with warnings.catch_warnings():  # SGLang's
     warnings.simplefilter("ignore")
     from sglang.utils import TypeBasedDispatcher
 
     from sglang_elora.srt.messages import AdapterHint, AdapterOrder, StateRequest, Undecodable
-    from sglang_elora.srt.scheduler.control import Control
+    from sglang_elora.srt.scheduler.scheduler_control import Control
 
 
 def test_messages_are_decoded_as_they_were(run_python: RunPython) -> None:
@@ -50,7 +50,7 @@ def dropped(made: SwapperWorld) -> int:
         AdapterHint(adapters=["x", 7]),
         AdapterHint(adapters=[], sessions=[7]),
         StateRequest(version="new"),
-        AdapterOrder(do=["pin"], adapter=uid(0)),
+        AdapterOrder(do=["pin"], adapter=adapter_id(0)),
         AdapterOrder(do="pin", adapter=None),
     ],
     ids=str,
@@ -60,7 +60,7 @@ def test_what_is_no_message_is_counted_and_nothing_else(message: Any) -> None:
     assert dispatcher(message) is None
     assert dropped(made) == 1
     made.step()
-    assert made.residency.forest.num_resident == 0
+    assert made.residency.adapter_table.num_resident == 0
     made.check()
 
 
@@ -70,7 +70,7 @@ def test_ten_thousand_hints_for_nobody_leave_nothing_behind() -> None:
         dispatcher(AdapterHint(adapters=[f"nobody-{i}"]))
     made.step()
     assert made.residency.statistics()["hints_dropped"] == 10_000
-    assert not made.swapper.planner.expected
+    assert not made.swapper.planner.pending
     made.check()
 
 
@@ -79,7 +79,7 @@ def test_orders_of_broken_messages_do_what_whole_ones_may(seed: int = 0) -> None
     made, dispatcher = channel()
     rng = random.Random(seed)
     whole = [
-        pickle.dumps(AdapterOrder(do=do, adapter=uid(i)))
+        pickle.dumps(AdapterOrder(do=do, adapter=adapter_id(i)))
         for do in ("prefetch", "pin", "unpin", "evict")
         for i in range(4)
     ]

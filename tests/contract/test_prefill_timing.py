@@ -44,15 +44,17 @@ class Event:
 
 @pytest.fixture
 def measuring(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``Measure`` on a device of these streams and events."""
+    """``MeasuredCosts`` on a device of these streams and events."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from sglang_elora.srt.measure import Measure
+        from sglang_elora.srt.measured_costs import MeasuredCosts
         from sglang_elora.srt.scheduler import batch_times
     schedule_stream = Stream()
     device = SimpleNamespace(Event=Event, current_stream=lambda: schedule_stream)
     monkeypatch.setattr(torch, "get_device_module", lambda name: device)
-    return SimpleNamespace(Measure=Measure, module=batch_times, schedule_stream=schedule_stream)
+    return SimpleNamespace(
+        MeasuredCosts=MeasuredCosts, module=batch_times, schedule_stream=schedule_stream
+    )
 
 
 @pytest.mark.parametrize("enable_overlap", [True, False])
@@ -61,9 +63,9 @@ def test_prefill_is_timed_on_the_stream_that_batches_run_on(
 ) -> None:
     """``--disable-overlap-schedule`` leaves the forward stream idle."""
     forward_stream = Stream()
-    measure = measuring.Measure(SimpleNamespace(tp_world_size=1), is_async=True)
+    measure = measuring.MeasuredCosts(SimpleNamespace(tp_world_size=1), is_async=True)
     scheduler = SimpleNamespace(
-        tree_cache=SimpleNamespace(elora=SimpleNamespace(measure=measure)),
+        tree_cache=SimpleNamespace(elora=SimpleNamespace(measured=measure)),
         device="cuda",
         enable_overlap=enable_overlap,
         forward_stream=forward_stream,
@@ -93,10 +95,10 @@ def test_prefill_is_timed_on_the_stream_that_batches_run_on(
 
 def test_prefill_on_a_cpu_is_timed_by_the_clock(measuring: Any) -> None:
     """Batches run in the scheduler's thread there, and no event is made."""
-    measure = measuring.Measure(SimpleNamespace(tp_world_size=1))
+    measure = measuring.MeasuredCosts(SimpleNamespace(tp_world_size=1))
     forward_stream = Stream()
     scheduler = SimpleNamespace(
-        tree_cache=SimpleNamespace(elora=SimpleNamespace(measure=measure)),
+        tree_cache=SimpleNamespace(elora=SimpleNamespace(measured=measure)),
         forward_stream=forward_stream,
     )
     batch = SimpleNamespace(hicache_consumer_index=-1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sglang_elora.tree import LeafOrder
+from sglang_elora.tree import EvictionOrder
 from tests.harness.radix_cache import Cache, sglang
 
 NUM_SLOTS = 600
@@ -19,7 +19,7 @@ NAMESPACES = (None, None, "lora//a", "lora//b")
 def check(cache: Cache) -> None:
     cache.tree.sanity_check()
     cache.tree.tree_core.check_invariants()
-    assert isinstance(cache.tree.tree_core.evictable_device_leaves, LeafOrder)
+    assert isinstance(cache.tree.tree_core.evictable_device_leaves, EvictionOrder)
 
 
 def history(seed: int) -> Iterator[tuple[str, Any, str | None]]:
@@ -114,7 +114,7 @@ def test_other_policies_keep_sglangs_scan(policy: str) -> None:
             cache.insert([i, *range(8)])
         cache.match([5, *range(8)])
         assert cache.evict(60) >= 60
-    assert not isinstance(ours.tree.tree_core.evictable_device_leaves, LeafOrder)
+    assert not isinstance(ours.tree.tree_core.evictable_device_leaves, EvictionOrder)
     assert ours.free_slots() == theirs.free_slots()
 
 

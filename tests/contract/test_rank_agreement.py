@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from sglang_elora.pages import AdapterImage, ModuleShape
-from tests.harness.swapper_world import HEAD_DIM, AdapterSource, SwapperWorld, uid
+from tests.harness.swapper_world import HEAD_DIM, AdapterSource, SwapperWorld, adapter_id
 
 SLOTS, RANK = 64, 8
 WIDTH = SLOTS * HEAD_DIM // RANK
@@ -64,7 +64,7 @@ class Ranks:
             made.cache.tree._all_reduce = lambda tensor, op, rank=rank: self.group.all_reduce(
                 rank, tensor, op
             )
-            made.measure.refresh = lambda: False  # type: ignore[method-assign]
+            made.measured.refresh = lambda: False  # type: ignore[method-assign]
             made.scheduler._release_aborted_request = lambda req: None
             made.scheduler.ipc_channels = SimpleNamespace(
                 send_to_tokenizer=SimpleNamespace(
@@ -92,7 +92,7 @@ class Ranks:
     def know(self, name: str, reads: tuple[Read, Read]) -> None:
         """An adapter with a file, which each rank reads in its own way."""
         for made, read in zip(self.worlds, reads, strict=True):
-            image = made.host.get(uid(0))
+            image = made.host.get(adapter_id(0))
             source = AdapterSource(name, name, image.layout, image.nbytes, False, read=read)
             made.residency.register(source)
 
@@ -110,7 +110,7 @@ class Ranks:
         states = [
             (
                 [req.lora_id for req in made.waiting],
-                [adapter.resident for adapter in made.residency.forest],
+                [adapter.resident for adapter in made.residency.adapter_table],
                 list(made.residency.copies),
                 made.host.reading,
                 made.cache.allocator.available_size(),
@@ -136,7 +136,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
 
 @pytest.fixture
 def image(ranks: Ranks) -> AdapterImage:
-    return ranks.worlds[0].host.get(uid(0))
+    return ranks.worlds[0].host.get(adapter_id(0))
 
 
 def is_idle(made: SwapperWorld) -> bool:
@@ -234,16 +234,16 @@ def test_a_copy_that_one_rank_cannot_queue_is_undone_on_both(
 ) -> None:
     """Also if the ranks have agreed on an earlier copy in that step already."""
     if not is_first:
-        ranks.arrive(uid(1))
+        ranks.arrive(adapter_id(1))
         ranks.step()
     fail_to_queue(ranks.worlds[1], monkeypatch)
-    ranks.arrive(uid(0))
+    ranks.arrive(adapter_id(0))
     for _ in range(2):
         ranks.step()
-    left = [] if is_first else [uid(1)]
+    left = [] if is_first else [adapter_id(1)]
     assert all([req.lora_id for req in made.waiting] == left for made in ranks.worlds)
     assert "another rank" in ranks.sent[0][0] and "out of memory" in ranks.sent[1][0]
-    assert not any(made.is_resident(uid(0)) for made in ranks.worlds)
+    assert not any(made.is_resident(adapter_id(0)) for made in ranks.worlds)
 
 
 def test_a_step_has_one_all_reduce_at_most(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,14 +263,14 @@ def test_a_step_has_one_all_reduce_at_most(ranks: Ranks, monkeypatch: pytest.Mon
         return bool(first)
 
     assert ranks.step() == 0, "with nothing under way there is nothing to agree on"
-    ranks.arrive(uid(0))
+    ranks.arrive(adapter_id(0))
     assert ranks.step() == 1
-    assert may_run(uid(0)), "it was agreed on in the step that started it"
-    ranks.arrive(uid(1))
+    assert may_run(adapter_id(0)), "it was agreed on in the step that started it"
+    ranks.arrive(adapter_id(1))
     assert ranks.step() == 1
-    assert not may_run(uid(1))
+    assert not may_run(adapter_id(1))
     assert ranks.step() == 1
-    assert may_run(uid(1))
+    assert may_run(adapter_id(1))
 
 
 # Loading while the server runs: headers are read by each rank
@@ -305,7 +305,7 @@ def manager_of(made: SwapperWorld) -> Any:
     manager.memory_pool = SimpleNamespace(
         num_layer=1, can_support=lambda config: True, remove_lora=manager._retire
     )
-    manager._read_image = lambda *_: made.host.get(uid(0))
+    manager._read_image = lambda *_: made.host.get(adapter_id(0))
     return manager
 
 
@@ -322,7 +322,7 @@ def load(ranks: Ranks, folder: Path, between: Callable[[], None]) -> list[Any]:
     second = ranks._threads.submit(managers[1].load_lora_adapter, ref)
     results = [first.result(2 * LIVENESS_S), second.result(2 * LIVENESS_S)]
     assert len({("new" in manager.configs, *manager.lora_refs) for manager in managers}) == 1
-    assert len({"new" in made.residency.forest for made in ranks.worlds}) == 1
+    assert len({"new" in made.residency.adapter_table for made in ranks.worlds}) == 1
     ranks.check()
     return results
 
@@ -353,10 +353,10 @@ def test_an_adapter_whose_files_change_between_the_ranks_is_loaded_on_neither(
     assert [result.success for result in results] == [False, False]
     assert "another rank failed" in results[0].error_message or change != "gone"
     assert "replaced meanwhile" in results[0].error_message or change == "gone"
-    assert not any("new" in made.residency.forest for made in ranks.worlds)
+    assert not any("new" in made.residency.adapter_table for made in ranks.worlds)
     assert all(made.host.reading == () for made in ranks.worlds)
-    ranks.arrive(uid(0))
-    ranks.step_until(lambda made: made.is_resident(uid(0)) and is_idle(made))
+    ranks.arrive(adapter_id(0))
+    ranks.step_until(lambda made: made.is_resident(adapter_id(0)) and is_idle(made))
 
 
 @pytest.mark.parametrize("alpha", [16, 4])
@@ -377,7 +377,7 @@ def test_adapters_given_at_start_must_be_the_same_on_all_ranks(
 
     def bind(made: SwapperWorld) -> str:
         try:
-            managers[id(made)].bind(made.residency, made.measure)
+            managers[id(made)].bind(made.residency, made.measured)
         except ValueError as error:
             return str(error)
         return ""
@@ -393,7 +393,7 @@ def test_is_hidden_asks_sglangs_rule_for_prefill_graphs(ranks: Ranks) -> None:
         warm_up=lambda planes: None, prefill_cuda_graph_max_bs=2, prefill_cuda_graph_max_tokens=60
     )
     ranks.worlds[0].cache.tree.tp_world_size = 1
-    manager.bind(made.residency, made.measure)
+    manager.bind(made.residency, made.measured)
     rule = made.residency.replays_prefill_graph
     assert [rule(2, 60), rule(3, 60), rule(2, 61)] == [True, False, False]
     manager.lora_backend.prefill_cuda_graph_max_bs = None  # no prefill graphs were captured

@@ -215,21 +215,23 @@ def test_reads_that_drop_each_other_pin_nothing_and_stay_within_the_arena(
     rng, used, position = random.Random(0), dict.fromkeys(sources, 0.0), dict[str, float]()
     tier = HostTier(
         HostArena(lazy_memory(budget), BLOCK),
-        lambda uid: float("inf") if uid in position else used[uid],
-        lambda uid: position.get(uid, float("inf")),
+        lambda adapter_id: float("inf") if adapter_id in position else used[adapter_id],
+        lambda adapter_id: position.get(adapter_id, float("inf")),
     )
-    for uid, source in sources.items():
-        tier.add(uid, source.num_bytes, source.read)
+    for adapter_id, source in sources.items():
+        tier.add(adapter_id, source.num_bytes, source.read)
     for step in range(150):
-        position = {uid: float(i) for i, uid in enumerate(rng.sample(list(sources), 2))}
+        position = {
+            adapter_id: float(i) for i, adapter_id in enumerate(rng.sample(list(sources), 2))
+        }
         while position:
-            for uid in position:
-                tier.request(uid)
+            for adapter_id in position:
+                tier.request(adapter_id)
             settle_all(tier)
-            for uid in [uid for uid in position if uid in tier]:
-                del position[uid]  # copied to the device at once
-                used[uid] = float(step)
-                tier.lower(uid)
+            for adapter_id in [adapter_id for adapter_id in position if adapter_id in tier]:
+                del position[adapter_id]  # copied to the device at once
+                used[adapter_id] = float(step)
+                tier.lower(adapter_id)
             tier.drop_surplus()
         held = tier.arena.num_blocks - tier.arena.num_free
         assert held * BLOCK <= budget
@@ -240,9 +242,9 @@ def test_reads_that_drop_each_other_pin_nothing_and_stay_within_the_arena(
 
 def settle_all(tier: HostTier) -> None:
     while tier.reading:
-        for uid in tier.reading:
-            if (code := tier.code(uid)) != Read.UNDER_WAY:
-                assert isinstance(tier.settle(uid, code), AdapterImage)
+        for adapter_id in tier.reading:
+            if (code := tier.code(adapter_id)) != Read.UNDER_WAY:
+                assert isinstance(tier.settle(adapter_id, code), AdapterImage)
         time.sleep(0.0005)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_elora.policy import Expectation
+from sglang_elora.policy import SessionState
 from sglang_elora.tree import namespace_of
 from tests.harness.adapter_cache import AdapterCache
 from tests.harness.radix_cache import Cache
@@ -22,13 +22,13 @@ PROMPT, ANSWER = list(range(10)), list(range(100, 106))
 @pytest.fixture
 def cache() -> Iterator[AdapterCache]:
     from sglang_elora.policy import Elora
-    from sglang_elora.srt.measure import Measure
+    from sglang_elora.srt.measured_costs import MeasuredCosts
 
     made = AdapterCache()
-    made.core.use_policy(Elora(Measure(made.tree).costs, made.core.is_held), 400)
-    for uid in ("a", "b"):
-        made.add(uid, 30)
-        assert made.load(uid)
+    made.core.use_policy(Elora(MeasuredCosts(made.tree).costs, made.core.is_held), 400)
+    for adapter_id in ("a", "b"):
+        made.add(adapter_id, 30)
+        assert made.load(adapter_id)
     yield made
     made.check()
 
@@ -36,13 +36,13 @@ def cache() -> Iterator[AdapterCache]:
 class Request:
     """SGLang's ``Req`` with a row of slots, as its scheduler handles it."""
 
-    def __init__(self, cache: AdapterCache, uid: str, session: str | None = None) -> None:
+    def __init__(self, cache: AdapterCache, adapter_id: str, session: str | None = None) -> None:
         from sglang.srt.managers.schedule_batch import Req
         from sglang.srt.sampling.sampling_params import SamplingParams
 
         self.cache, self.tree = cache, cache.tree
         prompt = array("q", PROMPT)
-        self.req = Req("rid", "", prompt, SamplingParams(), extra_key=namespace_of(uid))
+        self.req = Req("rid", "", prompt, SamplingParams(), extra_key=namespace_of(adapter_id))
         self.req.session_id = session
         self.req.init_next_round_input(self.tree)
         self.req.lock = self.tree.lock(self.req.last_node)
@@ -111,10 +111,10 @@ def test_a_turn_ends_with_its_request(cache: AdapterCache) -> None:
     assert len(cache.core.sessions) == 1
     found = cache.match([*PROMPT, *ANSWER, 7], namespace_of("a"))
     end = cache.core.node_by_id(found.last_device_node)
-    path = [node.item for node in cache.core.path_of(end)]
+    path = [node.entry for node in cache.core.path_of(end)]
     assert found.device_prefix_len == len(PROMPT) + len(ANSWER)
     assert [item.num_slots for item in path] == [len(ANSWER), len(PROMPT), 30]
-    assert {item.expectation for item in path} == {Expectation.ALIVE}
+    assert {item.session_state for item in path} == {SessionState.ALIVE}
     Request(cache, "a").answer()
     assert len(cache.core.sessions) == 1, "of no session"
 

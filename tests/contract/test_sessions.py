@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_elora.policy import Expectation
+from sglang_elora.policy import SessionState
 from sglang_elora.tree import namespace_of
-from tests.harness.swapper_world import SwapperWorld, uid
+from tests.harness.swapper_world import SwapperWorld, adapter_id
 
-UNKNOWN, ALIVE, OVER, BEGINNING = Expectation
+UNKNOWN, ALIVE, OVER, BEGINNING = SessionState
 SLOTS = 64
 SYSTEM = [1, 2, 3, 4]
 
 
 def world(policy: str = "elora") -> SwapperWorld:
     made = SwapperWorld(8 * SLOTS, num_adapters=4, adapter_slots=SLOTS, policy=policy)
-    made.arrive(uid(0))
+    made.arrive(adapter_id(0))
     made.step()
     made.waiting.clear()
     made.step()
@@ -23,19 +23,19 @@ def world(policy: str = "elora") -> SwapperWorld:
 
 
 def end_of(made: SwapperWorld, tokens: list[int]) -> Any:
-    found = made.cache.match(tokens, namespace_of(uid(0)))
+    found = made.cache.match(tokens, namespace_of(adapter_id(0)))
     return made.core.node_by_id(found.last_device_node)
 
 
 def turn(made: SwapperWorld, session: str, tokens: list[int]) -> None:
-    made.cache_kv(uid(0), tokens)
+    made.cache_kv(adapter_id(0), tokens)
     made.core.sessions.turn(session, end_of(made, tokens))
 
 
-def expected(made: SwapperWorld, tokens: list[int]) -> list[Expectation]:
+def expected(made: SwapperWorld, tokens: list[int]) -> list[SessionState]:
     """From the adapter down."""
     path = made.core.path_of(end_of(made, tokens))
-    return [node.item.expectation for node in reversed(path)]
+    return [node.entry.session_state for node in reversed(path)]
 
 
 def test_what_sessions_share_is_alive_while_one_of_them_is() -> None:
@@ -60,7 +60,7 @@ def test_the_beginning_of_a_conversation_is_told_from_the_rest() -> None:
     turn(made, "a", [*SYSTEM, 5, 6])
     made.core.sessions.over("a")
     assert expected(made, [*SYSTEM, 5, 6]) == [UNKNOWN, BEGINNING, OVER]
-    made.cache_kv(uid(0), [1, 2, 9])  # of a request without a session
+    made.cache_kv(adapter_id(0), [1, 2, 9])  # of a request without a session
     assert expected(made, [*SYSTEM, 5, 6]) == [UNKNOWN, BEGINNING, OVER, OVER]
     made.check()
 
@@ -83,7 +83,7 @@ def test_a_session_outlives_its_kv_and_the_cache() -> None:
     made.core.sessions.over("a")
     assert expected(made, [*SYSTEM, 6]) == [ALIVE, ALIVE]
     made.cache.tree.reset()
-    assert made.residency.forest.get(uid(0)).item.expectation == UNKNOWN
+    assert made.residency.adapter_table.get(adapter_id(0)).entry.session_state == UNKNOWN
     made.core.sessions.over("b")
     made.check()
 
@@ -91,7 +91,7 @@ def test_a_session_outlives_its_kv_and_the_cache() -> None:
 def test_of_equal_age_what_is_over_goes_first_once_that_is_learned() -> None:
     """Sessions here go on until they are over, and then nothing comes."""
     made = world()
-    made.residency.pin(uid(0))
+    made.residency.pin(adapter_id(0))
     room = made.cache.allocator.available_size()
     for i in range(400):
         name, tokens = f"s{i}", [1000 + i]

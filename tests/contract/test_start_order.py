@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sglang_elora.pages import AdapterImage, AdapterLayout, ModuleShape, WeightRef
-from tests.harness.swapper_world import HEAD_DIM, AdapterSource, SwapperWorld, uid
+from tests.harness.swapper_world import HEAD_DIM, AdapterSource, SwapperWorld, adapter_id
 
 SLOTS, WIDTH = 64, 64 * HEAD_DIM // 8  # of an adapter of rank 8
 SHAPE = ModuleShape("o_proj", WIDTH, (WIDTH,))
@@ -91,13 +91,13 @@ class Server:
             return self.prepare(mode, [None] * ROWS, [1] * ROWS)
 
     def build_cache(self) -> None:
-        self.manager.bind(self.world.residency, self.world.measure)
+        self.manager.bind(self.world.residency, self.world.measured)
         generator = torch.Generator().manual_seed(1)
         layout = AdapterLayout.build(8, [SHAPE])
         for i in range(2):
             a, b = (torch.randn(*shape, generator=generator) for shape in ((8, WIDTH), (WIDTH, 8)))
             image = AdapterImage.build(layout, 2, lambda *_, m=(a, b): m, torch.float32, 0.5)
-            name, size = uid(i), image.nbytes
+            name, size = adapter_id(i), image.nbytes
             self.world.residency.register(
                 AdapterSource(name, name, layout, size, False, image=image)
             )
@@ -145,10 +145,10 @@ def launches(host: Any, monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], An
 
 
 BATCHES: list[list[str | None]] = [
-    [uid(0), None, uid(1)],  # while the copy of the second adapter is under way
-    [uid(1)],
+    [adapter_id(0), None, adapter_id(1)],  # while the copy of the second adapter is under way
+    [adapter_id(1)],
     [None, None],
-    [uid(1), uid(1), None, uid(0)],
+    [adapter_id(1), adapter_id(1), None, adapter_id(0)],
 ]
 
 
@@ -167,10 +167,10 @@ def test_graphs_captured_before_the_cache_replay_what_later_batches_say(
     assert len(graph) == 4 and not output.any()
 
     server.build_cache()
-    server.bring(uid(0))
-    world.arrive(uid(1))
+    server.bring(adapter_id(0))
+    world.arrive(adapter_id(1))
     world.step()
-    assert list(world.residency.copies) == [uid(1)]
+    assert list(world.residency.copies) == [adapter_id(1)]
     generator = torch.Generator().manual_seed(0)
     reference = server.backend(server.host.torch_backend)
     for ids in BATCHES:
@@ -178,9 +178,9 @@ def test_graphs_captured_before_the_cache_replay_what_later_batches_say(
         base = torch.randn(ROWS, WIDTH, generator=generator)
         output.copy_(base)
         waits = any(name in world.residency.copies for name in ids if name is not None)
-        world.measure.has_waited = False
+        world.measured.batch_waited = False
         prepared = server.prepare(mode, ids, [1] * len(ids))
-        assert world.measure.has_waited == waits
+        assert world.measured.batch_waited == waits
         if mode == "DECODE" and not any(ids):
             assert prepared is None, "SGLang replays the graph without LoRA kernels"
         else:
@@ -213,8 +213,8 @@ def test_decode_is_captured_with_lora_kernels_and_without(server: Server) -> Non
     assert active == {"lora": True, "nolora": False}
 
     server.build_cache()
-    server.bring(uid(0))
-    for ids in ([None], [None] * ROWS, [uid(0)], [None, uid(0)]):
+    server.bring(adapter_id(0))
+    for ids in ([None], [None] * ROWS, [adapter_id(0)], [None, adapter_id(0)]):
         prepared = server.prepare("DECODE", ids, [1] * len(ids))
         variant = runner._resolve_lora_variant(SimpleNamespace(lora_ids=ids))
         assert active[variant] == (prepared is not None and prepared.has_active_lora)
@@ -225,23 +225,23 @@ def test_batches_that_graphs_may_replay_reach_their_tables(server: Server) -> No
     server.manager.init_decode_cuda_graph_batch_info(max_bs_in_cuda_graph=4, num_tokens_per_req=1)
     server.manager.init_prefill_cuda_graph_batch_info(max_num_tokens=16, max_num_requests=2)
     server.build_cache()
-    server.bring(uid(0))
+    server.bring(adapter_id(0))
 
-    decode = server.prepare("DECODE", [uid(0), None], [1, 1])
+    decode = server.prepare("DECODE", [adapter_id(0), None], [1, 1])
     assert decode.graph and decode.tables.num_tiles == 1 and decode.tables.rows[0] == 0
     assert server.prepare("DECODE", [None, None], [1, 1]) is None  # another graph's
 
-    prefill = server.prepare("EXTEND", [uid(0), None], [3, 9])
+    prefill = server.prepare("EXTEND", [adapter_id(0), None], [3, 9])
     assert prefill.graph and prefill.tables is not decode.tables
     assert prefill.tables.num_tiles == 1
     assert server.prepare("EXTEND", [None], [5]).tables is prefill.tables
     assert not prefill.tables.tiles.any()
 
-    eager = server.prepare("EXTEND", [uid(0)], [17])  # more tokens than any graph
+    eager = server.prepare("EXTEND", [adapter_id(0)], [17])  # more tokens than any graph
     assert not eager.graph and eager.tables not in (decode.tables, prefill.tables)
     assert server.prepare("EXTEND", [None], [17]) is None
     assert server.prepare("DECODE", [None] * 5, [1] * 5) is None  # more requests than any graph
-    assert server.prepare("DECODE", [uid(0)] * 5, [1] * 5).tables.num_tiles == 1
+    assert server.prepare("DECODE", [adapter_id(0)] * 5, [1] * 5).tables.num_tiles == 1
 
 
 @pytest.mark.parametrize("mode", ["DECODE", "EXTEND"])
@@ -254,4 +254,4 @@ def test_dummy_batches_beyond_all_graphs_need_no_cache(mode: str, server: Server
 
 def test_a_batch_with_adapters_before_the_cache_is_refused(server: Server) -> None:
     with pytest.raises(AssertionError, match="before the KV cache is built"):
-        server.prepare("DECODE", [uid(0)], [1])
+        server.prepare("DECODE", [adapter_id(0)], [1])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sglang_elora.pages import AdapterImage
-from sglang_elora.swapper.expected import CREDIT_STEPS, HINT_STEPS, HINTED_SHARE, MOST_CREDIT
+from sglang_elora.swapper.pending_hints import CREDIT_STEPS, HINT_STEPS, HINTED_SHARE, MOST_CREDIT
 from tests.harness.swapper_world import (
     EVICT_LEAVES,
     LOOKAHEAD,
@@ -19,7 +19,7 @@ from tests.harness.swapper_world import (
     AdapterSource,
     PoolTooSmall,
     SwapperWorld,
-    uid,
+    adapter_id,
 )
 
 SLOTS = 64  # of an adapter
@@ -32,29 +32,29 @@ def world(
 
 
 def resident(made: SwapperWorld) -> list[int]:
-    return [i for i, adapter in enumerate(made.residency.forest) if adapter.resident]
+    return [i for i, adapter in enumerate(made.residency.adapter_table) if adapter.resident]
 
 
 def bring(made: SwapperWorld, *adapters: int) -> None:
     """Have them on the device, and nobody waiting."""
     for i in adapters:
-        made.arrive(uid(i))
+        made.arrive(adapter_id(i))
         made.step()
         made.waiting.clear()
         made.step()
-        assert made.is_resident(uid(i))
+        assert made.is_resident(adapter_id(i))
 
 
 def fill(made: SwapperWorld, i: int) -> None:
     """The rest of the pool with KV of an adapter that is there, a leaf per slot."""
     for token in range(made.cache.allocator.available_size()):
-        made.cache_kv(uid(i), [1000 * i + token])
+        made.cache_kv(adapter_id(i), [1000 * i + token])
 
 
 def test_what_waits_is_brought_in_its_order_before_its_turn() -> None:
     made = world(4 * SLOTS)
     for i in (3, 1, 2):
-        made.arrive(uid(i))
+        made.arrive(adapter_id(i))
     for there in ([3], [1, 3], [1, 2, 3]):  # a quarter of the pool may be under way at once
         made.step()
         assert resident(made) == there
@@ -64,7 +64,7 @@ def test_what_waits_is_brought_in_its_order_before_its_turn() -> None:
 def test_a_request_behind_the_lookahead_waits_for_its_turn() -> None:
     made = world(200 * SLOTS, num_adapters=LOOKAHEAD + 2)
     for i in range(LOOKAHEAD + 2):
-        made.arrive(uid(i))
+        made.arrive(adapter_id(i))
     for _ in range(LOOKAHEAD):
         made.step()
     assert resident(made) == list(range(LOOKAHEAD))
@@ -75,7 +75,7 @@ def test_nothing_is_given_up_for_a_request_that_an_earlier_one_needs() -> None:
     made = world(3 * SLOTS + 10)
     bring(made, 0, 1, 2)
     for i in (2, 1, 0, 5):
-        made.arrive(uid(i))
+        made.arrive(adapter_id(i))
     for _ in range(5):
         made.step()
     assert resident(made) == [0, 1, 2]
@@ -92,10 +92,10 @@ def test_evictions_are_few_per_step_and_one_behind_does_not_take_what_they_free(
     made = world(4 * SLOTS)
     bring(made, 7)
     for i in range((made.cache.allocator.available_size()) // leaf):
-        made.cache_kv(uid(7), [i, 0])
+        made.cache_kv(adapter_id(7), [i, 0])
     assert made.cache.allocator.available_size() < leaf
-    made.arrive(uid(0))
-    made.arrive(uid(1))
+    made.arrive(adapter_id(0))
+    made.arrive(adapter_id(1))
     for steps in range(1, SLOTS // leaf // WORK_PER_STEP + 1):
         made.step()
         assert made.cache.allocator.available_size() == steps * WORK_PER_STEP * leaf
@@ -110,16 +110,16 @@ def test_a_copy_is_put_off_once_and_not_again() -> None:
     made = world(4 * SLOTS)
     bring(made, 7)
     for i in range(made.cache.allocator.available_size()):
-        made.cache_kv(uid(7), [i])
-    made.arrive(uid(0))
+        made.cache_kv(adapter_id(7), [i])
+    made.arrive(adapter_id(0))
     for i in range(3 * SLOTS):
-        if made.is_resident(uid(0)):
+        if made.is_resident(adapter_id(0)):
             break
         made.step()
         for taken in range(2):  # so that every step has leaves to give up
             if made.cache.allocator.available_size():
-                made.cache_kv(uid(7), [1000 + 2 * i + taken])
-    assert made.is_resident(uid(0))
+                made.cache_kv(adapter_id(7), [1000 + 2 * i + taken])
+    assert made.is_resident(adapter_id(0))
     made.check()
 
 
@@ -133,12 +133,12 @@ def test_an_adapter_does_not_take_the_room_of_a_prompt_s_next_chunks(
     made.scheduler.chunked_req = SimpleNamespace(
         full_untruncated_fill_ids=range(1000), prefix_len=1000 - rest
     )
-    made.arrive(uid(0))
+    made.arrive(adapter_id(0))
     made.step()
-    assert made.is_resident(uid(0)) == is_placed
+    assert made.is_resident(adapter_id(0)) == is_placed
     made.scheduler.chunked_req = None
     made.step()
-    assert made.is_resident(uid(0))
+    assert made.is_resident(adapter_id(0))
     made.check()
 
 
@@ -150,7 +150,7 @@ def test_room_for_the_next_load_is_made_behind_a_batch() -> None:
     there = resident(made)
     fill(made, there[-1])
     for i in there:
-        made.core.visit(made.core.node_of(uid(i)).id)
+        made.core.visit(made.core.node_of(adapter_id(i)).id)
     before = made.residency.statistics()["kv_slots_evicted"]
     made.step()
     assert made.cache.allocator.available_size() == 0  # nothing before a batch
@@ -164,9 +164,9 @@ def test_room_for_the_next_load_is_made_behind_a_batch() -> None:
     counts = made.residency.statistics()
     assert counts["kv_slots_evicted.proactive"] == counts["kv_slots_evicted"] - before == free
     assert resident(made) == there
-    made.arrive(uid(25))
+    made.arrive(adapter_id(25))
     made.step()
-    assert made.is_resident(uid(25))  # at once
+    assert made.is_resident(adapter_id(25))  # at once
     made.check()
 
 
@@ -195,8 +195,8 @@ def test_with_no_batch_to_delay_all_is_done_at_once() -> None:
     made = world(4 * SLOTS)
     bring(made, 7)
     for i in range(made.cache.allocator.available_size() // 2):
-        made.cache_kv(uid(7), [i, 0])
-    made.arrive(uid(0))
+        made.cache_kv(adapter_id(7), [i, 0])
+    made.arrive(adapter_id(0))
     made.step(is_busy=False)
     assert resident(made) == [0, 7]
 
@@ -204,12 +204,12 @@ def test_with_no_batch_to_delay_all_is_done_at_once() -> None:
 def test_what_nobody_waits_for_any_more_may_go_again() -> None:
     made = world(3 * SLOTS + 10)
     bring(made, 0, 1, 2)
-    made.arrive(uid(0))
+    made.arrive(adapter_id(0))
     made.step()
-    assert made.core.is_held(uid(0))
+    assert made.core.is_held(adapter_id(0))
     made.waiting.clear()
     made.step()
-    assert not made.core.is_held(uid(0))
+    assert not made.core.is_held(adapter_id(0))
     bring(made, 3, 4, 5)
     assert resident(made) == [3, 4, 5]
 
@@ -221,14 +221,14 @@ def test_prefetch_brings_back_the_dearest_without_giving_up_anything() -> None:
     evicted = made.residency.statistics()["adapter_evictions.capacity"]
     assert resident(made) == list(range(2, 12))
     for i in range(4, 10):
-        made.residency.retire(uid(i))  # 4 of 10 are in use now
+        made.residency.retire(adapter_id(i))  # 4 of 10 are in use now
     for _ in range(10):
         made.step()
-    assert made.is_resident(uid(0)) and made.is_resident(uid(1))
+    assert made.is_resident(adapter_id(0)) and made.is_resident(adapter_id(1))
     counts = made.residency.statistics()
     assert counts["adapter_evictions.capacity"] == evicted
     assert counts["prefetched_slots"] == 2 * SLOTS
-    made.core.visit(made.core.node_of(uid(0)).id)
+    made.core.visit(made.core.node_of(adapter_id(0)).id)
     assert made.residency.statistics()["prefetched_slots_used"] == SLOTS
     bring(made, 2, 3)
     made.check()
@@ -240,10 +240,10 @@ def test_no_prefetch_at_seventy_percent(in_use: int) -> None:
     bring(made, *range(10))
     bring(made, 10)
     for i in range(1, 11 - in_use):
-        made.residency.retire(uid(i))
+        made.residency.retire(adapter_id(i))
     for _ in range(4):
         made.step()
-    assert not made.is_resident(uid(0))
+    assert not made.is_resident(adapter_id(0))
     assert made.residency.statistics()["prefetched_slots"] == 0
 
 
@@ -252,10 +252,10 @@ def test_prefetch_that_was_of_no_use_is_counted() -> None:
     bring(made, *range(10))
     bring(made, 10)
     for i in range(1, 8):
-        made.residency.retire(uid(i))
+        made.residency.retire(adapter_id(i))
     for _ in range(4):
         made.step()
-    assert made.is_resident(uid(0))
+    assert made.is_resident(adapter_id(0))
     made.cache.evict(9 * SLOTS)
     assert made.residency.statistics()["prefetched_slots_wasted"] == SLOTS
     made.check()
@@ -266,17 +266,17 @@ def test_no_prefetch_while_somebody_waits() -> None:
     bring(made, *range(10))
     bring(made, 10)
     for i in range(1, 8):
-        made.residency.retire(uid(i))
-    made.arrive(uid(10))
+        made.residency.retire(adapter_id(i))
+    made.arrive(adapter_id(10))
     for _ in range(4):
         made.step()
-    assert not made.is_resident(uid(0))
+    assert not made.is_resident(adapter_id(0))
 
 
 def test_a_hint_brings_an_adapter_behind_what_waits() -> None:
     made = world(4 * SLOTS)
-    made.swapper.expect([uid(5)])
-    made.arrive(uid(1))
+    made.swapper.expect([adapter_id(5)])
+    made.arrive(adapter_id(1))
     made.step()
     assert resident(made) == [1]
     made.waiting.clear()
@@ -289,12 +289,12 @@ def test_a_hint_makes_room_but_not_from_what_a_request_needs() -> None:
     made = world(3 * SLOTS + 10)
     bring(made, 0, 1, 2)
     for i in (0, 1):
-        made.arrive(uid(i))
-    made.swapper.expect([uid(7)])
+        made.arrive(adapter_id(i))
+    made.swapper.expect([adapter_id(7)])
     made.step()
     assert resident(made) == [0, 1, 7]
-    made.arrive(uid(2))
-    made.swapper.expect([uid(8)])
+    made.arrive(adapter_id(2))
+    made.swapper.expect([adapter_id(8)])
     for _ in range(3):
         made.step()
     assert resident(made) == [0, 1, 2], "a request goes before a hint"
@@ -303,20 +303,20 @@ def test_a_hint_makes_room_but_not_from_what_a_request_needs() -> None:
 
 def test_a_hint_holds_until_its_request_runs_or_for_some_batches() -> None:
     made = world(2 * SLOTS + 10)
-    made.swapper.expect([uid(0)])
+    made.swapper.expect([adapter_id(0)])
     for _ in range(3):
         made.step()
-    assert made.core.is_held(uid(0))
-    made.swapper.used(uid(0))
+    assert made.core.is_held(adapter_id(0))
+    made.swapper.used(adapter_id(0))
     made.step()
-    assert not made.core.is_held(uid(0))
-    made.swapper.expect([uid(1)])
+    assert not made.core.is_held(adapter_id(0))
+    made.swapper.expect([adapter_id(1)])
     for _ in range(HINT_STEPS):
         made.step()
-    assert made.core.is_held(uid(1))
+    assert made.core.is_held(adapter_id(1))
     for _ in range(3):
         made.step()
-    assert not made.core.is_held(uid(1)) and made.is_resident(uid(1))
+    assert not made.core.is_held(adapter_id(1)) and made.is_resident(adapter_id(1))
     statistics = made.residency.statistics()
     assert (statistics["hints"], statistics["hints_used"]) == (2, 1)
     made.check()
@@ -328,33 +328,33 @@ def test_hints_are_followed_as_long_as_they_come_true() -> None:
     made = world(200 * SLOTS, num_adapters=len(true) + len(false) + len(others))
 
     def hint(i: int, *, ordered: bool = False) -> bool:
-        made.swapper.expect([uid(i)], ordered=ordered)
+        made.swapper.expect([adapter_id(i)], ordered=ordered)
         for _ in range(2):
             made.step(is_busy=False)  # what was copied is settled in the next one
-        return made.is_resident(uid(i))
+        return made.is_resident(adapter_id(i))
 
     for i in true:
         assert hint(i)
-        made.swapper.used(uid(i))
+        made.swapper.used(adapter_id(i))
     assert all(map(hint, false))
     assert not hint(others[0])
     assert hint(others[1], ordered=True)
-    made.arrive(uid(others[0]))
+    made.arrive(adapter_id(others[0]))
     made.step()
-    assert made.is_resident(uid(others[0])), "a request is served"
+    assert made.is_resident(adapter_id(others[0])), "a request is served"
     made.check()
 
 
 def test_credit_for_hints_returns_with_time() -> None:
     made = world(200 * SLOTS, num_adapters=MOST_CREDIT + 2)
     for i in range(MOST_CREDIT + 1):
-        made.swapper.expect([uid(i)])
+        made.swapper.expect([adapter_id(i)])
         made.step()
-    assert not made.is_resident(uid(MOST_CREDIT))
+    assert not made.is_resident(adapter_id(MOST_CREDIT))
     for _ in range(CREDIT_STEPS):
-        made.swapper.expect([uid(MOST_CREDIT)])
+        made.swapper.expect([adapter_id(MOST_CREDIT)])
         made.step()
-    assert made.is_resident(uid(MOST_CREDIT))
+    assert made.is_resident(adapter_id(MOST_CREDIT))
     made.check()
 
 
@@ -364,7 +364,7 @@ def test_what_cannot_be_read_is_not_tried_again_for_a_hint(ordered: bool) -> Non
         raise OSError("gone")
 
     made = world()
-    image = made.host.get(uid(0))
+    image = made.host.get(adapter_id(0))
     made.residency.register(
         AdapterSource("bad", "bad", image.layout, image.nbytes, False, read=read)
     )
@@ -385,27 +385,27 @@ def test_what_came_for_hints_alone_holds_a_small_part_of_the_pool() -> None:
     made = world(int(3 * SLOTS / HINTED_SHARE) + 10, num_adapters=40)
     for _ in range(2):
         for i in range(6):
-            made.swapper.expect([uid(i)])
+            made.swapper.expect([adapter_id(i)])
         for _ in range(3):
             made.step()
     assert len(resident(made)) == 3
-    assert [i for i in range(40) if made.core.is_held(uid(i))] == resident(made)
+    assert [i for i in range(40) if made.core.is_held(adapter_id(i))] == resident(made)
     bring(made, 30)
-    made.swapper.expect([uid(30)])
+    made.swapper.expect([adapter_id(30)])
     made.step()
-    assert not made.core.is_held(uid(30)), "nothing is to be done for what is there"
+    assert not made.core.is_held(adapter_id(30)), "nothing is to be done for what is there"
     made.check()
 
 
 def test_what_nobody_waits_for_comes_one_after_the_other_in_the_order_it_was_named() -> None:
     made = world(8 * SLOTS)
-    made.swapper.expect([uid(3), uid(1), uid(2)], ordered=True)
+    made.swapper.expect([adapter_id(3), adapter_id(1), adapter_id(2)], ordered=True)
     for there in ([3], [1, 3], [1, 2, 3]):
         made.swapper.step(made.scheduler, is_busy=False)
         assert resident(made) == there
-    made.swapper.expect([uid(4), uid(5)])
-    made.arrive(uid(6))
-    made.arrive(uid(7))
+    made.swapper.expect([adapter_id(4), adapter_id(5)])
+    made.arrive(adapter_id(6))
+    made.arrive(adapter_id(7))
     made.step(is_busy=False)
     assert resident(made) == [1, 2, 3, 6, 7], "both that are waited for, and nothing behind them"
     made.check()
@@ -413,10 +413,10 @@ def test_what_nobody_waits_for_comes_one_after_the_other_in_the_order_it_was_nam
 
 def test_hints_that_mean_nothing_are_dropped() -> None:
     made = world(8 * SLOTS)
-    made.swapper.expect(["nobody", uid(0)])
+    made.swapper.expect(["nobody", adapter_id(0)])
     made.swapper.expect(f"x{i}" for i in range(1000))
-    made.residency.retire(uid(3))
-    made.swapper.expect([uid(3)])
+    made.residency.retire(adapter_id(3))
+    made.swapper.expect([adapter_id(3)])
     made.step()
     assert resident(made) == [0]
     assert made.residency.statistics()["hints_dropped"] == 1002
@@ -427,30 +427,30 @@ def test_an_adapter_that_is_told_to_leave_goes_with_its_kv_a_part_at_a_time() ->
     made = world(8 * SLOTS)
     bring(made, 0, 1)
     for i in range(2 * EVICT_LEAVES):
-        made.cache_kv(uid(0), [i])
-    made.cache_kv(uid(1), [0])
-    made.swapper.evict_soon(uid(0))
+        made.cache_kv(adapter_id(0), [i])
+    made.cache_kv(adapter_id(1), [0])
+    made.swapper.evict_soon(adapter_id(0))
     made.swapper.prepare()
-    assert made.residency.forest.get(uid(0)).device_tokens == EVICT_LEAVES
+    assert made.residency.adapter_table.get(adapter_id(0)).device_tokens == EVICT_LEAVES
     made.swapper.prepare()
     made.swapper.prepare()
-    assert resident(made) == [1] and made.residency.forest.device_tokens == 1
+    assert resident(made) == [1] and made.residency.adapter_table.device_tokens == 1
     made.check()
 
 
 def test_what_is_used_waited_for_or_pinned_is_not_told_to_leave() -> None:
     made = world(8 * SLOTS)
     bring(made, 0, 1, 2)
-    receipt = made.cache.lock(made.core.node_of(uid(0)).id)
-    made.arrive(uid(1))
+    receipt = made.cache.lock(made.core.node_of(adapter_id(0)).id)
+    made.arrive(adapter_id(1))
     made.step()
-    made.residency.pin(uid(2))
+    made.residency.pin(adapter_id(2))
     for i in range(3):
         with pytest.raises(ValueError, match="uses the adapter"):
-            made.swapper.evict_soon(uid(i))
-    made.cache.unlock(made.core.node_of(uid(0)).id, receipt)
-    made.swapper.evict_soon(uid(0))
-    made.arrive(uid(0))  # comes after all
+            made.swapper.evict_soon(adapter_id(i))
+    made.cache.unlock(made.core.node_of(adapter_id(0)).id, receipt)
+    made.swapper.evict_soon(adapter_id(0))
+    made.arrive(adapter_id(0))  # comes after all
     made.step()
     made.swapper.prepare()
     assert resident(made) == [0, 1, 2]
@@ -460,25 +460,25 @@ def test_what_is_used_waited_for_or_pinned_is_not_told_to_leave() -> None:
 def test_a_pinned_adapter_stays_and_an_unpinned_one_goes() -> None:
     made = world(3 * SLOTS + 10)
     bring(made, 0)
-    made.residency.pin(uid(0))
-    made.residency.pin(uid(0))
+    made.residency.pin(adapter_id(0))
+    made.residency.pin(adapter_id(0))
     bring(made, 1, 2, 3)
-    assert made.is_resident(uid(0))
-    made.residency.unpin(uid(0))
-    made.residency.unpin(uid(0))
+    assert made.is_resident(adapter_id(0))
+    made.residency.unpin(adapter_id(0))
+    made.residency.unpin(adapter_id(0))
     bring(made, 4, 5, 7, 8)
-    assert not made.is_resident(uid(0))
-    made.residency.pin(uid(6))  # not there yet
+    assert not made.is_resident(adapter_id(0))
+    made.residency.pin(adapter_id(6))  # not there yet
     bring(made, 6)
     bring(made, 1, 2, 3)
-    assert made.is_resident(uid(6))
+    assert made.is_resident(adapter_id(6))
     made.check()
 
 
 def test_pins_leave_room_for_another_adapter() -> None:
     made = world(3 * SLOTS)
-    made.residency.pin(uid(0))
+    made.residency.pin(adapter_id(0))
     with pytest.raises(PoolTooSmall, match="cannot be pinned: it takes 64 slots"):
-        made.residency.pin(uid(1))
-    assert not made.residency.forest.get(uid(1)).pinned
+        made.residency.pin(adapter_id(1))
+    assert not made.residency.adapter_table.get(adapter_id(1)).pinned
     made.check()

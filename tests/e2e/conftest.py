@@ -25,7 +25,7 @@ from tests.harness.server_flags import server_flags
 FOLDER = Path(__file__).parent
 
 
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: Sequence[pytest.CacheEntry]) -> None:
     """Mark every test of this folder, whatever else is collected with it."""
     for item in items:
         if item.path.is_relative_to(FOLDER):

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_elora.commands.cli import main
-from sglang_elora.control.hint_gate import GAP_S
+from sglang_elora.control.hint_limiter import GAP_S
 from sglang_elora.testbed.server import ServerProcess
 from tests.harness.client import Client
 from tests.harness.control import adapter, off_device, on_device, order, state, until

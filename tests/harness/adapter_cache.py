@@ -16,31 +16,33 @@ class AdapterCache(Cache):
     def __init__(self, num_slots: int = 400, policy: str = "lru", kv_pool: Any = None) -> None:
         super().__init__("elora", num_slots, policy, kv_pool)
         self.core = self.tree.tree_core
-        self.forest = self.core.forest
+        self.adapter_table = self.core.adapter_table
         self.left: list[str] = []
         self.core.on_evicted = self.left.append
 
-    def add(self, uid: str, num_slots: int, *, pinned: bool = False) -> Adapter:
-        return self.forest.register(uid, num_slots=num_slots, pinned=pinned, version="1")
+    def add(self, adapter_id: str, num_slots: int, *, pinned: bool = False) -> Adapter:
+        return self.adapter_table.register(
+            adapter_id, num_slots=num_slots, pinned=pinned, version="1"
+        )
 
-    def load(self, uid: str) -> bool:
-        adapter = self.forest.get(uid)
+    def load(self, adapter_id: str) -> bool:
+        adapter = self.adapter_table.get(adapter_id)
         if adapter.resident:
             return True
         self.make_room(adapter.num_slots)
         slots = self.allocator.alloc(adapter.num_slots)
         if slots is None:
             return False
-        self.core.place(uid, slots)
+        self.core.place(adapter_id, slots)
         return True
 
     def make_room(self, num_slots: int) -> None:
         if (shortfall := num_slots - self.allocator.available_size()) > 0:
             self.evict(shortfall)
 
-    def chat(self, tokens: Sequence[int], uid: str | None) -> bool:
+    def chat(self, tokens: Sequence[int], adapter_id: str | None) -> bool:
         """Cache KV as a request with this adapter does: path locked, room made, inserted."""
-        namespace = None if uid is None else namespace_of(uid)
+        namespace = None if adapter_id is None else namespace_of(adapter_id)
         node = self.match(tokens, namespace).last_device_node
         receipt = self.lock(node)
         self.make_room(len(tokens))
@@ -48,19 +50,19 @@ class AdapterCache(Cache):
         self.unlock(node, receipt)
         return cached
 
-    def unload(self, uid: str) -> None:
-        if uid in self.forest:
-            self.forest.retire(uid)
-            self.purge(uid)
+    def unload(self, adapter_id: str) -> None:
+        if adapter_id in self.adapter_table:
+            self.adapter_table.retire(adapter_id)
+            self.purge(adapter_id)
 
-    def purge(self, uid: str, most_looks: int = 1_000) -> bool:
+    def purge(self, adapter_id: str, most_looks: int = 1_000) -> bool:
         """Whether nothing is left."""
-        return self.purge_some(uid, most_looks).is_over
+        return self.purge_some(adapter_id, most_looks).is_over
 
-    def purge_some(self, uid: str, most_looks: int) -> Any:
+    def purge_some(self, adapter_id: str, most_looks: int) -> Any:
         from sglang_elora.srt.mem_cache import branches
 
-        done = branches.purge(self.core, uid, most_looks)
+        done = branches.purge(self.core, adapter_id, most_looks)
         self.tree._apply_eviction_result(done.freed)
         return done
 

@@ -16,7 +16,7 @@ from sglang_elora.pages import (
     KVPlanes,
     ModuleShape,
     PagedAdapter,
-    PageTable,
+    SlotTable,
     stacked_modules,
 )
 
@@ -52,7 +52,7 @@ class KernelWorld:
     planes: KVPlanes
     modules: dict[str, StackedModule]
     layouts: list[AdapterLayout]
-    tables: list[PageTable]
+    tables: list[SlotTable]
     adapters: list[PagedAdapter]
     matrices: list[dict[str, tuple[torch.Tensor, torch.Tensor]]]
     ranks: list[int]
@@ -135,7 +135,7 @@ def make_world(
         image = AdapterImage.build(layout, 1, lambda _, n, m=matrices: m[n], dtype, scaling)
         pages = ORDERS[order](count // page_size, first // page_size)
         numbers = [page * page_size + i for page in pages for i in range(page_size)]
-        table = PageTable(torch.tensor(numbers, device=device))
+        table = SlotTable(torch.tensor(numbers, device=device))
         planes.write(table, image)
         world.tables.append(table)
         world.adapters.append(PagedAdapter(layout, table, planes, scaling))

@@ -18,7 +18,7 @@ from tests.harness.radix_cache import Cache, sglang
 sglang()
 with warnings.catch_warnings():  # SGLang's
     warnings.simplefilter("ignore")
-    from sglang_elora.srt.measure import Measure
+    from sglang_elora.srt.measured_costs import MeasuredCosts
     from sglang_elora.srt.mem_cache.residency import (
         PURGE_NODES,
         AdapterSource,
@@ -42,7 +42,7 @@ __all__ = [
     "PoolTooSmall",
     "Residency",
     "SwapperWorld",
-    "uid",
+    "adapter_id",
 ]
 
 HEAD_DIM = 16
@@ -76,25 +76,27 @@ class SwapperWorld:
         self.pool = SimpleNamespace(k_buffer=k, v_buffer=v, dtype=kv_dtype)
         self.cache = Cache("elora", num_slots, kv_pool=self.pool, page_size=page_size)
         self.core: Any = self.cache.tree.tree_core
-        self.measure = Measure(self.cache.tree)
+        self.measured = MeasuredCosts(self.cache.tree)
         context = PolicyContext(
-            self.measure.costs,
+            self.measured.costs,
             needed_adapters=lambda: 8.0,
-            resident_adapters=lambda: self.core.forest.num_resident,
+            resident_adapters=lambda: self.core.adapter_table.num_resident,
             is_held=self.core.is_held,
         )
         self.core.use_policy(make_policy(policy, context), num_slots)
         arena = HostArena(lazy_memory(host_bytes), _BLOCK_BYTES)
-        forest = self.core.forest
-        self.host = HostTier(arena, self.core.image_priority, forest.image_position, forest.touch)
+        adapter_table = self.core.adapter_table
+        self.host = HostTier(
+            arena, self.core.image_priority, adapter_table.image_position, adapter_table.touch
+        )
         self.forward_stream = torch.cpu.Stream()
         self.residency = Residency(self.cache.tree, torch.float32, self.host, self.forward_stream)
-        self.swapper = Swapper(self.residency, self.measure)
+        self.swapper = Swapper(self.residency, self.measured)
         self.waiting: list[Any] = []
         self.scheduler: Any = SimpleNamespace(waiting_queue=self.waiting, chunked_req=None)
         self._image = _image(adapter_slots, num_layers)
         for i in range(num_adapters):
-            self.load(uid(i))
+            self.load(adapter_id(i))
 
     def load(self, name: str) -> None:
         """Make an adapter servable, as ``/load_lora_adapter`` does."""
@@ -112,7 +114,7 @@ class SwapperWorld:
         return req
 
     def is_resident(self, name: str) -> bool:
-        return self.residency.forest.get(name).resident
+        return self.residency.adapter_table.get(name).resident
 
     def cache_kv(self, name: str, tokens: list[int]) -> None:
         """As a request with this adapter does, which is there: path held, room made, inserted."""
@@ -131,7 +133,7 @@ class SwapperWorld:
         self.host.check_invariants()
 
 
-def uid(i: int) -> str:
+def adapter_id(i: int) -> str:
     return f"{i:08}"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang_elora.pages import AdapterImage, AdapterLayout, KVPlanes, ModuleShape, PageTable
+from sglang_elora.pages import AdapterImage, AdapterLayout, KVPlanes, ModuleShape, SlotTable
 from sglang_elora.pages.image import PIECE_BYTES
 from tests.harness.kernel_world import DEVICE, ORDERS
 from tests.harness.specializations import Launches
@@ -77,7 +77,7 @@ def test_write_in_parts_of_any_size_equals_the_image(
         planes.warm_up()
         called: list[Any] = []
         planes.write(
-            PageTable(torch.tensor(numbers, device=DEVICE)),
+            SlotTable(torch.tensor(numbers, device=DEVICE)),
             image,
             before_slots=lambda called=called: called.append("slots"),
             after_piece=lambda end, size, called=called: called.append((end, size)),
@@ -107,7 +107,7 @@ def test_write_after_warm_up_allocates_nothing_on_the_device(
     slots = torch.arange(large.layout.num_slots(128, 1), device=DEVICE)
     planes = KVPlanes(make_pool(len(slots), 9, num_planes), torch.bfloat16, use_kernels=True)
     planes.warm_up()
-    table, small = PageTable(slots), make_image(SMALL, 8, 9, num_planes)
+    table, small = SlotTable(slots), make_image(SMALL, 8, 9, num_planes)
     with Allocations() as allocations:
         planes.write(table, small)
         planes.write(table, large)

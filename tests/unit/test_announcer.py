@@ -10,7 +10,7 @@ import pytest
 
 from sglang_elora.control import Announcer
 from sglang_elora.control.announcer import _MOST_QUEUED, _QUIET_S
-from sglang_elora.control.hint_gate import GAP_S
+from sglang_elora.control.hint_limiter import GAP_S
 
 
 class Server:

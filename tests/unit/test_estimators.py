@@ -15,9 +15,11 @@ from sglang_elora.estimators.popularity import MOST_ROWS
 def test_low_lora_by_hand() -> None:
     """Shares 0.5, 0.25, 0.25 and batches of two: 0.75 + 2 * 0.4375."""
     popularity = Popularity(half_lives=(1e12, 1e12))
-    for uid in "aabc":
-        popularity.use(uid)
-    assert [popularity.share(uid) for uid in "abcd"] == pytest.approx([0.5, 0.25, 0.25, 0])
+    for adapter_id in "aabc":
+        popularity.use(adapter_id)
+    assert [popularity.share(adapter_id) for adapter_id in "abcd"] == pytest.approx(
+        [0.5, 0.25, 0.25, 0]
+    )
     assert popularity.expected_distinct(2) == pytest.approx(0.75 + 2 * 0.4375)
     assert popularity.expected_distinct(1) == pytest.approx(1)
     assert popularity.expected_distinct(1e6) == pytest.approx(3)
@@ -43,8 +45,8 @@ def test_popularity_follows_a_change_and_remembers() -> None:
 
 def test_a_forgotten_adapter_leaves_its_share_and_its_place() -> None:
     popularity = Popularity()
-    for uid in "ab":
-        popularity.use(uid)
+    for adapter_id in "ab":
+        popularity.use(adapter_id)
     popularity.forget("a")
     assert popularity.share("b") == pytest.approx(1)
     popularity.use("c")
@@ -62,8 +64,8 @@ def test_weights_do_not_overflow() -> None:
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=60), st.floats(1, 64))
 def test_distinct_adapters_are_no_more_than_there_are(uses: list[str], batch: float) -> None:
     popularity = Popularity()
-    for uid in uses:
-        popularity.use(uid)
+    for adapter_id in uses:
+        popularity.use(adapter_id)
     assert 0.99 <= popularity.expected_distinct(batch) <= min(batch, len(set(uses))) + 1e-6
 
 

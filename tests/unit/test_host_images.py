@@ -41,35 +41,39 @@ class Tier(HostTier):
         memory = torch.zeros(budget_bytes, dtype=torch.uint8)
         super().__init__(
             HostArena(memory, block_bytes),
-            lambda uid: math.inf if uid in self.queue else self.rank.get(uid, 0.0),
-            lambda uid: self.queue.get(uid, math.inf),
+            lambda adapter_id: (
+                math.inf if adapter_id in self.queue else self.rank.get(adapter_id, 0.0)
+            ),
+            lambda adapter_id: self.queue.get(adapter_id, math.inf),
         )
 
-    def know(self, uid: str, read: Callable[[], AdapterImage] = lambda: IMAGE) -> None:
+    def know(self, adapter_id: str, read: Callable[[], AdapterImage] = lambda: IMAGE) -> None:
         """An adapter whose file is read by ``read``, wherever to."""
-        self.add(uid, 10, lambda chunks: read())
+        self.add(adapter_id, 10, lambda chunks: read())
 
-    def want(self, *uids: str) -> None:
+    def want(self, *adapter_ids: str) -> None:
         """These requests wait, in this order, and no others."""
-        left = self.queue.keys() - set(uids)
-        self.queue = {uid: float(position) for position, uid in enumerate(uids)}
-        for uid in left:
-            self.cancel(uid)
-            self.lower(uid)
+        left = self.queue.keys() - set(adapter_ids)
+        self.queue = {
+            adapter_id: float(position) for position, adapter_id in enumerate(adapter_ids)
+        }
+        for adapter_id in left:
+            self.cancel(adapter_id)
+            self.lower(adapter_id)
 
     def step(self) -> dict[str, object]:
         """One step of the scheduler: what waits is requested, reads end."""
-        for uid in self.queue:
-            self.request(uid)
+        for adapter_id in self.queue:
+            self.request(adapter_id)
         found = self.finish()
         self.drop_surplus()
         self.check_invariants()
         return found
 
-    def bring(self, *uids: str) -> None:
+    def bring(self, *adapter_ids: str) -> None:
         """Have them read, each in its turn, and nobody waiting."""
-        for uid in uids:
-            self.want(uid)
+        for adapter_id in adapter_ids:
+            self.want(adapter_id)
             self.step()
         self.want()
 
@@ -77,16 +81,16 @@ class Tier(HostTier):
         """Settle all reads as soon as they are over."""
         found = {}
         while self.reading:
-            for uid in self.reading:
-                code = self.code(uid)
+            for adapter_id in self.reading:
+                code = self.code(adapter_id)
                 if code != Read.UNDER_WAY:
-                    found[uid] = self.settle(uid, code)
+                    found[adapter_id] = self.settle(adapter_id, code)
             time.sleep(0.001)
         self.check_invariants()
         return found
 
-    def present(self, uids: Iterable[str]) -> str:
-        return "".join(uid for uid in uids if uid in self)
+    def present(self, adapter_ids: Iterable[str]) -> str:
+        return "".join(adapter_id for adapter_id in adapter_ids if adapter_id in self)
 
 
 def test_nothing_is_read_before_it_is_asked_for() -> None:
@@ -103,8 +107,8 @@ def test_nothing_is_read_before_it_is_asked_for() -> None:
 def test_with_time_to_spare_files_are_read_in_their_order_as_far_as_there_is_room() -> None:
     reads: list[str] = []
     tier = Tier(35)
-    for uid in "abcde":
-        tier.know(uid, lambda uid=uid: reads.append(uid) or IMAGE)  # type: ignore[misc]
+    for adapter_id in "abcde":
+        tier.know(adapter_id, lambda adapter_id=adapter_id: reads.append(adapter_id) or IMAGE)  # type: ignore[misc]
     tier.bring("b")
     tier.remove("c")
     for _ in range(5):
@@ -132,8 +136,8 @@ def test_asking_twice_reads_once() -> None:
 
 def test_the_lowest_image_is_dropped_for_a_read_that_has_no_room() -> None:
     tier = Tier(25)
-    for uid in "abc":
-        tier.know(uid)
+    for adapter_id in "abc":
+        tier.know(adapter_id)
     tier.rank = {"a": 2.0, "b": 1.0, "c": 3.0}
     tier.bring("a", "b", "c")
     assert tier.present("abc") == "ac"
@@ -172,11 +176,11 @@ def test_what_is_held_stays() -> None:
 def test_reads_under_way_count_against_the_budget() -> None:
     gate = threading.Event()
     tier = Tier(25)
-    for uid in "abcd":
-        tier.know(uid, lambda: gate.wait(10) and IMAGE)  # type: ignore[arg-type, return-value]
+    for adapter_id in "abcd":
+        tier.know(adapter_id, lambda: gate.wait(10) and IMAGE)  # type: ignore[arg-type, return-value]
     tier.want(*"abcd")
-    for uid in "abcd":
-        tier.request(uid)
+    for adapter_id in "abcd":
+        tier.request(adapter_id)
     assert tier.reading == ("a", "b") and tier.arena.num_free == 5
     gate.set()
     tier.finish()
@@ -191,8 +195,8 @@ def test_reads_under_way_count_against_the_budget() -> None:
 def test_an_earlier_request_takes_the_memory_of_a_later_one() -> None:
     """Requests change places in the queue: the first must get its adapter whatever came before."""
     tier = Tier(30)
-    for uid in "abcd":
-        tier.know(uid)
+    for adapter_id in "abcd":
+        tier.know(adapter_id)
     tier.want("a", "b", "c")
     tier.step()
     tier.want("d", "b", "c", "a")
@@ -259,8 +263,8 @@ def test_an_adapter_larger_than_the_budget_is_read_for_each_use(
 
 def test_few_images_are_outside_the_arena_at_a_time_and_the_first_request_has_one() -> None:
     tier = Tier(0)
-    for uid in "abcd":
-        tier.know(uid)
+    for adapter_id in "abcd":
+        tier.know(adapter_id)
     tier.want("a", "b", "c")
     tier.step()
     assert tier.present("abcd") == "ab"
@@ -320,8 +324,8 @@ def test_an_image_without_a_file_is_copied_into_the_arena_and_never_dropped() ->
 def test_an_image_without_a_file_waits_for_its_blocks_and_nothing_is_read_before() -> None:
     """What holds the blocks is copied from; the image is served from where it is."""
     tier = Tier(2 * SIZE)
-    for uid in "abc":
-        tier.add(uid, SIZE, lambda chunks: IMAGE)
+    for adapter_id in "abc":
+        tier.add(adapter_id, SIZE, lambda chunks: IMAGE)
     tier.bring("a", "b")
     tier.hold("a")
     tier.hold("b")
@@ -347,26 +351,26 @@ def test_ranks_whose_readers_differ_in_speed_start_and_drop_the_same() -> None:
     ranks = [Tier(35) for _ in delays]
     sizes = {f"{i:02}": rng.choice((8, 10, 16, 24, 40)) for i in range(20)}
     for tier, delay_s in zip(ranks, delays, strict=True):
-        for uid, size in sizes.items():
-            tier.add(uid, size, partial(slowly, delay_s))
+        for adapter_id, size in sizes.items():
+            tier.add(adapter_id, size, partial(slowly, delay_s))
     done: list[set[str]] = [set(), set()]
     for step in range(300):
         wanted = [] if step % 7 == 6 else rng.sample(list(sizes), 3)
         for tier in ranks:
             tier.want(*wanted)
-            for uid in wanted:
-                tier.request(uid)
+            for adapter_id in wanted:
+                tier.request(adapter_id)
         assert ranks[0].reading == ranks[1].reading
-        for uid in ranks[0].reading:
-            code = min(tier.code(uid) for tier in ranks)
+        for adapter_id in ranks[0].reading:
+            code = min(tier.code(adapter_id) for tier in ranks)
             for tier, came in zip(ranks, done, strict=True):
-                if tier.settle(uid, code) is not None:
-                    came.add(uid)
-                    tier.rank[uid] = step
+                if tier.settle(adapter_id, code) is not None:
+                    came.add(adapter_id)
+                    tier.rank[adapter_id] = step
         for tier in ranks:
             tier.drop_surplus()
             tier.check_invariants()
-        assert len({tuple(uid in tier for uid in sizes) for tier in ranks}) == 1
+        assert len({tuple(adapter_id in tier for adapter_id in sizes) for tier in ranks}) == 1
         assert ranks[0].arena.num_free == ranks[1].arena.num_free
         time.sleep(0.001 * (step % 3 == 0))
     assert done[0] == done[1] and len(done[0]) > 10
@@ -412,9 +416,9 @@ def test_unloading_gives_blocks_back_once_nothing_reads_or_writes_them() -> None
     tier.hold("held")
     tier.want("read")
     tier.request("read")
-    for uid in ("idle", "held", "read"):
-        tier.remove(uid)
-        assert uid not in tier
+    for adapter_id in ("idle", "held", "read"):
+        tier.remove(adapter_id)
+        assert adapter_id not in tier
     tier.queue.clear()
     tier.check_invariants()
     assert tier.num_bytes == 0 and freed == [10], "idle"

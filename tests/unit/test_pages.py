@@ -14,7 +14,7 @@ from sglang_elora.pages import (
     KVPlanes,
     ModuleShape,
     PagedAdapter,
-    PageTable,
+    SlotTable,
 )
 
 LAYERS, SLOTS, POISON = 3, 700, 0xA5
@@ -107,8 +107,8 @@ def test_round_trip(rank: int, order: Order, weights: torch.dtype, kv: torch.dty
     image, truth = make_image(rank, weights)
     count = image.layout.num_slots(planes.slot_elems, 1)
     slots = torch.tensor(order(count))
-    planes.write(PageTable(slots), image)
-    check_equal(PagedAdapter(image.layout, PageTable(slots), planes, image.scaling), truth)
+    planes.write(SlotTable(slots), image)
+    check_equal(PagedAdapter(image.layout, SlotTable(slots), planes, image.scaling), truth)
 
     mine = torch.zeros(SLOTS, dtype=torch.bool)
     mine[slots] = True
@@ -125,8 +125,8 @@ def test_two_adapters_side_by_side() -> None:
     for rank in (3, 5):
         image, truth = make_image(rank, torch.float32)
         slots = torch.tensor([numbers.pop() for _ in range(image.layout.num_slots(64, 1))])
-        planes.write(PageTable(slots), image)
-        adapters.append((PagedAdapter(image.layout, PageTable(slots), planes, 1.0), truth))
+        planes.write(SlotTable(slots), image)
+        adapters.append((PagedAdapter(image.layout, SlotTable(slots), planes, 1.0), truth))
     for adapter, truth in adapters:
         check_equal(adapter, truth)
 
@@ -135,8 +135,8 @@ def test_one_plane() -> None:
     planes = KVPlanes(make_pool(torch.float32, num_planes=1), torch.float32)
     image, truth = make_image(8, torch.float32, num_planes=1)
     slots = torch.tensor(scattered(image.layout.num_slots(64, 1)))
-    planes.write(PageTable(slots), image)
-    check_equal(PagedAdapter(image.layout, PageTable(slots), planes, 1.0), truth)
+    planes.write(SlotTable(slots), image)
+    check_equal(PagedAdapter(image.layout, SlotTable(slots), planes, 1.0), truth)
 
 
 @pytest.mark.parametrize(("order", "is_view"), [(contiguous, True), (scattered, False)])
@@ -145,8 +145,8 @@ def test_views_where_slots_are_adjacent(order: Order, is_view: bool) -> None:
     planes = KVPlanes(pool, torch.float32)
     image, _ = make_image(8, torch.float32)
     slots = torch.tensor(order(image.layout.num_slots(64, 1)))
-    planes.write(PageTable(slots), image)
-    adapter = PagedAdapter(image.layout, PageTable(slots), planes, 1.0)
+    planes.write(SlotTable(slots), image)
+    adapter = PagedAdapter(image.layout, SlotTable(slots), planes, 1.0)
     a = adapter.a(0, "qkv_proj")
     assert (a.untyped_storage().data_ptr() == pool[0][0].untyped_storage().data_ptr()) == is_view
     assert (adapter.a(0, "qkv_proj").data_ptr() == a.data_ptr()) == is_view  # kept or made anew
@@ -159,8 +159,8 @@ def test_only_the_slots_of_a_matrix_are_gathered() -> None:
     image, truth = make_image(8, torch.float32)
     count = image.layout.num_slots(64, 1)
     slots = torch.tensor([*range(300, 300 + 96), *range(10, 10 + count - 96)])
-    planes.write(PageTable(slots), image)
-    adapter = PagedAdapter(image.layout, PageTable(slots), planes, 1.0)
+    planes.write(SlotTable(slots), image)
+    adapter = PagedAdapter(image.layout, SlotTable(slots), planes, 1.0)
     check_equal(adapter, truth)
     for name in ("qkv_proj", "o_proj"):  # A of qkv_proj fills the first 96 slots
         storage = adapter.a(1, name).untyped_storage().data_ptr()
@@ -174,7 +174,7 @@ def test_runs(seed: int) -> None:
     while len(numbers) < 40:
         start = rng.randrange(0, 10_000, 100)
         numbers += range(start, start + rng.randint(1, 9))
-    table = PageTable(torch.tensor(numbers))
+    table = SlotTable(torch.tensor(numbers))
     assert len(table) == len(numbers)
     for start in range(len(numbers)):
         for end in range(start + 1, len(numbers) + 1):
@@ -188,7 +188,7 @@ def test_missing_modules() -> None:
     image, _ = make_image(8, torch.float32, SHAPES[:1])
     planes = KVPlanes(make_pool(torch.float32), torch.float32)
     slots = torch.tensor(contiguous(image.layout.num_slots(64, 1)))
-    adapter = PagedAdapter(image.layout, PageTable(slots), planes, 1.0)
+    adapter = PagedAdapter(image.layout, SlotTable(slots), planes, 1.0)
     assert adapter.has("qkv_proj") and not adapter.has("o_proj")
 
 
@@ -231,7 +231,7 @@ def test_an_image_in_scattered_memory_is_written_to_its_slots(
     )
     assert image.version == plain.version and image.nbytes == plain.nbytes
     planes = KVPlanes(make_pool(dtype, heads=4), dtype)
-    table = PageTable(torch.tensor(scattered(image.layout.num_slots(planes.slot_elems, 1))))
+    table = SlotTable(torch.tensor(scattered(image.layout.num_slots(planes.slot_elems, 1))))
     planes.write(table, image)
     check_equal(PagedAdapter(image.layout, table, planes, image.scaling), truth)
 

@@ -10,14 +10,14 @@ import pytest
 
 from sglang_elora.config import POLICIES
 from sglang_elora.estimators import OnlineCosts
-from sglang_elora.policy import Costs, Item, PolicyContext, make_policy
+from sglang_elora.policy import CacheEntry, Costs, PolicyContext, make_policy
 from sglang_elora.sim import Calibration
 from sglang_elora.sim.cache import Cache
 from sglang_elora.sim.link import Link
 from sglang_elora.sim.memory import PoolMemory
 from sglang_elora.sim.segment import Segment
 from sglang_elora.swapper.planner import LOOKAHEAD, ROOM_LEAVES, WORK_PER_STEP, Planner
-from sglang_elora.tree import AdapterForest, Eviction
+from sglang_elora.tree import AdapterTable, Eviction
 
 CPU = Calibration.load(Path(__file__).resolve().parents[2] / "benchmarks/sim/cpu.json")
 SLOTS = 64  # of an adapter
@@ -43,9 +43,9 @@ class World:
     def __init__(
         self, num_slots: int, *, policy: str = "lru", host_adapters: int = 0, host_slots: int = 0
     ) -> None:
-        forest = AdapterForest()
+        adapter_table = AdapterTable()
         for i in range(2 * LOOKAHEAD):
-            forest.register(f"a{i}", num_slots=SLOTS, pinned=False, version="")
+            adapter_table.register(f"a{i}", num_slots=SLOTS, pinned=False, version="")
         calibration = replace(
             CPU,
             pool_slots=num_slots,
@@ -58,7 +58,7 @@ class World:
         )
         costs = OnlineCosts()
         made = make_policy(policy, PolicyContext(costs.costs, writes_back=host_slots > 0))
-        self.cache = Cache(made, forest, num_slots, host_slots)
+        self.cache = Cache(made, adapter_table, num_slots, host_slots)
         self.memory = PoolMemory(self.cache, calibration, Link(calibration), costs)
         self.planner: Planner[Segment] = Planner(self.memory, costs)
         self.queue: list[Any] = []
@@ -86,12 +86,12 @@ class World:
     def cache_kv(self, i: int, num_slots: int) -> Segment:
         """KV of an adapter that is on the device, as one leaf."""
         adapter = self.cache.adapter(f"a{i}")
-        leaf = Segment(Item(False, num_slots, f"a{i}"), adapter.adapter, adapter)
+        leaf = Segment(CacheEntry(False, num_slots, f"a{i}"), adapter.adapter, adapter)
         self.cache.place(leaf)
         return leaf
 
     def resident(self) -> list[int]:
-        return [i for i, adapter in enumerate(self.cache.forest) if adapter.resident]
+        return [i for i, adapter in enumerate(self.cache.adapter_table) if adapter.resident]
 
 
 def test_queued_adapters_load_in_queue_order_a_quarter_of_the_pool_at_a_time() -> None:
@@ -136,7 +136,7 @@ def test_room_for_the_next_load_is_kept_by_evicting_kv_a_few_leaves_at_a_time() 
     world.load(0, 1)
     for _ in range(2 * SLOTS):
         world.cache_kv(1, 1)
-    world.cache.policy.visit([world.cache.adapter(f"a{i}").item for i in (0, 1)])
+    world.cache.policy.visit([world.cache.adapter(f"a{i}").entry for i in (0, 1)])
     free = world.cache.free
     assert free == 0
     for _ in range(SLOTS):
@@ -213,7 +213,7 @@ def test_kv_of_an_announced_session_is_loaded_once_its_adapter_is_there() -> Non
     assert world.planner.expect_sessions(["talk", "unknown"]) == 1
     world.queue = [Request("a0")]
     world.step()
-    assert world.resident() == [0] and end.on_device and end.item.prefetched
+    assert world.resident() == [0] and end.on_device and end.entry.prefetched
 
 
 @pytest.mark.parametrize("name", POLICIES)

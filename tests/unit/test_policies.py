@@ -16,15 +16,15 @@ from sglang_elora.policy import (
     GDSF,
     LRU,
     NEVER,
+    CacheEntry,
     Costs,
     Elora,
     EloraPaper,
-    Item,
     Policy,
     Term,
 )
 from sglang_elora.policy.elora_paper import ADAPTER, KV, log_add_exp, lora_eval
-from sglang_elora.tree import LeafOrder
+from sglang_elora.tree import EvictionOrder
 
 
 @dataclass
@@ -64,15 +64,15 @@ def policy(request: pytest.FixtureRequest) -> Policy:
     return MAKERS[request.param]()
 
 
-def kv(num_slots: int = 100, **options: int | bool) -> Item:
-    return Item(False, num_slots, **options)
+def kv(num_slots: int = 100, **options: int | bool) -> CacheEntry:
+    return CacheEntry(False, num_slots, **options)
 
 
-def adapter(num_slots: int = 100) -> Item:
-    return Item(True, num_slots, backed=True)
+def adapter(num_slots: int = 100) -> CacheEntry:
+    return CacheEntry(True, num_slots, backed=True)
 
 
-def rank(policy: Policy, item: Item) -> float:
+def rank(policy: Policy, item: CacheEntry) -> float:
     return policy.rank(policy.kind(item), policy.priority(item))
 
 
@@ -131,14 +131,14 @@ def test_lru_on_a_path_the_deepest_is_the_youngest() -> None:
 
 @dataclass
 class PolicyWorld:
-    """Items that come, are visited and go; the policy's order is kept in a ``LeafOrder``."""
+    """Items that come, are visited and go; the policy's order is kept in a ``EvictionOrder``."""
 
     policy: Policy
-    items: list[Item] = field(default_factory=list)
+    items: list[CacheEntry] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.victims: list[tuple[bool, int, int]] = []
-        self.order: LeafOrder[Item] = LeafOrder(
+        self.order: EvictionOrder[CacheEntry] = EvictionOrder(
             self.policy.priority, self.policy.kind, self.policy.rank
         )
 
@@ -396,7 +396,9 @@ def test_on_the_host_the_oldest_need_not_go_first() -> None:
         policy.visit([chats[i % 20]])
         policy.advance(0.1)
     policy.learn()
-    order: LeafOrder[Item] = LeafOrder(policy.priority, policy.host_kind, policy.host_rank)
+    order: EvictionOrder[CacheEntry] = EvictionOrder(
+        policy.priority, policy.host_kind, policy.host_rank
+    )
     for item in (*chats, gone):
         order.add(item)
     assert order.lowest_rank() is not None

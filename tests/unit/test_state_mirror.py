@@ -28,8 +28,8 @@ POOL = PoolState(
 )
 
 
-def adapter(uid: str, tier: str = "host", tokens: int = 0) -> AdapterState:
-    return msgspec.convert([uid, tier, False, 0, 2048, tokens, 0, 0, None], AdapterState)
+def adapter(adapter_id: str, tier: str = "host", tokens: int = 0) -> AdapterState:
+    return msgspec.convert([adapter_id, tier, False, 0, 2048, tokens, 0, 0, None], AdapterState)
 
 
 def changes(version: int, *adapters: AdapterState) -> Changes:

@@ -2,7 +2,7 @@
 
 from sglang_elora.control.announcer import Announcer
 from sglang_elora.control.counters import Counters
-from sglang_elora.control.hint_gate import HintGate
+from sglang_elora.control.hint_limiter import HintLimiter
 from sglang_elora.control.histogram import Histogram
 from sglang_elora.control.mirror import StateMirror
 from sglang_elora.control.state import AdapterState, Changes, PoolState, Tier
@@ -12,7 +12,7 @@ __all__ = [
     "Announcer",
     "Changes",
     "Counters",
-    "HintGate",
+    "HintLimiter",
     "Histogram",
     "PoolState",
     "StateMirror",

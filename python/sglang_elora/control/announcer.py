@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from sglang_elora.control.hint_gate import HintGate
+from sglang_elora.control.hint_limiter import HintLimiter
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Announcer:
     ) -> None:
         self._post = post
         self._clock = clock
-        self._gate = HintGate(clock, gap_s=_GAP_S)
+        self._gate = HintLimiter(clock, gap_s=_GAP_S)
         self._queue: queue.Queue[str] = queue.Queue(_MOST_QUEUED)
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -50,7 +50,7 @@ class Announcer:
         if not wanted or not self.enabled or self._clock() < self._quiet_until_s:
             return
         with self._lock:
-            for name in self._gate.passing(wanted):
+            for name in self._gate.admit(wanted):
                 try:
                     self._queue.put_nowait(name)
                 except queue.Full:

@@ -40,11 +40,14 @@ class Moves:
             loaded: Names of all that are loaded, by id.
         """
         moved: list[tuple[str, str, Tier | Unloaded]] = []
-        for uid, name, tier in changed:
-            if self._told.get(uid) != (name, tier):
-                self._told[uid] = (name, tier)
-                moved.append((uid, name, tier))
+        for adapter_id, name, tier in changed:
+            if self._told.get(adapter_id) != (name, tier):
+                self._told[adapter_id] = (name, tier)
+                moved.append((adapter_id, name, tier))
         if len(self._told) == len(loaded):
             return moved
-        gone = [uid for uid in self._told if uid not in loaded]
-        return [*((uid, self._told.pop(uid)[0], "unloaded") for uid in gone), *moved]
+        gone = [adapter_id for adapter_id in self._told if adapter_id not in loaded]
+        return [
+            *((adapter_id, self._told.pop(adapter_id)[0], "unloaded") for adapter_id in gone),
+            *moved,
+        ]

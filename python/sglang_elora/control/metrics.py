@@ -133,5 +133,5 @@ def _in_words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _listed(uids: list[str], names: Mapping[str, str]) -> str:
-    return ",".join(sorted(names[uid] for uid in uids if uid in names))
+def _listed(adapter_ids: list[str], names: Mapping[str, str]) -> str:
+    return ",".join(sorted(names[adapter_id] for adapter_id in adapter_ids if adapter_id in names))

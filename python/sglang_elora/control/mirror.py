@@ -18,6 +18,6 @@ class StateMirror:
     def apply(self, changes: Changes, loaded: Container[str]) -> None:
         """Take over what changed, of adapters that are loaded still."""
         self.adapters.update((adapter.id, adapter) for adapter in changes.adapters)
-        for uid in [uid for uid in self.adapters if uid not in loaded]:
-            del self.adapters[uid]
+        for adapter_id in [adapter_id for adapter_id in self.adapters if adapter_id not in loaded]:
+            del self.adapters[adapter_id]
         self.version, self.pool = changes.version, changes.pool

@@ -35,25 +35,25 @@ class Popularity:
         """Adapters that have a share."""
         return len(self._rows)
 
-    def use(self, uid: str) -> None:
+    def use(self, adapter_id: str) -> None:
         """A request used this adapter."""
         self._unit = self._unit * self._growth
         if self._unit.max() > _RESCALE_ABOVE:
             self._weights /= self._unit
             self._unit = np.ones(2)
-        row = self._row(uid)  # may move the table
+        row = self._row(adapter_id)  # may move the table
         self._weights[row] += self._unit
 
-    def forget(self, uid: str) -> None:
+    def forget(self, adapter_id: str) -> None:
         """The adapter is gone; its share goes to the others."""
-        row = self._rows.pop(uid, None)
+        row = self._rows.pop(adapter_id, None)
         if row is not None:
             self._weights[row] = 0
             self._free.append(row)
 
-    def share(self, uid: str) -> float:
+    def share(self, adapter_id: str) -> float:
         """Probability that the next request uses it; 0 if none ever did."""
-        row = self._rows.get(uid)
+        row = self._rows.get(adapter_id)
         return 0.0 if row is None else float(self._shares()[row])
 
     def expected_distinct(self, batch_size: float) -> float:
@@ -73,10 +73,10 @@ class Popularity:
         shares: NDArray[np.float64] = (self._weights / totals).mean(axis=1)
         return shares
 
-    def _row(self, uid: str) -> int:
-        row = self._rows.get(uid)
+    def _row(self, adapter_id: str) -> int:
+        row = self._rows.get(adapter_id)
         if row is not None:
-            self._rows.move_to_end(uid)
+            self._rows.move_to_end(adapter_id)
             return row
         if len(self._rows) == MOST_ROWS:
             self.forget(next(iter(self._rows)))
@@ -85,5 +85,5 @@ class Popularity:
             num_new = min(size + 16, MOST_ROWS - size)
             self._free = list(range(size, size + num_new))
             self._weights = np.concatenate([self._weights, np.zeros((num_new, 2))])
-        row = self._rows[uid] = self._free.pop()
+        row = self._rows[adapter_id] = self._free.pop()
         return row

@@ -6,7 +6,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 
 from sglang_elora.srt.install.hook import When
 from sglang_elora.srt.install.patching import Patch, apply_patch, load_patches, preflight
-from sglang_elora.srt.install.seams import (
+from sglang_elora.srt.install.verify import (
     SeamError,
     hook_problems,
     not_in_effect,

@@ -10,10 +10,10 @@ __all__ = [
     "HostBlocks",
     "HostMemoryFull",
     "KVPlanes",
-    "ModulePlace",
+    "ModuleOffsets",
     "ModuleShape",
-    "PageTable",
     "PagedAdapter",
+    "SlotTable",
     "WeightRef",
     "block_bytes_for",
     "lazy_memory",
@@ -33,10 +33,10 @@ from sglang_elora.pages.image import AdapterImage
 from sglang_elora.pages.layout import (
     TILE,
     AdapterLayout,
-    ModulePlace,
+    ModuleOffsets,
     ModuleShape,
     stacked_modules,
 )
 from sglang_elora.pages.paged_adapter import PagedAdapter
-from sglang_elora.pages.planes import KVPlanes, PageTable
+from sglang_elora.pages.planes import KVPlanes, SlotTable
 from sglang_elora.pages.weight_ref import WeightRef

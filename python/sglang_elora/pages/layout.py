@@ -35,7 +35,7 @@ class ModuleShape:
 
 
 @dataclass(frozen=True, slots=True)
-class ModulePlace:
+class ModuleOffsets:
     """Where A and B of one module begin, in elements of their planes.
 
     A is ``parts * rank`` rows of ``in_features`` elements. B is kept transposed, so that no row is
@@ -68,7 +68,7 @@ class AdapterLayout:
     """
 
     rank: int
-    places: Mapping[str, ModulePlace]  # a module the adapter lacks is absent
+    places: Mapping[str, ModuleOffsets]  # a module the adapter lacks is absent
     plane_elems: tuple[int, ...]
 
     @classmethod
@@ -89,7 +89,7 @@ class AdapterLayout:
             for out in shape.out_features:
                 b_offsets.append(b)
                 b += rank * padded(out)
-            places[shape.name] = ModulePlace(shape, rank, a_offset, tuple(b_offsets))
+            places[shape.name] = ModuleOffsets(shape, rank, a_offset, tuple(b_offsets))
         return cls(rank, MappingProxyType(places), (a, b) if num_planes == 2 else (b,))
 
     def num_slots(self, slot_elems: int, page_size: int) -> int:

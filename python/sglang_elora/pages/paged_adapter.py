@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from sglang_elora.kernels import MISSING, adapter_record
 from sglang_elora.pages.layout import AdapterLayout
-from sglang_elora.pages.planes import KVPlanes, PageTable
+from sglang_elora.pages.planes import KVPlanes, SlotTable
 
 
 class PagedAdapter:
@@ -19,7 +19,7 @@ class PagedAdapter:
     """
 
     def __init__(
-        self, layout: AdapterLayout, table: PageTable, planes: KVPlanes, scaling: float
+        self, layout: AdapterLayout, table: SlotTable, planes: KVPlanes, scaling: float
     ) -> None:
         self.rank = layout.rank
         self.scaling = scaling

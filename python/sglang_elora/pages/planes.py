@@ -11,7 +11,7 @@ from sglang_elora.kernels import Contiguous, PoolPlanes, job_ints, page_copy, re
 from sglang_elora.pages.image import PIECE_BYTES, AdapterImage, Piece
 
 
-class PageTable:
+class SlotTable:
     """The slots of one adapter, in the order of its addresses.
 
     Args:
@@ -103,7 +103,7 @@ class KVPlanes:
 
     def write(
         self,
-        table: PageTable,
+        table: SlotTable,
         image: AdapterImage,
         *,
         before_slots: Callable[[], None] = lambda: None,
@@ -136,7 +136,7 @@ class KVPlanes:
             after_piece(first_layer, piece.nbytes)
 
     def _to_slots(
-        self, memory: torch.Tensor, table: PageTable, plane_bytes: tuple[int, ...], first_layer: int
+        self, memory: torch.Tensor, table: SlotTable, plane_bytes: tuple[int, ...], first_layer: int
     ) -> None:
         layers = slice(first_layer, first_layer + len(memory))
         planes = [[rows.view(torch.uint8) for rows in plane[layers]] for plane in self._planes]
@@ -145,7 +145,7 @@ class KVPlanes:
     def _copy_staged(
         self,
         piece: Piece,
-        table: PageTable,
+        table: SlotTable,
         plane_bytes: tuple[int, ...],
         first_layer: int,
         before_slots: Callable[[], None],
@@ -159,7 +159,7 @@ class KVPlanes:
             self._launch(Contiguous(staged, slots, part_bytes), first_layer)
 
     def _parts(
-        self, piece: Piece, table: PageTable, plane_bytes: tuple[int, ...]
+        self, piece: Piece, table: SlotTable, plane_bytes: tuple[int, ...]
     ) -> Iterator[tuple[int, torch.Tensor, tuple[int, ...]]]:
         """The piece, in parts that the staging buffer holds: first byte, slots, bytes per plane.
 
@@ -208,7 +208,7 @@ class KVPlanes:
         return rows.view(self.weight_dtype)  # [slots, slot_elems]
 
     def read(
-        self, plane: int, layer: int, table: PageTable, offset: int, num_rows: int, stride: int
+        self, plane: int, layer: int, table: SlotTable, offset: int, num_rows: int, stride: int
     ) -> torch.Tensor:
         """A matrix ``[num_rows, stride]``: a view of the pool where its slots are consecutive,
         else a copy of the slots it touches and no others.

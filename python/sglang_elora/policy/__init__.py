@@ -6,22 +6,22 @@ __all__ = [
     "GDSF",
     "LRU",
     "NEVER",
+    "CacheEntry",
     "Costs",
     "Elora",
     "EloraPaper",
-    "Expectation",
-    "Item",
     "Policy",
     "PolicyContext",
+    "SessionState",
     "Term",
     "make_policy",
     "register",
 ]
 
+from sglang_elora.policy.cache_entry import NEVER, CacheEntry, SessionState
 from sglang_elora.policy.elora import Elora
 from sglang_elora.policy.elora_paper import EloraPaper, Term
 from sglang_elora.policy.gdsf import GDSF
-from sglang_elora.policy.item import NEVER, Expectation, Item
 from sglang_elora.policy.lru import LRU
 from sglang_elora.policy.policy import Costs, Policy, PolicyContext
 from sglang_elora.policy.registry import make_policy, register

@@ -1,6 +1,6 @@
 """ELORA's default: seconds saved per slot and turnover, by what is learned and what is measured.
 
-``value = return index * seconds saved by a return, per slot``. The return index (``returns.py``) is
+``value = hit density * seconds saved by a hit, per slot``. Hit density (``reuse_table.py``) is
 learned for adapters and for KV by itself, and apart for what living sessions use and for what only
 a session used that is over (where requests name sessions). What a return saves is the time to bring
 an adapter, or KV with a copy on the host, over the link, or to compute other KV anew, at measured
@@ -27,14 +27,14 @@ from typing import Any, Self
 
 from typing_extensions import override
 
-from sglang_elora.policy.item import NEVER, Expectation, Item
+from sglang_elora.policy.cache_entry import NEVER, CacheEntry, SessionState
 from sglang_elora.policy.policy import Costs, Policy, PolicyContext
 from sglang_elora.policy.registry import register
-from sglang_elora.policy.returns import Returns
+from sglang_elora.policy.reuse_table import ReuseTable
 
 ADAPTER, KV, KV_ON_HOST = range(3)
 Kind = tuple[str | None, int, int]
-"""(the adapter, one of the above, an ``Expectation``)"""
+"""(the adapter, one of the above, an ``SessionState``)"""
 
 _COPY_OUT = 0.5
 """Of a load: it takes the link's other direction, most often beside a batch."""
@@ -48,9 +48,9 @@ NO_ERA = -1
 class _Group:
     """An adapter on the device and its KV there, by the era of its last visit."""
 
-    adapter: Item | None = None
+    adapter: CacheEntry | None = None
     slots: dict[tuple[int, int, int], int] = field(default_factory=dict)
-    """Of KV, by (era, family, expectation)."""
+    """Of KV, by (era, family, session_state)."""
     num_slots: int = 0  # their sum
     value: float = 0.0  # of all KV together, summed up in ``valued_in`` and kept up since
     valued_in: int = -1
@@ -74,9 +74,9 @@ class Elora(Policy):
     ) -> None:
         super().__init__(costs)
         self._writes_back = writes_back
-        self._adapters, self._kv = ([Returns() for _ in Expectation] for _ in range(2))
+        self._adapters, self._kv = ([ReuseTable() for _ in SessionState] for _ in range(2))
         self._is_held = is_held
-        self._host_price = 0.0  # return index of what goes there when something comes
+        self._host_price = 0.0  # hit density of what is dropped there for a new copy
         self._groups: dict[str, _Group] = {}
 
     @classmethod
@@ -84,30 +84,30 @@ class Elora(Policy):
     def build(cls, context: PolicyContext, **options: Any) -> Self:
         return cls(context.costs, context.is_held, context.writes_back, **options)
 
-    def visit(self, path: Iterable[Item]) -> None:
+    def visit(self, path: Iterable[CacheEntry]) -> None:
         for item in path:
             if item.last != NEVER:
-                self._returns(item).end(self.clock - item.last, returned=True)
+                self._reuse_of(item).end(self.clock - item.last, returned=True)
             item.visits += 1
             item.last = self.clock
             if item.counted is not None:
                 self.displace(item)
                 self.place(item)
 
-    def expect(self, item: Item, expectation: Expectation) -> None:
+    def set_session_state(self, item: CacheEntry, session_state: SessionState) -> None:
         """How it ends is learned of what it is then. To count it as an end of what it was would
         fill the life tables with items that were that for a moment only."""
         was_counted = item.counted is not None
         self.displace(item)
-        item.expectation = expectation
+        item.session_state = session_state
         if was_counted:
             self.place(item)
 
-    def remove(self, item: Item) -> None:
+    def remove(self, item: CacheEntry) -> None:
         if item.last != NEVER:
-            self._returns(item).end(self.clock - item.last, returned=False)
+            self._reuse_of(item).end(self.clock - item.last, returned=False)
 
-    def place(self, item: Item) -> None:
+    def place(self, item: CacheEntry) -> None:
         if item.group is None:
             return
         group = self._groups.setdefault(item.group, _Group())
@@ -117,7 +117,7 @@ class Elora(Policy):
         else:
             self._count(group, item.counted, item.num_slots)
 
-    def displace(self, item: Item) -> None:
+    def displace(self, item: CacheEntry) -> None:
         if item.group is None or item.counted is None:
             return
         group = self._groups[item.group]
@@ -129,93 +129,99 @@ class Elora(Policy):
         if group.adapter is None and not group.slots:
             del self._groups[item.group]
 
-    def kind(self, item: Item) -> Kind:
+    def kind(self, item: CacheEntry) -> Kind:
         family = ADAPTER if item.is_adapter else KV_ON_HOST if item.backed else KV
-        return item.group, family, item.expectation
+        return item.group, family, item.session_state
 
-    def priority(self, item: Item) -> float:
+    def priority(self, item: CacheEntry) -> float:
         return item.last
 
     def rank(self, kind: Kind, priority: float) -> float:
-        group, family, expectation = kind
-        own = self._value(family, expectation, priority)
+        group, family, session_state = kind
+        own = self._value(family, session_state, priority)
         if group is None:
             return own
         whole = self._value_of_whole(group)
         return own if own <= whole or self._is_held(group) else whole
 
     def learn(self) -> bool:
-        return any(returns.learn() for returns in (*self._adapters, *self._kv))
+        return any(table.learn() for table in (*self._adapters, *self._kv))
 
-    def host_kind(self, item: Item) -> tuple[int, int]:
+    def host_kind(self, item: CacheEntry) -> tuple[int, int]:
         """By age: on the host it is not always the oldest that goes, so that long pauses between
         turns are kept through, even where there is no room for all."""
         era = NO_ERA if item.last == NEVER else int(item.last * _ERAS_PER_TURNOVER)
-        return era, item.expectation
+        return era, item.session_state
 
     def host_rank(self, kind: tuple[int, int], priority: float) -> float:
         """A copy on the host saves what computing costs more than loading; all slots alike."""
-        era, expectation = kind
-        return 0.0 if era == NO_ERA else self._kv[expectation].index_at(self.clock - priority)
+        era, session_state = kind
+        return (
+            0.0 if era == NO_ERA else self._kv[session_state].hit_density_at(self.clock - priority)
+        )
 
-    def worth_host_copy(self, item: Item) -> bool:
+    def worth_host_copy(self, item: CacheEntry) -> bool:
         """Copying it there takes the link as long as one load; a later visit saves the rest."""
         load = self.costs.load_of(item)
-        chance = self._kv[item.expectation].chance(self.clock - item.last)
+        chance = self._kv[item.session_state].chance(self.clock - item.last)
         return chance * (self.costs.recompute - load) > load
 
     def price_host(self, rank: float | None) -> None:
         self._host_price += _PRICE_WEIGHT * ((rank or 0.0) - self._host_price)
 
-    def check_invariants(self, on_device: Iterable[Item]) -> None:
+    def check_invariants(self, on_device: Iterable[CacheEntry]) -> None:
         """Raises:
         AssertionError: The slots counted per adapter are not those of the items on the device.
         """
         slots: dict[str, int] = {}
-        adapters: dict[str, Item] = {}
+        adapters: dict[str, CacheEntry] = {}
         for item in on_device:
             if item.group is not None and item.is_adapter:
                 adapters[item.group] = item
             elif item.group is not None:
                 slots[item.group] = slots.get(item.group, 0) + item.num_slots
-        counted = {uid: sum(g.slots.values()) for uid, g in self._groups.items() if g.slots}
+        counted = {
+            adapter_id: sum(g.slots.values()) for adapter_id, g in self._groups.items() if g.slots
+        }
         assert counted == slots, (counted, slots)
-        sums = {uid: g.num_slots for uid, g in self._groups.items() if g.num_slots}
+        sums = {adapter_id: g.num_slots for adapter_id, g in self._groups.items() if g.num_slots}
         assert sums == slots, (sums, slots)
-        held = {uid: g.adapter for uid, g in self._groups.items() if g.adapter is not None}
+        held = {
+            adapter_id: g.adapter for adapter_id, g in self._groups.items() if g.adapter is not None
+        }
         assert held == adapters, (held, adapters)
 
-    def _value(self, family: int, expectation: int, last: float) -> float:
+    def _value(self, family: int, session_state: int, last: float) -> float:
         """Seconds saved, per slot and turnover."""
         if last == NEVER:
             return 0.0
         costs, age = self.costs, self.clock - last
         if family == ADAPTER:
-            return self._adapters[expectation].index(age) * costs.load
-        index = self._kv[expectation].index(age)
-        dropped = index * costs.recompute
+            return self._adapters[session_state].hit_density(age) * costs.load
+        density = self._kv[session_state].hit_density(age)
+        dropped = density * costs.recompute
         if family == KV and not self._writes_back:
             return dropped
-        copied = index * costs.load * (1.0 if family == KV_ON_HOST else 1.0 + _COPY_OUT)
+        copied = density * costs.load * (1.0 if family == KV_ON_HOST else 1.0 + _COPY_OUT)
         return min(dropped, copied + self._host_price * max(costs.recompute - costs.load, 0.0))
 
-    def _value_of_whole(self, uid: str) -> float:
+    def _value_of_whole(self, adapter_id: str) -> float:
         """Per slot, of an adapter and its KV on the device. O(eras) once per era, else O(1)."""
-        group = self._groups[uid]
+        group = self._groups[adapter_id]
         if group.valued_in != self._era:
             group.valued_in = self._era
             group.value = sum(n * self._value_in(*counted) for counted, n in group.slots.items())
         total, num_slots = max(group.value, 0.0), group.num_slots
         if group.adapter is not None:
             adapter = group.adapter
-            total += adapter.num_slots * self._value(ADAPTER, adapter.expectation, adapter.last)
+            total += adapter.num_slots * self._value(ADAPTER, adapter.session_state, adapter.last)
             num_slots += adapter.num_slots
         return total / num_slots
 
-    def _value_in(self, era: int, family: int, expectation: int) -> float:
+    def _value_in(self, era: int, family: int, session_state: int) -> float:
         """Per slot, of KV that was last used in this era."""
         middle = (era + 0.5) / _ERAS_PER_TURNOVER
-        return self._value(family, expectation, min(middle, self.clock))
+        return self._value(family, session_state, min(middle, self.clock))
 
     def _count(self, group: _Group, counted: tuple[int, int, int], num_slots: int) -> None:
         left = group.slots.get(counted, 0) + num_slots
@@ -230,5 +236,5 @@ class Elora(Policy):
     def _era(self) -> int:
         return int(self.clock * _ERAS_PER_TURNOVER)
 
-    def _returns(self, item: Item) -> Returns:
-        return (self._adapters if item.is_adapter else self._kv)[item.expectation]
+    def _reuse_of(self, item: CacheEntry) -> ReuseTable:
+        return (self._adapters if item.is_adapter else self._kv)[item.session_state]

@@ -26,7 +26,7 @@ from typing import Any, Self
 
 from typing_extensions import override
 
-from sglang_elora.policy.item import NEVER, Item
+from sglang_elora.policy.cache_entry import NEVER, CacheEntry
 from sglang_elora.policy.policy import Costs, Policy, PolicyContext
 from sglang_elora.policy.registry import register
 
@@ -75,12 +75,12 @@ class EloraPaper(Policy):
         needed, resident = context.needed_adapters, context.resident_adapters
         return cls(context.costs, needed, resident, **options)
 
-    def visit(self, path: Iterable[Item]) -> None:
+    def visit(self, path: Iterable[CacheEntry]) -> None:
         for item in path:
             item.visits += 1
             item.last = self.clock
 
-    def kind(self, item: Item) -> int:
+    def kind(self, item: CacheEntry) -> int:
         return ADAPTER if item.is_adapter else KV
 
     def rank(self, kind: Any, priority: float) -> float:
@@ -88,7 +88,7 @@ class EloraPaper(Policy):
             return priority
         return priority - math.log(lora_eval(self._resident_adapters(), self._needed_adapters()))
 
-    def priority(self, item: Item) -> float:
+    def priority(self, item: CacheEntry) -> float:
         """``log Retain_Eval`` plus what it loses everywhere alike as time passes.
 
         ``1 - sigmoid(t) = 1 / (1 + exp(t))``. With ``clock`` added, its logarithm is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sglang_elora.policy.item import Item
+from sglang_elora.policy.cache_entry import CacheEntry
 from sglang_elora.policy.policy import Costs, Policy
 from sglang_elora.policy.registry import register
 
@@ -23,19 +23,19 @@ class GDSF(Policy):
         super().__init__(costs)
         self._inflation = 0.0
 
-    def visit(self, path: Iterable[Item]) -> None:
+    def visit(self, path: Iterable[CacheEntry]) -> None:
         for item in path:
             item.visits += 1
             rank = self._inflation + item.visits * self._seconds_per_slot(item)
             item.score = max(item.score, rank)  # a copy on the host that came since makes it less
 
-    def evict(self, item: Item) -> None:
+    def evict(self, item: CacheEntry) -> None:
         self._inflation = max(self._inflation, item.score)
 
-    def priority(self, item: Item) -> float:
+    def priority(self, item: CacheEntry) -> float:
         return item.score
 
-    def _seconds_per_slot(self, item: Item) -> float:
+    def _seconds_per_slot(self, item: CacheEntry) -> float:
         load = self.costs.load_of(item)
         if item.is_adapter:
             return load

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sglang_elora.policy.item import Item
+from sglang_elora.policy.cache_entry import CacheEntry
 from sglang_elora.policy.policy import Costs, Policy
 from sglang_elora.policy.registry import register
 
@@ -21,7 +21,7 @@ class LRU(Policy):
         super().__init__(costs)
         self._num_visits = 0
 
-    def visit(self, path: Iterable[Item]) -> None:
+    def visit(self, path: Iterable[CacheEntry]) -> None:
         self._num_visits += 1
         time = float(self._num_visits)
         for item in path:
@@ -29,5 +29,5 @@ class LRU(Policy):
             item.last = time
             time -= _STEP
 
-    def priority(self, item: Item) -> float:
+    def priority(self, item: CacheEntry) -> float:
         return item.last

@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from sglang_elora.policy.item import Expectation, Item
+from sglang_elora.policy.cache_entry import CacheEntry, SessionState
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class Costs:
     load_latency: float = 10e-6  # per copy
     batch: float = 1e-3  # per batch of prefill, beside what its tokens take
 
-    def load_of(self, item: Item) -> float:
+    def load_of(self, item: CacheEntry) -> float:
         """Seconds per slot to bring an item back from the host."""
         return self.load + self.load_latency / max(item.num_slots, 1)
 
@@ -82,50 +82,50 @@ class Policy(ABC):
         """So much of the pool was filled anew."""
         self.clock += turnovers
 
-    def create(self, item: Item) -> None:
+    def create(self, item: CacheEntry) -> None:
         """An item enters the cache; the request that made it is its first visit."""
         self.visit((item,))
 
     @abstractmethod
-    def visit(self, path: Iterable[Item]) -> None:
+    def visit(self, path: Iterable[CacheEntry]) -> None:
         """A request uses these items, the deepest first."""
 
-    def expect(self, item: Item, expectation: Expectation) -> None:
+    def set_session_state(self, item: CacheEntry, session_state: SessionState) -> None:
         """Those who use the item have said something else of themselves than before."""
-        item.expectation = expectation
+        item.session_state = session_state
 
-    def split(self, item: Item, num_slots: int) -> Item:
+    def split(self, item: CacheEntry, num_slots: int) -> CacheEntry:
         """The first ``num_slots`` of a run of KV become an item of their own."""
         return item.split(num_slots)
 
-    def remove(self, item: Item) -> None:
+    def remove(self, item: CacheEntry) -> None:
         """An item left the cache, device and host; it may come back as a new one."""
         return
 
-    def place(self, item: Item) -> None:
+    def place(self, item: CacheEntry) -> None:
         """The item is on the device from now on."""
         return
 
-    def displace(self, item: Item) -> None:
+    def displace(self, item: CacheEntry) -> None:
         """The item is on the device no longer."""
         return
 
-    def evict(self, item: Item) -> None:
+    def evict(self, item: CacheEntry) -> None:
         """An item leaves the device because it came first in this order."""
         return
 
-    def kind(self, item: Item) -> Hashable:
+    def kind(self, item: CacheEntry) -> Hashable:
         return None
 
     @abstractmethod
-    def priority(self, item: Item) -> float:
+    def priority(self, item: CacheEntry) -> float:
         """Rank among items of its kind: what is lowest goes first."""
 
     def rank(self, kind: Any, priority: float) -> float:
         """Where an item of this kind and priority stands among items of other kinds."""
         return priority
 
-    def host_kind(self, item: Item) -> Hashable:
+    def host_kind(self, item: CacheEntry) -> Hashable:
         """``kind`` of a copy on the host."""
         return None
 
@@ -146,10 +146,10 @@ class Policy(ABC):
         """
         return False
 
-    def check_invariants(self, on_device: Iterable[Item]) -> None:
+    def check_invariants(self, on_device: Iterable[CacheEntry]) -> None:
         """Recompute what the policy counts from the items on the device."""
         return
 
-    def worth_host_copy(self, item: Item) -> bool:
+    def worth_host_copy(self, item: CacheEntry) -> bool:
         """Whether KV that leaves the device should be copied to the host, not dropped."""
         return True

@@ -1,4 +1,4 @@
-"""A trace-driven simulator of one server, over the server's own policies, estimators and forest."""
+"""A trace-driven simulator of one server, over the server's own policies, estimators and tree."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The cache of one simulated server: device pool, host tier, and the tree over both.
 
 What is evicted, and in which order, is decided by ``tree/eviction.py``, as in the server; adapters
-are those of ``tree.AdapterForest``. Where KV hangs under the base model (a static split), there are
+are those of ``tree.AdapterTable``. Where KV hangs under the base model (a static split), there are
 no adapters in the pool.
 """
 
@@ -11,16 +11,16 @@ from collections import deque
 from collections.abc import Hashable
 
 from sglang_elora.control import Counters
-from sglang_elora.policy import Item, Policy
+from sglang_elora.policy import CacheEntry, Policy
 from sglang_elora.sim.clairvoyant import Clairvoyant
 from sglang_elora.sim.segment import Segment
 from sglang_elora.tree import (
     MAX_REMEMBERED,
-    AdapterForest,
+    AdapterTable,
     Eviction,
-    EvictionOrders,
     Reason,
     Sessions,
+    TierOrders,
     Victims,
 )
 
@@ -34,15 +34,15 @@ class Cache:
     """
 
     def __init__(
-        self, policy: Policy, forest: AdapterForest, pool_slots: int, host_slots: int
+        self, policy: Policy, adapter_table: AdapterTable, pool_slots: int, host_slots: int
     ) -> None:
-        self.policy, self.forest = policy, forest
+        self.policy, self.adapter_table = policy, adapter_table
         self.pool_slots, self.host_slots = pool_slots, host_slots
         self.free, self.locked, self.host_free = pool_slots, 0, host_slots
         self.counts = Counters()
         self.evicted: deque[Hashable] = deque(maxlen=MAX_REMEMBERED)
         self.slots_to_host = 0  # copied by evictions since somebody asked last
-        self.orders = EvictionOrders[Segment](policy, lambda segment: segment.on_host)
+        self.orders = TierOrders[Segment](policy, lambda segment: segment.on_host)
         self.leaves, self.host_leaves = self.orders.device, self.orders.host
         self.sessions = Sessions[Segment](path_of, self.orders.set_session_state)
         self._adapters: dict[str, Segment] = {}
@@ -53,17 +53,17 @@ class Cache:
     def evictable(self) -> int:
         return self.pool_slots - self.free - self.locked
 
-    def adapter(self, uid: str) -> Segment:
-        segment = self._adapters.get(uid)
+    def adapter(self, adapter_id: str) -> Segment:
+        segment = self._adapters.get(adapter_id)
         if segment is None:
-            found = self.forest.get(uid)
-            segment = self._adapters[uid] = Segment(found.item, found)
+            found = self.adapter_table.get(adapter_id)
+            segment = self._adapters[adapter_id] = Segment(found.entry, found)
         return segment
 
-    def holds(self, uid: str) -> bool:
+    def holds(self, adapter_id: str) -> bool:
         """Whether an adapter cannot leave, or should not: a request uses it or waits for it."""
-        adapter = self.adapter(uid)
-        return adapter.locks > 0 or adapter.item.queue_position is not None
+        adapter = self.adapter(adapter_id)
+        return adapter.locks > 0 or adapter.entry.queue_position is not None
 
     def segments(self) -> list[Segment]:
         """Adapters, and all that is cached below them."""
@@ -102,15 +102,15 @@ class Cache:
         assert segment.parent is None or segment.parent.on_device, segment
         self.free -= segment.num_slots
         segment.on_device = True
-        if segment.item.is_adapter:
-            self.forest.set_resident(segment.adapter, True)
+        if segment.entry.is_adapter:
+            self.adapter_table.set_resident(segment.adapter, True)
             self.counts.adapter_loads += 1
         else:
-            self.forest.count_kv(segment.adapter, device=segment.num_slots, host=0)
+            self.adapter_table.count_kv(segment.adapter, device=segment.num_slots, host=0)
         self.policy.advance(segment.num_slots / self.pool_slots)
-        if not (segment.item.is_adapter or segment.on_host):
-            self.policy.create(segment.item)
-        self.policy.place(segment.item)
+        if not (segment.entry.is_adapter or segment.on_host):
+            self.policy.create(segment.entry)
+        self.policy.place(segment.entry)
         if segment.parent is not None:
             segment.parent.device_children += 1
             segment.parent.children[segment] = None
@@ -132,8 +132,8 @@ class Cache:
         victims = Victims(self.leaves, eviction)
         target = self.free + eviction.num_slots
         while self.free < target and (leaf := victims.next()) is not None:
-            self.policy.evict(leaf.item)
-            must_copy = not (leaf.on_host or leaf.item.is_adapter) and self._is_worth_copy(leaf)
+            self.policy.evict(leaf.entry)
+            must_copy = not (leaf.on_host or leaf.entry.is_adapter) and self._is_worth_copy(leaf)
             if must_copy and not copies:
                 victims.put_back()
                 break
@@ -145,7 +145,7 @@ class Cache:
         """Copy the next victims to the host. Slots that were copied."""
         found = self.orders.next_victims(
             most_leaves,
-            lambda leaf: not (leaf.on_host or leaf.item.is_adapter) and self._is_worth_copy(leaf),
+            lambda leaf: not (leaf.on_host or leaf.entry.is_adapter) and self._is_worth_copy(leaf),
         )
         return sum(leaf.num_slots for leaf in found if self._to_host(leaf))
 
@@ -158,27 +158,27 @@ class Cache:
             self.leaves.discard(segment)
 
     def _evict(self, leaf: Segment, must_copy: bool, reason: Reason) -> None:
-        if leaf.item.is_adapter:
-            self.forest.set_resident(leaf.adapter, False)
+        if leaf.entry.is_adapter:
+            self.adapter_table.set_resident(leaf.adapter, False)
             self.counts.adapter_evictions[reason] += 1
         elif must_copy and self._to_host(leaf):
             self.slots_to_host += leaf.num_slots
         self._leave_device(leaf, reason)
-        if leaf.on_host or leaf.item.is_adapter:
+        if leaf.on_host or leaf.entry.is_adapter:
             self.evicted.append(leaf)
         if leaf.on_host:
             self._update_host_leaf(leaf)
-        elif not leaf.item.is_adapter:
+        elif not leaf.entry.is_adapter:
             self._drop(leaf)
 
     def _leave_device(self, leaf: Segment, reason: Reason) -> None:
         self.leaves.discard(leaf)
         self._duplicates.pop(leaf, None)
-        self.policy.displace(leaf.item)
+        self.policy.displace(leaf.entry)
         leaf.on_device = False
         self.free += leaf.num_slots
-        if not leaf.item.is_adapter:
-            self.forest.count_kv(leaf.adapter, device=-leaf.num_slots, host=0)
+        if not leaf.entry.is_adapter:
+            self.adapter_table.count_kv(leaf.adapter, device=-leaf.num_slots, host=0)
             self.counts.kv_slots_evicted[reason] += leaf.num_slots
         if leaf.parent is not None:
             leaf.parent.device_children -= 1
@@ -207,11 +207,11 @@ class Cache:
             return False
         self.host_free -= leaf.num_slots
         leaf.on_host = True
-        self.forest.count_kv(leaf.adapter, device=0, host=leaf.num_slots)
+        self.adapter_table.count_kv(leaf.adapter, device=0, host=leaf.num_slots)
         self.counts.kv_slots_to_host += leaf.num_slots
-        self.policy.displace(leaf.item)
-        leaf.item.backed = True
-        self.policy.place(leaf.item)
+        self.policy.displace(leaf.entry)
+        leaf.entry.backed = True
+        self.policy.place(leaf.entry)
         self._duplicates[leaf] = None
         if leaf in self.leaves:
             self.leaves.lower(leaf)
@@ -226,15 +226,15 @@ class Cache:
                     return
                 if not (spares_leaves and segment in self.leaves):
                     del self._duplicates[segment]
-                    self.policy.displace(segment.item)
+                    self.policy.displace(segment.entry)
                     self._leave_host(segment)
-                    self.policy.place(segment.item)
+                    self.policy.place(segment.entry)
 
     def _leave_host(self, segment: Segment) -> None:
         self.host_leaves.discard(segment)
-        segment.on_host = segment.item.backed = False
+        segment.on_host = segment.entry.backed = False
         self.host_free += segment.num_slots
-        self.forest.count_kv(segment.adapter, device=0, host=-segment.num_slots)
+        self.adapter_table.count_kv(segment.adapter, device=0, host=-segment.num_slots)
 
     def _update_host_leaf(self, segment: Segment) -> None:
         if segment.on_host and not segment.on_device and not segment.children:
@@ -247,10 +247,12 @@ class Cache:
         for child in list(segment.children):
             self._leave_host(child)
             self._drop(child)
-        self.policy.remove(segment.item)
+        self.policy.remove(segment.entry)
         self.sessions.drop(segment)
         segment.num_sessions = 0
-        segment.item = Item(False, segment.num_slots, segment.item.group)  # if it comes back
+        segment.entry = CacheEntry(
+            False, segment.num_slots, segment.entry.group
+        )  # if it comes back
         if segment.parent is not None:
             segment.parent.children.pop(segment, None)
             self._update_host_leaf(segment.parent)
@@ -270,15 +272,15 @@ class Cache:
         assert self.free == self.pool_slots - reserved - sum(s.num_slots for s in device)
         assert self.free >= 0 and self.host_free >= 0
         assert self.locked == locked, (self.locked, locked)
-        held = sum(s.num_slots for s in segments if s.on_host and not s.item.is_adapter)
+        held = sum(s.num_slots for s in segments if s.on_host and not s.entry.is_adapter)
         assert self.host_free == self.host_slots - held
         assert all(s.parent is None or s.parent.on_device for s in device), (
             "KV without what is above"
         )
         leaves = {s for s in device if not s.locks and not s.device_children}
         assert set(self.leaves) == leaves, (len(self.leaves), len(leaves))
-        self.forest.check_invariants()
-        self.policy.check_invariants([segment.item for segment in device])
+        self.adapter_table.check_invariants()
+        self.policy.check_invariants([segment.entry for segment in device])
         self.leaves.check_invariants()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sglang_elora.policy import NEVER, Costs, Item, Policy, register
+from sglang_elora.policy import NEVER, CacheEntry, Costs, Policy, register
 
 FREQUENCY, RECENCY, SIZE = 0.45, 0.10, 0.45
 _WINDOW = 16.0  # turnovers of the pool over which uses are counted, the older the less
@@ -28,7 +28,7 @@ class Chameleon(Policy):
         super().__init__(costs)
         self._most_uses, self._largest = 1.0, 1
 
-    def visit(self, path: Iterable[Item]) -> None:
+    def visit(self, path: Iterable[CacheEntry]) -> None:
         for item in path:
             item.score = self._uses(item) + 1
             item.visits += 1
@@ -36,21 +36,21 @@ class Chameleon(Policy):
             self._most_uses = max(self._most_uses, item.score)
             self._largest = max(self._largest, item.num_slots)
 
-    def kind(self, item: Item) -> Item:
+    def kind(self, item: CacheEntry) -> CacheEntry:
         """Each its own: with time their scores change at different rates."""
         return item
 
-    def priority(self, item: Item) -> float:
+    def priority(self, item: CacheEntry) -> float:
         return item.last
 
-    def rank(self, kind: Item, priority: float) -> float:
+    def rank(self, kind: CacheEntry, priority: float) -> float:
         if kind.last == NEVER:
             return 0.0
         recency = 1 / (1 + self.clock - kind.last)
         frequency, size = self._uses(kind) / self._most_uses, kind.num_slots / self._largest
         return FREQUENCY * frequency + RECENCY * recency + SIZE * size
 
-    def _uses(self, item: Item) -> float:
+    def _uses(self, item: CacheEntry) -> float:
         if item.last == NEVER:
             return 0.0
         return float(item.score * 0.5 ** ((self.clock - item.last) / _WINDOW))

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from typing_extensions import override
 
-from sglang_elora.policy import Costs, Item, Policy, PolicyContext, register
+from sglang_elora.policy import CacheEntry, Costs, Policy, PolicyContext, register
 
 _SOON_S = 1e-3
 
@@ -36,18 +36,18 @@ class Clairvoyant(Policy):
     def build(cls, context: PolicyContext, **options: Any) -> Self:
         return cls(context.costs, context.writes_back, **options)
 
-    def foresee(self, item: Item, next_s: float) -> None:
+    def foresee(self, item: CacheEntry, next_s: float) -> None:
         """When the item is used next, infinity for never. It is locked, or not on the device."""
         item.score = -next_s
 
-    def visit(self, path: Iterable[Item]) -> None:
+    def visit(self, path: Iterable[CacheEntry]) -> None:
         for item in path:
             item.visits += 1
 
-    def kind(self, item: Item) -> tuple[bool, bool]:
+    def kind(self, item: CacheEntry) -> tuple[bool, bool]:
         return item.is_adapter, item.backed
 
-    def priority(self, item: Item) -> float:
+    def priority(self, item: CacheEntry) -> float:
         return item.score
 
     def rank(self, kind: tuple[bool, bool], priority: float) -> float:
@@ -63,5 +63,5 @@ class Clairvoyant(Policy):
             saved = costs.recompute
         return saved / max(-priority - self.now_s, _SOON_S)
 
-    def worth_host_copy(self, item: Item) -> bool:
+    def worth_host_copy(self, item: CacheEntry) -> bool:
         return item.score > float("-inf")

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 
 from sglang_elora.estimators import OnlineCosts
-from sglang_elora.policy import Item
+from sglang_elora.policy import CacheEntry
 from sglang_elora.sim.cache import Cache
 from sglang_elora.sim.calibration import Calibration
 from sglang_elora.sim.clairvoyant import Clairvoyant
@@ -127,8 +127,8 @@ class Engine:
 
     def _kv(self, num_slots: int, adapter: Segment, above: Segment | None) -> Segment:
         if not self._kv_needs_adapter:
-            return Segment(Item(False, num_slots), self._cache.forest.base, above)
-        item = Item(False, num_slots, adapter.adapter.uid)
+            return Segment(CacheEntry(False, num_slots), self._cache.adapter_table.base, above)
+        item = CacheEntry(False, num_slots, adapter.adapter.adapter_id)
         return Segment(item, adapter.adapter, above or adapter)
 
     def _arrive(self, talk: Talk, turn: int, due_s: float) -> None:
@@ -243,7 +243,7 @@ class Engine:
         self._residence.used(request)
         if self._future is not None:
             self._future.used(request, [*request.missing, *used])
-        self._cache.policy.visit(segment.item for segment in used)
+        self._cache.policy.visit(segment.entry for segment in used)
 
     def _run(self, batch: list[Request], load_s: float) -> None:
         calibration = self._calibration
@@ -328,7 +328,7 @@ class Engine:
             cache.release(request.num_reserved)
         request.num_reserved = 0
         if self._touches_at_end:
-            cache.policy.visit(segment.item for segment in reversed(talk.path))
+            cache.policy.visit(segment.entry for segment in reversed(talk.path))
         for segment in reversed(request.locked):
             cache.unlock(segment)
         self._residence.leave(request)

@@ -60,12 +60,12 @@ class Future:
         adapter_s, system_s = (uses.next_s(self._begun) for uses in self._shared(session))
         for segment in path:
             is_system = bool(session.system) and segment is request.talk.path[0]
-            next_s = adapter_s if segment.item.is_adapter else system_s if is_system else own_s
-            self._policy.foresee(segment.item, next_s)
+            next_s = adapter_s if segment.entry.is_adapter else system_s if is_system else own_s
+            self._policy.foresee(segment.entry, next_s)
 
     def made(self, request: Request, segment: Segment) -> None:
         """A request ends with this turn of its own."""
-        self._policy.foresee(segment.item, self._next(request))
+        self._policy.foresee(segment.entry, self._next(request))
 
     def _shared(self, session: Session) -> tuple[_Uses, _Uses]:
         key = (session.adapter, session.system)

@@ -23,9 +23,9 @@ class Images:
         self._present: dict[str, int] = {}  # adapter -> holders
         self._reads: dict[str, float] = {}  # adapter -> when its read is over
         self._readers_free_s = [0.0] * NUM_READERS
-        self._never_read = {str(adapter.uid): None for adapter in cache.forest}
+        self._never_read = {str(adapter.adapter_id): None for adapter in cache.adapter_table}
         self._is_denied = False  # an adapter had to wait for memory in this step
-        self._idle = IdleImages(self._priority, cache.forest.image_position)
+        self._idle = IdleImages(self._priority, cache.adapter_table.image_position)
 
     def __contains__(self, adapter_id: str) -> bool:
         return self._holds_all or adapter_id in self._present
@@ -52,7 +52,7 @@ class Images:
         if adapter_id in self._present or adapter_id in self._reads or self._is_denied:
             return
         num_slots = self._cache.adapter(adapter_id).num_slots
-        position = self._cache.forest.image_position(adapter_id)
+        position = self._cache.adapter_table.image_position(adapter_id)
         if not self._make_room(num_slots, position):
             self._is_denied = position < math.inf
             return
@@ -96,4 +96,4 @@ class Images:
         return victims is not None
 
     def _priority(self, adapter_id: str) -> float:
-        return self._cache.orders.image_priority(self._cache.forest.get(adapter_id).item)
+        return self._cache.orders.image_priority(self._cache.adapter_table.get(adapter_id).entry)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 
 from sglang_elora.estimators import OnlineCosts
-from sglang_elora.policy import Item
+from sglang_elora.policy import CacheEntry
 from sglang_elora.sim.cache import Cache, path_of
 from sglang_elora.sim.calibration import Calibration
 from sglang_elora.sim.images import Images
@@ -39,7 +39,7 @@ class PoolMemory:
     def __init__(
         self, cache: Cache, calibration: Calibration, link: Link, costs: OnlineCosts
     ) -> None:
-        self.cache, self.forest, self.policy = cache, cache.forest, cache.policy
+        self.cache, self.adapter_table, self.policy = cache, cache.adapter_table, cache.policy
         self.pool_slots, self.counts = cache.pool_slots, cache.counts
         self.copies: dict[str, _Copy] = {}
         self.num_launches = self.num_loads = 0
@@ -68,7 +68,7 @@ class PoolMemory:
 
     def is_there(self, adapter: Segment) -> bool:
         """Whether an adapter is on the device, and its copy over."""
-        return adapter.on_device and str(adapter.item.group) not in self.copies
+        return adapter.on_device and str(adapter.entry.group) not in self.copies
 
     def copied_s(self, adapter_id: str, now_s: float) -> float:
         """When an adapter's copy is over."""
@@ -109,7 +109,7 @@ class PoolMemory:
         return adapter_id in self._images
 
     def find(self, key: Segment) -> Segment | None:
-        return key if key.is_cached or key.item.is_adapter else None
+        return key if key.is_cached or key.entry.is_adapter else None
 
     def session_end(self, session: str) -> Segment | None:
         return self.cache.sessions.end_of(session)
@@ -152,7 +152,7 @@ class PoolMemory:
     def read_ahead(self) -> None:
         self._images.read_ahead(self.now_s)
 
-    def load_kv(self, node: Segment, eviction: Eviction | None) -> Sequence[Item]:
+    def load_kv(self, node: Segment, eviction: Eviction | None) -> Sequence[CacheEntry]:
         path = [node] if eviction is None else path_of(node)
         missing = [segment for segment in path if not segment.on_device]
         held = [segment for segment in path if segment.on_device]
@@ -171,7 +171,7 @@ class PoolMemory:
         for segment in reversed(missing):
             self.cache.place(segment)
         self._link.load_kv(self.now_s, num_slots)
-        return [segment.item for segment in missing]
+        return [segment.entry for segment in missing]
 
     def copy_ahead(self, most_leaves: int) -> bool:
         num_slots = self.cache.copy_ahead(most_leaves)

@@ -144,7 +144,7 @@ class PoolResidence(Residence):
                 break
 
     def expect(self, talk: Talk) -> None:
-        self._planner.expect([str(talk.adapter.item.group)])
+        self._planner.expect([str(talk.adapter.entry.group)])
         self._planner.expect_sessions([talk.name])
 
     def is_there(self, adapter: Segment) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Set
 from dataclasses import dataclass, field
 
-from sglang_elora.policy import Item
+from sglang_elora.policy import CacheEntry
 from sglang_elora.tree import NOBODY, Adapter
 
 
@@ -16,7 +16,7 @@ class Segment:
     Its state is the cache's to change.
     """
 
-    item: Item
+    entry: CacheEntry
     adapter: Adapter  # that it is, or hangs under; the base model where KV needs no adapter
     parent: Segment | None = None  # an adapter has none, nor has a system prompt without one
     on_device: bool = False
@@ -29,7 +29,7 @@ class Segment:
 
     @property
     def num_slots(self) -> int:
-        return self.item.num_slots
+        return self.entry.num_slots
 
     @property
     def is_cached(self) -> bool:

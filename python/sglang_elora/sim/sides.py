@@ -21,7 +21,7 @@ from sglang_elora.sim.clairvoyant import Clairvoyant
 from sglang_elora.sim.engine import Engine
 from sglang_elora.sim.link import Link
 from sglang_elora.sim.residence import PoolResidence, SplitResidence
-from sglang_elora.tree import AdapterForest
+from sglang_elora.tree import AdapterTable
 
 STOCK_DEFAULT_SLOTS = 8  # SGLang's --max-loras-per-batch
 
@@ -35,23 +35,25 @@ def make_engine(side: str, calibration: Calibration, adapters: list[str]) -> Eng
     Raises:
         ValueError: No such side, or a split that leaves no room for KV.
     """
-    forest = AdapterForest()
-    for number, uid in enumerate(adapters):
+    adapter_table = AdapterTable()
+    for number, adapter_id in enumerate(adapters):
         slots = calibration.adapter_slots[number % len(calibration.adapter_slots)]
-        forest.register(uid, num_slots=slots, pinned=False, version="")
+        adapter_table.register(adapter_id, num_slots=slots, pinned=False, version="")
     kind, _, argument = side.partition(":")
     if side == "stock-default":
-        return _split(calibration, forest, STOCK_DEFAULT_SLOTS, 0)
+        return _split(calibration, adapter_table, STOCK_DEFAULT_SLOTS, 0)
     if kind == "stock-tuned" and argument.isdigit():
-        return _split(calibration, forest, int(argument), calibration.host_slots)
+        return _split(calibration, adapter_table, int(argument), calibration.host_slots)
     if side in ("slora", Chameleon.name):
-        return _pool(calibration, forest, LRU.name if side == "slora" else side, keeps_kv=False)
+        return _pool(
+            calibration, adapter_table, LRU.name if side == "slora" else side, keeps_kv=False
+        )
     if side == Clairvoyant.name or (kind == "elora" and argument):
         policy, *options = (argument or side).split("+")
         if set(options) <= {"sessions", "hints"}:
             return _pool(
                 calibration,
-                forest,
+                adapter_table,
                 policy,
                 names_sessions="sessions" in options,
                 hints="hints" in options,
@@ -68,13 +70,13 @@ def kv_slots(calibration: Calibration, num_adapter_slots: int) -> int:
 
 
 def _split(
-    calibration: Calibration, forest: AdapterForest, num_adapter_slots: int, host_slots: int
+    calibration: Calibration, adapter_table: AdapterTable, num_adapter_slots: int, host_slots: int
 ) -> Engine:
     pool_slots = kv_slots(calibration, num_adapter_slots)
     if pool_slots <= 0 or num_adapter_slots < 1:
         raise ValueError(f"{num_adapter_slots} adapter slots leave {pool_slots} slots for KV")
     costs, link = OnlineCosts(), Link(calibration)
-    cache = Cache(LRU(costs.costs), forest, pool_slots, host_slots)
+    cache = Cache(LRU(costs.costs), adapter_table, pool_slots, host_slots)
     residence = SplitResidence(num_adapter_slots, calibration, link)
     return Engine(
         calibration,
@@ -89,7 +91,7 @@ def _split(
 
 def _pool(
     calibration: Calibration,
-    forest: AdapterForest,
+    adapter_table: AdapterTable,
     policy: str,
     *,
     keeps_kv: bool = True,
@@ -102,11 +104,11 @@ def _pool(
     context = PolicyContext(
         costs.costs,
         needed_adapters=lambda: costs.needed_adapters,
-        resident_adapters=lambda: forest.num_resident,
+        resident_adapters=lambda: adapter_table.num_resident,
         is_held=lambda adapter_id: held[0].holds(adapter_id),
         writes_back=host_slots > 0,
     )
-    cache = Cache(_policy(policy, context), forest, calibration.pool_slots, host_slots)
+    cache = Cache(_policy(policy, context), adapter_table, calibration.pool_slots, host_slots)
     held.append(cache)
     return Engine(
         calibration,

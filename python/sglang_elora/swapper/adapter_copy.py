@@ -35,7 +35,7 @@ class AdapterCopy:
     ``pieces`` are ``(end layer, event after it)``, in the order of layers.
     """
 
-    uid: str
+    adapter_id: str
     num_slots: int
     begun: StreamEvent | None = None  # before the first transfer
     wait_for_slots: tuple[StreamEvent, StreamEvent] | None = None  # its begin and its end

@@ -24,7 +24,7 @@ class HostTierFull(ValueError):
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    uid: str
+    adapter_id: str
     num_bytes: int
     read: ReadImage | None  # None: it came without a file
     image: AdapterImage | None = None
@@ -65,8 +65,8 @@ class HostTier:
         self,
         arena: HostArena,
         priority: Callable[[str], float],
-        queue_position: Callable[[str], float] = lambda uid: math.inf,
-        on_moved: Callable[[str], None] = lambda uid: None,
+        queue_position: Callable[[str], float] = lambda adapter_id: math.inf,
+        on_moved: Callable[[str], None] = lambda adapter_id: None,
     ) -> None:
         self.arena = arena
         self._on_moved = on_moved
@@ -87,16 +87,16 @@ class HostTier:
         self._is_denied = False  # an adapter had to wait for memory in this step
         self._executor: ThreadPoolExecutor | None = None
 
-    def __contains__(self, uid: str) -> bool:
+    def __contains__(self, adapter_id: str) -> bool:
         """Whether its image is in host memory."""
-        entry = self._entries.get(uid)
+        entry = self._entries.get(adapter_id)
         return entry is not None and entry.image is not None
 
     def __len__(self) -> int:
         return self._num_images
 
-    def is_reading(self, uid: str) -> bool:
-        return uid in self._reading
+    def is_reading(self, adapter_id: str) -> bool:
+        return adapter_id in self._reading
 
     @property
     def reading(self) -> tuple[str, ...]:
@@ -105,7 +105,7 @@ class HostTier:
 
     def add(
         self,
-        uid: str,
+        adapter_id: str,
         num_bytes: int,
         read: ReadImage | None = None,
         image: AdapterImage | None = None,
@@ -116,11 +116,11 @@ class HostTier:
             HostTierFull: The image has no file to be read again from, and does not fit beside
                 others of its kind.
         """
-        assert (read is None) != (image is None) and uid not in self._entries, uid
-        assert uid not in self._removed and uid not in self._reading, uid
+        assert (read is None) != (image is None) and adapter_id not in self._entries, adapter_id
+        assert adapter_id not in self._removed and adapter_id not in self._reading, adapter_id
         if image is None:
-            self._entries[uid] = _Entry(uid, num_bytes, read)
-            self._never_read[uid] = None
+            self._entries[adapter_id] = _Entry(adapter_id, num_bytes, read)
+            self._never_read[adapter_id] = None
             return
         left = self.arena.num_blocks - self._sent_blocks
         if self.arena.blocks_for(num_bytes) > left:
@@ -130,83 +130,83 @@ class HostTier:
                 " as a folder, or raise --elora-host-gb"
             )
         self._sent_blocks += self.arena.blocks_for(num_bytes)
-        entry = self._entries[uid] = _Entry(uid, num_bytes, None)
-        self._sent_outside[uid] = None
+        entry = self._entries[adapter_id] = _Entry(adapter_id, num_bytes, None)
+        self._sent_outside[adapter_id] = None
         self._take_in(entry, image, None)
         self._house_sent()
 
-    def remove(self, uid: str) -> None:
+    def remove(self, adapter_id: str) -> None:
         """Forget an adapter. A read that is under way ends as cancelled."""
-        entry = self._entries.pop(uid)
-        self._never_read.pop(uid, None)
-        self._sent_outside.pop(uid, None)
-        self.cancel(uid)
+        entry = self._entries.pop(adapter_id)
+        self._never_read.pop(adapter_id, None)
+        self._sent_outside.pop(adapter_id, None)
+        self.cancel(adapter_id)
         if entry.read is None:
             self._sent_blocks -= self.arena.blocks_for(entry.num_bytes)
         if entry.image is not None:
             if entry.num_holders:
-                self._removed[uid] = entry
+                self._removed[adapter_id] = entry
             else:
-                self._idle.discard(uid)
+                self._idle.discard(adapter_id)
                 self._free(entry)
             self._num_images -= 1
             self.num_bytes -= entry.num_bytes
-            self._on_moved(uid)
+            self._on_moved(adapter_id)
 
-    def get(self, uid: str) -> AdapterImage:
-        image = self._entries[uid].image
-        assert image is not None, f"adapter {uid} is not in host memory"
+    def get(self, adapter_id: str) -> AdapterImage:
+        image = self._entries[adapter_id].image
+        assert image is not None, f"adapter {adapter_id} is not in host memory"
         return image
 
-    def request(self, uid: str) -> None:
+    def request(self, adapter_id: str) -> None:
         """Have its file read, unless it is there or under way, or there is no room yet.
 
         For an adapter that no request waits for, there is room if blocks are free.
         """
-        entry = self._entries[uid]
+        entry = self._entries[adapter_id]
         if entry.image is not None:
             return
-        if uid in self._reading:
-            self._reading[uid][1].resume()
+        if adapter_id in self._reading:
+            self._reading[adapter_id][1].resume()
             return
         if self._is_denied or self._sent_outside:
             return
-        position = self._queue_position(uid)
+        position = self._queue_position(adapter_id)
         has_room, blocks = self._reserve(entry, position)
         if not has_room:
             self._is_denied = position < math.inf
             return
         assert entry.read is not None
-        self._never_read.pop(uid, None)
+        self._never_read.pop(adapter_id, None)
         if self._executor is None:
             self._executor = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="adapter-reader")
         reading = Reading(self._executor, entry.read, entry.num_bytes, self.arena, blocks)
-        self._reading[uid] = entry, reading
-        self._on_moved(uid)
+        self._reading[adapter_id] = entry, reading
+        self._on_moved(adapter_id)
 
     def read_ahead(self) -> None:
         """Have one file read that never was, while the budget has room for it."""
-        uid = next(iter(self._never_read), None)
-        if uid is not None:
-            self.request(uid)
+        adapter_id = next(iter(self._never_read), None)
+        if adapter_id is not None:
+            self.request(adapter_id)
 
-    def cancel(self, uid: str) -> None:
+    def cancel(self, adapter_id: str) -> None:
         """Do not start reading it, if that has not happened."""
-        if uid in self._reading:
-            self._reading[uid][1].cancel()
+        if adapter_id in self._reading:
+            self._reading[adapter_id][1].cancel()
 
-    def code(self, uid: str) -> Read:
+    def code(self, adapter_id: str) -> Read:
         """How far the read is on this rank."""
-        entry, reading = self._reading[uid]
+        entry, reading = self._reading[adapter_id]
         code = reading.code
-        is_known = self._entries.get(uid) is entry
+        is_known = self._entries.get(adapter_id) is entry
         return code if is_known else min(code, Read.CANCELLED)
 
-    def image_read(self, uid: str) -> AdapterImage | None:
+    def image_read(self, adapter_id: str) -> AdapterImage | None:
         """The image of a read that is done on this rank; ``settle`` takes it in."""
-        return self._reading[uid][1].image if self.code(uid) == Read.DONE else None
+        return self._reading[adapter_id][1].image if self.code(adapter_id) == Read.DONE else None
 
-    def settle(self, uid: str, code: Read) -> AdapterImage | BaseException | None:
+    def settle(self, adapter_id: str, code: Read) -> AdapterImage | BaseException | None:
         """Act on what all ranks have come to.
 
         Returns:
@@ -214,70 +214,72 @@ class HostTier:
         """
         if code == Read.UNDER_WAY:
             return None
-        entry, reading = self._reading.pop(uid)
-        is_known = self._entries.get(uid) is entry
+        entry, reading = self._reading.pop(adapter_id)
+        is_known = self._entries.get(adapter_id) is entry
         self.num_reads += is_known
         if is_known and code == Read.DONE:
             self._take_in(entry, reading.image, reading.blocks)
-            self._on_moved(uid)
+            self._on_moved(adapter_id)
             return entry.image
         if reading.blocks is None:
-            del self._outside[uid]
+            del self._outside[adapter_id]
         else:
             self.arena.give_back(reading.blocks)
         if not is_known:
             return None
-        self._on_moved(uid)
+        self._on_moved(adapter_id)
         if code == Read.FAILED:
             return reading.error or RuntimeError("another rank could not read it")
         return None
 
-    def hold(self, uid: str) -> AdapterImage:
+    def hold(self, adapter_id: str) -> AdapterImage:
         """Keep the image until ``release``: it is copied from."""
-        entry = self._entries[uid]
+        entry = self._entries[adapter_id]
         entry.num_holders += 1
-        self._idle.discard(uid)
-        return self.get(uid)
+        self._idle.discard(adapter_id)
+        return self.get(adapter_id)
 
-    def is_held(self, uid: str) -> bool:
+    def is_held(self, adapter_id: str) -> bool:
         """Whether its image stays until ``release``. True for what was unloaded and is gone."""
-        entry = self._entries.get(uid) or self._removed.get(uid)
+        entry = self._entries.get(adapter_id) or self._removed.get(adapter_id)
         return entry is None or entry.num_holders > 0
 
-    def release(self, uid: str) -> None:
+    def release(self, adapter_id: str) -> None:
         """No copy reads the image any more, on this rank's device either."""
-        entry = self._entries.get(uid) or self._removed.get(uid)
+        entry = self._entries.get(adapter_id) or self._removed.get(adapter_id)
         if entry is None:  # unloaded meanwhile
             return
         entry.num_holders -= 1
         if entry.num_holders:
             return
-        if self._removed.pop(uid, None) is not None:
+        if self._removed.pop(adapter_id, None) is not None:
             self._free(entry)
         elif entry.read is not None:
-            self._idle.add(uid, _num_blocks(entry))
+            self._idle.add(adapter_id, _num_blocks(entry))
 
-    def lower(self, uid: str) -> None:
+    def lower(self, adapter_id: str) -> None:
         """Its priority fell."""
-        self._idle.lower(uid)
+        self._idle.lower(adapter_id)
 
     def drop_surplus(self) -> None:
         """End a step: drop what is outside the arena and no request needs any more."""
         self._is_denied = False
-        for uid in [uid for uid in self._outside if uid in self._idle]:
-            if self._queue_position(uid) == math.inf:
-                self._drop_idle(uid)
+        for adapter_id in [adapter_id for adapter_id in self._outside if adapter_id in self._idle]:
+            if self._queue_position(adapter_id) == math.inf:
+                self._drop_idle(adapter_id)
         self._house_sent()
 
-    def drop(self, uid: str) -> None:
+    def drop(self, adapter_id: str) -> None:
         """Forget an image that nobody holds; the file is read again when it is asked for."""
-        entry = self._entries[uid]
-        assert entry.image is not None and entry.num_holders == 0 and entry.read is not None, uid
-        self._idle.discard(uid)
+        entry = self._entries[adapter_id]
+        assert entry.image is not None and entry.num_holders == 0 and entry.read is not None, (
+            adapter_id
+        )
+        self._idle.discard(adapter_id)
         self._free(entry)
         self._num_images -= 1
         self.num_bytes -= entry.num_bytes
-        self._on_moved(uid)
+        self._on_moved(adapter_id)
 
     def check_invariants(self) -> None:
         """Raises:
@@ -288,13 +290,17 @@ class HostTier:
         assert self.num_bytes == sum(entry.num_bytes for entry in present), self.num_bytes
         assert self._num_images == len(present), (self._num_images, len(present))
         idle = [e for e in present if e.num_holders == 0 and e.read is not None]
-        self._idle.check_invariants({e.uid: _num_blocks(e) for e in idle})
+        self._idle.check_invariants({e.adapter_id: _num_blocks(e) for e in idle})
         sent = [entry for entry in present if entry.read is None]
         assert self._sent_blocks == sum(self.arena.blocks_for(e.num_bytes) for e in sent)
-        assert self._sent_outside.keys() == {e.uid for e in sent if e.blocks is None}
+        assert self._sent_outside.keys() == {e.adapter_id for e in sent if e.blocks is None}
         files = [e for e in [*present, *self._removed.values()] if e.read is not None]
-        outside = {e.uid for e in files if e.blocks is None}
-        outside |= {uid for uid, (_, reading) in self._reading.items() if reading.blocks is None}
+        outside = {e.adapter_id for e in files if e.blocks is None}
+        outside |= {
+            adapter_id
+            for adapter_id, (_, reading) in self._reading.items()
+            if reading.blocks is None
+        }
         assert self._outside.keys() == outside, (self._outside, outside)
         held = sum(map(_num_blocks, [*present, *self._removed.values()]))
         held += sum(r.blocks.num_blocks for _, r in self._reading.values() if r.blocks is not None)
@@ -306,12 +312,12 @@ class HostTier:
         self._num_images += 1
         self.num_bytes += entry.num_bytes
         if entry.read is not None:
-            self._idle.add(entry.uid, _num_blocks(entry))
+            self._idle.add(entry.adapter_id, _num_blocks(entry))
 
     def _free(self, entry: _Entry) -> None:
         entry.image = None
         if entry.blocks is None:
-            self._outside.pop(entry.uid, None)
+            self._outside.pop(entry.adapter_id, None)
         else:
             self.arena.give_back(entry.blocks)
             entry.blocks = None
@@ -340,7 +346,7 @@ class HostTier:
                 entry.num_bytes,
             )
         self.num_outside += 1
-        self._outside[entry.uid] = None
+        self._outside[entry.adapter_id] = None
         return True
 
     def _make_room(self, num_blocks: int, position: float) -> bool:
@@ -350,25 +356,25 @@ class HostTier:
         if missing <= 0:
             return True
         victims = self._idle.victims(missing, position)
-        for uid in victims or ():
-            self._drop_idle(uid)
+        for adapter_id in victims or ():
+            self._drop_idle(adapter_id)
         return victims is not None
 
-    def _drop_idle(self, uid: str) -> None:
-        self.drop(uid)
+    def _drop_idle(self, adapter_id: str) -> None:
+        self.drop(adapter_id)
         self.num_dropped += 1
 
     def _house_sent(self) -> None:
         """Move images that came without a file into the arena, where their blocks are free now."""
-        for uid in [*self._sent_outside]:
-            entry = self._entries[uid]
+        for adapter_id in [*self._sent_outside]:
+            entry = self._entries[adapter_id]
             num_blocks = self.arena.blocks_for(entry.num_bytes)
             if entry.num_holders or not self._make_room(num_blocks, position=-1):
                 return
             entry.blocks = self.arena.take(entry.num_bytes)
-            assert entry.image is not None and entry.blocks is not None, uid
+            assert entry.image is not None and entry.blocks is not None, adapter_id
             entry.image = entry.image.copied_to(entry.blocks.chunks)
-            del self._sent_outside[uid]
+            del self._sent_outside[adapter_id]
 
 
 def _num_blocks(entry: _Entry) -> int:

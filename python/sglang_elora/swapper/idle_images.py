@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from sglang_elora.tree import LeafOrder
+from sglang_elora.tree import EvictionOrder
 
 NUM_READERS = 2
 """Threads that read files. More of them take the interpreter from the scheduler."""
@@ -24,26 +24,26 @@ class IdleImages:
         self, priority: Callable[[str], float], queue_position: Callable[[str], float]
     ) -> None:
         self.num_blocks = 0  # of the arena, that all of them hold
-        self._order: LeafOrder[str] = LeafOrder(priority)
+        self._order: EvictionOrder[str] = EvictionOrder(priority)
         self._blocks: dict[str, int] = {}  # 0: outside the arena
         self._priority, self._queue_position = priority, queue_position
 
-    def __contains__(self, uid: str) -> bool:
-        return uid in self._blocks
+    def __contains__(self, adapter_id: str) -> bool:
+        return adapter_id in self._blocks
 
-    def add(self, uid: str, num_blocks: int) -> None:
-        assert uid not in self._blocks, uid
-        self._blocks[uid] = num_blocks
-        self._order.add(uid)
+    def add(self, adapter_id: str, num_blocks: int) -> None:
+        assert adapter_id not in self._blocks, adapter_id
+        self._blocks[adapter_id] = num_blocks
+        self._order.add(adapter_id)
         self.num_blocks += num_blocks
 
-    def discard(self, uid: str) -> None:
-        self.num_blocks -= self._blocks.pop(uid, 0)
-        self._order.discard(uid)
+    def discard(self, adapter_id: str) -> None:
+        self.num_blocks -= self._blocks.pop(adapter_id, 0)
+        self._order.discard(adapter_id)
 
-    def lower(self, uid: str) -> None:
+    def lower(self, adapter_id: str) -> None:
         """Its priority fell."""
-        self._order.lower(uid)
+        self._order.lower(adapter_id)
 
     def victims(self, num_blocks: int, position: float) -> list[str] | None:
         """Adapters to drop so that so many blocks become free, for a request at this position.
@@ -57,24 +57,24 @@ class IdleImages:
         if position == math.inf or num_blocks > self.num_blocks:
             return None
         victims, needed_later = [], []
-        while num_blocks > 0 and (uid := self._order.take_lowest()) is not None:
-            if not self._blocks[uid]:
+        while num_blocks > 0 and (adapter_id := self._order.take_lowest()) is not None:
+            if not self._blocks[adapter_id]:
                 continue
-            if self._priority(uid) < math.inf:
-                victims.append(uid)
-                num_blocks -= self._blocks[uid]
-            elif self._queue_position(uid) > position:
-                needed_later.append(uid)
+            if self._priority(adapter_id) < math.inf:
+                victims.append(adapter_id)
+                num_blocks -= self._blocks[adapter_id]
+            elif self._queue_position(adapter_id) > position:
+                needed_later.append(adapter_id)
         self._order.give_back()
-        for uid in sorted(needed_later, key=self._queue_position, reverse=True):
+        for adapter_id in sorted(needed_later, key=self._queue_position, reverse=True):
             if num_blocks > 0:
-                victims.append(uid)
-                num_blocks -= self._blocks[uid]
+                victims.append(adapter_id)
+                num_blocks -= self._blocks[adapter_id]
         return victims if num_blocks <= 0 else None
 
-    def last_of(self, uids: Iterable[str], position: float) -> str | None:
+    def last_of(self, adapter_ids: Iterable[str], position: float) -> str | None:
         """Of these, the idle one that is needed last, if a request at this position may drop it."""
-        idle = [uid for uid in uids if uid in self._blocks]
+        idle = [adapter_id for adapter_id in adapter_ids if adapter_id in self._blocks]
         last = max(idle, key=self._queue_position, default=None)
         return None if last is None or self._queue_position(last) <= position else last
 

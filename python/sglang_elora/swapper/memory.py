@@ -7,8 +7,8 @@ from collections.abc import Collection, Hashable, Mapping, Sequence, Sized
 from typing import Any, Protocol, TypeVar
 
 from sglang_elora.control import Counters
-from sglang_elora.policy import Item, Policy
-from sglang_elora.tree import AdapterForest, Eviction
+from sglang_elora.policy import CacheEntry, Policy
+from sglang_elora.tree import AdapterTable, Eviction
 
 
 class Copy(Protocol):
@@ -36,7 +36,7 @@ class QueuedRequest(Protocol):
 class Node(Protocol):
     """Of the cache tree."""
 
-    item: Item
+    entry: CacheEntry
 
 
 N = TypeVar("N", bound=Node)
@@ -48,7 +48,7 @@ class Memory(Protocol[N]):
     Nodes are named by keys, which stay valid when a node has left the tree.
     """
 
-    forest: AdapterForest
+    adapter_table: AdapterTable
     policy: Policy
     pool_slots: int
     counts: Counters
@@ -119,7 +119,7 @@ class Memory(Protocol[N]):
     def read_ahead(self) -> None:
         """Read one file that never was read, if host memory has room for it."""
 
-    def load_kv(self, node: N, eviction: Eviction | None) -> Sequence[Item]:
+    def load_kv(self, node: N, eviction: Eviction | None) -> Sequence[CacheEntry]:
         """Load KV of the path that ends at ``node``, evicting for it; without an eviction, only
         into free slots. Returns the entries whose load began."""
 

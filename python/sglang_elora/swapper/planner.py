@@ -22,9 +22,9 @@ from itertools import islice
 from typing import Generic
 
 from sglang_elora.estimators import OnlineCosts
-from sglang_elora.policy import Item
-from sglang_elora.swapper.expected import ORDER_STEPS, Expected
+from sglang_elora.policy import CacheEntry
 from sglang_elora.swapper.memory import Memory, N, QueuedRequest
+from sglang_elora.swapper.pending_hints import ORDER_STEPS, PendingHints
 from sglang_elora.tree import Adapter, Eviction
 
 LOOKAHEAD = 64
@@ -79,7 +79,7 @@ class Planner(Generic[N]):
     def __init__(self, memory: Memory[N], costs: OnlineCosts) -> None:
         self._memory, self._online = memory, costs
         self._costs = costs.costs
-        self.expected = Expected(memory.pool_slots)
+        self.pending = PendingHints(memory.pool_slots)
         self._queued: dict[str, int] = {}  # adapter -> position of the first request for it
         self._sessions: dict[Hashable, int] = {}  # end of a session -> step up to which
         self._num_busy_steps = 0
@@ -96,7 +96,7 @@ class Planner(Generic[N]):
         self._work_left = WORK_PER_STEP if is_busy else sys.maxsize
         self._num_busy_steps += is_busy
         if is_busy:
-            self.expected.step()
+            self.pending.step()
 
     def load(self, queue: Sequence[QueuedRequest], reserved: int = 0) -> None:
         """Start loads for the first queued requests, in their order, then for what is expected.
@@ -107,7 +107,7 @@ class Planner(Generic[N]):
             reserved: Slots that a prompt under way takes next; it is computed chunk by chunk.
         """
         had_copies = bool(self._memory.copies)
-        if queue or self._queued or self.expected:
+        if queue or self._queued or self.pending:
             self._load_queued(queue, reserved)
         elif self._memory.evicted and not had_copies and not reserved:
             self._load_back()
@@ -122,7 +122,7 @@ class Planner(Generic[N]):
             if end is None or memory.is_on_device(end) or last_step < self._num_busy_steps:
                 del self._sessions[key]
                 continue
-            if end.item.group is not None and not memory.is_usable(end.item.group):
+            if end.entry.group is not None and not memory.is_usable(end.entry.group):
                 continue
             del self._sessions[key]
             eviction = Eviction(protect_up_to=LOOKAHEAD, max_leaves=SESSION_LEAVES)
@@ -155,10 +155,10 @@ class Planner(Generic[N]):
         Returns:
             How many of them are expected now; others are unknown, or there are too many.
         """
-        counts, forest, num_taken = self._memory.counts, self._memory.forest, 0
+        counts, adapter_table, num_taken = self._memory.counts, self._memory.adapter_table, 0
         for adapter_id in adapter_ids:
-            is_known = adapter_id in forest and not forest.get(adapter_id).retired
-            if not is_known or not self.expected.add(adapter_id, ordered=ordered):
+            is_known = adapter_id in adapter_table and not adapter_table.get(adapter_id).retired
+            if not is_known or not self.pending.add(adapter_id, ordered=ordered):
                 counts.hints_dropped += 1
                 continue
             counts.hints += 1
@@ -186,7 +186,7 @@ class Planner(Generic[N]):
     def used(self, adapter_id: str) -> None:
         """A request with this adapter runs."""
         self._online.popularity.use(adapter_id)
-        self._memory.counts.hints_used += self.expected.used(adapter_id)
+        self._memory.counts.hints_used += self.pending.used(adapter_id)
 
     def is_queued(self, adapter_id: str) -> bool:
         """Whether one of the first queued requests needs the adapter."""
@@ -244,18 +244,18 @@ class Planner(Generic[N]):
         """
         queued: dict[str, int] = {}
         missing: list[Adapter] = []
-        memory, forest = self._memory, self._memory.forest
+        memory, adapter_table = self._memory, self._memory.adapter_table
         room = memory.free_slots() + memory.evictable_slots() - reserved
         for position, request in enumerate(islice(queue, LOOKAHEAD)):
             adapter_id = request.lora_id
             room -= len(request.origin_input_ids)
             if adapter_id is not None and adapter_id not in queued:
-                adapter = forest.get(adapter_id)
+                adapter = adapter_table.get(adapter_id)
                 if not memory.is_locked(adapter_id):
                     room -= adapter.num_slots
                 if room >= 0 or not (queued or reserved):
                     queued[adapter_id] = position
-                    adapter.item.queue_position = position
+                    adapter.entry.queue_position = position
                     if not adapter.resident and not adapter.retired:
                         missing.append(adapter)
             if room < 0:
@@ -265,7 +265,7 @@ class Planner(Generic[N]):
         self._set_queued(queued)
         has_room = True
         for adapter in missing:
-            adapter_id = str(adapter.uid)
+            adapter_id = str(adapter.adapter_id)
             is_expected = queued[adapter_id] == LOOKAHEAD
             if is_expected and self._is_moving_another(adapter_id):
                 break
@@ -274,18 +274,21 @@ class Planner(Generic[N]):
             elif has_room:  # slots that are freed for one adapter are not taken by a later one
                 has_room = self._may_start(adapter) and self._place(adapter, queued[adapter_id])
                 if has_room and is_expected:
-                    self.expected.came(adapter_id)
+                    self.pending.came(adapter_id)
 
     def _add_expected(self, queued: dict[str, int], missing: list[Adapter], room: int) -> None:
         """Expected adapters are queued after all requests, and held to ``room`` as well."""
-        hinted_slots, expected, memory = 0, self.expected, self._memory
+        hinted_slots, expected, memory = 0, self.pending, self._memory
         for adapter_id in expected.due():
             if adapter_id in queued:
                 continue
-            if adapter_id not in memory.forest or memory.forest.get(adapter_id).retired:
+            if (
+                adapter_id not in memory.adapter_table
+                or memory.adapter_table.get(adapter_id).retired
+            ):
                 expected.forget(adapter_id)
                 continue
-            adapter = memory.forest.get(adapter_id)
+            adapter = memory.adapter_table.get(adapter_id)
             num_slots, is_there = adapter.num_slots, adapter.resident
             if not expected.is_followed(adapter_id, num_slots, hinted_slots, is_there=is_there):
                 continue
@@ -295,7 +298,7 @@ class Planner(Generic[N]):
             if room < 0:
                 break
             queued[adapter_id] = LOOKAHEAD
-            adapter.item.queue_position = LOOKAHEAD
+            adapter.entry.queue_position = LOOKAHEAD
             if not is_there:
                 missing.append(adapter)
 
@@ -320,7 +323,7 @@ class Planner(Generic[N]):
         Returns:
             Whether its copy has begun; if not, a later call goes on with the evictions.
         """
-        memory, adapter_id = self._memory, str(adapter.uid)
+        memory, adapter_id = self._memory, str(adapter.adapter_id)
         shortfall = adapter.num_slots - memory.free_slots()
         if shortfall > 0:
             eviction = Eviction(shortfall, protect_up_to, self._work_left)
@@ -346,10 +349,10 @@ class Planner(Generic[N]):
             return
         for _ in range(min(len(memory.evicted), PREFETCH_LOOKS)):
             node = memory.find(memory.evicted.pop())
-            if node is None or node.item.num_slots > room:
+            if node is None or node.entry.num_slots > room:
                 continue
-            if node.item.is_adapter:
-                loaded = [node.item] if self._load_adapter_back(str(node.item.group)) else []
+            if node.entry.is_adapter:
+                loaded = [node.entry] if self._load_adapter_back(str(node.entry.group)) else []
             else:
                 loaded = [*memory.load_kv(node, None)] if memory.is_loadable(node) else []
             if loaded:
@@ -357,11 +360,11 @@ class Planner(Generic[N]):
                 return
 
     def _load_adapter_back(self, adapter_id: str) -> bool:
-        adapter = self._memory.forest.get(adapter_id)
+        adapter = self._memory.adapter_table.get(adapter_id)
         is_ready = not (adapter.resident or adapter.retired) and self._memory.is_on_host(adapter_id)
         return is_ready and self._place(adapter, LOOKAHEAD)
 
-    def _note_prefetched(self, items: Iterable[Item]) -> None:
+    def _note_prefetched(self, items: Iterable[CacheEntry]) -> None:
         for item in items:
             item.prefetched = True
             self._memory.counts.prefetched_slots += item.num_slots

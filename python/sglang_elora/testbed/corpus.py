@@ -13,7 +13,7 @@ NOUNS: Sequence[str] = (
     "clinic cloud coast code coffee college colour comment company concert contract corner "
     "country course cup customer dealer degree desert design detail dinner discount doctor "
     "document dollar door driver editor effect email engine error event exam expert factory "
-    "farm field figure film filter flight floor flower folder forest form friend garden "
+    "farm field figure film filter flight floor flower folder adapter_table form friend garden "
     "gate glass goal grant group guide hammer harbour hotel house hospital idea image "
     "invoice island item jacket journal journey judge kernel key kitchen ladder lake lamp "
     "language law lawyer leader lesson letter level licence light limit line list loan lock "

@@ -6,24 +6,24 @@ __all__ = [
     "MAX_REMEMBERED",
     "NOBODY",
     "Adapter",
-    "AdapterForest",
+    "AdapterTable",
     "Eviction",
-    "EvictionOrders",
-    "LeafOrder",
+    "EvictionOrder",
     "Reason",
     "Sessions",
+    "TierOrders",
     "Victims",
     "adapter_of",
     "namespace_of",
 ]
 
-from sglang_elora.tree.adapter_forest import Adapter, AdapterForest, adapter_of, namespace_of
+from sglang_elora.tree.adapter_table import Adapter, AdapterTable, adapter_of, namespace_of
 from sglang_elora.tree.eviction import (
     MAX_REMEMBERED,
     Eviction,
-    EvictionOrders,
     Reason,
+    TierOrders,
     Victims,
 )
-from sglang_elora.tree.leaf_order import LeafOrder
+from sglang_elora.tree.eviction_order import EvictionOrder
 from sglang_elora.tree.sessions import NOBODY, Sessions

@@ -13,8 +13,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from sglang_elora.policy import Expectation, Item, Policy
-from sglang_elora.tree.leaf_order import LeafOrder
+from sglang_elora.policy import CacheEntry, Policy, SessionState
+from sglang_elora.tree.eviction_order import EvictionOrder
 
 Reason = Literal["api", "capacity", "proactive", "unload"]
 """Why something is evicted: an order over HTTP, a request or a load that needs its slots, the
@@ -55,7 +55,7 @@ class Eviction:
 class Node(Protocol):
     """Of the tree."""
 
-    item: Item
+    entry: CacheEntry
 
 
 N = TypeVar("N", bound=Node)
@@ -72,7 +72,7 @@ class Victims(Generic[N]):
         eviction: What it may take.
     """
 
-    def __init__(self, order: LeafOrder[N], eviction: Eviction) -> None:
+    def __init__(self, order: EvictionOrder[N], eviction: Eviction) -> None:
         self.eviction = eviction
         self.num_taken = 0
         self._order = order
@@ -101,9 +101,9 @@ class Victims(Generic[N]):
 
     def _next(self) -> N | None:
         while (leaf := self._order.take_lowest()) is not None:
-            position = leaf.item.queue_position
+            position = leaf.entry.queue_position
             if position is None:
-                is_spared = leaf.item.is_adapter and not self.eviction.takes_adapters
+                is_spared = leaf.entry.is_adapter and not self.eviction.takes_adapters
                 return None if is_spared else leaf
             heapq.heappush(self._queued, (-position, len(self._queued), leaf))
         while self._queued and -self._queued[0][0] > self.eviction.protect_up_to:
@@ -113,7 +113,7 @@ class Victims(Generic[N]):
         return None
 
 
-class EvictionOrders(Generic[N]):
+class TierOrders(Generic[N]):
     """The leaves of a tree over two tiers, in the order of a policy.
 
     Args:
@@ -123,31 +123,31 @@ class EvictionOrders(Generic[N]):
 
     def __init__(self, policy: Policy, is_on_host: Callable[[N], bool]) -> None:
         self._policy, self._is_on_host = policy, is_on_host
-        self.device: LeafOrder[N] = LeafOrder(
-            lambda node: policy.priority(node.item), self._kind, self._rank
+        self.device: EvictionOrder[N] = EvictionOrder(
+            lambda node: policy.priority(node.entry), self._kind, self._rank
         )
-        self.host: LeafOrder[N] = LeafOrder(
-            lambda node: policy.priority(node.item),
-            lambda node: policy.host_kind(node.item),
+        self.host: EvictionOrder[N] = EvictionOrder(
+            lambda node: policy.priority(node.entry),
+            lambda node: policy.host_kind(node.entry),
             policy.host_rank,
         )
 
     def set_queue_position(self, node: N, position: int | None) -> None:
         """The first queued request that needs the node is at this position; None: none is."""
-        node.item.queue_position = position
+        node.entry.queue_position = position
         if position is None and node in self.device:
             self.device.lower(node)
 
-    def set_session_state(self, node: N, state: Expectation) -> None:
+    def set_session_state(self, node: N, state: SessionState) -> None:
         """The sessions that use the node are alive, or over."""
-        if node.item.expectation == state:
+        if node.entry.session_state == state:
             return
-        self._policy.expect(node.item, state)
+        self._policy.set_session_state(node.entry, state)
         for order in (self.device, self.host):
             if node in order:
                 order.lower(node)
 
-    def image_priority(self, adapter: Item) -> float:
+    def image_priority(self, adapter: CacheEntry) -> float:
         """What an adapter's copy in host memory is worth: infinity while a queued request needs it.
         The one of lowest priority is dropped first."""
         return math.inf if adapter.queue_position is not None else self._policy.priority(adapter)
@@ -165,7 +165,7 @@ class EvictionOrders(Generic[N]):
                 always copied.
             has_room: Whether host memory has room for it as it is.
         """
-        policy, item = self._policy, node.item
+        policy, item = self._policy, node.entry
         if has_children:
             return True
         if not policy.worth_host_copy(item):
@@ -183,7 +183,7 @@ class EvictionOrders(Generic[N]):
         found = []
         for _ in range(most_leaves):
             leaf = self.device.take_lowest()
-            if leaf is None or leaf.item.queue_position is not None:
+            if leaf is None or leaf.entry.queue_position is not None:
                 break
             if is_wanted(leaf):
                 found.append(leaf)
@@ -191,10 +191,10 @@ class EvictionOrders(Generic[N]):
         return found
 
     def _kind(self, node: N) -> Hashable:
-        if node.item.queue_position is not None:
+        if node.entry.queue_position is not None:
             return _QUEUED
-        node.item.backed = self._is_on_host(node)
-        return self._policy.kind(node.item)
+        node.entry.backed = self._is_on_host(node)
+        return self._policy.kind(node.entry)
 
     def _rank(self, kind: Any, lowest: Any) -> float:
         return math.inf if kind == _QUEUED else self._policy.rank(kind, lowest)

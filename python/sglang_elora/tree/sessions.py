@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
-from sglang_elora.policy import Expectation, Item
+from sglang_elora.policy import CacheEntry, SessionState
 
 MOST_SESSIONS = 16_384
 """Beyond it the one that has been silent for longest is forgotten."""
@@ -23,7 +23,7 @@ NOBODY: frozenset[str] = frozenset()
 class Node(Protocol):
     """Of the tree. Its owner gives it ``sessions = NOBODY`` and ``num_sessions = 0``."""
 
-    item: Item
+    entry: CacheEntry
     parent: Any
     sessions: Any  # names of those alive that use it
     num_sessions: int  # that ever did
@@ -41,7 +41,7 @@ class Sessions(Generic[N]):
     """
 
     def __init__(
-        self, path_of: Callable[[N], list[N]], expect: Callable[[N, Expectation], None]
+        self, path_of: Callable[[N], list[N]], expect: Callable[[N, SessionState], None]
     ) -> None:
         self._path_of, self._expect = path_of, expect
         # Longest silent first; a path has its end first.
@@ -96,8 +96,8 @@ class Sessions(Generic[N]):
         for session in node.sessions:
             self._paths[session].remove(node)
         node.sessions = NOBODY
-        if node.item.is_adapter:  # which may come again
-            self._expect(node, Expectation.UNKNOWN)
+        if node.entry.is_adapter:  # which may come again
+            self._expect(node, SessionState.UNKNOWN)
 
     def clear(self) -> None:
         """The tree is empty."""
@@ -110,10 +110,10 @@ class Sessions(Generic[N]):
             self._update(node)
 
     def _update(self, node: N) -> None:
-        expectation = Expectation.UNKNOWN
+        session_state = SessionState.UNKNOWN
         if node.sessions:
-            expectation = Expectation.ALIVE
-        elif node.num_sessions == 1 and not node.item.is_adapter:
-            is_first = node.parent.parent is None or node.parent.item.is_adapter
-            expectation = Expectation.BEGINNING if is_first else Expectation.OVER
-        self._expect(node, expectation)
+            session_state = SessionState.ALIVE
+        elif node.num_sessions == 1 and not node.entry.is_adapter:
+            is_first = node.parent.parent is None or node.parent.entry.is_adapter
+            session_state = SessionState.BEGINNING if is_first else SessionState.OVER
+        self._expect(node, session_state)

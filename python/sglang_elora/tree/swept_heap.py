@@ -6,10 +6,10 @@ import heapq
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
-Item = TypeVar("Item", bound=tuple[Any, ...])
+CacheEntry = TypeVar("CacheEntry", bound=tuple[Any, ...])
 
 
-class SweptHeap(Generic[Item]):
+class SweptHeap(Generic[CacheEntry]):
     """A heap of tuples that can be cleaned without a pass over all of them.
 
     The items lie in two heaps, and the lower of their two tops is the top. ``sweep`` takes items
@@ -22,20 +22,20 @@ class SweptHeap(Generic[Item]):
     __slots__ = ("_swept", "_unswept")
 
     def __init__(self) -> None:
-        self._unswept: list[Item] = []  # not yet looked at in this round
-        self._swept: list[Item] = []
+        self._unswept: list[CacheEntry] = []  # not yet looked at in this round
+        self._swept: list[CacheEntry] = []
 
     def __len__(self) -> int:
         return len(self._unswept) + len(self._swept)
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Iterator[CacheEntry]:
         yield from self._unswept
         yield from self._swept
 
-    def push(self, item: Item) -> None:
+    def push(self, item: CacheEntry) -> None:
         heapq.heappush(self._swept, item)
 
-    def top(self) -> Item | None:
+    def top(self) -> CacheEntry | None:
         """The lowest item; None if there is none."""
         heap = self._lower()
         return heap[0] if heap else None
@@ -44,15 +44,15 @@ class SweptHeap(Generic[Item]):
         """Remove the top."""
         heapq.heappop(self._lower())
 
-    def replace_top(self, item: Item) -> None:
+    def replace_top(self, item: CacheEntry) -> None:
         """Remove the top and push ``item``."""
         heapq.heapreplace(self._lower(), item)
 
-    def sweep(self, most: int, keep: Callable[[Item], Item | None]) -> int:
+    def sweep(self, most: int, keep: Callable[[CacheEntry], CacheEntry | None]) -> int:
         """Look at ``most`` items at most, and no further than to the end of the round.
 
         Args:
-            keep: Returns what an item is replaced by, or None to remove it.
+            keep: ReuseTable what an item is replaced by, or None to remove it.
 
         Returns:
             How many items were looked at.
@@ -71,7 +71,7 @@ class SweptHeap(Generic[Item]):
         """Whether a round has just ended, or there is nothing to sweep."""
         return not self._unswept
 
-    def _lower(self) -> list[Item]:
+    def _lower(self) -> list[CacheEntry]:
         if not self._unswept:
             return self._swept
         if not self._swept or self._unswept[0] < self._swept[0]:

@@ -17,10 +17,10 @@ def load():
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    def timed(self, uid, buffer_id, lora_adapter, *rest, **named):
+    def timed(self, adapter_id, buffer_id, lora_adapter, *rest, **named):
         wait()
         begun = time.perf_counter()
-        original(self, uid, buffer_id, lora_adapter, *rest, **named)
+        original(self, adapter_id, buffer_id, lora_adapter, *rest, **named)
         wait()
         if lora_adapter is not None:
             row = {"rank": lora_adapter.config.r, "seconds": time.perf_counter() - begun}

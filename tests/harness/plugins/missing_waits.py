@@ -35,7 +35,7 @@ def image_not_held():
     from sglang_elora.swapper.host_tier import HostTier
 
     HostTier.hold = HostTier.get
-    HostTier.release = lambda self, uid: None
+    HostTier.release = lambda self, adapter_id: None
 
 
 def load_of_a_session_not_awaited():

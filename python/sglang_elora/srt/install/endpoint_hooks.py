@@ -5,7 +5,7 @@ from __future__ import annotations
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_elora.srt.install.hook import Hook, When
-from sglang_elora.srt.tokenizer import arrival, endpoint_errors, http_guard, named_adapters
+from sglang_elora.srt.tokenizer import endpoint_errors, http_guard, named_adapters, request_hints
 
 ENDPOINT_HOOKS: tuple[Hook, ...] = (
     Hook(
@@ -36,7 +36,7 @@ ENDPOINT_HOOKS: tuple[Hook, ...] = (
         "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.handle_request",
         ("self", "request", "raw_request"),
         HookType.BEFORE,
-        arrival.announce_openai,
+        request_hints.announce_openai,
         When.ELORA,
         "Arrival has no registry, and a chat is rendered and tokenized before the tokenizer "
         "manager hears of it.",

@@ -21,9 +21,9 @@ from sglang_elora.srt.mem_cache import link
 from sglang_elora.srt.scheduler import (
     admission,
     batch_times,
-    control,
     invariants,
     logits_check,
+    scheduler_control,
     sessions,
     state,
     swapper,
@@ -33,10 +33,10 @@ from sglang_elora.srt.tokenizer import (
     adapter_loading,
     adapter_sources,
     adapter_uses,
-    arrival,
     memory_release,
     named_adapters,
     request_checks,
+    request_hints,
 )
 
 HOOKS: tuple[Hook, ...] = (
@@ -230,7 +230,7 @@ HOOKS: tuple[Hook, ...] = (
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_and_resolve_lora",
         ("self", "obj"),
         HookType.BEFORE,
-        arrival.announce_native,
+        request_hints.announce_native,
         When.ELORA,
         "As above; this is the last step before a prompt is tokenized.",
     ),
@@ -246,7 +246,7 @@ HOOKS: tuple[Hook, ...] = (
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_request_dispatcher",
         ("self",),
         HookType.AFTER,
-        arrival.attach,
+        request_hints.attach,
         When.ELORA,
         "SGLang lists its message types in the method; hook_custom_types only makes ours "
         "decodable.",
@@ -272,7 +272,7 @@ HOOKS: tuple[Hook, ...] = (
         "sglang.srt.managers.scheduler.Scheduler.init_request_dispatcher",
         ("self",),
         HookType.AFTER,
-        control.add_to_dispatcher,
+        scheduler_control.add_to_dispatcher,
         When.ELORA,
         "As above.",
     ),

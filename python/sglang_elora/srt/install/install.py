@@ -23,7 +23,7 @@ from sglang_elora.srt.install.hooks import selected_hooks
 from sglang_elora.srt.install.overrides import override_problems
 from sglang_elora.srt.install.patching import Patch, apply_patch, load_patches
 from sglang_elora.srt.install.patching import preflight as preflight_patch
-from sglang_elora.srt.install.seams import (
+from sglang_elora.srt.install.verify import (
     SeamError,
     hook_problems,
     not_in_effect,

@@ -30,7 +30,7 @@ from sglang_elora.control import StateMirror
 from sglang_elora.pages import AdapterImage, AdapterLayout, PagedAdapter
 from sglang_elora.srt.lora.lora_backend import MAX_RANK, Graph, PagedLoRABackend
 from sglang_elora.srt.lora.lora_pool import PagedLoRAPool
-from sglang_elora.srt.measure import Measure
+from sglang_elora.srt.measured_costs import MeasuredCosts
 from sglang_elora.srt.mem_cache.ranks import are_equal, digest_values
 from sglang_elora.srt.mem_cache.residency import AdapterChanged, AdapterSource, Residency
 from sglang_elora.swapper.adapter_copy import AdapterCopy
@@ -55,7 +55,7 @@ class EloraLoRAManager(LoRAManager):
 
     def __init__(self, *args: Any, max_loras_per_batch: int, **kwargs: Any) -> None:
         self.residency: Residency | None = None
-        self._measure: Measure | None = None
+        self._measure: MeasuredCosts | None = None
         self.max_adapters_in_batch = 0
         self.num_checks = 0  # counted by --elora-check, which also keeps
         self.mirror = StateMirror()
@@ -89,7 +89,7 @@ class EloraLoRAManager(LoRAManager):
         )
         self.memory_pool.on_removed = self._retire
 
-    def bind(self, residency: Residency, measure: Measure) -> None:
+    def bind(self, residency: Residency, measure: MeasuredCosts) -> None:
         """Adapters live in this pool from now on.
 
         Raises:
@@ -102,7 +102,7 @@ class EloraLoRAManager(LoRAManager):
         self.lora_backend.warm_up(residency.planes)
         for lora_ref in self.lora_refs.values():
             self._take_in(self._source_of(lora_ref))
-        facts = repr([self._facts(uid) for uid in self.lora_refs])
+        facts = repr([self._facts(adapter_id) for adapter_id in self.lora_refs])
         if not are_equal(residency.ranks.least(digest_values(facts))):
             raise ValueError(
                 "adapters of --lora-paths were replaced while the tensor-parallel ranks read them: "
@@ -142,11 +142,11 @@ class EloraLoRAManager(LoRAManager):
             f"{reason}",
         )
 
-    def _facts(self, uid: str) -> str:
+    def _facts(self, adapter_id: str) -> str:
         """What must be equal on all ranks before an adapter's weights are read."""
         assert self.residency is not None
-        num_slots = self.residency.forest.get(uid).num_slots
-        return repr((num_slots, sorted(self.configs[uid].hf_config.items())))
+        num_slots = self.residency.adapter_table.get(adapter_id).num_slots
+        return repr((num_slots, sorted(self.configs[adapter_id].hf_config.items())))
 
     @override
     def load_lora_weights(self, lora_ref: LoRARef) -> None:
@@ -203,29 +203,29 @@ class EloraLoRAManager(LoRAManager):
             return
         adapters, awaited = self._adapters_of(distinct)
         if awaited and self._measure is not None:
-            self._measure.has_waited = True
+            self._measure.batch_waited = True
         self.lora_backend.await_copies(awaited, graph)
         self.max_adapters_in_batch = max(self.max_adapters_in_batch, len(distinct))
         rows = generate_sequence_lengths(forward_batch, device=torch.device("cpu")).tolist()
         self.lora_backend.set_batch(
             [
-                (None if uid is None else adapters[uid], num_rows)
-                for uid, num_rows in zip(ids, rows, strict=False)
+                (None if adapter_id is None else adapters[adapter_id], num_rows)
+                for adapter_id, num_rows in zip(ids, rows, strict=False)
             ],
             graph,
         )
 
     def _adapters_of(
-        self, uids: Sequence[str]
+        self, adapter_ids: Sequence[str]
     ) -> tuple[dict[str, PagedAdapter], list[AdapterCopy]]:
         """The slots of these adapters, and those of their copies that are under way."""
-        if not uids:
+        if not adapter_ids:
             return {}, []
         assert self.residency is not None, "a batch with adapters before the KV cache is built"
         copies = self.residency.copies
         return (
-            {uid: self.residency.paged(uid) for uid in uids},
-            [copies[uid] for uid in uids if uid in copies],
+            {adapter_id: self.residency.paged(adapter_id) for adapter_id in adapter_ids},
+            [copies[adapter_id] for adapter_id in adapter_ids if adapter_id in copies],
         )
 
     def _graph_of(self, forward_batch: ForwardBatch) -> Graph | None:
@@ -253,13 +253,13 @@ class EloraLoRAManager(LoRAManager):
 
     def _source_of(self, lora_ref: LoRARef) -> AdapterSource:
         """What the headers of the adapter's file tell."""
-        uid, name = lora_ref.lora_id, lora_ref.lora_name
+        adapter_id, name = lora_ref.lora_id, lora_ref.lora_name
         present = served_modules(name, lora_ref.lora_path)
         shapes = [shape for shape in self._shapes if shape.name in present]
-        layout = AdapterLayout.build(self.configs[uid].r, shapes)
+        layout = AdapterLayout.build(self.configs[adapter_id].r, shapes)
         num_bytes = self.memory_pool.num_layer * sum(layout.plane_elems) * self.dtype.itemsize
-        read = partial(self._read_image, lora_ref, self.configs[uid], layout)
-        return AdapterSource(uid, name, layout, num_bytes, bool(lora_ref.pinned), read=read)
+        read = partial(self._read_image, lora_ref, self.configs[adapter_id], layout)
+        return AdapterSource(adapter_id, name, layout, num_bytes, bool(lora_ref.pinned), read=read)
 
     def _read_image(
         self,
@@ -314,8 +314,8 @@ class EloraLoRAManager(LoRAManager):
         assert self.residency is not None
         self.residency.register(source)
         # What SGLang's metrics show as slots: adapters that could run at once.
-        self.memory_pool.max_loras_per_batch = len(self.residency.forest)
+        self.memory_pool.max_loras_per_batch = len(self.residency.adapter_table)
 
-    def _retire(self, uid: str) -> None:
+    def _retire(self, adapter_id: str) -> None:
         if self.residency is not None:
-            self.residency.retire(uid)
+            self.residency.retire(adapter_id)

@@ -10,7 +10,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.mem_cache.unified_cache.unified_tree_core import UnifiedTreeNode
 
-from sglang_elora.policy import Item
+from sglang_elora.policy import CacheEntry
 from sglang_elora.tree import Adapter, namespace_of
 from sglang_elora.tree.sessions import NOBODY
 
@@ -31,15 +31,15 @@ class AdapterNode(UnifiedTreeNode):
         self.adapter = adapter
         self.no_slots = no_slots
         self.kv_nodes: OrderedDict[int, UnifiedTreeNode] = OrderedDict()
-        self.key = RadixKey(array("q"), namespace_of(str(adapter.uid)))
+        self.key = RadixKey(array("q"), namespace_of(str(adapter.adapter_id)))
         self.hash_value: list[str] = []
         self.event_hash_value: list[str] = []
         self.component_data[FULL].value = no_slots
         self.component_data[FULL].host_value = no_slots
 
     @property
-    def item(self) -> Item:
-        return self.adapter.item
+    def entry(self) -> CacheEntry:
+        return self.adapter.entry
 
     @property
     def slots(self) -> torch.Tensor:

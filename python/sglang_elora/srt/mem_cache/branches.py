@@ -31,7 +31,7 @@ class Purge:
     freed: BaseEvictionResult = field(default_factory=BaseEvictionResult)
 
 
-def evict(core: EloraTreeCore, uid: str, most_leaves: int, freed: Freed) -> bool:
+def evict(core: EloraTreeCore, adapter_id: str, most_leaves: int, freed: Freed) -> bool:
     """Evict leaves of one adapter from the device, the adapter last, unless a request holds it.
 
     KV without a copy on the host is dropped, with what is below it on the host: out of reach then.
@@ -39,9 +39,9 @@ def evict(core: EloraTreeCore, uid: str, most_leaves: int, freed: Freed) -> bool
     Returns:
         Whether nothing is left that could be evicted.
     """
-    top = core.node_of(uid)
+    top = core.node_of(adapter_id)
     num_leaves = num_looks = 0
-    while top.adapter.resident and not core.is_locked(uid):
+    while top.adapter.resident and not core.is_locked(adapter_id):
         if num_leaves >= most_leaves or num_looks >= LOOKS_PER_LEAF * most_leaves:
             return False
         num_looks += 1
@@ -63,7 +63,7 @@ def evict(core: EloraTreeCore, uid: str, most_leaves: int, freed: Freed) -> bool
     return True
 
 
-def purge(core: EloraTreeCore, uid: str, most_looks: int) -> Purge:
+def purge(core: EloraTreeCore, adapter_id: str, most_looks: int) -> Purge:
     """Remove KV of a retired adapter from device and host, then its slots and its node.
 
     What a request or a copy holds stays, with the nodes above it. Call again until ``is_over``.
@@ -71,10 +71,10 @@ def purge(core: EloraTreeCore, uid: str, most_looks: int) -> Purge:
     Args:
         most_looks: Nodes that are looked at, at most; at least one is.
     """
-    top, done = core.node_of(uid), Purge()
-    assert top.adapter.retired, f"adapter {uid} is in use"
+    top, done = core.node_of(adapter_id), Purge()
+    assert top.adapter.retired, f"adapter {adapter_id} is in use"
     if top.adapter.pinned and top.adapter.resident:
-        core.forest.unpin(top.adapter)
+        core.adapter_table.unpin(top.adapter)
         core.dec_full_pin(top.id)
     num_in_vain = 0  # looks since a node was removed
     while top.kv_nodes and done.num_looks < most_looks and num_in_vain < len(top.kv_nodes):

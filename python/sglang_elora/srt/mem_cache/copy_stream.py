@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sglang_elora.pages import AdapterImage, KVPlanes, PagedAdapter, PageTable
+from sglang_elora.pages import AdapterImage, KVPlanes, PagedAdapter, SlotTable
 from sglang_elora.srt.mem_cache.free_order import FreeOrder
 from sglang_elora.srt.mem_cache.link import delay_page_copy, make_copy_stream
 from sglang_elora.swapper.adapter_copy import AdapterCopy
@@ -44,7 +44,7 @@ class CopyStream:
         return make_copy_stream(self._device, avoid)
 
     def start(
-        self, uid: str, image: AdapterImage, slots: torch.Tensor
+        self, adapter_id: str, image: AdapterImage, slots: torch.Tensor
     ) -> tuple[AdapterCopy, PagedAdapter | None]:
         """Queue the copy of one adapter, without waiting for it. Raises nothing.
 
@@ -55,11 +55,11 @@ class CopyStream:
             The copy, and the adapter as the LoRA backend reads it. If the copy could not be
             queued, its ``error`` says why.
         """
-        copy, paged = AdapterCopy(uid, len(slots)), None
+        copy, paged = AdapterCopy(adapter_id, len(slots)), None
         try:
             paged = self._queue(copy, image, slots)
         except Exception as error:  # of CUDA, of Triton, or out of memory: the server lives on
-            logger.exception("the copy of adapter %s could not be queued", uid)
+            logger.exception("the copy of adapter %s could not be queued", adapter_id)
             copy.error = error
         return copy, paged
 
@@ -102,7 +102,7 @@ class CopyStream:
             copy.begun = self._record()
             if self._is_cuda:
                 slots.record_stream(stream)
-            table = PageTable(slots)
+            table = SlotTable(slots)
             if self._is_cuda:
                 table.slots.record_stream(self._forward_stream)
             self._planes.write(table, image, before_slots=before_slots, after_piece=after_piece)

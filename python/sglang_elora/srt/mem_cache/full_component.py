@@ -26,7 +26,7 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core import NodeId, Unified
 from typing_extensions import override
 
 from sglang_elora.srt.mem_cache.freed import Actions, Slots, Tracker
-from sglang_elora.tree import Eviction, LeafOrder, Victims
+from sglang_elora.tree import Eviction, EvictionOrder, Victims
 
 ORDERED_POLICIES = frozenset({"lru", "lfu", "fifo", "slru"})
 """Values of --radix-eviction-policy under which a node's priority never falls while it is cached.
@@ -189,8 +189,8 @@ class EloraFullComponent(FullComponent):
         super().apply_component_action(action)
 
     @staticmethod
-    def _order(leaves: set[UnifiedTreeNode]) -> LeafOrder[UnifiedTreeNode]:
-        return cast("LeafOrder[UnifiedTreeNode]", leaves)
+    def _order(leaves: set[UnifiedTreeNode]) -> EvictionOrder[UnifiedTreeNode]:
+        return cast("EvictionOrder[UnifiedTreeNode]", leaves)
 
 
 @dataclass(frozen=True, slots=True)

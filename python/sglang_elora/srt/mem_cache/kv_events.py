@@ -12,20 +12,20 @@ class AdapterMoves:
     def __init__(self, residency: Residency) -> None:
         self._residency = residency
         self._moves = Moves()
-        self._num_changes = 0  # of the forest, that were looked at
+        self._num_changes = 0  # of the table, that were looked at
 
     def take(self) -> list[AdapterMoved]:
         residency = self._residency
-        forest = residency.forest
-        if forest.num_changes == self._num_changes:
+        adapter_table = residency.adapter_table
+        if adapter_table.num_changes == self._num_changes:
             return []
         changed = [
-            (uid, residency.name_of(uid), residency.tier_of(uid))
-            for uid, _ in forest.changed_since(self._num_changes)
-            if not forest.get(uid).retired
+            (adapter_id, residency.name_of(adapter_id), residency.tier_of(adapter_id))
+            for adapter_id, _ in adapter_table.changed_since(self._num_changes)
+            if not adapter_table.get(adapter_id).retired
         ]
-        self._num_changes = forest.num_changes
+        self._num_changes = adapter_table.num_changes
         return [
-            AdapterMoved(uid, name, tier)
-            for uid, name, tier in self._moves.of(changed, residency.names)
+            AdapterMoved(adapter_id, name, tier)
+            for adapter_id, name, tier in self._moves.of(changed, residency.names)
         ]

@@ -22,13 +22,13 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core import (
 from typing_extensions import override
 
 from sglang_elora.control import Counters
-from sglang_elora.policy import Expectation, Item, Policy
+from sglang_elora.policy import CacheEntry, Policy, SessionState
 from sglang_elora.tree import (
     MAX_REMEMBERED,
     Eviction,
-    EvictionOrders,
-    LeafOrder,
+    EvictionOrder,
     Reason,
+    TierOrders,
     adapter_of,
 )
 from sglang_elora.tree.sessions import NOBODY, Sessions
@@ -40,9 +40,9 @@ class OrderedTreeCore(UnifiedTreeCore):
     def __init__(self, params: Any, components: Any) -> None:
         self.policy: Policy | None = None
         self.eviction: Eviction | None = None  # under way, if it is not one of SGLang's own
-        self.orders: EvictionOrders[UnifiedTreeNode] | None = None  # with a policy
+        self.orders: TierOrders[UnifiedTreeNode] | None = None  # with a policy
         self._pool_slots = 1
-        self._next_item = _no_item()  # of the node that is made next
+        self._next_entry = _no_entry()  # of the node that is made next
         self.counts = Counters()
         self.evicted: deque[NodeId] = deque(maxlen=MAX_REMEMBERED)  # the last one most valuable
         self.sessions = Sessions[UnifiedTreeNode](self.path_of, self._set_session_state)
@@ -72,16 +72,16 @@ class OrderedTreeCore(UnifiedTreeCore):
     def _make_orders(self) -> None:
         full, policy = cast(Any, self.components_by_type[ComponentType.FULL]), self.policy
         if policy is not None:
-            self.orders = EvictionOrders(policy, lambda node: bool(node.backuped))
+            self.orders = TierOrders(policy, lambda node: bool(node.backuped))
             self.evictable_device_leaves = self.orders.device
             self.evictable_host_leaves = self.orders.host
         elif full.keeps_order:
-            self.evictable_device_leaves = LeafOrder(self.eviction_strategy.get_priority)
-            self.evictable_host_leaves = LeafOrder(self.eviction_strategy.get_priority)
+            self.evictable_device_leaves = EvictionOrder(self.eviction_strategy.get_priority)
+            self.evictable_host_leaves = EvictionOrder(self.eviction_strategy.get_priority)
 
     def visit(self, node_id: NodeId) -> None:
         """A request uses the path that ends here; once per request."""
-        path = [node.item for node in self.path_of(self.node_by_id(node_id))]
+        path = [node.entry for node in self.path_of(self.node_by_id(node_id))]
         if self.policy is not None:
             for item in path:
                 if item.prefetched:
@@ -92,7 +92,7 @@ class OrderedTreeCore(UnifiedTreeCore):
     @override
     def _new_node(self, priority: int = 0) -> UnifiedTreeNode:
         node = super()._new_node(priority=priority)
-        node.item, self._next_item = self._next_item, _no_item()
+        node.entry, self._next_entry = self._next_entry, _no_entry()
         node.sessions, node.num_sessions = NOBODY, 0
         return node
 
@@ -102,7 +102,7 @@ class OrderedTreeCore(UnifiedTreeCore):
     ) -> tuple[UnifiedTreeNode, Any]:
         first, action = super()._split_node(key, child, split_len)
         if self.policy is not None:
-            first.item = self.policy.split(child.item, split_len)
+            first.entry = self.policy.split(child.entry, split_len)
         if child.num_sessions:
             self.sessions.split(child, first)
         return first, action
@@ -116,9 +116,9 @@ class OrderedTreeCore(UnifiedTreeCore):
         if node.num_sessions:
             self.sessions.drop(node)
         if self.policy is not None:
-            self.policy.displace(node.item)
-            if not node.item.is_adapter:
-                self.policy.remove(node.item)
+            self.policy.displace(node.entry)
+            if not node.entry.is_adapter:
+                self.policy.remove(node.entry)
 
     def path_of(self, node: UnifiedTreeNode) -> list[UnifiedTreeNode]:
         """From this node up to its adapter, or to the root's child for KV of the base model."""
@@ -128,7 +128,7 @@ class OrderedTreeCore(UnifiedTreeCore):
             node = node.parent
         return path
 
-    def _set_session_state(self, node: UnifiedTreeNode, state: Expectation) -> None:
+    def _set_session_state(self, node: UnifiedTreeNode, state: SessionState) -> None:
         if self.orders is not None:
             self.orders.set_session_state(node, state)
 
@@ -162,13 +162,13 @@ class OrderedTreeCore(UnifiedTreeCore):
         order over HTTP."""
         if self.reason != "api":
             self.evicted.append(node.id)
-        if node.item.prefetched:
-            node.item.prefetched = False
-            self.counts.prefetched_slots_wasted += node.item.num_slots
+        if node.entry.prefetched:
+            node.entry.prefetched = False
+            self.counts.prefetched_slots_wasted += node.entry.num_slots
 
     def recount(self, node: UnifiedTreeNode, *, leaving: bool = False) -> None:
         """The node came to a tier or left one."""
-        policy, item = self.policy, node.item
+        policy, item = self.policy, node.entry
         if policy is not None:
             policy.displace(item)
             item.backed = node.backuped
@@ -184,12 +184,12 @@ class OrderedTreeCore(UnifiedTreeCore):
     def _add_new_node(
         self, parent: UnifiedTreeNode, key: RadixKey, value: torch.Tensor, **options: Any
     ) -> UnifiedTreeNode:
-        item = Item(False, len(value), adapter_of(key.extra_key))
+        item = CacheEntry(False, len(value), adapter_of(key.extra_key))
         if self.policy is not None:
             self.policy.create(item)
-        self._next_item = item
+        self._next_entry = item
         return super()._add_new_node(parent, key, value, **options)
 
 
-def _no_item() -> Item:
-    return Item(is_adapter=False, num_slots=0)
+def _no_entry() -> CacheEntry:
+    return CacheEntry(is_adapter=False, num_slots=0)

@@ -58,7 +58,7 @@ class AdapterSource:
     ``read`` reads them from its file; an adapter that came without one has its ``image``.
     """
 
-    uid: str
+    adapter_id: str
     name: str
     layout: AdapterLayout
     num_bytes: int  # of its image on this rank
@@ -87,7 +87,7 @@ class Residency:
         self.cache = cache
         self.core: EloraTreeCore = cache.tree_core
         self.core.on_evicted = self._evicted
-        self.forest = self.core.forest
+        self.adapter_table = self.core.adapter_table
         self.host = host
         self.ranks = Ranks(cache)
         self.allocator = cache.token_to_kv_pool_allocator
@@ -112,17 +112,17 @@ class Residency:
         slots: int = self.allocator.size
         return slots
 
-    def name_of(self, uid: str) -> str:
+    def name_of(self, adapter_id: str) -> str:
         """The name it is served under, for texts."""
-        return self.names.get(uid, uid)
+        return self.names.get(adapter_id, adapter_id)
 
-    def tier_of(self, uid: str) -> Tier:
+    def tier_of(self, adapter_id: str) -> Tier:
         """Where the adapter's weights are."""
-        if self.forest.get(uid).resident:
-            return "loading" if uid in self.copies else "device"
-        if uid in self.host:
+        if self.adapter_table.get(adapter_id).resident:
+            return "loading" if adapter_id in self.copies else "device"
+        if adapter_id in self.host:
             return "host"
-        return "reading" if self.host.is_reading(uid) else "disk"
+        return "reading" if self.host.is_reading(adapter_id) else "disk"
 
     def register(self, source: AdapterSource) -> None:
         """Make an adapter servable.
@@ -134,7 +134,7 @@ class Residency:
         """
         page_size, name = self.allocator.page_size, source.name
         num_slots = source.layout.num_slots(self.planes.slot_elems, page_size)
-        taken = self.forest.pinned_slots
+        taken = self.adapter_table.pinned_slots
         if num_slots > self.pool_slots - taken - page_size:
             raise PoolTooSmall(
                 f"LoRA adapter '{name}' takes {num_slots} slots of the KV pool, which has "
@@ -142,36 +142,38 @@ class Residency:
                 f"{page_size} more: raise --max-total-tokens or --mem-fraction-static"
             )
         if source.pinned:
-            self._check_pin(name, num_slots, self.forest.largest_unpinned())
-        self.host.add(source.uid, source.num_bytes, source.read, source.image)
+            self._check_pin(name, num_slots, self.adapter_table.largest_unpinned())
+        self.host.add(source.adapter_id, source.num_bytes, source.read, source.image)
         version = "" if source.image is None else source.image.version
-        self.forest.register(source.uid, num_slots=num_slots, pinned=source.pinned, version=version)
-        self.names[source.uid] = name
+        self.adapter_table.register(
+            source.adapter_id, num_slots=num_slots, pinned=source.pinned, version=version
+        )
+        self.names[source.adapter_id] = name
 
-    def pin(self, uid: str) -> None:
+    def pin(self, adapter_id: str) -> None:
         """Keep an adapter on the device from now on, or from when it comes there.
 
         Raises:
             PoolTooSmall: Another could not be loaded any more.
         """
-        adapter = self.forest.get(uid)
+        adapter = self.adapter_table.get(adapter_id)
         if not adapter.pinned:
-            others = self.forest.largest_unpinned(without=uid)
-            self._check_pin(self.name_of(uid), adapter.num_slots, others)
-            self.forest.pin(adapter)
+            others = self.adapter_table.largest_unpinned(without=adapter_id)
+            self._check_pin(self.name_of(adapter_id), adapter.num_slots, others)
+            self.adapter_table.pin(adapter)
             if adapter.resident:
-                self.core.inc_full_pin(self.core.node_of(uid).id)
+                self.core.inc_full_pin(self.core.node_of(adapter_id).id)
 
-    def unpin(self, uid: str) -> None:
+    def unpin(self, adapter_id: str) -> None:
         """It may be evicted again."""
-        adapter = self.forest.get(uid)
+        adapter = self.adapter_table.get(adapter_id)
         if adapter.pinned:
-            self.forest.unpin(adapter)
+            self.adapter_table.unpin(adapter)
             if adapter.resident:
-                self.core.dec_full_pin(self.core.node_of(uid).id)
+                self.core.dec_full_pin(self.core.node_of(adapter_id).id)
 
     def _check_pin(self, name: str, num_slots: int, others: int) -> None:
-        taken, page_size = self.forest.pinned_slots, self.allocator.page_size
+        taken, page_size = self.adapter_table.pinned_slots, self.allocator.page_size
         tokens = max(page_size, min(ROOM_BESIDE_PINS, self.pool_slots // 8))
         if num_slots + others > self.pool_slots - taken - tokens:
             raise PoolTooSmall(
@@ -182,7 +184,7 @@ class Residency:
                 "--mem-fraction-static"
             )
 
-    def check_content(self, uid: str, image: AdapterImage, *, is_same: bool) -> None:
+    def check_content(self, adapter_id: str, image: AdapterImage, *, is_same: bool) -> None:
         """The first image of an adapter gives it its version; later ones must be the same.
 
         Args:
@@ -196,7 +198,7 @@ class Residency:
             raise AdapterChanged(
                 "its file was replaced while it was being read: unload it and load it again"
             )
-        adapter = self.forest.get(uid)
+        adapter = self.adapter_table.get(adapter_id)
         if adapter.version and image.version != adapter.version:
             raise AdapterChanged(
                 "its file has changed since it was loaded, and what is cached was computed with "
@@ -204,15 +206,15 @@ class Residency:
             )
         adapter.version = image.version
 
-    def retire(self, uid: str) -> None:
+    def retire(self, adapter_id: str) -> None:
         """Unload: the adapter's KV on device and host, its slots and its image go.
 
         A bounded part of it goes at once, the rest with later calls of ``purge_retired``.
         """
-        if uid in self.forest:
-            self.forest.retire(uid)
-            self.host.remove(uid)
-            self.names.pop(uid, None)
+        if adapter_id in self.adapter_table:
+            self.adapter_table.retire(adapter_id)
+            self.host.remove(adapter_id)
+            self.names.pop(adapter_id, None)
             self.purge_retired(PURGE_NODES)
 
     def purge_retired(self, most_nodes: int) -> bool:
@@ -225,36 +227,38 @@ class Residency:
             Whether something was removed (``is_purging`` until the next call).
         """
         num_looks = num_removed = 0
-        for _ in range(self.forest.num_retired):
-            adapter = self.forest.next_retired()
+        for _ in range(self.adapter_table.num_retired):
+            adapter = self.adapter_table.next_retired()
             if adapter is None or num_looks >= most_nodes:
                 break
             with self.core.evicting(_UNLOAD):
-                done = branches.purge(self.core, str(adapter.uid), most_nodes - num_looks)
+                done = branches.purge(self.core, str(adapter.adapter_id), most_nodes - num_looks)
             self.cache._apply_eviction_result(done.freed)
             num_looks += done.num_looks
             num_removed += done.num_removed
-        self.is_purging = num_removed > 0 and self.forest.num_retired > 0
+        self.is_purging = num_removed > 0 and self.adapter_table.num_retired > 0
         return num_removed > 0
 
-    def start_copy(self, uid: str) -> bool:
+    def start_copy(self, adapter_id: str) -> bool:
         """Give an adapter free slots and start its copy; its image is in host memory.
 
         Returns:
             Whether there were enough free slots.
         """
-        adapter = self.forest.get(uid)
-        assert not adapter.retired and not adapter.resident, f"adapter {uid} cannot be loaded"
+        adapter = self.adapter_table.get(adapter_id)
+        assert not adapter.retired and not adapter.resident, (
+            f"adapter {adapter_id} cannot be loaded"
+        )
         slots = self.allocator.alloc(adapter.num_slots)
         if slots is None:
             return False
-        copy = self.copies[uid] = self._start_copy(uid, slots)
+        copy = self.copies[adapter_id] = self._start_copy(adapter_id, slots)
         copy.launches_before = self.num_launches
         self.core.counts.adapter_slots_from_host += adapter.num_slots
-        logger.info("load %s into %d slots", self.name_of(uid), adapter.num_slots)
+        logger.info("load %s into %d slots", self.name_of(adapter_id), adapter.num_slots)
         return True
 
-    def _start_copy(self, uid: str, slots: torch.Tensor) -> AdapterCopy:
+    def _start_copy(self, adapter_id: str, slots: torch.Tensor) -> AdapterCopy:
         """Take slots, pin and image for an adapter and queue its copy; ``settle`` returns them.
 
         Raises nothing, so that no resource is taken without a copy that accounts for it: a copy
@@ -265,19 +269,19 @@ class Residency:
             slots = slots.clone()  # the allocator's are a view of its whole free list
         except (RuntimeError, MemoryError) as error:
             failure = error
-        self.core.inc_full_pin(self.core.node_of(uid).id)
-        self.core.place(uid, slots)
-        image = self.host.hold(uid)
+        self.core.inc_full_pin(self.core.node_of(adapter_id).id)
+        self.core.place(adapter_id, slots)
+        image = self.host.hold(adapter_id)
         if failure is not None:
-            return AdapterCopy(uid, len(slots), error=failure)
+            return AdapterCopy(adapter_id, len(slots), error=failure)
         if self._clears_slots:
-            self._to_clear[uid] = slots
-        copy, paged = self._copy_stream.start(uid, image, slots)
+            self._to_clear[adapter_id] = slots
+        copy, paged = self._copy_stream.start(adapter_id, image, slots)
         if paged is not None:
-            self._paged[uid] = paged
+            self._paged[adapter_id] = paged
         return copy
 
-    def evict_branch(self, uid: str, most_leaves: int) -> bool:
+    def evict_branch(self, adapter_id: str, most_leaves: int) -> bool:
         """Evict leaves of one adapter, KV before the adapter itself, as far as nothing holds them.
 
         KV without a copy on the host is dropped, where eviction would copy it first.
@@ -287,24 +291,24 @@ class Residency:
         """
         freed = BaseEvictionResult()
         with self.core.evicting(_ORDERED):
-            is_over = branches.evict(self.core, uid, most_leaves, parts_of(freed))
+            is_over = branches.evict(self.core, adapter_id, most_leaves, parts_of(freed))
         self.cache._apply_eviction_result(freed)
         return is_over
 
-    def settle(self, uid: str, code: Copied) -> Exception | None:
+    def settle(self, adapter_id: str, code: Copied) -> Exception | None:
         """A copy is over on all ranks, or has failed on one, which is returned as an error."""
-        copy = self.copies.pop(uid)
-        node = self.core.node_of(uid)
+        copy = self.copies.pop(adapter_id)
+        node = self.core.node_of(adapter_id)
         self.core.dec_full_pin(node.id)
         if code != Copied.DONE:
             self._copy_stream.synchronize()  # nothing reads the image or writes the slots any more
             copy.synchronize()
-        self.host.release(uid)
-        self.forest.touch(uid)
+        self.host.release(adapter_id)
+        self.adapter_table.touch(adapter_id)
         if code == Copied.DONE:
             self.load_s.observe(time.monotonic() - copy.started_s)
             return None
-        result = self.core.displace(uid)
+        result = self.core.displace(adapter_id)
         self.cache._apply_eviction_result(result)
         return copy.error or RuntimeError("another rank could not copy it")
 
@@ -316,35 +320,35 @@ class Residency:
     def is_usable(self, adapter: Adapter) -> bool:
         """Whether a batch, or KV of the adapter, may rely on its slots: every rank has queued its
         copy, which cannot fail any more."""
-        copy = self.copies.get(str(adapter.uid))
+        copy = self.copies.get(str(adapter.adapter_id))
         return adapter.resident and (copy is None or copy.confirmed)
 
-    def paged(self, uid: str) -> PagedAdapter:
+    def paged(self, adapter_id: str) -> PagedAdapter:
         """An adapter with slots, as the backend reads it. Its copy may be in ``copies`` still."""
-        return self._paged[uid]
+        return self._paged[adapter_id]
 
-    def _evicted(self, uid: str) -> None:
-        copy = self.copies.pop(uid, None)
+    def _evicted(self, adapter_id: str) -> None:
+        copy = self.copies.pop(adapter_id, None)
         if copy is not None:  # the whole cache was flushed
             self._copy_stream.synchronize()
             copy.synchronize()
-            self.host.release(uid)
-        self._paged.pop(uid, None)
-        if (slots := self._to_clear.pop(uid, None)) is not None:
+            self.host.release(adapter_id)
+        self._paged.pop(adapter_id, None)
+        if (slots := self._to_clear.pop(adapter_id, None)) is not None:
             self._copy_stream.clear(slots)
-        logger.info("evict %s", self.name_of(uid))
+        logger.info("evict %s", self.name_of(adapter_id))
 
     def statistics(self) -> dict[str, int]:
         """Counts of now and since the start, all in slots or tokens (one slot holds one token)."""
         return {
             **self.core.counts.flat(),
             "pool_slots": self.pool_slots,
-            "adapter_slots": self.forest.resident_slots,
-            "adapters_resident": self.forest.num_resident,
+            "adapter_slots": self.adapter_table.resident_slots,
+            "adapters_resident": self.adapter_table.num_resident,
             "adapters_on_host": len(self.host),
             "adapter_host_bytes": self.host.num_bytes,
             "adapter_files_read": self.host.num_reads,
-            "kv_tokens_device": self.forest.device_tokens,
-            "kv_tokens_host": self.forest.host_tokens,
-            "kv_tokens_invalid": self.forest.invalid_tokens,
+            "kv_tokens_device": self.adapter_table.device_tokens,
+            "kv_tokens_host": self.adapter_table.host_tokens,
+            "kv_tokens_invalid": self.adapter_table.invalid_tokens,
         }

@@ -34,11 +34,11 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import (
 )
 from typing_extensions import override
 
-from sglang_elora.policy import Item
+from sglang_elora.policy import CacheEntry
 from sglang_elora.srt.mem_cache.adapter_node import FULL, AdapterNode
 from sglang_elora.srt.mem_cache.freed import Freed, parts_of
 from sglang_elora.srt.mem_cache.ordered_tree_core import OrderedTreeCore
-from sglang_elora.tree import AdapterForest, LeafOrder, adapter_of
+from sglang_elora.tree import AdapterTable, EvictionOrder, adapter_of
 
 CHURN_S = 10.0
 """An adapter that comes back within this time of its eviction should not have been evicted."""
@@ -50,16 +50,18 @@ class EloraTreeCore(OrderedTreeCore):
     root_node: UnifiedTreeNode
 
     def __init__(self, params: Any, components: Any) -> None:
-        self.forest = AdapterForest()
-        self.on_evicted: Callable[[str], None] = lambda uid: None
+        self.adapter_table = AdapterTable()
+        self.on_evicted: Callable[[str], None] = lambda adapter_id: None
         super().__init__(params, components)
 
     @override
     def reset(self) -> None:
         super().reset()
-        for uid in [str(adapter.uid) for adapter in self.forest if adapter.resident]:
-            self.on_evicted(uid)
-        self.forest.clear_tree()
+        for adapter_id in [
+            str(adapter.adapter_id) for adapter in self.adapter_table if adapter.resident
+        ]:
+            self.on_evicted(adapter_id)
+        self.adapter_table.clear_tree()
         self._adapter_nodes: dict[str, AdapterNode] = {}
         self._tree_root = self.root_node  # which stands for an adapter's node during a walk
         self._no_slots = torch.empty(0, dtype=torch.int64, device=self.device)
@@ -71,32 +73,36 @@ class EloraTreeCore(OrderedTreeCore):
         """The component of full attention."""
         return self.components_by_type[FULL]
 
-    def image_priority(self, uid: str) -> float:
-        """What an adapter's image in host memory is worth (``EvictionOrders.image_priority``)."""
+    def image_priority(self, adapter_id: str) -> float:
+        """What an adapter's image in host memory is worth (``TierOrders.image_priority``)."""
         assert self.orders is not None
-        return self.orders.image_priority(self.forest.get(uid).item)
+        return self.orders.image_priority(self.adapter_table.get(adapter_id).entry)
 
     def find(self, node_id: NodeId) -> UnifiedTreeNode | None:
         """The node of this id, if it is in the tree still."""
         return self._node_arena.get(node_id)
 
-    def is_held(self, uid: str) -> bool:
+    def is_held(self, adapter_id: str) -> bool:
         """Whether the adapter cannot leave, or should not: a request uses it or waits for it."""
-        return self.forest.get(uid).item.queue_position is not None or self.is_locked(uid)
+        return self.adapter_table.get(
+            adapter_id
+        ).entry.queue_position is not None or self.is_locked(adapter_id)
 
-    def is_locked(self, uid: str) -> bool:
+    def is_locked(self, adapter_id: str) -> bool:
         """Whether a request or a copy holds the adapter, or it is pinned."""
-        return bool(self.node_of(uid).component_data[FULL].lock_ref > 0)
+        return bool(self.node_of(adapter_id).component_data[FULL].lock_ref > 0)
 
     # ==== Where walks start ====
 
-    def node_of(self, uid: str) -> AdapterNode:
+    def node_of(self, adapter_id: str) -> AdapterNode:
         """The adapter's node, made at first need."""
-        node = self._adapter_nodes.get(uid)
+        node = self._adapter_nodes.get(adapter_id)
         if node is None:
-            node = self._adapter_nodes[uid] = AdapterNode(self.forest.get(uid), self._no_slots)
+            node = self._adapter_nodes[adapter_id] = AdapterNode(
+                self.adapter_table.get(adapter_id), self._no_slots
+            )
             node.parent = self._tree_root
-            self._tree_root.children[self._child_key(uid)] = node
+            self._tree_root.children[self._child_key(adapter_id)] = node
             self._register_node(node)
         return node
 
@@ -179,8 +185,8 @@ class EloraTreeCore(OrderedTreeCore):
         return found
 
     def _root_of(self, namespace: str | None) -> UnifiedTreeNode:
-        uid = adapter_of(namespace)
-        return self.root_node if uid is None else self.node_of(uid)
+        adapter_id = adapter_of(namespace)
+        return self.root_node if adapter_id is None else self.node_of(adapter_id)
 
     def _walk_from(self, root: UnifiedTreeNode, walk: Callable[[Any], Any], argument: Any) -> Any:
         self.root_node = root
@@ -190,15 +196,18 @@ class EloraTreeCore(OrderedTreeCore):
             self.root_node = self._tree_root
 
     @staticmethod
-    def _child_key(uid: str) -> tuple[str, str]:
-        return ("adapter", uid)  # KV children are keyed by tokens and namespace, never like this
+    def _child_key(adapter_id: str) -> tuple[str, str]:
+        return (
+            "adapter",
+            adapter_id,
+        )  # KV children are keyed by tokens and namespace, never like this
 
     # ==== Counting KV per adapter ====
 
     def count_kv(self, node: UnifiedTreeNode, *, device: int = 0, host: int = 0) -> None:
         """``node``'s KV gained (or lost) so many tokens on the device and on the host."""
-        uid = adapter_of(node.key.extra_key)
-        adapter = self.forest.get(uid)
+        adapter_id = adapter_of(node.key.extra_key)
+        adapter = self.adapter_table.get(adapter_id)
         had_kv = adapter.device_tokens > 0
         if device > 0:
             self._fill(device)
@@ -206,10 +215,10 @@ class EloraTreeCore(OrderedTreeCore):
             self.counts.kv_slots_evicted[self.reason] -= device
             if node.backuped:
                 self.note_eviction(node)
-        self.forest.count_kv(adapter, device=device, host=host)
+        self.adapter_table.count_kv(adapter, device=device, host=host)
         self.recount(node, leaving=device < 0)  # SGLang takes the value away after this
-        if uid is not None and had_kv != (adapter.device_tokens > 0):
-            self._update_evictable_leaf_sets(self.node_of(uid))
+        if adapter_id is not None and had_kv != (adapter.device_tokens > 0):
+            self._update_evictable_leaf_sets(self.node_of(adapter_id))
 
     @override
     def _add_new_node(
@@ -230,21 +239,21 @@ class EloraTreeCore(OrderedTreeCore):
 
     def _list_kv(self, node: UnifiedTreeNode) -> None:
         """Enter a new KV node in the list of its adapter."""
-        uid = adapter_of(node.key.extra_key)
-        if uid is not None:
-            self.node_of(uid).kv_nodes[node.id] = node
+        adapter_id = adapter_of(node.key.extra_key)
+        if adapter_id is not None:
+            self.node_of(adapter_id).kv_nodes[node.id] = node
 
     @override
     def _unregister_node(self, node: UnifiedTreeNode) -> None:
         super()._unregister_node(node)
-        uid = adapter_of(node.key.extra_key)
-        if uid in self._adapter_nodes:
-            self._adapter_nodes[uid].kv_nodes.pop(node.id, None)
+        adapter_id = adapter_of(node.key.extra_key)
+        if adapter_id in self._adapter_nodes:
+            self._adapter_nodes[adapter_id].kv_nodes.pop(node.id, None)
 
     def note_eviction(self, node: UnifiedTreeNode) -> None:
         """As for any node; what is left of a retired adapter is not loaded back."""
         super().note_eviction(node)
-        if self.evicted and self.evicted[-1] == node.id and self._is_retired(node.item):
+        if self.evicted and self.evicted[-1] == node.id and self._is_retired(node.entry):
             self.evicted.pop()
 
     @override
@@ -291,7 +300,7 @@ class EloraTreeCore(OrderedTreeCore):
         """Evict a leaf of the device; False if its KV has to be copied to the host first."""
         assert self._is_device_leaf(leaf), f"node {leaf.id} is not a leaf"
         if self.policy is not None:
-            self.policy.evict(leaf.item)
+            self.policy.evict(leaf.entry)
         is_alone = not isinstance(leaf, AdapterNode) and not leaf.backuped
         if is_alone and self.is_write_back and self._is_worth_host_copy(leaf):
             return False
@@ -311,16 +320,16 @@ class EloraTreeCore(OrderedTreeCore):
         else:
             self._delete_unbacked_device_leaf(leaf, *freed)
 
-    def _is_retired(self, item: Item) -> bool:
-        return item.group is not None and self.forest.get(item.group).retired
+    def _is_retired(self, item: CacheEntry) -> bool:
+        return item.group is not None and self.adapter_table.get(item.group).retired
 
     def _is_worth_host_copy(self, leaf: UnifiedTreeNode) -> bool:
-        if self._is_retired(leaf.item) and not leaf.children:
+        if self._is_retired(leaf.entry) and not leaf.children:
             return False
         return self.orders is None or self.orders.is_worth_host_copy(
             leaf,
             has_children=bool(leaf.children),
-            has_room=lambda: self.full.host_room >= leaf.item.num_slots,
+            has_room=lambda: self.full.host_room >= leaf.entry.num_slots,
         )
 
     def copies_ahead(self, most_leaves: int) -> list[BackupKV]:
@@ -331,13 +340,13 @@ class EloraTreeCore(OrderedTreeCore):
         )
         return [self._build_backup_kv_action(leaf, write_back=True) for leaf in leaves]
 
-    def place(self, uid: str, slots: torch.Tensor) -> None:
+    def place(self, adapter_id: str, slots: torch.Tensor) -> None:
         """Give the adapter its slots; a pinned one is locked with them.
 
         Args:
             slots: int64 ``[num_slots]``, the tree's from now on.
         """
-        node = self.node_of(uid)
+        node = self.node_of(adapter_id)
         adapter = node.adapter
         num_slots = adapter.num_slots
         assert not adapter.resident and slots.shape == (num_slots,), adapter
@@ -347,7 +356,7 @@ class EloraTreeCore(OrderedTreeCore):
             self.component_protected_size_ if data.lock_ref > 0 else self.component_evictable_size_
         )
         sizes[FULL] += num_slots
-        self.forest.set_resident(adapter, True)
+        self.adapter_table.set_resident(adapter, True)
         self.recount(node)
         self.counts.adapter_loads += 1
         if time.monotonic() - adapter.evicted_s < CHURN_S:
@@ -358,12 +367,12 @@ class EloraTreeCore(OrderedTreeCore):
             self.inc_full_pin(node.id)
         self._update_evictable_leaf_sets(node)
 
-    def displace(self, uid: str) -> BaseEvictionResult:
+    def displace(self, adapter_id: str) -> BaseEvictionResult:
         """Take back the slots that ``place`` gave and nobody has used."""
-        result, node = BaseEvictionResult(), self.node_of(uid)
+        result, node = BaseEvictionResult(), self.node_of(adapter_id)
         if node.adapter.pinned and node.adapter.resident:
             self.dec_full_pin(node.id)
-        assert self._is_device_leaf(node), f"adapter {uid} is in use"
+        assert self._is_device_leaf(node), f"adapter {adapter_id} is in use"
         self._release_slots(node, result.device_frees)
         return result
 
@@ -371,14 +380,14 @@ class EloraTreeCore(OrderedTreeCore):
         self, node: AdapterNode, device_frees: dict[ComponentType, list[torch.Tensor]]
     ) -> None:
         """Remove a retired adapter without KV: its slots, its node, and what is known of it."""
-        uid = str(node.adapter.uid)
+        adapter_id = str(node.adapter.adapter_id)
         if node.adapter.resident:
             self.counts.adapter_evictions[self.reason] += 1
         self._release_slots(node, device_frees)
-        del self._tree_root.children[self._child_key(uid)]
-        del self._adapter_nodes[uid]
+        del self._tree_root.children[self._child_key(adapter_id)]
+        del self._adapter_nodes[adapter_id]
         self._unregister_node(node)
-        self.forest.remove(uid)
+        self.adapter_table.remove(adapter_id)
 
     def _release_slots(
         self, node: AdapterNode, device_frees: dict[ComponentType, list[torch.Tensor]]
@@ -388,9 +397,9 @@ class EloraTreeCore(OrderedTreeCore):
             if len(node.slots):
                 device_frees[FULL].append(node.slots)
             node.component_data[FULL].value = node.no_slots
-            self.forest.set_resident(node.adapter, False)
+            self.adapter_table.set_resident(node.adapter, False)
             self.recount(node)
-            self.on_evicted(str(node.adapter.uid))
+            self.on_evicted(str(node.adapter.adapter_id))
         self._update_evictable_leaf_sets(node)
 
     # ==== Check ====
@@ -406,42 +415,47 @@ class EloraTreeCore(OrderedTreeCore):
             RuntimeError: The eviction order is not that of the leaves.
         """
         for leaves in (self.evictable_device_leaves, self.evictable_host_leaves):
-            if isinstance(leaves, LeafOrder):
+            if isinstance(leaves, EvictionOrder):
                 leaves.check_invariants()
-        self.forest.check_invariants()
+        self.adapter_table.check_invariants()
         if self.policy is not None:
             self.policy.check_invariants(self._items_on_device())
-        counted = {uid: [0, 0] for uid in (None, *(adapter.uid for adapter in self.forest))}
-        below: dict[str | None, set[NodeId]] = {uid: set() for uid in counted}
+        counted = {
+            adapter_id: [0, 0]
+            for adapter_id in (None, *(adapter.adapter_id for adapter in self.adapter_table))
+        }
+        below: dict[str | None, set[NodeId]] = {adapter_id: set() for adapter_id in counted}
         for node in self._collect_all_nodes():
             if node is self.root_node or isinstance(node, AdapterNode):
                 continue
             data = node.component_data[FULL]
-            uid = adapter_of(node.key.extra_key)
-            assert uid is None or self._is_under(node, self.node_of(uid)), (
+            adapter_id = adapter_of(node.key.extra_key)
+            assert adapter_id is None or self._is_under(node, self.node_of(adapter_id)), (
                 f"{node.key} is misplaced"
             )
-            below[uid].add(node.id)
-            counted[uid][0] += 0 if data.value is None else len(data.value)
-            counted[uid][1] += 0 if data.host_value is None else len(data.host_value)
-        for uid, top in self._adapter_nodes.items():
-            assert below[uid] == top.kv_nodes.keys(), f"nodes of {uid} are not those listed"
-        for adapter in (self.forest.base, *self.forest):
-            assert counted[adapter.uid] == [adapter.device_tokens, adapter.host_tokens], (
-                f"{adapter} holds {counted[adapter.uid]} tokens"
+            below[adapter_id].add(node.id)
+            counted[adapter_id][0] += 0 if data.value is None else len(data.value)
+            counted[adapter_id][1] += 0 if data.host_value is None else len(data.host_value)
+        for adapter_id, top in self._adapter_nodes.items():
+            assert below[adapter_id] == top.kv_nodes.keys(), (
+                f"nodes of {adapter_id} are not those listed"
+            )
+        for adapter in (self.adapter_table.base, *self.adapter_table):
+            assert counted[adapter.adapter_id] == [adapter.device_tokens, adapter.host_tokens], (
+                f"{adapter} holds {counted[adapter.adapter_id]} tokens"
             )
             assert adapter.retired or adapter.invalid_tokens == 0, (
                 f"KV on the device without its adapter: {adapter}"
             )
-            if adapter.resident and adapter.uid is not None:
-                node = self.node_of(adapter.uid)
+            if adapter.resident and adapter.adapter_id is not None:
+                node = self.node_of(adapter.adapter_id)
                 assert len(node.slots) == adapter.num_slots, f"{adapter} in {len(node.slots)} slots"
                 assert not adapter.pinned or node.component_data[FULL].lock_ref > 0, adapter
 
-    def _items_on_device(self) -> list[Item]:
+    def _items_on_device(self) -> list[CacheEntry]:
         nodes = [node for node in self._collect_all_nodes() if node is not self.root_node]
         return [
-            n.item
+            n.entry
             for n in nodes
             if n.component_data[FULL].value is not None
             and (not isinstance(n, AdapterNode) or n.adapter.resident)

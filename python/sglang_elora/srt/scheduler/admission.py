@@ -119,8 +119,8 @@ class Admission:
         residency = self.residency
         if req.lora_id is not None:
             residency.core.counts.adapter_lookups[residency.tier_of(req.lora_id)] += 1
-        adapter, page_size = residency.forest.get(req.lora_id), residency.allocator.page_size
-        others = residency.forest.pinned_slots - adapter.num_slots * adapter.pinned
+        adapter, page_size = residency.adapter_table.get(req.lora_id), residency.allocator.page_size
+        others = residency.adapter_table.pinned_slots - adapter.num_slots * adapter.pinned
         num_tokens = -(-len(req.origin_input_ids) // page_size) * page_size
         room = residency.pool_slots - adapter.num_slots - others - num_tokens - page_size - 1
         if room < 1:
@@ -138,7 +138,7 @@ class Admission:
             return True
         if req.lora_id not in running and len(running) - (None in running) >= self.max_adapters:
             return False
-        if not self.residency.forest.get(req.lora_id).resident:
+        if not self.residency.adapter_table.get(req.lora_id).resident:
             return False
         copy = self.residency.copies.get(req.lora_id)
         return copy is None or self.swapper.is_hidden(copy, req, self.adder)

@@ -20,7 +20,7 @@ from sglang_elora.policy import PolicyContext, make_policy
 from sglang_elora.srt.arguments import compatibility
 from sglang_elora.srt.lora.adapter_memory import arena_for
 from sglang_elora.srt.lora.lora_manager import EloraLoRAManager
-from sglang_elora.srt.measure import Measure
+from sglang_elora.srt.measured_costs import MeasuredCosts
 from sglang_elora.srt.mem_cache.kv_events import AdapterMoves
 from sglang_elora.srt.mem_cache.radix_cache import BACKEND, EloraRadixCache, use_elora_tree
 from sglang_elora.srt.mem_cache.residency import Residency
@@ -58,11 +58,11 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
         core: EloraTreeCore = cache.tree_core
         stream = ctx.tp_worker.model_runner.forward_stream
         is_async = str(ctx.params.token_to_kv_pool_allocator.device) != "cpu"
-        measure = Measure(cache, is_async=is_async)
+        measure = MeasuredCosts(cache, is_async=is_async)
         context = PolicyContext(
             measure.costs,
             needed_adapters=lambda: measure.needed_adapters,
-            resident_adapters=lambda: core.forest.num_resident,
+            resident_adapters=lambda: core.adapter_table.num_resident,
             is_held=core.is_held,
             writes_back=core.is_write_back,
         )
@@ -72,8 +72,8 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
         host = HostTier(
             arena_for(manager, int(config.host_gb * 1e9), device),
             core.image_priority,
-            core.forest.image_position,
-            core.forest.touch,
+            core.adapter_table.image_position,
+            core.adapter_table.touch,
         )
         residency = Residency(cache, manager.dtype, host, stream)
         manager.bind(residency, measure)

@@ -1,4 +1,4 @@
-"""Hook bodies that time batches, for ``Measure``."""
+"""Hook bodies that time batches, for ``MeasuredCosts``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def time_batch(
     elora = elora_of(self)
     if elora is None:
         return original(self, batch, *args, **options)
-    measure = elora.measure
+    measure = elora.measured
     loads_kv = batch.hicache_consumer_index >= 0
-    measure.has_waited, begun = False, measure.mark(self)
+    measure.batch_waited, begun = False, measure.mark(self)
     result = original(self, batch, *args, **options)
-    if not measure.has_waited and not loads_kv:
+    if not measure.batch_waited and not loads_kv:
         result.elora_marks = (begun, measure.mark(self))
     return result
 
@@ -34,4 +34,4 @@ def note_result(
     """After ``Scheduler.process_batch_result``."""
     elora = elora_of(self)
     if elora is not None:
-        elora.measure.result(batch, getattr(ran, "elora_marks", None))
+        elora.measured.result(batch, getattr(ran, "elora_marks", None))

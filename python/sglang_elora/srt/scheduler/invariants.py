@@ -49,23 +49,25 @@ def check_step(result: None, self: Scheduler, *arguments: Any) -> None:
 def _check_copies(residency: Residency) -> None:
     """What a copy under way reads and writes stays until it is settled."""
     residency.host.check_invariants()
-    for uid in residency.copies:
-        pins = residency.core.node_of(uid).component_data[FULL].lock_ref
-        assert pins, f"{residency.name_of(uid)} is being copied and may be evicted"
-        assert residency.host.is_held(uid), f"the image of {residency.name_of(uid)} may be dropped"
+    for adapter_id in residency.copies:
+        pins = residency.core.node_of(adapter_id).component_data[FULL].lock_ref
+        assert pins, f"{residency.name_of(adapter_id)} is being copied and may be evicted"
+        assert residency.host.is_held(adapter_id), (
+            f"the image of {residency.name_of(adapter_id)} may be dropped"
+        )
 
 
 def _check_state(residency: Residency, scheduler: Scheduler, mirror: StateMirror) -> None:
     """Who follows the changes has each adapter as it is."""
-    loaded = {str(adapter.uid) for adapter in residency.forest}
-    while mirror.version < residency.forest.num_changes:
+    loaded = {str(adapter.adapter_id) for adapter in residency.adapter_table}
+    while mirror.version < residency.adapter_table.num_changes:
         changes = changes_since(residency, scheduler, mirror.version)
         mirror.apply(changes, loaded)
         if not changes.more:
             break
     compared = random.sample(sorted(loaded), min(len(loaded), _COMPARED))
-    truth = {uid: adapter_state(residency, uid) for uid in compared}
-    wrong = [row for uid, row in truth.items() if mirror.adapters.get(uid) != row]
+    truth = {adapter_id: adapter_state(residency, adapter_id) for adapter_id in compared}
+    wrong = [row for adapter_id, row in truth.items() if mirror.adapters.get(adapter_id) != row]
     assert not wrong, f"not told: {wrong[:8]}"
 
 
@@ -93,5 +95,6 @@ def _check_page_owners(scheduler: Scheduler, core: EloraTreeCore, requests: list
     wrong = (counts != 1).nonzero().flatten().tolist()
     assert len(counts) == num_pages + 1 and not wrong, (
         f"{len(counts) - 1} of {num_pages} pages have owners, these have not exactly one: "
-        f"{wrong[:8]} ({core.forest.resident_slots} slots of adapters, {len(requests)} requests)"
+        f"{wrong[:8]} ({core.adapter_table.resident_slots} slots of adapters, "
+        f"{len(requests)} requests)"
     )

@@ -7,7 +7,7 @@ from collections.abc import Collection, Hashable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from sglang_elora.policy import Item, Policy
+from sglang_elora.policy import CacheEntry, Policy
 from sglang_elora.srt.mem_cache.adapter_node import FULL, AdapterNode
 from sglang_elora.srt.mem_cache.full_component import evict, evict_without_copies
 from sglang_elora.srt.mem_cache.residency import Residency
@@ -28,7 +28,7 @@ class SchedulerMemory:
         self._residency = residency
         self._cache, self._core, self._host = residency.cache, residency.core, residency.host
         self._allocator = residency.allocator
-        self.forest, self.pool_slots = residency.forest, residency.pool_slots
+        self.adapter_table, self.pool_slots = residency.adapter_table, residency.pool_slots
         self.copies, self.counts = residency.copies, residency.core.counts
         self.evicted: deque[Hashable] = residency.core.evicted
         assert residency.core.policy is not None
@@ -62,7 +62,7 @@ class SchedulerMemory:
         return self._core.is_locked(adapter_id)
 
     def is_usable(self, adapter_id: str) -> bool:
-        return self._residency.is_usable(self.forest.get(adapter_id))
+        return self._residency.is_usable(self.adapter_table.get(adapter_id))
 
     def is_on_host(self, adapter_id: str) -> bool:
         return adapter_id in self._host
@@ -86,7 +86,7 @@ class SchedulerMemory:
 
     def unqueue(self, adapter_id: str) -> None:
         self._host.cancel(adapter_id)
-        if adapter_id in self.forest:
+        if adapter_id in self.adapter_table:
             assert self._core.orders is not None
             self._core.orders.set_queue_position(self._core.node_of(adapter_id), None)
             self._host.lower(adapter_id)
@@ -106,8 +106,8 @@ class SchedulerMemory:
     def read_ahead(self) -> None:
         self._host.read_ahead()
 
-    def load_kv(self, node: UnifiedTreeNode, eviction: Eviction | None) -> Sequence[Item]:
-        missing = [n.item for n in self._core.path_of(node) if n.evicted]
+    def load_kv(self, node: UnifiedTreeNode, eviction: Eviction | None) -> Sequence[CacheEntry]:
+        missing = [n.entry for n in self._core.path_of(node) if n.evicted]
         with nullcontext() if eviction is None else self._core.evicting(eviction):
             if not self._cache.load_back(node.id):
                 return []

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_policy import PrefillAdder
     from sglang.srt.managers.scheduler import Scheduler
 
-    from sglang_elora.srt.measure import Measure
+    from sglang_elora.srt.measured_costs import MeasuredCosts
     from sglang_elora.srt.mem_cache.residency import Residency
     from sglang_elora.srt.scheduler.admission import Admission
     from sglang_elora.srt.scheduler.swapper import Swapper
@@ -20,7 +20,7 @@ class Elora:
     """One per scheduler process; ``assembly.create_cache`` makes it."""
 
     residency: Residency
-    measure: Measure
+    measured: MeasuredCosts
     swapper: Swapper
     admission: Admission
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from sglang_elora.srt.measure import Measure
+from sglang_elora.srt.measured_costs import MeasuredCosts
 from sglang_elora.srt.mem_cache.ranks import DIGEST_VALUES, are_equal, digest_values
 from sglang_elora.srt.mem_cache.residency import AdapterChanged, Residency
 from sglang_elora.swapper.adapter_copy import AdapterCopy, Copied
-from sglang_elora.swapper.expected import Expected
+from sglang_elora.swapper.pending_hints import PendingHints
 from sglang_elora.swapper.reading import Read
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,9 @@ class Settling:
         expected: Hints; a failed adapter is no longer expected.
     """
 
-    def __init__(self, residency: Residency, measure: Measure, expected: Expected) -> None:
+    def __init__(
+        self, residency: Residency, measure: MeasuredCosts, expected: PendingHints
+    ) -> None:
         self._residency, self._measure, self._expected = residency, measure, expected
         self._host, self._ranks = residency.host, residency.ranks
         self._errors: dict[str, BaseException] = {}
@@ -59,19 +61,19 @@ class Settling:
     def _settle(self) -> None:
         copies, reading = list(self._residency.copies.values()), self._host.reading
         values: list[int] = [copy.code for copy in copies]
-        for uid in reading:
-            code = self._host.code(uid)
-            image = self._host.image_read(uid) if code == Read.DONE else None
+        for adapter_id in reading:
+            code = self._host.code(adapter_id)
+            image = self._host.image_read(adapter_id) if code == Read.DONE else None
             values += [code, *digest_values(None if image is None else image.version)]
         agreed = self._ranks.least(values)
         self._has_agreed = True
         for copy, least in zip(copies, agreed, strict=False):
             self._settle_copy(copy, Copied(least))
         position = len(copies)
-        for uid in reading:
+        for adapter_id in reading:
             least, *digests = agreed[position : position + 1 + DIGEST_VALUES]
             position += 1 + DIGEST_VALUES
-            self._settle_read(uid, Read(least), is_same=are_equal(digests))
+            self._settle_read(adapter_id, Read(least), is_same=are_equal(digests))
 
     def _settle_copy(self, copy: AdapterCopy, code: Copied) -> None:
         if code == Copied.UNDER_WAY:
@@ -79,28 +81,28 @@ class Settling:
             return
         if code == Copied.DONE and (seconds := copy.seconds()) > 0:
             self._measure.copied(copy.num_slots, seconds)
-        failure = self._residency.settle(copy.uid, code)
+        failure = self._residency.settle(copy.adapter_id, code)
         if failure is not None:
             self._residency.core.counts.adapter_copies_failed += 1
-            self._fail(copy.uid, failure)
+            self._fail(copy.adapter_id, failure)
 
-    def _settle_read(self, uid: str, code: Read, *, is_same: bool) -> None:
+    def _settle_read(self, adapter_id: str, code: Read, *, is_same: bool) -> None:
         """Take in an image that all ranks have read from the same file, or say why not."""
         failure: BaseException | None = None
-        image = self._host.image_read(uid)
+        image = self._host.image_read(adapter_id)
         if code == Read.DONE and image is not None:
             try:
-                self._residency.check_content(uid, image, is_same=is_same)
+                self._residency.check_content(adapter_id, image, is_same=is_same)
             except AdapterChanged as error:
                 failure, code = error, Read.FAILED
-        found = self._host.settle(uid, code)
+        found = self._host.settle(adapter_id, code)
         if failure is None and isinstance(found, BaseException):
             failure = found
         if failure is not None:
             self._residency.core.counts.adapter_reads_failed += 1
-            self._fail(uid, failure)
+            self._fail(adapter_id, failure)
 
-    def _fail(self, uid: str, failure: BaseException) -> None:
-        logger.error("LoRA adapter %s: %s", self._residency.name_of(uid), failure)
-        self._errors[uid] = failure
-        self._expected.forget(uid)  # or it would be tried again and again
+    def _fail(self, adapter_id: str, failure: BaseException) -> None:
+        logger.error("LoRA adapter %s: %s", self._residency.name_of(adapter_id), failure)
+        self._errors[adapter_id] = failure
+        self._expected.forget(adapter_id)  # or it would be tried again and again

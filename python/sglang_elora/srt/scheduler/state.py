@@ -21,25 +21,25 @@ MOST_ROWS = 256
 
 def changes_since(residency: Residency, scheduler: Scheduler, num_changes: int) -> Changes:
     """Of the adapters that changed since there were so many changes, the first ``MOST_ROWS``."""
-    changed = residency.forest.changed_since(num_changes)
+    changed = residency.adapter_table.changed_since(num_changes)
     told = changed[:MOST_ROWS]
     return Changes(
         version=told[-1][1] if told else num_changes,
         more=len(changed) > len(told),
-        adapters=[adapter_state(residency, uid) for uid, _ in told],
+        adapters=[adapter_state(residency, adapter_id) for adapter_id, _ in told],
         pool=pool_state(residency, scheduler),
     )
 
 
-def adapter_state(residency: Residency, uid: str) -> AdapterState:
-    adapter = residency.forest.get(uid)
+def adapter_state(residency: Residency, adapter_id: str) -> AdapterState:
+    adapter = residency.adapter_table.get(adapter_id)
     host = residency.host
     return AdapterState(
-        id=uid,
-        tier=residency.tier_of(uid),
+        id=adapter_id,
+        tier=residency.tier_of(adapter_id),
         pinned=adapter.pinned,
         slots=adapter.num_slots if adapter.resident else 0,
-        host_bytes=host.get(uid).nbytes if uid in host else 0,
+        host_bytes=host.get(adapter_id).nbytes if adapter_id in host else 0,
         kv_tokens_device=adapter.device_tokens,
         kv_tokens_host=adapter.host_tokens,
         visits=adapter.num_requests,
@@ -48,17 +48,17 @@ def adapter_state(residency: Residency, uid: str) -> AdapterState:
 
 
 def pool_state(residency: Residency, scheduler: Scheduler) -> PoolState:
-    forest, host = residency.forest, residency.host
+    adapter_table, host = residency.adapter_table, residency.host
     running = [req for req in scheduler.running_batch.reqs if not req.finished()]
     return PoolState(
         slots=residency.pool_slots,
         free=residency.allocator.available_size(),
-        adapters=forest.resident_slots,
-        kv=forest.device_tokens,
-        kv_base=forest.base.device_tokens,
-        kv_host=forest.host_tokens,
-        num_adapters=len(forest),
-        num_on_device=forest.num_resident,
+        adapters=adapter_table.resident_slots,
+        kv=adapter_table.device_tokens,
+        kv_base=adapter_table.base.device_tokens,
+        kv_host=adapter_table.host_tokens,
+        num_adapters=len(adapter_table),
+        num_on_device=adapter_table.num_resident,
         num_on_host=len(host),
         adapter_host_bytes=host.num_bytes,
         num_waiting=len(scheduler.waiting_queue),
@@ -80,7 +80,7 @@ def add_statistics(result: Any, self: Scheduler, recv_req: Any) -> Any:
     """After ``Scheduler.get_internal_state``: ours under ``elora``, shown by /server_info."""
     elora = elora_of(self)
     if elora is not None:
-        manager, costs = self.tp_worker.model_runner.lora_manager, elora.measure.costs
+        manager, costs = self.tp_worker.model_runner.lora_manager, elora.measured.costs
         result.internal_state["elora"] = {
             **elora.residency.statistics(),
             "recompute_ns_per_token": round(1e9 * costs.recompute),

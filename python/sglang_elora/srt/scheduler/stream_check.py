@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from sglang_elora.config import EloraConfig
-from sglang_elora.pages import AdapterImage, HostArena, KVPlanes, PageTable
+from sglang_elora.pages import AdapterImage, HostArena, KVPlanes, SlotTable
 from sglang_elora.platforms.async_device import AsyncDevice, Order
 from sglang_elora.platforms.race_check import Blocks
 
@@ -42,12 +42,12 @@ def use_adversarial_streams(config: EloraConfig) -> None:
     os.environ["SGLANG_ENABLE_WAR_BARRIER"] = "1"  # CUDA's default
     sys.setrecursionlimit(20_000)  # a delayed batch runs inside one that waits for it, and so on
     AsyncDevice(Order.RANDOM if name.isdecimal() else Order(name), seed).install(torch.cpu)
-    original_table, original_arena = PageTable.__init__, HostArena.__init__
+    original_table, original_arena = SlotTable.__init__, HostArena.__init__
     original_write, original_to_slots = KVPlanes.write, KVPlanes._to_slots
     image_blocks: list[Blocks] = []  # of the image that is being written
     arena: HostArena | None = None  # of this process
 
-    def make_table(self: PageTable, slots: torch.Tensor) -> None:
+    def make_table(self: SlotTable, slots: torch.Tensor) -> None:
         self.slots = torch.full_like(slots, -1, dtype=torch.int32)
         made, self.slot_numbers = self.slots, _numbers(slots)  # type: ignore[attr-defined]
 
@@ -58,7 +58,7 @@ def use_adversarial_streams(config: EloraConfig) -> None:
         _device().launch("page table", fill)
 
     def to_slots(
-        self: KVPlanes, memory: torch.Tensor, table: PageTable, *rest: Any, **options: Any
+        self: KVPlanes, memory: torch.Tensor, table: SlotTable, *rest: Any, **options: Any
     ) -> None:
         _, first_layer = rest
         slots = table.slot_numbers  # type: ignore[attr-defined]
@@ -72,7 +72,7 @@ def use_adversarial_streams(config: EloraConfig) -> None:
             poison=partial(_poison, rows, slots),
         )
 
-    def write(self: KVPlanes, table: PageTable, image: AdapterImage, **options: Any) -> None:
+    def write(self: KVPlanes, table: SlotTable, image: AdapterImage, **options: Any) -> None:
         image_blocks[:] = [_blocks_of(arena, chunk) for chunk in image.chunks]
         original_write(self, table, image, **options)
 
@@ -86,7 +86,7 @@ def use_adversarial_streams(config: EloraConfig) -> None:
         self.on_freed, arena = reuse, self
 
     HostArena.__init__ = make_arena  # type: ignore[method-assign,assignment]
-    PageTable.__init__ = make_table  # type: ignore[method-assign]
+    SlotTable.__init__ = make_table  # type: ignore[method-assign]
     KVPlanes.write = write  # type: ignore[method-assign]
     KVPlanes._to_slots = to_slots  # type: ignore[method-assign]
 
@@ -320,7 +320,7 @@ def _slots_of(runner: ModelRunner, batch: ForwardBatch) -> tuple[Blocks, Blocks]
     residency = getattr(runner.lora_manager, "residency", None)
     if residency is not None:
         adapters = set(batch.lora_ids or ()) - {None}
-        reads += [_numbers(residency.core.node_of(uid).slots) for uid in adapters]
+        reads += [_numbers(residency.core.node_of(adapter_id).slots) for adapter_id in adapters]
     read = np.unique(np.concatenate(reads)) if reads else np.empty(0, np.int64)
     return read[read > 0], _numbers(batch.out_cache_loc)
 

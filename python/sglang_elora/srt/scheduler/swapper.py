@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.scheduler import _make_abort_req
 
-from sglang_elora.srt.measure import Measure
+from sglang_elora.srt.measured_costs import MeasuredCosts
 from sglang_elora.srt.mem_cache.residency import PURGE_NODES, Residency
 from sglang_elora.srt.scheduler.memory import SchedulerMemory
 from sglang_elora.srt.scheduler.parts import elora_of
@@ -46,13 +46,13 @@ class Swapper:
         measure: What copies and prefill take.
     """
 
-    def __init__(self, residency: Residency, measure: Measure) -> None:
+    def __init__(self, residency: Residency, measure: MeasuredCosts) -> None:
         self.residency = residency
         self._core, self._host = residency.core, residency.host
         self.planner: Planner[UnifiedTreeNode] = Planner(SchedulerMemory(residency), measure)
-        self._settling = Settling(residency, measure, self.planner.expected)
+        self._settling = Settling(residency, measure, self.planner.pending)
         self._leaving: dict[str, None] = {}  # adapters that orders evict
-        self._core.forest.on_removed = measure.popularity.forget
+        self._core.adapter_table.on_removed = measure.popularity.forget
 
     def step(self, scheduler: Scheduler, *, is_busy: bool) -> None:
         """Complete what has ended and start what is needed next. Never blocks.
@@ -85,7 +85,7 @@ class Swapper:
         num_tokens = len(req.origin_input_ids)
         is_idle = not adder.can_run_list and bool(adder.running_batch.is_empty())
         return self.planner.is_hidden(
-            copy.uid,
+            copy.adapter_id,
             num_tokens,
             is_idle=is_idle,
             replays_graph=not is_idle and self._replays_graph(num_tokens, adder),
@@ -101,32 +101,34 @@ class Swapper:
             num_requests, adder.log_input_tokens + num_tokens
         )
 
-    def expect(self, uids: Iterable[str], *, ordered: bool = False) -> int:
+    def expect(self, adapter_ids: Iterable[str], *, ordered: bool = False) -> int:
         """Requests with these adapters are about to arrive (``Planner.expect``)."""
-        uids = list(uids)
-        num_taken = self.planner.expect(uids, ordered=ordered)
-        for uid in uids:
-            if uid in self.planner.expected:
-                self._leaving.pop(uid, None)
+        adapter_ids = list(adapter_ids)
+        num_taken = self.planner.expect(adapter_ids, ordered=ordered)
+        for adapter_id in adapter_ids:
+            if adapter_id in self.planner.pending:
+                self._leaving.pop(adapter_id, None)
         return num_taken
 
-    def evict_soon(self, uid: str) -> None:
+    def evict_soon(self, adapter_id: str) -> None:
         """Have an adapter and its KV leave the device, a bounded part of it per step.
 
         Raises:
             ValueError: A request uses it or waits for it, or it is pinned.
         """
-        is_pinned = self.residency.forest.get(uid).pinned  # also before it is on the device
-        if is_pinned or self._core.is_locked(uid) or self.planner.is_queued(uid):
+        is_pinned = self.residency.adapter_table.get(
+            adapter_id
+        ).pinned  # also before it is on the device
+        if is_pinned or self._core.is_locked(adapter_id) or self.planner.is_queued(adapter_id):
             raise ValueError("a request uses the adapter or waits for it, or it is pinned")
-        self.planner.expected.forget(uid)
-        if self.residency.forest.get(uid).resident:
-            self._leaving[uid] = None
+        self.planner.pending.forget(adapter_id)
+        if self.residency.adapter_table.get(adapter_id).resident:
+            self._leaving[adapter_id] = None
 
-    def used(self, uid: str) -> None:
+    def used(self, adapter_id: str) -> None:
         """A request with this adapter runs."""
-        self.residency.forest.used(uid, time.monotonic())
-        self.planner.used(uid)
+        self.residency.adapter_table.used(adapter_id, time.monotonic())
+        self.planner.used(adapter_id)
 
     @property
     def is_waiting(self) -> bool:
@@ -167,10 +169,12 @@ class Swapper:
         """Some of what was told to leave. Whether there was something."""
         if not self._leaving:
             return False
-        uid = next(iter(self._leaving))
-        is_over = uid not in self.residency.forest or self.planner.is_queued(uid)
-        if is_over or self.residency.evict_branch(uid, EVICT_LEAVES):
-            del self._leaving[uid]
+        adapter_id = next(iter(self._leaving))
+        is_over = adapter_id not in self.residency.adapter_table or self.planner.is_queued(
+            adapter_id
+        )
+        if is_over or self.residency.evict_branch(adapter_id, EVICT_LEAVES):
+            del self._leaving[adapter_id]
         return True
 
 

@@ -49,7 +49,7 @@ class AdapterUses(LoRARegistry):
         """Requests that are not over, by adapter id; those of the base model are left out."""
         states = self._manager.rid_to_state.values()
         ids = (getattr(state.obj, "lora_id", None) for state in states)
-        return Counter(uid for uid in ids if isinstance(uid, str))
+        return Counter(adapter_id for adapter_id in ids if isinstance(adapter_id, str))
 
     @override
     async def acquire(self, lora_name: str | list[str]) -> str | list[str]:

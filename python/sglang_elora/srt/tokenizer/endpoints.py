@@ -126,9 +126,9 @@ def _add_control(app: FastAPI, control: TokenizerControl) -> None:
         """Bring adapters to the device, as if requests with them waited behind all that do; and the
         KV of sessions whose next request will come, from the host, once their adapter is there."""
         names, sessions = _listed(body.lora_name), _listed(body.session_id)
-        uids = [control.id_of(name) for name in names]
+        adapter_ids = [control.id_of(name) for name in names]
         answers = await asyncio.gather(
-            *(control.order("prefetch", uid) for uid in uids),
+            *(control.order("prefetch", adapter_id) for adapter_id in adapter_ids),
             *(control.order("prefetch_session", session) for session in sessions),
         )
         tiers = {name: answer.tier for name, answer in zip(names, answers, strict=False)}
@@ -279,7 +279,7 @@ def _pool(pool: PoolState | None, names: Mapping[str, str]) -> dict[str, Any]:
     assert pool is not None, "the state was asked for"
     found = {**msgspec.structs.asdict(pool), "uses": pool.uses}
     for which in ("waiting", "running"):
-        found[which] = [names[uid] for uid in found[which] if uid in names]
+        found[which] = [names[adapter_id] for adapter_id in found[which] if adapter_id in names]
     found["load_s"] = {"at_most": dict(pool.load_s.cumulative()), "sum": pool.load_s.sum_s}
     return found
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.runtime_context import get_memory
 from sglang.utils import TypeBasedDispatcher
 
-from sglang_elora.control import HintGate, StateMirror
+from sglang_elora.control import HintLimiter, StateMirror
 from sglang_elora.srt.messages import (
     AdapterHint,
     AdapterOrder,
@@ -58,8 +58,8 @@ class TokenizerControl:
     def __init__(self, manager: TokenizerManager) -> None:
         self._manager = manager
         self._registry = manager.lora_registry
-        self.gate = HintGate()  # by adapter
-        self._session_gate = HintGate()
+        self.gate = HintLimiter()  # by adapter
+        self._session_gate = HintLimiter()
         # Without a tier for it on the host, KV cannot be brought from there.
         self._announces_sessions = bool(get_memory().enable_hierarchical_cache)
         self.num_hints = 0
@@ -84,10 +84,10 @@ class TokenizerControl:
         What is no such name is left alone here: the request will be refused."""
         listed = names if isinstance(names, list) else [names]
         refs = (self._ref(name) for name in listed if isinstance(name, str))
-        adapters = self.gate.passing(ref.lora_id for ref in refs if ref is not None)
+        adapters = self.gate.admit(ref.lora_id for ref in refs if ref is not None)
         sessions: list[str] = []
         if self._announces_sessions and isinstance(session, str):
-            sessions = self._session_gate.passing([session])
+            sessions = self._session_gate.admit([session])
         self.num_hints += len(adapters)
         self._adapters += adapters
         self._sessions += sessions
@@ -121,24 +121,24 @@ class TokenizerControl:
                 await asyncio.wait_for(self.refresh(), _PATIENCE_S)
         return self.mirror
 
-    async def order(self, do: str, uid: str) -> AdapterOrderAnswer:
+    async def order(self, do: str, adapter_id: str) -> AdapterOrderAnswer:
         """Have the schedulers do this with an adapter, or a session. Raises NoAnswer."""
-        answer: AdapterOrderAnswer = await self._ask(AdapterOrder(do=do, adapter=uid))
+        answer: AdapterOrderAnswer = await self._ask(AdapterOrder(do=do, adapter=adapter_id))
         return answer
 
-    async def pin(self, uid: str, lease_s: float | None) -> AdapterOrderAnswer:
+    async def pin(self, adapter_id: str, lease_s: float | None) -> AdapterOrderAnswer:
         """Pin, for so long or until it is unpinned; a new lease replaces an earlier one."""
-        answer = await self.order("pin", uid)
+        answer = await self.order("pin", adapter_id)
         if not answer.error:
-            self._end_lease(uid)
+            self._end_lease(adapter_id)
             if lease_s is not None:
                 loop = asyncio.get_running_loop()
-                self._leases[uid] = loop.call_later(lease_s, self._lease_over, uid)
+                self._leases[adapter_id] = loop.call_later(lease_s, self._lease_over, adapter_id)
         return answer
 
-    async def unpin(self, uid: str) -> AdapterOrderAnswer:
-        self._end_lease(uid)
-        return await self.order("unpin", uid)
+    async def unpin(self, adapter_id: str) -> AdapterOrderAnswer:
+        self._end_lease(adapter_id)
+        return await self.order("unpin", adapter_id)
 
     def id_of(self, name: str) -> str:
         """Raises NotLoaded."""
@@ -176,8 +176,8 @@ class TokenizerControl:
             "over_rate": self.gate.num_over_rate,
         }
 
-    def lease_left_s(self, uid: str) -> float | None:
-        timer = self._leases.get(uid)
+    def lease_left_s(self, adapter_id: str) -> float | None:
+        timer = self._leases.get(adapter_id)
         return None if timer is None else max(0.0, timer.when() - asyncio.get_running_loop().time())
 
     def _ref(self, name: str) -> Any:
@@ -203,14 +203,14 @@ class TokenizerControl:
         else:
             future.set_result(answer)
 
-    def _lease_over(self, uid: str) -> None:
-        self._end_lease(uid)
-        task = asyncio.ensure_future(self.order("unpin", uid))
+    def _lease_over(self, adapter_id: str) -> None:
+        self._end_lease(adapter_id)
+        task = asyncio.ensure_future(self.order("unpin", adapter_id))
         self._manager.asyncio_tasks.add(task)
         task.add_done_callback(self._manager.asyncio_tasks.discard)
 
-    def _end_lease(self, uid: str) -> None:
-        timer = self._leases.pop(uid, None)
+    def _end_lease(self, adapter_id: str) -> None:
+        timer = self._leases.pop(adapter_id, None)
         if timer is not None:
             timer.cancel()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_elora.control import HintGate
-from sglang_elora.control.hint_gate import GAP_S, MOST_PER_S
+from sglang_elora.control import HintLimiter
+from sglang_elora.control.hint_limiter import GAP_S, MOST_PER_S
 
 
 class Clock:
@@ -19,32 +19,32 @@ class Clock:
 
 def test_an_adapter_is_announced_once_in_a_while() -> None:
     clock = Clock()
-    gate = HintGate(clock)
-    assert gate.passing(["a", "b", "a"]) == ["a", "b"]
+    gate = HintLimiter(clock)
+    assert gate.admit(["a", "b", "a"]) == ["a", "b"]
     clock.now_s += GAP_S / 2
-    assert gate.passing(["a", "c"]) == ["c"]
+    assert gate.admit(["a", "c"]) == ["c"]
     clock.now_s += GAP_S / 2
-    assert gate.passing(["a", "c"]) == ["a"]
+    assert gate.admit(["a", "c"]) == ["a"]
     assert (gate.num_repeated, gate.num_over_rate) == (2, 0)
 
 
 def test_beyond_the_rate_nothing_passes_and_later_it_does_again() -> None:
     clock = Clock()
-    gate = HintGate(clock)
+    gate = HintLimiter(clock)
     burst = int(MOST_PER_S)
-    assert len(gate.passing(str(i) for i in range(burst + 5))) == burst
+    assert len(gate.admit(str(i) for i in range(burst + 5))) == burst
     assert gate.num_over_rate == 5
     clock.now_s += 10 / MOST_PER_S
-    assert len(gate.passing(str(i) for i in range(burst, burst + 50))) == 10
+    assert len(gate.admit(str(i) for i in range(burst, burst + 50))) == 10
 
 
 @given(st.lists(st.tuples(st.floats(0, 0.01), st.integers(0, 3_000)), max_size=200))
 def test_never_more_than_the_rate_allows(arrivals: list[tuple[float, int]]) -> None:
     clock = Clock()
-    gate, num_passed = HintGate(clock), 0
+    gate, num_passed = HintLimiter(clock), 0
     for wait_s, adapter in arrivals:
         clock.now_s += wait_s
-        num_passed += len(gate.passing(map(str, range(adapter, adapter + 40))))
+        num_passed += len(gate.admit(map(str, range(adapter, adapter + 40))))
     assert num_passed <= MOST_PER_S + (clock.now_s - 100.0) * MOST_PER_S + 1
     passed_or_not = num_passed + gate.num_repeated + gate.num_over_rate
     assert passed_or_not == 40 * len(arrivals)

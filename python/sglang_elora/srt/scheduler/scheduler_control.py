@@ -29,7 +29,7 @@ from sglang_elora.srt.orders import GuardedDispatcher
 from sglang_elora.srt.scheduler.parts import elora_of
 from sglang_elora.srt.scheduler.state import changes_since
 from sglang_elora.srt.scheduler.swapper import Swapper
-from sglang_elora.swapper.expected import MOST_EXPECTED
+from sglang_elora.swapper.pending_hints import MAX_PENDING
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
@@ -79,7 +79,7 @@ class Control:
         return StateAnswer(rid=request.rid, changes=changes)
 
     def order(self, order: AdapterOrder) -> AdapterOrderAnswer:
-        uid, orders = (
+        adapter_id, orders = (
             order.adapter,
             {
                 "prefetch": self._prefetch,
@@ -88,29 +88,29 @@ class Control:
                 "evict": self._swapper.evict_soon,
             },
         )
-        forest, error = self._residency.forest, ""
+        adapter_table, error = self._residency.adapter_table, ""
         if order.do == "prefetch_session":
-            if not self._swapper.planner.expect_sessions([uid]):
+            if not self._swapper.planner.expect_sessions([adapter_id]):
                 error = "no session of this name is alive"
         elif order.do not in orders:
             error = f"unknown order {order.do!r}"
-        elif uid not in forest or forest.get(uid).retired:
+        elif adapter_id not in adapter_table or adapter_table.get(adapter_id).retired:
             error = "the adapter is not loaded"
         else:
             try:
-                orders[order.do](uid)
+                orders[order.do](adapter_id)
             except ValueError as refused:
                 error = str(refused)
-        tier = self._residency.tier_of(uid) if uid in forest else ""
+        tier = self._residency.tier_of(adapter_id) if adapter_id in adapter_table else ""
         return AdapterOrderAnswer(rid=order.rid, error=error, tier=tier)
 
-    def _prefetch(self, uid: str) -> None:
-        if not self._swapper.expect([uid], ordered=True):
-            raise ValueError(f"{MOST_EXPECTED} adapters are expected already: ask again later")
+    def _prefetch(self, adapter_id: str) -> None:
+        if not self._swapper.expect([adapter_id], ordered=True):
+            raise ValueError(f"{MAX_PENDING} adapters are expected already: ask again later")
 
-    def _pin(self, uid: str) -> None:
-        self._residency.pin(uid)
-        self._swapper.expect([uid], ordered=True)
+    def _pin(self, adapter_id: str) -> None:
+        self._residency.pin(adapter_id)
+        self._swapper.expect([adapter_id], ordered=True)
 
 
 def add_to_dispatcher(result: None, self: Scheduler) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from sglang_elora.policy import Item
+from sglang_elora.policy import CacheEntry
 
 _LORA = "lora/"
 
@@ -25,9 +25,9 @@ def adapter_of(namespace: str | None) -> str | None:
     return namespace.rpartition("/")[2]
 
 
-def namespace_of(uid: str, extra_key: str = "") -> str:
+def namespace_of(adapter_id: str, extra_key: str = "") -> str:
     """Inverse of ``adapter_of``."""
-    return f"{_LORA}{extra_key}/{uid}"
+    return f"{_LORA}{extra_key}/{adapter_id}"
 
 
 @dataclass(slots=True, eq=False)
@@ -38,7 +38,7 @@ class Adapter:
     ``resident`` follows its pages.
     """
 
-    uid: str | None
+    adapter_id: str | None
     num_slots: int = 0
     pinned: bool = False
     version: str = ""  # digest of the weights that are served
@@ -49,10 +49,10 @@ class Adapter:
     evicted_s: float = -math.inf  # when it last was, for the count of churn
     num_requests: int = 0  # that ran with it
     used_s: float | None = None  # when the last of them began, by the monotonic clock
-    item: Item = field(init=False)  # what the eviction policy knows of it
+    entry: CacheEntry = field(init=False)  # what the eviction policy knows of it
 
     def __post_init__(self) -> None:
-        self.item = Item(True, self.num_slots, self.uid, backed=True)
+        self.entry = CacheEntry(True, self.num_slots, self.adapter_id, backed=True)
 
     @property
     def invalid_tokens(self) -> int:
@@ -61,7 +61,7 @@ class Adapter:
 
 
 @dataclass(slots=True)
-class AdapterForest:
+class AdapterTable:
     """All adapters by id. Adapters stay known over a reset of the tree; their KV does not.
 
     ``pinned_slots`` are those that pinned adapters take, or will take once they are loaded; tokens
@@ -72,7 +72,7 @@ class AdapterForest:
     request and no KV names it.
     """
 
-    base: Adapter = field(default_factory=lambda: Adapter(uid=None, resident=True))
+    base: Adapter = field(default_factory=lambda: Adapter(adapter_id=None, resident=True))
     pinned_slots: int = 0
     num_resident: int = 0
     resident_slots: int = 0
@@ -80,7 +80,7 @@ class AdapterForest:
     host_tokens: int = 0
     invalid_tokens: int = 0  # KV on the device without its adapter: 0 by the dependency rule
     num_changes: int = 0  # of adapters, so far
-    on_removed: Callable[[str], None] = lambda uid: None
+    on_removed: Callable[[str], None] = lambda adapter_id: None
     _adapters: dict[str, Adapter] = field(default_factory=dict)
     _retired: OrderedDict[str, Adapter] = field(default_factory=OrderedDict)
     _unpinned: Counter[int] = field(default_factory=Counter)  # adapters by their slots
@@ -93,18 +93,18 @@ class AdapterForest:
     def __len__(self) -> int:
         return len(self._adapters)
 
-    def __contains__(self, uid: str) -> bool:
-        return uid in self._adapters
+    def __contains__(self, adapter_id: str) -> bool:
+        return adapter_id in self._adapters
 
-    def register(self, uid: str, *, num_slots: int, pinned: bool, version: str) -> Adapter:
+    def register(self, adapter_id: str, *, num_slots: int, pinned: bool, version: str) -> Adapter:
         """Make an adapter known. Its id must be new."""
-        assert uid not in self._adapters, f"adapter {uid} is registered"
-        adapter = Adapter(uid, num_slots=num_slots, pinned=pinned, version=version)
-        self._adapters[uid] = adapter
+        assert adapter_id not in self._adapters, f"adapter {adapter_id} is registered"
+        adapter = Adapter(adapter_id, num_slots=num_slots, pinned=pinned, version=version)
+        self._adapters[adapter_id] = adapter
         self.pinned_slots += num_slots * pinned
         if not pinned:
             self._count_unpinned(num_slots, 1)
-        self.touch(uid)
+        self.touch(adapter_id)
         return adapter
 
     def count_kv(self, adapter: Adapter, *, device: int, host: int) -> None:
@@ -115,32 +115,32 @@ class AdapterForest:
         self.invalid_tokens += adapter.invalid_tokens
         self.device_tokens += device
         self.host_tokens += host
-        if adapter.uid is not None:
-            self.touch(adapter.uid)
+        if adapter.adapter_id is not None:
+            self.touch(adapter.adapter_id)
 
     def set_resident(self, adapter: Adapter, resident: bool) -> None:
         """It came to the device, or left it."""
-        assert adapter.uid is not None and adapter.resident != resident, adapter
+        assert adapter.adapter_id is not None and adapter.resident != resident, adapter
         self.invalid_tokens -= adapter.invalid_tokens
         adapter.resident = resident
         self.invalid_tokens += adapter.invalid_tokens
         sign = 1 if resident else -1
         self.num_resident += sign
         self.resident_slots += sign * adapter.num_slots
-        self.touch(adapter.uid)
+        self.touch(adapter.adapter_id)
 
-    def used(self, uid: str, moment_s: float) -> None:
+    def used(self, adapter_id: str, moment_s: float) -> None:
         """A request with it runs from this moment on."""
-        adapter = self._adapters[uid]
+        adapter = self._adapters[adapter_id]
         adapter.num_requests += 1
         adapter.used_s = moment_s
-        self.touch(uid)
+        self.touch(adapter_id)
 
-    def touch(self, uid: str) -> None:
+    def touch(self, adapter_id: str) -> None:
         """Something about this adapter has changed."""
         self.num_changes += 1
-        self._changed_at.pop(uid, None)
-        self._changed_at[uid] = self.num_changes
+        self._changed_at.pop(adapter_id, None)
+        self._changed_at[adapter_id] = self.num_changes
 
     def changed_since(self, num_changes: int) -> list[tuple[str, int]]:
         """Adapters that have changed since there were so many changes, and at which one each did;
@@ -148,33 +148,33 @@ class AdapterForest:
         newest_first = reversed(self._changed_at.items())
         return list(takewhile(lambda changed: changed[1] > num_changes, newest_first))[::-1]
 
-    def get(self, uid: str | None) -> Adapter:
+    def get(self, adapter_id: str | None) -> Adapter:
         """The adapter of this id.
 
         KV of an adapter that was unloaded meanwhile (a request that ended late) hangs under an
         adapter that is retired from the start.
         """
-        if uid is None:
+        if adapter_id is None:
             return self.base
-        adapter = self._adapters.get(uid)
+        adapter = self._adapters.get(adapter_id)
         if adapter is None:
-            adapter = self._adapters[uid] = Adapter(uid)
+            adapter = self._adapters[adapter_id] = Adapter(adapter_id)
             self._count_unpinned(0, 1)
-            self.retire(uid)
+            self.retire(adapter_id)
         return adapter
 
-    def image_position(self, uid: str) -> float:
+    def image_position(self, adapter_id: str) -> float:
         """Queue position of the first request that needs the adapter's copy in host memory.
         Infinity if none does, or its weights are on the device."""
-        adapter = self.get(uid)
-        position = adapter.item.queue_position
+        adapter = self.get(adapter_id)
+        position = adapter.entry.queue_position
         return math.inf if position is None or adapter.resident else position
 
-    def retire(self, uid: str) -> None:
+    def retire(self, adapter_id: str) -> None:
         """No request will name this adapter any more."""
-        adapter = self._adapters[uid]
+        adapter = self._adapters[adapter_id]
         adapter.retired = True
-        self._retired[uid] = adapter
+        self._retired[adapter_id] = adapter
 
     @property
     def retired(self) -> tuple[Adapter, ...]:
@@ -190,9 +190,9 @@ class AdapterForest:
         O(1)."""
         if not self._retired:
             return None
-        uid = next(iter(self._retired))
-        self._retired.move_to_end(uid)
-        return self._retired[uid]
+        adapter_id = next(iter(self._retired))
+        self._retired.move_to_end(adapter_id)
+        return self._retired[adapter_id]
 
     def pin(self, adapter: Adapter) -> None:
         """Count it as pinned, if it is not."""
@@ -200,7 +200,7 @@ class AdapterForest:
             self.pinned_slots += adapter.num_slots
             self._count_unpinned(adapter.num_slots, -1)
         adapter.pinned = True
-        self.touch(str(adapter.uid))
+        self.touch(str(adapter.adapter_id))
 
     def unpin(self, adapter: Adapter) -> None:
         """Count it as not pinned, if it is."""
@@ -208,17 +208,17 @@ class AdapterForest:
             self.pinned_slots -= adapter.num_slots
             self._count_unpinned(adapter.num_slots, 1)
         adapter.pinned = False
-        self.touch(str(adapter.uid))
+        self.touch(str(adapter.adapter_id))
 
-    def remove(self, uid: str) -> None:
+    def remove(self, adapter_id: str) -> None:
         """Forget a retired adapter that holds nothing any more."""
-        adapter = self._retired.pop(uid)
+        adapter = self._retired.pop(adapter_id)
         self.unpin(adapter)
         self._count_unpinned(adapter.num_slots, -1)
-        del self._adapters[uid]
-        del self._changed_at[uid]
+        del self._adapters[adapter_id]
+        del self._changed_at[adapter_id]
         assert not (adapter.resident or adapter.device_tokens or adapter.host_tokens), adapter
-        self.on_removed(uid)
+        self.on_removed(adapter_id)
 
     def clear_tree(self) -> None:
         """All KV and all pages are gone (the tree was reset)."""
@@ -228,7 +228,7 @@ class AdapterForest:
                 self.set_resident(adapter, False)
             self.count_kv(adapter, device=-adapter.device_tokens, host=-adapter.host_tokens)
         for adapter in self.retired:
-            self.remove(str(adapter.uid))
+            self.remove(str(adapter.adapter_id))
 
     def largest_unpinned(self, without: str | None = None) -> int:
         """Slots of the largest other adapter that is not pinned; 0 if there is none. O(sizes of

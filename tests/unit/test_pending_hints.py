@@ -6,29 +6,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_elora.swapper.expected import (
+from sglang_elora.swapper.pending_hints import (
     CREDIT_STEPS,
     HINT_STEPS,
     HINTED_SHARE,
+    MAX_PENDING,
     MOST_CREDIT,
-    MOST_EXPECTED,
     ORDER_STEPS,
-    Expected,
+    PendingHints,
 )
 
 
-def follows(expected: Expected, uid: str, num_slots: int = 1) -> bool:
+def follows(expected: PendingHints, adapter_id: str, num_slots: int = 1) -> bool:
     """Of a hint for an adapter that is not there; it comes if it may."""
-    expected.add(uid, ordered=False)
-    may_come = expected.is_followed(uid, num_slots, 0, is_there=False)
+    expected.add(adapter_id, ordered=False)
+    may_come = expected.is_followed(adapter_id, num_slots, 0, is_there=False)
     if may_come:
-        expected.came(uid)
+        expected.came(adapter_id)
     return may_come
 
 
 @pytest.mark.parametrize(("ordered", "steps"), [(False, HINT_STEPS), (True, ORDER_STEPS)])
 def test_they_hold_for_some_steps(ordered: bool, steps: int) -> None:
-    expected = Expected(1000)
+    expected = PendingHints(1000)
     expected.add("a", ordered=ordered)
     for _ in range(steps):
         expected.step()
@@ -38,16 +38,16 @@ def test_they_hold_for_some_steps(ordered: bool, steps: int) -> None:
 
 
 def test_there_are_not_too_many_and_orders_come_first() -> None:
-    expected = Expected(1000)
-    taken = [expected.add(f"h{i}", ordered=False) for i in range(MOST_EXPECTED + 3)]
-    assert taken == [True] * MOST_EXPECTED + [False] * 3
+    expected = PendingHints(1000)
+    taken = [expected.add(f"h{i}", ordered=False) for i in range(MAX_PENDING + 3)]
+    assert taken == [True] * MAX_PENDING + [False] * 3
     assert expected.add("h5", ordered=True), "an order for what a hint named"
     due = expected.due()
-    assert due[0] == "h5" and len(due) == MOST_EXPECTED == len(set(due))
+    assert due[0] == "h5" and len(due) == MAX_PENDING == len(set(due))
 
 
 def test_credit_is_used_up_by_what_nobody_uses_and_not_by_what_somebody_does() -> None:
-    expected = Expected(1000)
+    expected = PendingHints(1000)
     for i in range(5 * MOST_CREDIT):
         assert follows(expected, f"true-{i}")
         assert expected.used(f"true-{i}")
@@ -63,7 +63,7 @@ def test_credit_is_used_up_by_what_nobody_uses_and_not_by_what_somebody_does() -
 
 
 def test_what_is_there_is_kept_only_if_it_came_for_a_hint() -> None:
-    expected = Expected(1000)
+    expected = PendingHints(1000)
     expected.add("mine", ordered=False)
     expected.add("theirs", ordered=False)
     expected.came("mine")
@@ -76,7 +76,7 @@ def test_what_is_there_is_kept_only_if_it_came_for_a_hint() -> None:
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=40))
 def test_hints_hold_their_share_or_one_adapter(sizes: list[int]) -> None:
-    expected, held = Expected(1000), []
+    expected, held = PendingHints(1000), []
     for i, num_slots in enumerate(sizes):
         if expected.is_followed(f"a{i}", num_slots, sum(held), is_there=False):
             held.append(num_slots)

@@ -1,9 +1,9 @@
-"""When items come back, learned per kind: the return index.
+"""When items come back, learned per kind: hit density.
 
 An item that was used ``age`` turnovers ago may come back soon, later, or never. What it is worth to
 keep is the chance that it comes back within some time, per turnover that it would take space for:
 
-    ``index(age) = max over T of P(back within T) / E[time until it is back, T at most]``
+    ``hit_density(age) = max over T of P(back within T) / E[time until it is back, T at most]``
 
 the Gittins index of a bandit that pays once, which for caches is known as hit density (Beckmann,
 Chen, Cidon: "LHD", NSDI 2018). It is computed from a life table: per bin of ages, how many items
@@ -39,8 +39,8 @@ _HOPE, _HOPE_WEIGHT = 0.06, 2.0
 kept for so long has to be kept for once before anybody knows. 0.06 in each is 0.5 in ten bins."""
 
 
-class Returns:
-    """The life table of one kind. ``index`` is a lookup; ``end`` is O(1) amortised.
+class ReuseTable:
+    """The life table of one kind. ``hit_density`` is a lookup; ``end`` is O(1) amortised.
 
     What was learned takes effect with ``learn``, which takes 0.1 ms where there is something new:
     whoever has a moment to spare calls it. Without that it is done now and then by ``end``.
@@ -71,13 +71,13 @@ class Returns:
             self._fit()
         return is_due
 
-    def index(self, age: float) -> float:
+    def hit_density(self, age: float) -> float:
         """Chance of a return per turnover, at the best time to give up; never rises with age."""
-        return self._index[self._bin(age)]
+        return self._density[self._bin(age)]
 
-    def index_at(self, age: float) -> float:
+    def hit_density_at(self, age: float) -> float:
         """The same, which may rise: when many come back at a certain age, it does towards that."""
-        return self._index_at[self._bin(age)]
+        return self._density_at[self._bin(age)]
 
     def chance(self, age: float) -> float:
         """Probability that the item is used again, hopeful about ages that nothing has reached."""
@@ -106,5 +106,5 @@ class Returns:
         density = np.zeros((_BINS, _BINS))
         density[_BEGIN, _END] = gained / np.maximum(time[_END + 1] - time[_BEGIN], 1e-300)
         best = density.max(axis=1)
-        self._index_at: list[float] = best.tolist()
-        self._index: list[float] = np.minimum.accumulate(best).tolist()
+        self._density_at: list[float] = best.tolist()
+        self._density: list[float] = np.minimum.accumulate(best).tolist()

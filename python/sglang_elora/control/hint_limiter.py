@@ -15,7 +15,7 @@ MB take 12 GB/s of the link, and one that is not announced begins some milliseco
 _MOST_REMEMBERED = 4_096
 
 
-class HintGate:
+class HintLimiter:
     """Lets hints through, coalesced by adapter and bounded in rate. O(1) per adapter.
 
     What does not pass is not kept for later: by then the request itself is with the scheduler.
@@ -34,7 +34,7 @@ class HintGate:
         self.num_repeated = 0
         self.num_over_rate = 0
 
-    def passing(self, adapters: Iterable[str]) -> list[str]:
+    def admit(self, adapters: Iterable[str]) -> list[str]:
         """Those of the adapters that are to be announced now, each once."""
         now_s = self._clock()
         earned = (now_s - self._allowed_s) * MOST_PER_S

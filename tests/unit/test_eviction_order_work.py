@@ -1,4 +1,4 @@
-"""How much one call of ``LeafOrder`` does, and how much it keeps, counted with many leaves."""
+"""How much one call of ``EvictionOrder`` does, and how much it keeps, counted with many leaves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from sglang_elora.tree import LeafOrder
+from sglang_elora.tree import EvictionOrder
 from sglang_elora.tree.swept_heap import SweptHeap
 
 NUM_LEAVES = 30_000
@@ -48,8 +48,8 @@ def work_of(call: Callable[[], object]) -> int:
     return Work.count - before
 
 
-def filled(num_leaves: int, num_kinds: int = 1) -> tuple[LeafOrder[Leaf], list[Leaf]]:
-    order: LeafOrder[Leaf] = LeafOrder(
+def filled(num_leaves: int, num_kinds: int = 1) -> tuple[EvictionOrder[Leaf], list[Leaf]]:
+    order: EvictionOrder[Leaf] = EvictionOrder(
         lambda leaf: leaf.visited, lambda leaf: leaf.name % num_kinds
     )
     leaves = [Leaf(name) for name in range(num_leaves)]
@@ -98,7 +98,7 @@ def test_refreshes_leave_no_run_of_visited_leaves_for_one_search() -> None:
 
 
 def test_a_kind_that_is_emptied_and_filled_again_has_one_turn() -> None:
-    order: LeafOrder[Leaf] = LeafOrder(lambda leaf: leaf.visited, lambda leaf: leaf.name)
+    order: EvictionOrder[Leaf] = EvictionOrder(lambda leaf: leaf.visited, lambda leaf: leaf.name)
     leaves = [Leaf(name) for name in range(20)]
     for _ in range(200):
         for leaf in leaves:
@@ -114,7 +114,7 @@ def test_a_kind_that_is_emptied_and_filled_again_has_one_turn() -> None:
 
 def test_the_ranking_of_many_kinds_is_swept_and_not_rebuilt() -> None:
     num_kinds = 5_000
-    order: LeafOrder[Leaf] = LeafOrder(
+    order: EvictionOrder[Leaf] = EvictionOrder(
         lambda leaf: leaf.visited, lambda leaf: leaf.name, lambda kind, lowest: Priority(lowest)
     )
     for name in range(num_kinds):

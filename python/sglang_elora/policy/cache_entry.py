@@ -8,7 +8,7 @@ from enum import IntEnum
 NEVER = float("-inf")
 
 
-class Expectation(IntEnum):
+class SessionState(IntEnum):
     """What those who use an item have said of themselves."""
 
     UNKNOWN = 0
@@ -18,7 +18,7 @@ class Expectation(IntEnum):
 
 
 @dataclass(slots=True, eq=False)
-class Item:
+class CacheEntry:
     """An adapter, or a run of KV tokens.
 
     ``visits`` and what follows is set by the policy that owns the item, the rest by the tree. A
@@ -31,13 +31,13 @@ class Item:
     backed: bool = False  # a copy of it is on the host: an adapter's always is
     queue_position: int | None = None  # of the first queued request that needs it
     prefetched: bool = False  # brought to the device for nobody, and not used since
-    expectation: Expectation = Expectation.UNKNOWN  # set by the policy when it is told
+    session_state: SessionState = SessionState.UNKNOWN  # set by the policy when it is told
     visits: int = 0  # requests that used it, the one that made it included
     last: float = NEVER  # of its last visit
     score: float = NEVER
     counted: tuple[int, int, int] | None = None  # as what it is counted in its group
 
-    def split(self, num_slots: int) -> Item:
+    def split(self, num_slots: int) -> CacheEntry:
         """The first ``num_slots`` of this run as an item of their own; they share a past."""
         assert not self.is_adapter and 0 < num_slots < self.num_slots, (self, num_slots)
         first = replace(self, num_slots=num_slots, queue_position=None, prefetched=False)

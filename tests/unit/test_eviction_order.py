@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_elora.tree import LeafOrder
+from sglang_elora.tree import EvictionOrder
 
 
 @dataclass(eq=False)
@@ -19,7 +19,7 @@ class Leaf:
     visited: int = 0
 
 
-def order_of(leaves: LeafOrder[Leaf]) -> list[int]:
+def order_of(leaves: EvictionOrder[Leaf]) -> list[int]:
     """Names in eviction order; takes all and gives them back."""
     names = []
     while (leaf := leaves.take_lowest()) is not None:
@@ -29,8 +29,8 @@ def order_of(leaves: LeafOrder[Leaf]) -> list[int]:
     return names
 
 
-def new_order() -> LeafOrder[Leaf]:
-    return LeafOrder(lambda leaf: leaf.visited)
+def new_order() -> EvictionOrder[Leaf]:
+    return EvictionOrder(lambda leaf: leaf.visited)
 
 
 def test_lowest_first_and_ties_first_in_first_out() -> None:
@@ -71,7 +71,7 @@ def test_what_is_given_back_stands_among_equals_where_it_was() -> None:
 
 
 def test_the_lowest_rank_is_that_of_what_is_taken_next() -> None:
-    leaves: LeafOrder[Leaf] = LeafOrder(
+    leaves: EvictionOrder[Leaf] = EvictionOrder(
         lambda leaf: leaf.visited,
         lambda leaf: leaf.name % 2,
         lambda odd, visited: visited - 9 * odd,
@@ -188,7 +188,7 @@ def test_the_order_is_the_same_in_processes_that_hash_differently() -> None:
     def victims(salt: int) -> list[int]:
         rng = random.Random(1)
         kinds = [Kind(f"k{i}", salt) for i in range(30)]
-        leaves: LeafOrder[Leaf] = LeafOrder(
+        leaves: EvictionOrder[Leaf] = EvictionOrder(
             lambda leaf: leaf.visited,
             lambda leaf: kinds[leaf.name % len(kinds)],
             lambda kind, visited: visited // 4,
@@ -217,7 +217,9 @@ def test_a_search_looks_at_few_kinds_when_all_change_and_later_ones_find_the_res
         asked += 1
         return worth[kind]
 
-    leaves: LeafOrder[Leaf] = LeafOrder(lambda leaf: leaf.visited, lambda leaf: leaf.name, rank)
+    leaves: EvictionOrder[Leaf] = EvictionOrder(
+        lambda leaf: leaf.visited, lambda leaf: leaf.name, rank
+    )
     for name in range(num_kinds):
         leaves.add(Leaf(name))
     for seed in (1, 2):

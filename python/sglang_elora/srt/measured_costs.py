@@ -21,7 +21,7 @@ Mark = Any
 """A moment on the stream that batches run on: an event, or seconds of the clock on a CPU."""
 
 
-class Measure(OnlineCosts):
+class MeasuredCosts(OnlineCosts):
     """One per scheduler process.
 
     Args:
@@ -33,7 +33,7 @@ class Measure(OnlineCosts):
         super().__init__(self._of_first_rank)
         self._cache = cache
         self._is_async = is_async
-        self.has_waited = False  # the batch under way, for a copy
+        self.batch_waited = False  # the batch under way, for a copy
 
     def mark(self, scheduler: Scheduler) -> Mark:
         """The moment at which everything queued for batches so far has run.

@@ -51,7 +51,7 @@ def _one_kind(node: Any) -> Hashable:
     return None
 
 
-class LeafOrder(set[Node]):
+class EvictionOrder(set[Node]):
     """A set of leaves that yields the one of lowest priority without looking at the others.
 
     SGLang's tree core collects all leaves into a new heap at every eviction, so that freeing a

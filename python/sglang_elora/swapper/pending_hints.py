@@ -7,7 +7,7 @@ names adapters without end costs the others next to nothing.
 
 from __future__ import annotations
 
-MOST_EXPECTED = 32
+MAX_PENDING = 32
 """Adapters that hints name, and as many that orders do."""
 
 HINT_STEPS = 64
@@ -28,8 +28,8 @@ CREDIT_STEPS = 128
 _MOST_REMEMBERED = 256
 
 
-class Expected:
-    """One per swapper. Each call is O(1), ``due`` apart, which is O(``MOST_EXPECTED``).
+class PendingHints:
+    """One per swapper. Each call is O(1), ``due`` apart, which is O(``MAX_PENDING``).
 
     Args:
         pool_slots: Of the KV pool.
@@ -47,8 +47,8 @@ class Expected:
     def __bool__(self) -> bool:
         return bool(self._hinted or self._ordered)
 
-    def __contains__(self, uid: str) -> bool:
-        return uid in self._hinted or uid in self._ordered
+    def __contains__(self, adapter_id: str) -> bool:
+        return adapter_id in self._hinted or adapter_id in self._ordered
 
     def step(self) -> None:
         """An iteration with a batch begins."""
@@ -56,32 +56,32 @@ class Expected:
         if self._num_steps % CREDIT_STEPS == 0:
             self._credit = min(self._credit + 1, MOST_CREDIT)
 
-    def add(self, uid: str, *, ordered: bool) -> bool:
+    def add(self, adapter_id: str, *, ordered: bool) -> bool:
         """False if there are too many already."""
         which, steps = (self._ordered, ORDER_STEPS) if ordered else (self._hinted, HINT_STEPS)
-        if uid not in which and len(which) >= MOST_EXPECTED:
+        if adapter_id not in which and len(which) >= MAX_PENDING:
             return False
-        which.pop(uid, None)
-        which[uid] = self._num_steps + steps
+        which.pop(adapter_id, None)
+        which[adapter_id] = self._num_steps + steps
         return True
 
-    def forget(self, uid: str) -> bool:
+    def forget(self, adapter_id: str) -> bool:
         """Whether it was expected."""
-        was_ordered = self._ordered.pop(uid, None) is not None
-        return self._hinted.pop(uid, None) is not None or was_ordered
+        was_ordered = self._ordered.pop(adapter_id, None) is not None
+        return self._hinted.pop(adapter_id, None) is not None or was_ordered
 
-    def used(self, uid: str) -> bool:
+    def used(self, adapter_id: str) -> bool:
         """A request with it runs. Whether it was expected."""
-        if uid in self._unused:
-            del self._unused[uid]
+        if adapter_id in self._unused:
+            del self._unused[adapter_id]
             self._credit = min(self._credit + 1, MOST_CREDIT)
-        return self.forget(uid)
+        return self.forget(adapter_id)
 
-    def came(self, uid: str) -> None:
+    def came(self, adapter_id: str) -> None:
         """It has its slots now, and no request waited for it."""
-        if uid not in self._ordered:
+        if adapter_id not in self._ordered:
             self._credit -= 1
-            self._unused[uid] = None
+            self._unused[adapter_id] = None
             if len(self._unused) > _MOST_REMEMBERED:  # most of them have gone long ago
                 del self._unused[next(iter(self._unused))]
 
@@ -90,20 +90,25 @@ class Expected:
         for which in (self._ordered, self._hinted):
             while which and next(iter(which.values())) < self._num_steps:
                 del which[next(iter(which))]
-        return [*self._ordered, *(uid for uid in self._hinted if uid not in self._ordered)]
+        return [
+            *self._ordered,
+            *(adapter_id for adapter_id in self._hinted if adapter_id not in self._ordered),
+        ]
 
-    def is_followed(self, uid: str, num_slots: int, hinted_slots: int, *, is_there: bool) -> bool:
+    def is_followed(
+        self, adapter_id: str, num_slots: int, hinted_slots: int, *, is_there: bool
+    ) -> bool:
         """Whether it is to be brought to the device, or to be kept there.
 
         Args:
             num_slots: That it takes.
             hinted_slots: That adapters take which only hints named, and which are followed.
         """
-        if uid in self._ordered:
+        if adapter_id in self._ordered:
             return True
         has_room = not hinted_slots or hinted_slots + num_slots <= self._room
-        return has_room and (uid in self._unused if is_there else self._credit > 0)
+        return has_room and (adapter_id in self._unused if is_there else self._credit > 0)
 
-    def is_hint(self, uid: str) -> bool:
+    def is_hint(self, adapter_id: str) -> bool:
         """Whether nothing but a hint named it."""
-        return uid not in self._ordered
+        return adapter_id not in self._ordered
