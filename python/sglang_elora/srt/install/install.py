@@ -17,6 +17,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 
 from sglang_elora.config import EloraConfig
 from sglang_elora.srt import messages
+from sglang_elora.srt.install.attributes import attribute_problems
 from sglang_elora.srt.install.crash_end import end_without_empty_diagnostics
 from sglang_elora.srt.install.hook import Hook, When
 from sglang_elora.srt.install.hooks import selected_hooks
@@ -82,6 +83,7 @@ def preflight(config: EloraConfig) -> list[str]:
         problems += hook_problems(hook)
     if config.enabled:
         problems += override_problems()
+        problems += attribute_problems()
     return problems
 
 
