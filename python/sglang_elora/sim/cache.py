@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable
+from operator import attrgetter
 
 from sglang_elora.control import Counters
 from sglang_elora.policy import CacheEntry, Policy
@@ -42,7 +43,7 @@ class Cache:
         self.counts = Counters()
         self.evicted: deque[Hashable] = deque(maxlen=MAX_REMEMBERED)
         self.slots_to_host = 0  # copied by evictions since somebody asked last
-        self.orders = TierOrders[Segment](policy, lambda segment: segment.on_host)
+        self.orders = TierOrders[Segment](policy, attrgetter("on_host"))
         self.leaves, self.host_leaves = self.orders.device, self.orders.host
         self.sessions = Sessions[Segment](path_of, self.orders.set_session_state)
         self._adapters: dict[str, Segment] = {}

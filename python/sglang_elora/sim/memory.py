@@ -99,8 +99,8 @@ class PoolMemory:
     def evictable_slots(self) -> int:
         return self.cache.evictable
 
-    def is_locked(self, adapter_id: str) -> bool:
-        return self.cache.adapter(adapter_id).locks > 0
+    def node_of(self, adapter_id: str) -> Segment:
+        return self.cache.adapter(adapter_id)
 
     def is_usable(self, adapter_id: str) -> bool:
         return self.cache.adapter(adapter_id).on_device

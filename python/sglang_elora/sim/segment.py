@@ -32,5 +32,9 @@ class Segment:
         return self.entry.num_slots
 
     @property
+    def is_locked(self) -> bool:
+        return self.locks > 0
+
+    @property
     def is_cached(self) -> bool:
         return self.on_device or self.on_host

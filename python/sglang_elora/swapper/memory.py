@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from sglang_elora.control import Counters
 from sglang_elora.policy import CacheEntry, Policy
-from sglang_elora.tree import AdapterTable, Eviction
+from sglang_elora.tree import Adapter, AdapterTable, Eviction
 
 
 class Copy(Protocol):
@@ -40,6 +40,17 @@ class Node(Protocol):
 
 
 N = TypeVar("N", bound=Node)
+
+
+class AdapterNode(Protocol):
+    """An adapter in the cache tree."""
+
+    @property
+    def adapter(self) -> Adapter: ...
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether a request or a copy holds the adapter, or it is pinned."""
 
 
 class Memory(Protocol[N]):
@@ -81,8 +92,8 @@ class Memory(Protocol[N]):
 
     def evictable_slots(self) -> int: ...
 
-    def is_locked(self, adapter_id: str) -> bool:
-        """Whether a request or a copy holds the adapter, or it is pinned."""
+    def node_of(self, adapter_id: str) -> AdapterNode:
+        """The adapter's node."""
 
     def is_usable(self, adapter_id: str) -> bool:
         """Whether the adapter is on the device for good: its copy cannot fail any more."""

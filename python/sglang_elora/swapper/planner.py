@@ -244,14 +244,15 @@ class Planner(Generic[N]):
         """
         queued: dict[str, int] = {}
         missing: list[Adapter] = []
-        memory, adapter_table = self._memory, self._memory.adapter_table
+        memory, node_of = self._memory, self._memory.node_of
         room = memory.free_slots() + memory.evictable_slots() - reserved
         for position, request in enumerate(islice(queue, LOOKAHEAD)):
             adapter_id = request.lora_id
             room -= len(request.origin_input_ids)
             if adapter_id is not None and adapter_id not in queued:
-                adapter = adapter_table.get(adapter_id)
-                if not memory.is_locked(adapter_id):
+                node = node_of(adapter_id)
+                adapter = node.adapter
+                if not node.is_locked:
                     room -= adapter.num_slots
                 if room >= 0 or not (queued or reserved):
                     queued[adapter_id] = position
@@ -288,12 +289,13 @@ class Planner(Generic[N]):
             ):
                 expected.forget(adapter_id)
                 continue
-            adapter = memory.adapter_table.get(adapter_id)
+            node = memory.node_of(adapter_id)
+            adapter = node.adapter
             num_slots, is_there = adapter.num_slots, adapter.resident
             if not expected.is_followed(adapter_id, num_slots, hinted_slots, is_there=is_there):
                 continue
             hinted_slots += num_slots * expected.is_hint(adapter_id)
-            if not memory.is_locked(adapter_id):
+            if not node.is_locked:
                 room -= num_slots
             if room < 0:
                 break

@@ -74,43 +74,42 @@ class Victims(Generic[N]):
 
     def __init__(self, order: EvictionOrder[N], eviction: Eviction) -> None:
         self.eviction = eviction
-        self.num_taken = 0
+        self.num_left = eviction.max_leaves  # leaves that it may still take
         self._order = order
         self._queued: list[tuple[int, int, N]] = []  # leaves that queued requests need
 
     @property
-    def num_left(self) -> int:
-        """Leaves that it may still take."""
-        return self.eviction.max_leaves - self.num_taken
+    def num_taken(self) -> int:
+        """Leaves that it has taken."""
+        return self.eviction.max_leaves - self.num_left
 
     def next(self) -> N | None:
         """The next leaf; None if there is none, or no more may be taken."""
         if self.num_left <= 0:
             return None
-        leaf = self._next()
-        self.num_taken += leaf is not None
-        return leaf
+        take_lowest = self._order.take_lowest
+        while (leaf := take_lowest()) is not None:
+            entry = leaf.entry
+            if entry.queue_position is None:
+                if entry.is_adapter and not self.eviction.takes_adapters:
+                    return None
+                self.num_left -= 1
+                return leaf
+            heapq.heappush(self._queued, (-entry.queue_position, len(self._queued), leaf))
+        while self._queued and -self._queued[0][0] > self.eviction.protect_up_to:
+            leaf = heapq.heappop(self._queued)[2]
+            if leaf in self._order:  # what was evicted meanwhile is no leaf any more
+                self.num_left -= 1
+                return leaf
+        return None
 
     def put_back(self) -> None:
         """The last leaf was not evicted after all, and does not count."""
-        self.num_taken -= 1
+        self.num_left += 1
 
     def close(self) -> None:
         """The eviction is over: leaves that were looked at and stay return to the order."""
         self._order.give_back()
-
-    def _next(self) -> N | None:
-        while (leaf := self._order.take_lowest()) is not None:
-            position = leaf.entry.queue_position
-            if position is None:
-                is_spared = leaf.entry.is_adapter and not self.eviction.takes_adapters
-                return None if is_spared else leaf
-            heapq.heappush(self._queued, (-position, len(self._queued), leaf))
-        while self._queued and -self._queued[0][0] > self.eviction.protect_up_to:
-            leaf = heapq.heappop(self._queued)[2]
-            if leaf in self._order:  # what was evicted meanwhile is no leaf any more
-                return leaf
-        return None
 
 
 class TierOrders(Generic[N]):
@@ -122,14 +121,27 @@ class TierOrders(Generic[N]):
     """
 
     def __init__(self, policy: Policy, is_on_host: Callable[[N], bool]) -> None:
-        self._policy, self._is_on_host = policy, is_on_host
-        self.device: EvictionOrder[N] = EvictionOrder(
-            lambda node: policy.priority(node.entry), self._kind, self._rank
-        )
+        self._policy = policy
+        # These run thousands of times per second: bound once, without attributes of ``self``.
+        kind_of, rank_of, priority_of = policy.kind, policy.rank, policy.priority
+        host_kind_of = policy.host_kind
+
+        def kind(node: N) -> Hashable:
+            entry = node.entry
+            if entry.queue_position is not None:
+                return _QUEUED
+            entry.backed = is_on_host(node)
+            return kind_of(entry)
+
+        def rank(kind: Any, lowest: Any) -> float:
+            return math.inf if kind is _QUEUED else rank_of(kind, lowest)
+
+        def priority(node: N) -> float:
+            return priority_of(node.entry)
+
+        self.device: EvictionOrder[N] = EvictionOrder(priority, kind, rank)
         self.host: EvictionOrder[N] = EvictionOrder(
-            lambda node: policy.priority(node.entry),
-            lambda node: policy.host_kind(node.entry),
-            policy.host_rank,
+            priority, lambda node: host_kind_of(node.entry), policy.host_rank
         )
 
     def set_queue_position(self, node: N, position: int | None) -> None:
@@ -189,12 +201,3 @@ class TierOrders(Generic[N]):
                 found.append(leaf)
         self.device.give_back()
         return found
-
-    def _kind(self, node: N) -> Hashable:
-        if node.entry.queue_position is not None:
-            return _QUEUED
-        node.entry.backed = self._is_on_host(node)
-        return self._policy.kind(node.entry)
-
-    def _rank(self, kind: Any, lowest: Any) -> float:
-        return math.inf if kind == _QUEUED else self._policy.rank(kind, lowest)

@@ -42,6 +42,11 @@ class AdapterNode(UnifiedTreeNode):
         return self.adapter.entry
 
     @property
+    def is_locked(self) -> bool:
+        """Whether a request or a copy holds the adapter, or it is pinned."""
+        return bool(self.component_data[FULL].lock_ref > 0)
+
+    @property
     def slots(self) -> torch.Tensor:
         slots: torch.Tensor = self.component_data[FULL].value
         return slots

@@ -134,14 +134,15 @@ class EloraFullComponent(FullComponent):
         if not self.keeps_order:
             return super()._evict_device_next_node(*freed)
         assert self._victims is not None
-        most_leaves = self._leaves_per_step
-        while most_leaves and tracker[self.component_type] < self._tokens_wanted:
-            leaf = self._victims.next()
+        next_leaf, evict_at_once = self._victims.next, self.tree_core.evict_at_once
+        most_leaves, kind = self._leaves_per_step, self.component_type
+        while most_leaves and tracker[kind] < self._tokens_wanted:
+            leaf = next_leaf()
             if leaf is None:
                 break
             most_leaves -= 1
             # SGLang's caller reads progress off the tracker as well.
-            if not self.tree_core.evict_at_once(leaf, freed):
+            if not evict_at_once(leaf, freed):
                 return leaf.id
         return None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -72,7 +73,7 @@ class OrderedTreeCore(UnifiedTreeCore):
     def _make_orders(self) -> None:
         full, policy = cast(Any, self.components_by_type[ComponentType.FULL]), self.policy
         if policy is not None:
-            self.orders = TierOrders(policy, lambda node: bool(node.backuped))
+            self.orders = TierOrders(policy, attrgetter("backuped"))
             self.evictable_device_leaves = self.orders.device
             self.evictable_host_leaves = self.orders.host
         elif full.keeps_order:

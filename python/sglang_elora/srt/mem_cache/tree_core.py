@@ -90,7 +90,7 @@ class EloraTreeCore(OrderedTreeCore):
 
     def is_locked(self, adapter_id: str) -> bool:
         """Whether a request or a copy holds the adapter, or it is pinned."""
-        return bool(self.node_of(adapter_id).component_data[FULL].lock_ref > 0)
+        return self.node_of(adapter_id).is_locked
 
     # ==== Where walks start ====
 

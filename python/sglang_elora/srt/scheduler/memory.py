@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,13 @@ class SchedulerMemory:
     def __init__(self, residency: Residency) -> None:
         self._residency = residency
         self._cache, self._core, self._host = residency.cache, residency.core, residency.host
-        self._allocator = residency.allocator
         self.adapter_table, self.pool_slots = residency.adapter_table, residency.pool_slots
         self.copies, self.counts = residency.copies, residency.core.counts
         self.evicted: deque[Hashable] = residency.core.evicted
+        # Called for each queued request: without a call in between.
+        self.free_slots: Callable[[], int] = residency.allocator.available_size
+        self.evictable_slots: Callable[[], int] = residency.core.evictable_size
+        self.node_of = residency.core.node_of
         assert residency.core.policy is not None
         self.policy: Policy = residency.core.policy
 
@@ -49,17 +52,6 @@ class SchedulerMemory:
     @property
     def may_copy_to_host(self) -> bool:
         return bool(self._core.is_write_back) and not self._cache.ongoing_write_through
-
-    def free_slots(self) -> int:
-        num_slots: int = self._allocator.available_size()
-        return num_slots
-
-    def evictable_slots(self) -> int:
-        num_slots: int = self._core.evictable_size()
-        return num_slots
-
-    def is_locked(self, adapter_id: str) -> bool:
-        return self._core.is_locked(adapter_id)
 
     def is_usable(self, adapter_id: str) -> bool:
         return self._residency.is_usable(self.adapter_table.get(adapter_id))

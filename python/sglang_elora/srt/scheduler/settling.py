@@ -35,6 +35,8 @@ class Settling:
 
     def take_errors(self) -> dict[str, BaseException]:
         """Why adapters failed since the last call, by adapter id."""
+        if not self._errors:
+            return self._errors
         errors, self._errors = self._errors, {}
         return errors
 
