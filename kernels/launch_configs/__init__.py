@@ -106,7 +106,8 @@ def tuned_tile_counts(device: torch.device, dtype: torch.dtype = torch.bfloat16)
 
 def file_name(device: torch.device) -> str:
     """Of the configurations for a device, if it has been tuned."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    is_cuda = device.type == "cuda"
+    name: str = torch.cuda.get_device_name(device) if is_cuda else device.type
     return name.replace(" ", "_").replace("/", "_") + ".json"
 
 
