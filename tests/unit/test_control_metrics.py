@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_elora.control import Changes, Counters, Histogram, StateMirror
 from sglang_elora.control.histogram import SECONDS
-from sglang_elora.control.metrics import LORA_INFO, StateCollector
+from sglang_elora.control.metrics import HINTS, LORA_INFO, StateCollector, metric_rows
 from tests.unit.test_state_mirror import POOL, adapter
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -77,3 +77,20 @@ def test_a_bound_belongs_to_its_range(bound: float) -> None:
     histogram.observe(bound)
     assert dict(histogram.cumulative())[str(bound)] == 1
     assert histogram.cumulative()[-1] == ("+Inf", 1)
+
+
+def test_listed_metrics_are_those_that_are_exported() -> None:
+    mirror = StateMirror()
+    counts = Counters(adapter_evictions={"capacity": 1}).flat()
+    mirror.apply(Changes(1, False, [], msgspec.structs.replace(POOL, counts=counts)), set())
+    collector = StateCollector(mirror, dict, lambda: dict.fromkeys(HINTS, 1), "demo")
+    exported = {
+        family.name + ("_total" if family.type == "counter" else ""): (
+            family.type,
+            {label for sample in family.samples for label in sample.labels},
+        )
+        for family in collector.collect()
+    }
+    listed = {row.name: (row.kind, {"model_name", *row.labels}) for row in metric_rows()}
+    exported["sglang:elora_adapter_load_seconds"][1].remove("le")
+    assert exported == listed

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import get_args
 
 from prometheus_client.core import (
@@ -29,10 +30,84 @@ LORA_INFO = "sglang:lora_requests_info"
 it under ``vllm:lora_requests_info``."""
 
 
+LOAD_SECONDS = "adapter_load_seconds"
+
+Values = float | Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Gauge:
+    """A number of the mirrored state, or with a label one for each value of the label."""
+
+    name: str
+    text: str
+    read: Callable[[StateMirror, PoolState], Values]
+    label: str = ""
+
+
+def _adapters_by_tier(mirror: StateMirror, _pool: PoolState) -> Values:
+    tiers = Counter(adapter.tier for adapter in mirror.adapters.values())
+    return {tier: tiers[tier] for tier in get_args(Tier)}
+
+
+def _num_pinned(mirror: StateMirror, _pool: PoolState) -> Values:
+    return sum(adapter.pinned for adapter in mirror.adapters.values())
+
+
+GAUGES = (
+    Gauge("pool_slots", "Slots of the KV pool, by what they hold.", lambda _, p: p.uses, "use"),
+    Gauge("adapters", "Adapters by where their weights are.", _adapters_by_tier, "tier"),
+    Gauge("pinned_adapters", "Adapters that are pinned.", _num_pinned),
+    Gauge("sessions", "Sessions that are not over.", lambda _, p: p.num_sessions),
+    Gauge("host_kv_tokens", "Tokens of KV on the host.", lambda _, p: p.kv_host),
+    Gauge(
+        "host_adapter_bytes",
+        "Bytes of adapters in host memory.",
+        lambda _, p: p.adapter_host_bytes,
+    ),
+)
+HINTS = {
+    "sent": "Hints sent by the tokenizer process, since the start.",
+    "repeated": "Hints not sent because their adapter was announced a moment before, since the "
+    "start.",
+    "over_rate": "Hints not sent because there were too many in a second, since the start.",
+}
+"""Text of each count of the tokenizer process's hints: the metric ``hints_NAME``."""
+
+LOAD_SECONDS_TEXT = (
+    "From the start of an adapter's copy to the device until it is known to be there."
+)
+LORA_INFO_TEXT = "Adapters of running and of waiting requests."
+LORA_INFO_LABELS = ("running_lora_adapters", "waiting_lora_adapters", "max_lora")
+
+
+@dataclass(frozen=True, slots=True)
+class MetricRow:
+    """A metric as the documentation lists it: ``name`` is that of its series."""
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    text: str
+
+
+def metric_rows() -> Iterator[MetricRow]:
+    """All metrics, in the order in which they are exported; each also has ``model_name``."""
+    for gauge in GAUGES:
+        yield MetricRow(PREFIX + gauge.name, "gauge", _if_any(gauge.label), gauge.text)
+    for family in families():
+        name = f"{PREFIX}{family.name}_total"
+        yield MetricRow(name, "counter", _if_any(family.label), _since_start(family.text))
+    for name, text in HINTS.items():
+        yield MetricRow(f"{PREFIX}hints_{name}_total", "counter", (), text)
+    yield MetricRow(PREFIX + LOAD_SECONDS, "histogram", (), LOAD_SECONDS_TEXT)
+    yield MetricRow(LORA_INFO, "gauge", LORA_INFO_LABELS, LORA_INFO_TEXT)
+
+
 class StateCollector(Collector):
     """
     Args:
-        mirror: Brought up to date before a scrape by whoever serves it.
+        mirror: The endpoint that serves a scrape brings it up to date first.
         names: Of the adapters that are loaded, by id.
         hints: Counts of this process's hints, by what became of them.
         model_name: A label of each metric, as SGLang's have it.
@@ -54,41 +129,26 @@ class StateCollector(Collector):
         pool = self._mirror.pool
         if pool is None:
             return
-        yield self._gauges(
-            "pool_slots", "Slots of the KV pool, by what they hold.", "use", pool.uses
-        )
-        tiers = Counter(adapter.tier for adapter in self._mirror.adapters.values())
-        by_tier = {tier: tiers[tier] for tier in get_args(Tier)}
-        yield self._gauges("adapters", "Adapters by where their weights are.", "tier", by_tier)
-        pinned = sum(adapter.pinned for adapter in self._mirror.adapters.values())
-        yield self._gauge("pinned_adapters", "Adapters that are pinned.", pinned)
-        yield self._gauge("sessions", "Sessions that are not over.", pool.num_sessions)
-        yield self._gauge("host_kv_tokens", "Tokens of KV on the host.", pool.kv_host)
-        yield self._gauge(
-            "host_adapter_bytes", "Bytes of adapters in host memory.", pool.adapter_host_bytes
-        )
+        for gauge in GAUGES:
+            yield self._gauge(gauge, gauge.read(self._mirror, pool))
         yield from self._counters(pool.counts)
         for name, count in self._hints().items():
-            text = f"hints {_in_words(name)} by the tokenizer process, since the start."
-            yield self._counter(f"hints_{name}", text, count)
+            yield self._counter(f"hints_{name}", HINTS[name], count)
         yield self._load_seconds(pool)
         yield self._lora_info(pool)
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(PREFIX + name, text, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
-        return family
-
-    def _gauges(self, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
-        family = GaugeMetricFamily(PREFIX + name, text, labels=[*self._labels, label])
-        for key, value in values.items():
-            family.add_metric([*self._labels.values(), key], value)
+    def _gauge(self, gauge: Gauge, values: Values) -> Metric:
+        labels = [*self._labels, *_if_any(gauge.label)]
+        family = GaugeMetricFamily(PREFIX + gauge.name, gauge.text, labels=labels)
+        by_label = values.items() if isinstance(values, Mapping) else [("", values)]
+        for key, value in by_label:
+            family.add_metric([*self._labels.values(), *_if_any(key)], value)
         return family
 
     def _counters(self, counts: Mapping[str, int]) -> Iterator[Metric]:
         """One per count; of a count with a label each value, and not their sum."""
         for family in families():
-            text = f"{family.text}, since the start."
+            text = _since_start(family.text)
             if not family.label:
                 yield self._counter(family.name, text, counts[family.name])
                 continue
@@ -107,9 +167,7 @@ class StateCollector(Collector):
 
     def _load_seconds(self, pool: PoolState) -> Metric:
         family = HistogramMetricFamily(
-            PREFIX + "adapter_load_seconds",
-            "From the start of an adapter's copy to the device until it is known to be there.",
-            labels=list(self._labels),
+            PREFIX + LOAD_SECONDS, LOAD_SECONDS_TEXT, labels=list(self._labels)
         )
         buckets = pool.load_s.cumulative()
         family.add_metric(list(self._labels.values()), buckets, sum_value=pool.load_s.sum_s)
@@ -117,20 +175,23 @@ class StateCollector(Collector):
 
     def _lora_info(self, pool: PoolState) -> Metric:
         names = self._names()
-        info = {
-            "running_lora_adapters": _listed(pool.running, names),
-            "waiting_lora_adapters": _listed(pool.waiting, names),
-            "max_lora": str(pool.most_in_batch),
-        }
-        family = GaugeMetricFamily(
-            LORA_INFO, "Adapters of running and of waiting requests.", labels=[*self._labels, *info]
+        info = (
+            _listed(pool.running, names),
+            _listed(pool.waiting, names),
+            str(pool.most_in_batch),
         )
-        family.add_metric([*self._labels.values(), *info.values()], time.time())
+        labels = [*self._labels, *LORA_INFO_LABELS]
+        family = GaugeMetricFamily(LORA_INFO, LORA_INFO_TEXT, labels=labels)
+        family.add_metric([*self._labels.values(), *info], time.time())
         return family
 
 
-def _in_words(name: str) -> str:
-    return name.replace("_", " ")
+def _if_any(label: str) -> tuple[str, ...]:
+    return (label,) if label else ()
+
+
+def _since_start(text: str) -> str:
+    return f"{text}, since the start."
 
 
 def _listed(adapter_ids: list[str], names: Mapping[str, str]) -> str:
