@@ -54,16 +54,17 @@ class EloraConfig:
     adapter_dir: str = _option(
         "",
         "--elora-adapter-dir",
-        "Serve the adapters of this folder, one per subfolder and by its name, those that come "
-        "while the server runs too. Links that lead out of the folder are refused.",
+        "Serve the adapters of this folder, one per subfolder and by its name, also those that are "
+        "added while the server runs (within 2 s). One that cannot be served is named in the log, "
+        "once; links that lead out of the folder are refused.",
     )
     adapter_sources: str = _option(
         "",
         "--elora-adapter-sources",
-        "Places that adapters may come from, folders and URLs (s3://bucket/adapters, hf://org; "
-        "whatever fsspec knows), separated by commas. A request that names an adapter which is "
-        "not loaded loads the folder of that name from the first place that has it; "
-        "/load_lora_adapter takes nothing from elsewhere.",
+        "Places to load adapters from, folders and URLs (s3://bucket/adapters, hf://org), "
+        "separated by commas. A request that names an adapter which is not loaded loads "
+        "the folder of that name from the first place that has it; /load_lora_adapter refuses all "
+        "other places.",
     )
     check: bool = _option(
         False,
@@ -75,9 +76,10 @@ class EloraConfig:
         "",
         "--elora-check-streams",
         "For debugging, CPU platform only: run copies and forward passes in another order that "
-        "CUDA's streams would allow, poison what has not been written yet, and end the server "
-        "where nothing orders two uses of one memory. 'latest' delays copies until something "
-        "waits for them, 'earliest' delays batches, a number is the seed of a random order.",
+        "CUDA's streams would allow, poison memory that has not been written yet, and end the "
+        "server where no event orders two uses of the same memory. 'latest' delays copies until an "
+        "operation waits for them, 'earliest' delays batches, a number is the seed of a random "
+        "order.",
     )
     max_adapters_per_batch: int = _option(
         256,
@@ -88,9 +90,9 @@ class EloraConfig:
     policy: str = _option(
         "elora",
         "--elora-policy",
-        "What goes first when the pool is full, KV and adapters alike: 'elora' (seconds saved "
-        "per slot, from learned reuse and measured rates), 'elora_paper' (the paper's cost model), "
-        "'gdsf' (Greedy-Dual-Size-Frequency) or 'lru'.",
+        "Which entry, adapter or KV, is evicted first when the pool is full: 'elora' (the one that "
+        "saves the fewest seconds per slot, by learned reuse and measured rates), 'elora_paper' "
+        "(the paper's cost model), 'gdsf' (Greedy-Dual-Size-Frequency) or 'lru'.",
         choices=POLICIES,
     )
     host_gb: float = _option(
@@ -104,8 +106,8 @@ class EloraConfig:
     adapter_events: bool = _option(
         False,
         "--elora-adapter-events",
-        "Tell on the stream of --kv-events-config where adapters are, too. Consumers must know "
-        "the event AdapterMoved: decoders of SGLang's events refuse others.",
+        "Publish on the stream of --kv-events-config where adapters are, too. Consumers must know "
+        "the event AdapterMoved: decoders of SGLang's events refuse unknown ones.",
     )
     link_gbytes_per_s: float = _option(
         0.0,
@@ -174,7 +176,7 @@ class EloraConfig:
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> EloraConfig:
         """Read the ``SGLANG_ELORA*`` variables; a name that is not ours is an error."""
-        known = {_variable(item): item for item in fields(cls)}
+        known = {variable_of(item): item for item in fields(cls)}
         unknown = sorted(
             name for name in environ if name.startswith("SGLANG_ELORA") and name not in known
         )
@@ -193,7 +195,7 @@ class EloraConfig:
         """Write every field, so that child processes read back an equal object."""
         for item in fields(self):
             value = getattr(self, item.name)
-            environ[_variable(item)] = str(int(value)) if isinstance(value, bool) else str(value)
+            environ[variable_of(item)] = str(int(value)) if isinstance(value, bool) else str(value)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser, defaults: EloraConfig) -> None:
@@ -202,7 +204,7 @@ class EloraConfig:
         for item in fields(EloraConfig):
             kind = type(item.default)
             default = getattr(defaults, item.name)
-            text = f"{item.metadata['help']} (environment: {_variable(item)}; default: {default})"
+            text = f"{item.metadata['help']} (environment: {variable_of(item)}; default: {default})"
             kwargs: dict[str, Any] = {"dest": item.name, "default": default, "help": text}
             if kind is bool:
                 kwargs["action"] = argparse.BooleanOptionalAction
@@ -233,13 +235,14 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
-def _variable(item: Any) -> str:
+def variable_of(item: Any) -> str:
+    """The environment variable of a field."""
     flag: str = item.metadata["flag"]
     return "SGLANG_" + flag.removeprefix("--").replace("-", "_").upper()
 
 
 def _names(item: Any) -> str:
-    return f"{item.metadata['flag']} ({_variable(item)})"
+    return f"{item.metadata['flag']} ({variable_of(item)})"
 
 
 def _parse(item: Any, text: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sglang_elora.config import SGLANG_PIN, EloraConfig
+from sglang_elora.config import SGLANG_PIN, EloraConfig, variable_of
 from sglang_elora.launch_server import split_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -75,13 +75,23 @@ def test_help_names_flag_variable_and_default() -> None:
         assert f"default: {item.default}" in text
 
 
-def test_readme_lists_every_flag_with_its_default() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_docs_list_every_flag_with_its_default() -> None:
+    page = (ROOT / "docs" / "flags.md").read_text()
     for item in fields(EloraConfig):
         default = "off" if item.default is False else item.default
         flag = item.metadata["flag"]
-        row = next(line for line in readme.splitlines() if line.startswith(f"| `{flag}`"))
-        assert f"| {default} |" in row
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{flag}`"))
+        assert row.split(" | ")[2].strip(" `") == str(default)
+
+
+def test_flags_in_the_readme_have_the_defaults_of_the_config() -> None:
+    readme = (ROOT / "README.md").read_text()
+    rows = [line.split("|") for line in readme.splitlines() if line.startswith("| `--elora")]
+    defaults = {flag.strip(" `"): default.strip() for _, flag, default, *_ in rows}
+    variables = {item.metadata["flag"]: variable_of(item) for item in fields(EloraConfig)}
+    assert len(defaults) == 4
+    environ = {variables[flag]: default for flag, default in defaults.items()}
+    assert EloraConfig.from_env(environ) == EloraConfig()
 
 
 @pytest.mark.parametrize(

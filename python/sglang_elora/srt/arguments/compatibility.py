@@ -44,7 +44,8 @@ _WITHOUT_EFFECT = {  # field: (its default, why it is not read)
 class Refusal:
     """One feature that is refused.
 
-    ``name`` is the flag as the user types it, formatted with the resolved arguments as ``cfg``.
+    ``name`` is the flag as the user types it, formatted with the resolved arguments as ``cfg``;
+    ``values`` is what stands for the value in docs/compatibility.md: those that are refused.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Refusal:
     why: str
     remedy: str = _DROP
     with_lora_only: bool = True
+    values: str = ""
 
     def text(self, cfg: Any) -> str:
         return f"{self.name.format(cfg=cfg)}: {self.why}; {self.remedy}"
@@ -63,24 +65,28 @@ PARALLELISM = (
         lambda cfg: cfg.attn_dp_size > 1,
         "its ranks hold different batches, so they would place adapters differently",
         "use --dp-size alone, or run without --elora",
+        values="above 1",
     ),
     Refusal(
         "--pp-size {cfg.pp_size}",
         lambda cfg: cfg.pp_size > 1,
         "an adapter's slots are laid out for all layers of the model, a stage has some",
         "use --tp-size, or run without --elora",
+        values="above 1",
     ),
     Refusal(
         "--attn-cp-size {cfg.attn_cp_size} / --enable-prefill-cp",
         lambda cfg: cfg.attn_cp_size > 1 or cfg.enable_prefill_cp,
         "it spreads a request's rows and KV over ranks, the rows of adapters are not",
         "use --tp-size, or run without --elora",
+        values="above 1",
     ),
     Refusal(
         "--dcp-size {cfg.dcp_size}",
         lambda cfg: cfg.dcp_size > 1,
         "each rank's pool holds a part of the slots, an adapter needs all of its own",
         "use --tp-size, or run without --elora",
+        values="above 1",
     ),
     Refusal(
         "--enable-kv-cache-sharding",
@@ -113,11 +119,13 @@ PARALLELISM = (
         lambda cfg: cfg.disaggregation_mode != "null",
         "KV arrives from another server before its adapter is on the device",
         WITHOUT_ELORA,
+        values="prefill, decode",
     ),
     Refusal(
         "--tokenizer-worker-num {cfg.tokenizer_worker_num}",
         lambda cfg: cfg.tokenizer_worker_num > 1,
         "SGLang starts these workers without plugins, adapters would be loaded unchecked",
+        values="above 1",
     ),
     Refusal(
         "--use-ray",
@@ -151,20 +159,20 @@ CACHES = (
     Refusal(
         "--enable-unified-cache-external-linker",
         lambda cfg: cfg.enable_unified_cache_external_linker,
-        "KV enters the tree from an external store, uncounted and whatever the adapter's content",
+        "KV enters the tree from an external store, uncounted, even if the adapter has changed",
         "use --enable-hierarchical-cache, or run without --elora",
         with_lora_only=False,
     ),
     Refusal(
         "--enable-lmcache",
         lambda cfg: cfg.enable_lmcache,
-        "it brings a radix cache of its own",
+        "it has a radix cache of its own",
         "use --enable-hierarchical-cache, or run without --elora",
     ),
     Refusal(
         "--enable-flexkv",
         lambda cfg: cfg.enable_flexkv,
-        "it brings a radix cache of its own, whose keys do not name the adapter",
+        "it has a radix cache of its own, whose keys do not name the adapter",
         "use --enable-hierarchical-cache, or run without --elora",
     ),
     Refusal(
@@ -196,14 +204,16 @@ CACHES = (
     Refusal(
         "--kv-cache-dtype {cfg.kv_cache_dtype}",
         lambda cfg: cfg.kv_cache_dtype in ("mxfp8", "nvfp4", "fp4_mx_block16"),
-        "scales beside the pool belong to each slot",
+        "each slot also has scales, which lie outside the pool",
         "use auto, bf16 or fp8, or run without --elora",
+        values="mxfp8, nvfp4, fp4_mx_block16",
     ),
     Refusal(
         "--kv-canary {cfg.kv_canary}",
         lambda cfg: cfg.kv_canary != "none",
         "it would take the slots of adapters for KV",
         "use --elora-check, or run without --elora",
+        values="other than none",
     ),
     Refusal(
         "SGLANG_USE_HND_KVCACHE=1",
@@ -230,6 +240,7 @@ SCHEDULING = (
         "--speculative-algorithm {cfg.speculative_algorithm}",
         lambda cfg: cfg.speculative_algorithm not in (None, "UNO"),
         "draft and verify steps have other rows per request than the LoRA backend lays out",
+        values="other than UNO",
     ),
     Refusal(
         "--speculative-algorithm UNO",
@@ -241,6 +252,7 @@ SCHEDULING = (
         "--decoupled-spec-role {cfg.decoupled_spec_role}",
         lambda cfg: cfg.decoupled_spec_role != "null",
         "draft and verify steps have other rows per request than the LoRA backend lays out",
+        values="other than null",
     ),
     Refusal(
         "--dllm-algorithm {cfg.dllm_algorithm}",
@@ -260,7 +272,8 @@ LORA = (
     Refusal(
         "--lora-backend {cfg._raw_input[lora_backend]}",
         lambda cfg: cfg._raw_input["lora_backend"] not in _LORA_BACKENDS,
-        "ELORA brings its own, because weights lie in the KV pool",
+        "ELORA has its own, because weights lie in the KV pool",
+        values="triton, triton_v2, torch_native, ascend",
     ),
     Refusal(
         "--enable-lora-overlap-loading",
@@ -270,12 +283,14 @@ LORA = (
     Refusal(
         "--lora-drain-wait-threshold {cfg.lora_drain_wait_threshold}",
         lambda cfg: cfg.lora_drain_wait_threshold > 0,
-        "it drains slots that do not exist; a waiting request is passed by a bounded number",
+        "it drains slots that do not exist; ELORA bounds how many requests may pass a waiting one",
+        values="above 0",
     ),
     Refusal(
         "--moe-runner-backend {cfg.moe_runner_backend}",
         lambda cfg: cfg.moe_runner_backend.startswith("lora_"),
         "LoRA on MoE experts is not served",
+        values="lora_*",
     ),
     Refusal(
         "--enable-nvidia-megakernel",
@@ -341,7 +356,7 @@ MODELS = (
     Refusal(
         "this model (embeddings, rewards or classes) or --is-embedding",
         lambda cfg: not model_config_of(cfg).is_generation,
-        "a prompt too long to be held beside its adapter would wait for ever",
+        "a prompt that does not fit into the pool with its adapter would wait indefinitely",
         WITHOUT_ELORA,
     ),
 )
