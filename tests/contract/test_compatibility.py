@@ -77,7 +77,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"experts_shared_outer_loras": False}, "--experts-shared-outer-loras / --no-"),
     ({"lora_target_modules": ["q_proj", "lm_head"]}, "--lora-target-modules with embed_tokens or "),
     ({"model": {"attention_arch": "MLA"}}, "this model (multi-head latent attention): "),
-    ({"model": {"is_hybrid_swa": True}}, "this model (sliding windows beside full attention): "),
+    ({"model": {"is_hybrid_swa": True}}, "this model (sliding windows and full attention): "),
     ({"uses_mamba_radix_cache": True}, "this model (state spaces or linear attention): "),
     ({"model": {"attention_arch": "SSM"}}, "this model (state spaces or linear attention): "),
     ({"model": {"is_encoder_decoder": True}}, "this model (encoder and decoder): "),

@@ -328,7 +328,7 @@ MODELS = (
         WITHOUT_ELORA,
     ),
     Refusal(
-        "this model (sliding windows beside full attention)",
+        "this model (sliding windows and full attention)",
         lambda cfg: model_config_of(cfg).is_hybrid_swa,
         "it has two KV pools, an adapter's slots are in one",
         "add --disable-hybrid-swa-memory, or run without --elora",
