@@ -62,7 +62,7 @@ def manager() -> Any:
     return SimpleNamespace(memory_pool=pool, lora_modules=[], dtype=torch.float32)
 
 
-def test_on_cuda_one_allocation_within_the_budget_is_locked(
+def test_host_arena_on_cuda_page_locks_one_allocation_within_the_budget(
     memory: Any, cudart: Cudart, manager: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "host_memory_budget_bytes", lambda requested: 10**9)
@@ -75,19 +75,19 @@ def test_on_cuda_one_allocation_within_the_budget_is_locked(
     assert [chunk.data_ptr() for chunk in blocks.chunks] == list(cudart.locked)
 
 
-def test_a_budget_of_zero_locks_nothing(memory: Any, cudart: Cudart, manager: Any) -> None:
+def test_zero_host_budget_page_locks_nothing(memory: Any, cudart: Cudart, manager: Any) -> None:
     assert memory.page_locked_memory(0).nbytes == 0
     assert memory.arena_for(manager, 0, "cpu").num_blocks == 0
     assert not cudart.locked
 
 
-def test_on_a_cpu_nothing_is_locked(memory: Any, cudart: Cudart, manager: Any) -> None:
+def test_host_arena_on_cpu_page_locks_nothing(memory: Any, cudart: Cudart, manager: Any) -> None:
     arena = memory.arena_for(manager, 16 * 10**9, "cpu")
     assert 16 * 10**9 - arena.block_bytes < arena.num_blocks * arena.block_bytes
     assert not cudart.locked
 
 
-def test_more_than_the_machine_has_ends_the_start_and_names_the_flag(
+def test_host_budget_above_machine_memory_fails_launch_naming_the_flag(
     memory: Any, cudart: Cudart, manager: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "host_memory_budget_bytes", lambda requested: 3 * 10**9)
@@ -96,15 +96,13 @@ def test_more_than_the_machine_has_ends_the_start_and_names_the_flag(
     assert not cudart.locked
 
 
-def test_memory_that_cuda_cannot_lock_ends_the_start_and_names_the_flag(
-    memory: Any, cudart: Cudart
-) -> None:
+def test_failed_page_locking_fails_launch_naming_the_flag(memory: Any, cudart: Cudart) -> None:
     cudart.code = 2
     with pytest.raises(HostMemoryFull, match=r"of --elora-host-gb cannot be page-locked \(.*rc=2"):
         memory.page_locked_memory(2**20)
 
 
-def test_an_image_is_needed_while_a_request_waits_and_the_weights_are_not_on_the_device() -> None:
+def test_image_position_is_finite_for_queued_nonresident_adapters_only() -> None:
     made = SwapperWorld(4 * SLOTS, num_adapters=3, adapter_slots=SLOTS)
     position = made.core.adapter_table.image_position
     assert position(adapter_id(1)) == math.inf

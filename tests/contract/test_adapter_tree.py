@@ -14,7 +14,7 @@ from tests.harness.adapter_cache import AdapterCache
 from tests.harness.radix_cache import sglang
 
 
-def test_an_adapter_goes_after_its_kv() -> None:
+def test_adapter_is_evicted_after_its_kv() -> None:
     cache = AdapterCache(100)
     cache.add("a", 20)
     assert cache.load("a") and cache.chat(range(30), "a")
@@ -25,7 +25,7 @@ def test_an_adapter_goes_after_its_kv() -> None:
     cache.check()
 
 
-def test_one_eviction_takes_kv_and_then_its_adapter() -> None:
+def test_one_eviction_removes_kv_then_its_adapter() -> None:
     cache = AdapterCache(100)
     cache.add("a", 20)
     cache.load("a")
@@ -36,7 +36,7 @@ def test_one_eviction_takes_kv_and_then_its_adapter() -> None:
     cache.check()
 
 
-def test_an_unused_adapter_goes_before_younger_kv_of_others() -> None:
+def test_unused_adapter_is_evicted_before_younger_kv_of_others() -> None:
     cache = AdapterCache(100)
     cache.add("a", 20)
     cache.load("a")
@@ -47,7 +47,7 @@ def test_an_unused_adapter_goes_before_younger_kv_of_others() -> None:
 
 
 @pytest.mark.parametrize("tokens", [(), range(30)])
-def test_a_request_without_cached_kv_holds_its_adapter(tokens: Sequence[int]) -> None:
+def test_request_without_cached_kv_locks_its_adapter(tokens: Sequence[int]) -> None:
     """The lock a request takes at the end of its match is below its adapter, even if empty."""
     cache = AdapterCache(100)
     cache.add("a", 20)
@@ -61,7 +61,7 @@ def test_a_request_without_cached_kv_holds_its_adapter(tokens: Sequence[int]) ->
     assert cache.evict(100) == 20
 
 
-def test_slots_that_arrive_under_a_lock_are_protected() -> None:
+def test_adapter_loaded_under_a_lock_is_protected() -> None:
     cache = AdapterCache(100)
     cache.add("a", 20)
     node = cache.match(range(5), namespace_of("a")).last_device_node
@@ -74,7 +74,7 @@ def test_slots_that_arrive_under_a_lock_are_protected() -> None:
     cache.check()
 
 
-def test_pinned_adapters_stay_until_they_are_unloaded() -> None:
+def test_pinned_adapter_is_not_evicted_until_unloaded() -> None:
     cache = AdapterCache(100)
     cache.add("a", 20, pinned=True)
     cache.load("a")
@@ -86,7 +86,7 @@ def test_pinned_adapters_stay_until_they_are_unloaded() -> None:
     assert cache.left == ["a"] and cache.allocator.available_size() == 100
 
 
-def test_the_same_tokens_under_two_adapters_are_two_paths() -> None:
+def test_same_tokens_under_two_adapters_share_no_kv() -> None:
     cache = AdapterCache()
     for adapter_id in ("a", "b"):
         cache.add(adapter_id, 20)
@@ -110,7 +110,7 @@ def test_extra_keys_share_the_adapter() -> None:
     cache.check()
 
 
-def test_unload_takes_what_nothing_holds_and_the_rest_later() -> None:
+def test_unload_frees_unlocked_kv_and_purges_the_rest_later() -> None:
     cache = AdapterCache()
     cache.add("a", 20)
     cache.load("a")
@@ -127,7 +127,7 @@ def test_unload_takes_what_nothing_holds_and_the_rest_later() -> None:
     cache.check()
 
 
-def test_kv_that_comes_after_unload_is_purged() -> None:
+def test_kv_inserted_after_unload_is_purged() -> None:
     cache = AdapterCache()
     cache.insert(range(30), namespace_of("gone"))
     assert cache.adapter_table.get("gone").retired
@@ -136,7 +136,7 @@ def test_kv_that_comes_after_unload_is_purged() -> None:
     cache.check()
 
 
-def test_reset_forgets_pages_and_kv_but_not_adapters() -> None:
+def test_reset_drops_slots_and_kv_but_keeps_adapters() -> None:
     cache = AdapterCache()
     cache.add("a", 20)
     cache.add("b", 20, pinned=True)
@@ -155,7 +155,7 @@ def test_reset_forgets_pages_and_kv_but_not_adapters() -> None:
     cache.check()
 
 
-def test_an_adapter_of_no_size_is_never_a_victim() -> None:
+def test_adapter_of_zero_slots_is_never_evicted() -> None:
     cache = AdapterCache()
     cache.add("a", 0)
     cache.load("a")
@@ -164,7 +164,7 @@ def test_an_adapter_of_no_size_is_never_a_victim() -> None:
     cache.check()
 
 
-def test_the_check_finds_kv_without_its_adapter() -> None:
+def test_invariant_check_finds_kv_without_its_adapter() -> None:
     cache = AdapterCache()
     cache.add("a", 20)
     cache.insert(range(30), namespace_of("a"))  # nobody loaded it
@@ -172,7 +172,7 @@ def test_the_check_finds_kv_without_its_adapter() -> None:
         cache.check()
 
 
-def test_the_check_finds_a_wrong_count() -> None:
+def test_invariant_check_finds_a_wrong_token_count() -> None:
     cache = AdapterCache()
     cache.insert(range(30))
     cache.adapter_table.count_kv(cache.adapter_table.base, device=-1, host=0)
@@ -180,7 +180,7 @@ def test_the_check_finds_a_wrong_count() -> None:
         cache.check()
 
 
-def test_the_check_finds_a_wrong_sum() -> None:
+def test_invariant_check_finds_a_wrong_sum() -> None:
     cache = AdapterCache()
     cache.insert(range(30))
     cache.adapter_table.device_tokens -= 1
@@ -190,7 +190,7 @@ def test_the_check_finds_a_wrong_sum() -> None:
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "slru", "priority"])
 @pytest.mark.parametrize("seed", range(8))
-def test_random_histories(seed: int, policy: str) -> None:
+def test_adapter_tree_counts_stay_exact_over_random_histories(seed: int, policy: str) -> None:
     """Adapters come and go under locks, evictions, unloads and resets; all counts stay exact."""
     rng = random.Random(seed)
     cache = AdapterCache(policy=policy)
@@ -240,7 +240,7 @@ def test_random_histories(seed: int, policy: str) -> None:
     assert seen["chat"] > 40 and seen["unload"] > 0 and cache.left
 
 
-def test_the_harness_is_the_server_s_tree() -> None:
+def test_harness_uses_the_server_tree_class() -> None:
     from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
 
     assert sglang() and type(AdapterCache().core) is EloraTreeCore

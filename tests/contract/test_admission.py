@@ -45,7 +45,7 @@ def one_pass(
     return taken
 
 
-def test_a_request_that_many_after_it_have_passed_holds_back_those_after_it_only() -> None:
+def test_request_bypassed_too_often_blocks_only_later_requests() -> None:
     made = admission()
     cold = request(adapter_id(0))  # whose adapter is on the host
     for _ in range(MAX_BYPASS):
@@ -58,7 +58,7 @@ def test_a_request_that_many_after_it_have_passed_holds_back_those_after_it_only
     assert one_pass(made, [first, cold, last]) == [first, cold, last]
 
 
-def test_requests_before_a_cold_one_in_the_queue_do_not_count_as_passing_it() -> None:
+def test_earlier_requests_do_not_count_as_bypassing_a_cold_one() -> None:
     """A queue longer than the swapper's lookahead: if they did, the cold request would hold back
     the queue before the swapper sees it, and nothing would ever run again."""
     made = admission()
@@ -70,7 +70,7 @@ def test_requests_before_a_cold_one_in_the_queue_do_not_count_as_passing_it() ->
     assert one_pass(made, waiting) == [after]
 
 
-def test_a_request_that_is_not_asked_about_is_not_passed() -> None:
+def test_request_not_reached_in_a_pass_counts_no_bypass() -> None:
     made = admission()
     cold, after = request(adapter_id(0)), request(None)
     assert one_pass(made, [cold, after]) == [after]
@@ -79,7 +79,7 @@ def test_a_request_that_is_not_asked_about_is_not_passed() -> None:
     assert one_pass(made, [cold, after]) == [after]
 
 
-def test_a_request_that_was_aborted_no_longer_holds_back_the_others() -> None:
+def test_aborted_request_no_longer_blocks_the_queue() -> None:
     made = admission()
     cold, others = request(adapter_id(0)), [request(None) for _ in range(MAX_BYPASS)]
     assert one_pass(made, [cold, *others]) == others
@@ -87,7 +87,7 @@ def test_a_request_that_was_aborted_no_longer_holds_back_the_others() -> None:
     assert one_pass(made, others) == others
 
 
-def test_nothing_is_kept_of_requests_that_were_refused_and_aborted() -> None:
+def test_admission_keeps_no_state_of_aborted_requests() -> None:
     made = admission()
     for _ in range(3):
         assert one_pass(made, [request(adapter_id(0), str(i)) for i in range(2000)]) == []
@@ -95,7 +95,7 @@ def test_nothing_is_kept_of_requests_that_were_refused_and_aborted() -> None:
     assert kept == [], kept
 
 
-def test_the_work_of_a_pass_is_in_proportion_to_the_queue_while_a_request_holds_it_back() -> None:
+def test_admission_pass_is_linear_in_the_queue_while_blocked() -> None:
     made = admission()
     cold, others = request(adapter_id(0)), [request(None) for _ in range(MAX_BYPASS)]
     one_pass(made, [cold, *others])
@@ -112,7 +112,7 @@ def test_the_work_of_a_pass_is_in_proportion_to_the_queue_while_a_request_holds_
     assert num_compared == 0  # nobody is searched for
 
 
-def test_a_request_that_is_retracted_counts_its_next_wait_by_itself() -> None:
+def test_retracted_request_counts_its_next_wait_separately() -> None:
     made = admission()
     counts, req = made.residency.core.counts, request(adapter_id(0))
     assert one_pass(made, [req]) == []
@@ -122,7 +122,7 @@ def test_a_request_that_is_retracted_counts_its_next_wait_by_itself() -> None:
         assert counts.requests_waited_for_adapter == 1
 
 
-def test_a_request_that_is_retracted_is_not_passed_by_as_many_again() -> None:
+def test_retracted_request_keeps_its_bypass_count() -> None:
     made = admission()
     req, other = request(adapter_id(0)), request(None)
     for _ in range(MAX_BYPASS):
@@ -133,7 +133,7 @@ def test_a_request_that_is_retracted_is_not_passed_by_as_many_again() -> None:
     assert one_pass(made, [req, other]) == []
 
 
-def test_the_adapters_of_the_batch_are_counted_without_a_copy_of_them_per_request() -> None:
+def test_admission_does_not_copy_the_batch_adapters_per_request() -> None:
     made = admission()
     running: Any = Running({None, *(f"other{i}" for i in range(8))})
     assert one_pass(made, [request(adapter_id(0)) for _ in range(2000)], running) == []

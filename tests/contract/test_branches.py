@@ -58,7 +58,7 @@ def purge(made: SwapperWorld) -> int:
 
 
 @pytest.mark.parametrize("is_busy", [True, False])
-def test_an_unload_removes_a_bounded_number_of_nodes_per_step_on_an_idle_server_too(
+def test_unload_purges_a_bounded_number_of_nodes_per_step(
     is_busy: bool,
 ) -> None:
     made = world(20 * PURGE_NODES)
@@ -84,7 +84,7 @@ def test_an_unload_removes_a_bounded_number_of_nodes_per_step_on_an_idle_server_
     made.check()
 
 
-def test_an_adapter_loaded_again_during_the_purge_of_its_old_id_keeps_its_own_kv() -> None:
+def test_reloaded_adapter_keeps_its_kv_while_the_old_id_is_purged() -> None:
     made = world(5 * PURGE_NODES)
     made.residency.retire(adapter_id(0))
     made.load("again")
@@ -99,7 +99,7 @@ def test_an_adapter_loaded_again_during_the_purge_of_its_old_id_keeps_its_own_kv
     made.check()
 
 
-def test_a_flush_during_a_purge_leaves_nothing_to_purge() -> None:
+def test_flush_during_a_purge_ends_the_purge() -> None:
     made = world(5 * PURGE_NODES)
     made.residency.retire(adapter_id(0))
     made.cache.tree.reset()
@@ -112,7 +112,7 @@ def test_a_flush_during_a_purge_leaves_nothing_to_purge() -> None:
     made.check()
 
 
-def test_what_requests_hold_is_purged_when_they_end_and_is_not_waited_for_meanwhile() -> None:
+def test_purge_skips_locked_kv_and_removes_it_after_unlock() -> None:
     made = world(5 * PURGE_NODES)
     nodes = [
         made.cache.match([7, 8, 1000 + i], namespace_of(adapter_id(0))).last_device_node
@@ -134,7 +134,7 @@ def test_what_requests_hold_is_purged_when_they_end_and_is_not_waited_for_meanwh
     made.check()
 
 
-def test_one_purge_in_turns_serves_all_adapters_of_which_one_is_held() -> None:
+def test_purge_of_several_adapters_is_not_blocked_by_a_locked_one() -> None:
     made = world(2 * PURGE_NODES)
     made.residency.retire(adapter_id(0))
     held = made.cache.lock(made.core.node_of(adapter_id(1)).id)
@@ -148,7 +148,7 @@ def test_one_purge_in_turns_serves_all_adapters_of_which_one_is_held() -> None:
     made.check()
 
 
-def test_kv_of_an_unloaded_adapter_is_not_copied_to_the_host_when_it_is_evicted() -> None:
+def test_evicted_kv_of_an_unloaded_adapter_is_not_offloaded() -> None:
     made = world(4 * PURGE_NODES)
     made.core.is_write_back = True
     (begin,) = made.core.node_of(adapter_id(0)).children.values()
@@ -159,7 +159,7 @@ def test_kv_of_an_unloaded_adapter_is_not_copied_to_the_host_when_it_is_evicted(
     made.core.is_write_back = False
 
 
-def test_popularity_forgets_adapters_that_are_unloaded() -> None:
+def test_popularity_drops_unloaded_adapters() -> None:
     made = SwapperWorld(8 * SLOTS, num_adapters=1, adapter_slots=SLOTS)
     made.swapper.used(adapter_id(0))
     for i in range(1, 50):
@@ -169,7 +169,7 @@ def test_popularity_forgets_adapters_that_are_unloaded() -> None:
     assert len(made.measured.popularity) == 1
 
 
-def test_evicting_an_adapter_passes_over_its_kv_on_the_host_once() -> None:
+def test_adapter_eviction_visits_its_host_kv_once() -> None:
     """Leaves whose KV is on the host stay children of the adapter's node."""
     num_leaves = 20 * EVICT_LEAVES
     made = world(num_leaves)

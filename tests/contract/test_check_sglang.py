@@ -57,7 +57,7 @@ def seams(pinned: Sources) -> list[Seam]:
     return find_seams(pinned, PATCHES)
 
 
-def test_the_pinned_sglang_has_every_place_and_nothing_differs(
+def test_check_sglang_finds_no_difference_for_the_pinned_version(
     seams: list[Seam], pinned: Sources
 ) -> None:
     findings = compare(seams, pinned, pinned, PATCHES)
@@ -65,7 +65,9 @@ def test_the_pinned_sglang_has_every_place_and_nothing_differs(
     assert {finding.seam.kind for finding in findings} == set(Kind)
 
 
-def test_each_row_of_the_tables_of_hooks_is_found(seams: list[Seam], run_python: RunPython) -> None:
+def test_check_sglang_lists_every_row_of_the_hook_tables(
+    seams: list[Seam], run_python: RunPython
+) -> None:
     answer = run_python("-c", source("print_hooks"))
     assert answer.returncode == 0, answer.stderr
     rows = answer.stdout.splitlines()
@@ -73,7 +75,7 @@ def test_each_row_of_the_tables_of_hooks_is_found(seams: list[Seam], run_python:
     assert {f"{s.name} {s.detail}".strip() for s in seams if s.kind is Kind.HOOK} == expected
 
 
-def test_a_place_that_is_renamed_is_found_whichever_it_is(
+def test_check_sglang_finds_every_renamed_seam(
     seams: list[Seam], pinned: Sources, sglang: Files, ours: Files
 ) -> None:
     """All that a file defines is renamed in it, one file after another."""
@@ -99,7 +101,7 @@ def test_a_place_that_is_renamed_is_found_whichever_it_is(
             assert finding.verdict is Verdict.GONE, finding
 
 
-def test_another_body_is_found_of_whatever_is_hooked_or_overridden(
+def test_check_sglang_finds_changed_bodies_of_hooks_and_overrides(
     seams: list[Seam], pinned: Sources, sglang: Files, ours: Files
 ) -> None:
     checked = 0
@@ -142,7 +144,7 @@ def test_another_body_is_found_of_whatever_is_hooked_or_overridden(
         ),
     ],
 )
-def test_verdicts_on_an_overridden_method(
+def test_check_sglang_verdicts_on_an_overridden_method(
     tmp_path: Path, before: str, after: str, verdict: Verdict
 ) -> None:
     assert worst(tmp_path, before, after) is verdict
@@ -167,7 +169,7 @@ def worst(folder: Path, before: str, after: str) -> Verdict:
     return min((finding.verdict for finding in findings), key=list(Verdict).index)
 
 
-def test_a_patch_fits_where_its_lines_are_once_wherever_they_are() -> None:
+def test_patch_fits_if_its_lines_occur_exactly_once() -> None:
     patch = "# target: x\n--- a/x\n+++ b/x\n@@ -1,3 +1,3 @@\n a\n-b\n+B\n c\n"
     assert patch_fits(patch, "0\na\nb\nc\n")
     assert not patch_fits(patch, "a\nb\nd\n")

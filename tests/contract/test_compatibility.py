@@ -121,7 +121,9 @@ def _in_process(run_python: RunPython, checkpoint: Path, function: str, *argumen
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_every_refusal(run_python: RunPython, checkpoint: Path) -> None:
+def test_every_refused_flag_combination_is_reported(
+    run_python: RunPython, checkpoint: Path
+) -> None:
     """Each row of the table: triggered, alone, and its line says what to do."""
     cases = [case for case, _ in REFUSED]
     lines, missing = _in_process(run_python, checkpoint, "every_refusal", LORA, [*cases, *ACCEPTED])
@@ -134,7 +136,7 @@ def test_every_refusal(run_python: RunPython, checkpoint: Path) -> None:
         assert found == [], (case, found)
 
 
-def test_real_flags(run_python: RunPython, checkpoint: Path) -> None:
+def test_real_server_flags_are_checked(run_python: RunPython, checkpoint: Path) -> None:
     """Through SGLang's parser and resolution: all problems at once, none without LoRA."""
     with_lora, without, implied = _in_process(run_python, checkpoint, "real_flags", LORA)
     named = [line.split()[0].rstrip(":") for line in with_lora]
@@ -151,7 +153,7 @@ def test_real_flags(run_python: RunPython, checkpoint: Path) -> None:
     assert len(implied) == 1
 
 
-def test_attention_that_is_data_parallel_is_refused_however_it_is_spelled(
+def test_data_parallel_attention_is_refused_in_every_spelling(
     run_python: RunPython, checkpoint: Path
 ) -> None:
     found = _in_process(run_python, checkpoint, "data_parallel_attention", LORA)
@@ -159,7 +161,7 @@ def test_attention_that_is_data_parallel_is_refused_however_it_is_spelled(
         assert problem.startswith("  --attn-dp-size 2 (or --enable-dp-attention): ")
 
 
-def test_fields_that_rows_look_at_can_be_set_by_a_flag(
+def test_compatibility_rows_read_fields_that_flags_set(
     run_python: RunPython, checkpoint: Path
 ) -> None:
     """A field that no flag sets any more would never be refused."""
@@ -169,7 +171,9 @@ def test_fields_that_rows_look_at_can_be_set_by_a_flag(
     assert [name for name, settable in found.items() if not settable] == ["uses_mamba_radix_cache"]
 
 
-def test_adapter_events_need_a_stream(run_python: RunPython, checkpoint: Path) -> None:
+def test_adapter_events_require_a_kv_event_publisher(
+    run_python: RunPython, checkpoint: Path
+) -> None:
     no_stream, no_lora, both = _in_process(run_python, checkpoint, "adapter_events", LORA)
     expected = "--elora-adapter-events needs --enable-lora and --kv-events-config"
     assert no_stream == no_lora == expected and both == ""
@@ -196,7 +200,7 @@ def test_lora_backend_and_cuda_graphs(run_python: RunPython, checkpoint: Path) -
     assert on_cuda == [triton, torch, triton, triton]
 
 
-def test_pools_adapters_cannot_live_in(run_python: RunPython, checkpoint: Path) -> None:
+def test_unsupported_kv_pools_are_refused(run_python: RunPython, checkpoint: Path) -> None:
     plain, *refused = _in_process(run_python, checkpoint, "pools")
     assert plain == ""
     words = ("MLATokenToKVPool", "hnd", "scales", "outside", "outside", "radix cache is off")
@@ -205,7 +209,7 @@ def test_pools_adapters_cannot_live_in(run_python: RunPython, checkpoint: Path) 
         assert text.endswith("run without --elora")
 
 
-def test_launch_ends_with_all_reasons(run_python: RunPython, checkpoint: Path) -> None:
+def test_launch_error_lists_all_reasons(run_python: RunPython, checkpoint: Path) -> None:
     result = run_python(
         *("-m", "sglang_elora.launch_server", "--elora", "--model-path", str(checkpoint), *LORA),
         *("--enable-streaming-session", "--enable-lora-overlap-loading"),

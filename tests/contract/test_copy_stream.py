@@ -54,9 +54,7 @@ def world(num_slots: int = 4 * SLOTS, **options: Any) -> SwapperWorld:
     )
 
 
-def test_a_copy_behind_a_batch_is_measured_without_the_wait_for_the_batch(
-    link: Link, clock: Clock
-) -> None:
+def test_copy_time_excludes_the_wait_for_the_running_batch(link: Link, clock: Clock) -> None:
     made = world()
     for i in (0, 1):
         made.forward_stream.busy_until_s = clock.now_s + BATCH_S  # type: ignore[attr-defined]
@@ -76,7 +74,7 @@ def test_a_copy_behind_a_batch_is_measured_without_the_wait_for_the_batch(
 
 
 @pytest.mark.parametrize("num_transfers_first", [1, 3])
-def test_bytes_that_move_before_the_wait_count_and_the_wait_does_not(
+def test_copy_time_includes_transfers_made_before_the_wait(
     link: Link, clock: Clock, num_transfers_first: int
 ) -> None:
     """On a GPU the first piece goes to the staging buffer before the copy waits for its slots."""
@@ -100,7 +98,7 @@ def test_bytes_that_move_before_the_wait_count_and_the_wait_does_not(
 
 
 @pytest.mark.parametrize("is_free_before", [True, False])
-def test_a_copy_runs_beside_the_batch_under_way_if_its_room_was_free_before_it(
+def test_copy_overlaps_the_running_batch_if_its_slots_were_free_before(
     link: Link, clock: Clock, is_free_before: bool
 ) -> None:
     from sglang_elora.srt.scheduler.swapper import prepare
@@ -191,7 +189,7 @@ def answers(made: SwapperWorld, monkeypatch: pytest.MonkeyPatch) -> list[tuple[s
 )
 @pytest.mark.parametrize("where", ["page table", "stream", "half-way"])
 @pytest.mark.parametrize("pinned", [False, True])
-def test_a_copy_that_cannot_be_queued_fails_its_requests_and_returns_all_it_took(
+def test_unqueueable_copy_fails_its_requests_and_frees_its_slots(
     where: str, error: Exception, pinned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = world()
@@ -214,7 +212,7 @@ def test_a_copy_that_cannot_be_queued_fails_its_requests_and_returns_all_it_took
     made.check()
 
 
-def test_a_copy_without_memory_for_its_slot_numbers_fails_and_returns_them(
+def test_copy_without_memory_for_slot_numbers_fails_and_frees_slots(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = world()
@@ -229,7 +227,7 @@ def test_a_copy_without_memory_for_its_slot_numbers_fails_and_returns_them(
     made.check()
 
 
-def test_kv_of_a_session_is_not_loaded_under_an_adapter_whose_copy_failed(
+def test_session_kv_is_not_loaded_under_an_adapter_whose_copy_failed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The load would lock the adapter, whose slots have to be returned in the same step."""
@@ -299,7 +297,7 @@ def leave(made: SwapperWorld, how: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("how", ["evicted", "retired", "displaced", "flushed under way"])
-def test_no_bytes_that_are_nan_for_fp8_kv_stay_in_pages_that_an_adapter_leaves(
+def test_pages_freed_by_an_adapter_hold_no_fp8_nan_bytes(
     how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = paged_world(4, FP8)
@@ -313,7 +311,7 @@ def test_no_bytes_that_are_nan_for_fp8_kv_stay_in_pages_that_an_adapter_leaves(
 
 
 @pytest.mark.parametrize(("page_size", "kv_dtype"), [(1, FP8), (4, torch.float32)])
-def test_pages_are_not_cleared_where_no_kernel_can_read_nan_from_them(
+def test_freed_pages_are_not_cleared_without_paged_fp8_kv(
     page_size: int, kv_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = paged_world(page_size, kv_dtype)
@@ -327,7 +325,7 @@ def test_pages_are_not_cleared_where_no_kernel_can_read_nan_from_them(
     assert not made.is_resident("large") and not cleared
 
 
-def test_slots_are_cleared_after_the_batch_that_may_read_them_and_before_the_next(
+def test_freed_slots_are_cleared_between_the_last_reader_and_the_next_batch(
     link: Link, clock: Clock
 ) -> None:
     made = paged_world(4, FP8)
@@ -354,7 +352,7 @@ class _Streams:
         return SimpleNamespace(cuda_stream=self.num_drawn % 3)
 
 
-def test_the_copy_stream_is_neither_the_forward_nor_the_schedule_stream() -> None:
+def test_copy_stream_is_neither_the_forward_nor_the_schedule_stream() -> None:
     from sglang_elora.srt.mem_cache.link import make_copy_stream
 
     device = _Streams()
@@ -364,7 +362,7 @@ def test_the_copy_stream_is_neither_the_forward_nor_the_schedule_stream() -> Non
     assert stream.cuda_stream not in (forward.cuda_stream, schedule.cuda_stream)
 
 
-def test_the_copy_stream_avoids_the_stream_that_is_current_at_the_first_copy(
+def test_copy_stream_avoids_the_stream_current_at_the_first_copy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """SGLang draws its schedule stream again after the cache was built."""

@@ -19,7 +19,7 @@ from tests.harness.run_python import RunPython
         ([(3, 30), (50, 14)], 4, 2, 6),
     ],
 )
-def test_prefill_behind_a_cached_prefix(
+def test_cpu_attention_prefill_after_a_cached_prefix_equals_the_reference(
     run_python: RunPython,
     requests: list[tuple[int, int]],
     heads: int,

@@ -86,7 +86,7 @@ EXPORTED = {**of_sglang(), **of_elora()}
 
 
 @pytest.mark.parametrize(("query", "legend"), list(expressions()))
-def test_metrics_and_labels_are_exported(query: str, legend: str) -> None:
+def test_dashboard_queries_only_exported_metrics_and_labels(query: str, legend: str) -> None:
     metrics = re.findall(r"sglang:\w+", query)
     assert metrics
     for metric in metrics:
@@ -100,7 +100,7 @@ def test_metrics_and_labels_are_exported(query: str, legend: str) -> None:
         assert label in EXPORTED[metrics[0]], f"{metrics[0]} has no label {label}"
 
 
-def test_all_that_elora_exports_is_shown() -> None:
+def test_dashboard_shows_every_elora_metric() -> None:
     shown = {name for query, _ in expressions() for name in re.findall(r"sglang:\w+", query)}
     histogram = "sglang:elora_adapter_load_seconds"
     left = set(of_elora()) - shown - {f"{histogram}_count", f"{histogram}_sum"}
@@ -108,11 +108,11 @@ def test_all_that_elora_exports_is_shown() -> None:
     assert left == {f"sglang:elora_{name}_total" for name in details}
 
 
-def test_the_file_is_what_its_script_makes() -> None:
+def test_dashboard_json_equals_the_output_of_make_py() -> None:
     assert runpy.run_path(str(FOLDER / "make.py"))["dashboard"]() == DASHBOARD
 
 
-def test_it_has_what_grafana_asks_of_a_dashboard() -> None:
+def test_dashboard_has_the_fields_grafana_requires() -> None:
     assert DASHBOARD["schemaVersion"] >= 36 and re.fullmatch(r"[\w-]{1,40}", DASHBOARD["uid"])
     assert "id" not in DASHBOARD, "the server numbers dashboards"
     ids = [panel["id"] for panel in PANELS]
@@ -128,7 +128,7 @@ def test_it_has_what_grafana_asks_of_a_dashboard() -> None:
     assert used == set(variables)
 
 
-def test_panels_keep_to_the_grid_and_do_not_overlap() -> None:
+def test_dashboard_panels_stay_in_the_grid_without_overlap() -> None:
     places = [panel["gridPos"] for panel in PANELS]
     for place in places:
         assert place["x"] >= 0 and place["x"] + place["w"] <= 24 and place["h"] > 0

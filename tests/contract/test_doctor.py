@@ -11,7 +11,7 @@ from tests.harness.run_python import RunPython
 DOCTOR = ("-m", "sglang_elora.commands.cli", "doctor")
 
 
-def test_a_ready_machine(run_fresh_python: RunPython) -> None:
+def test_doctor_passes_on_a_ready_machine(run_fresh_python: RunPython) -> None:
     result = run_fresh_python(*DOCTOR)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "FAIL" not in result.stdout
@@ -22,7 +22,7 @@ def test_a_ready_machine(run_fresh_python: RunPython) -> None:
     assert result.stdout.rstrip().endswith("Ready.")
 
 
-def test_everything_wrong_at_once(run_fresh_python: RunPython, tmp_path: Path) -> None:
+def test_doctor_reports_all_problems_at_once(run_fresh_python: RunPython, tmp_path: Path) -> None:
     write_plugin(tmp_path, "vandal", "pass")
     (tmp_path / "sitecustomize.py").write_text(
         "from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable\n"
@@ -44,7 +44,7 @@ def test_everything_wrong_at_once(run_fresh_python: RunPython, tmp_path: Path) -
     assert lines[-1] == f"{len(failures)} problem(s) to solve before a start."
 
 
-def test_a_release_of_sglang_without_a_name_that_we_import(
+def test_doctor_reports_an_import_missing_from_sglang(
     run_fresh_python: RunPython, tmp_path: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(

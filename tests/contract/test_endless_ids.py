@@ -133,7 +133,9 @@ def run(endless: Endless, num_ids: int) -> tuple[Counter[str], int]:
         ("lru", 1000, 3000),
     ],
 )
-def test_nothing_grows_with_the_ids_of_adapters(policy: str, warm_up: int, num_ids: int) -> None:
+def test_memory_does_not_grow_with_the_number_of_past_adapter_ids(
+    policy: str, warm_up: int, num_ids: int
+) -> None:
     endless = Endless(policy)
     before, bytes_before = run(endless, warm_up)
     after, bytes_after = run(endless, num_ids)

@@ -88,7 +88,7 @@ def play(order: Any, allocator: Any, device: Device, seed: int, page_size: int =
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_a_copy_waits_for_every_batch_that_may_use_its_slots(device: Device, seed: int) -> None:
+def test_copy_waits_for_every_batch_that_may_use_its_slots(device: Device, seed: int) -> None:
     order, allocator = order_of(40)
     spared = play(order, allocator, device, seed)
     assert any(spared) and len(spared) > 100, "and not always for all of them"
@@ -96,7 +96,7 @@ def test_a_copy_waits_for_every_batch_that_may_use_its_slots(device: Device, see
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("page_size", "need_sort"), [(4, False), (4, True), (1, True)])
-def test_a_copy_waits_for_all_batches_where_the_order_of_free_slots_is_not_known(
+def test_copy_waits_for_all_batches_if_free_slot_order_is_unknown(
     device: Device, seed: int, page_size: int, need_sort: bool
 ) -> None:
     order, allocator = order_of(
@@ -107,7 +107,7 @@ def test_a_copy_waits_for_all_batches_where_the_order_of_free_slots_is_not_known
 
 
 @pytest.mark.parametrize("num_free_before", [SLOTS - 1, SLOTS])
-def test_a_copy_into_room_that_was_free_before_the_batch_does_not_wait_for_it(
+def test_copy_into_slots_free_before_a_batch_does_not_wait_for_it(
     device: Device, num_free_before: int
 ) -> None:
     """The rest of its room is freed after the launch, by a batch's end or by an eviction."""

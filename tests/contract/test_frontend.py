@@ -26,7 +26,9 @@ def _results(run_fresh_python: RunPython, which: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_without_adapters_it_is_the_stock_frontend(run_fresh_python: RunPython) -> None:
+def test_frontend_without_adapters_sends_the_same_requests_as_stock(
+    run_fresh_python: RunPython,
+) -> None:
     stock, ours = (_results(run_fresh_python, which) for which in ("stock", "plain"))
     assert len(stock["sent"]) > 15
     assert stock == ours
@@ -49,34 +51,34 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     yield json.loads(done.stdout.splitlines()[-1])
 
 
-def test_each_request_names_its_adapter(found: Any) -> None:
+def test_frontend_request_names_its_adapter(found: Any) -> None:
     for program, sent in found["sent"].items():
         assert sent and all(body.get("lora_path") == "a" for _, body in sent), program
 
 
-def test_a_branch_alone_with_its_adapter_needs_no_cached_prefix(found: Any) -> None:
+def test_fork_caches_prefix_only_for_adapters_shared_by_branches(found: Any) -> None:
     by_adapter = [body.get("lora_path") for body in found["fork"]]
     assert sorted(by_adapter) == ["a", "a", "a", "b", "c"], "and the two that share one do"
 
 
-def test_an_own_parameter_is_the_programs(found: Any) -> None:
+def test_program_parameter_named_lora_path_is_kept(found: Any) -> None:
     assert found["own"] == [["mine", None], ["mine", None]]
 
 
-def test_a_backend_without_adapters_says_so(found: Any) -> None:
+def test_backend_without_adapters_rejects_lora_path(found: Any) -> None:
     assert "takes no lora_path" in found["other backend"]
 
 
-def test_an_error_ends_a_program(found: Any) -> None:
+def test_failed_call_ends_its_program(found: Any) -> None:
     """Stock waits for ever for what is submitted behind it."""
     assert found["error"] == {"at the call": "no such adapter", "text": "start", "synced": True}
 
 
-def test_runtime_passes_adapters_on(found: Any) -> None:
+def test_runtime_forwards_adapter_arguments(found: Any) -> None:
     assert found["runtime"] == [["a", 0], ["a", None]]
 
 
-def test_traces(found: Any) -> None:
+def test_trace_of_a_program_finds_all_its_adapters(found: Any) -> None:
     assert found["traces"] == {
         "steps": ["a", "b", "", "default"],
         "forks": ["a", "b", "c", "d", "c", "end"],
@@ -91,7 +93,7 @@ def test_traces(found: Any) -> None:
     assert found["ran for nothing"] == 0
 
 
-def test_a_server_without_the_endpoint_is_asked_once(found: Any) -> None:
+def test_stock_server_gets_one_announcement_attempt(found: Any) -> None:
     assert found["announced to stock"] == 1
     assert found["announced with key"] == ["Bearer admin"]
 

@@ -143,7 +143,7 @@ def kv_of(tokens: Sequence[int], adapter_id: str | None) -> torch.Tensor:
 
 @pytest.mark.parametrize("policy", WRITE_POLICIES)
 @pytest.mark.parametrize("seed", range(6))
-def test_random_histories_lose_nothing_and_mix_nothing_up(seed: int, policy: str) -> None:
+def test_host_tier_keeps_kv_bytes_exact_over_random_histories(seed: int, policy: str) -> None:
     """Adapters come, go and are evicted while their KV is on the device, the host, or both."""
     rng = random.Random(seed)
     cache = HostTierCache(policy, with_policy=seed % 2 == 1)

@@ -50,9 +50,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Guarded:
 
 
 @pytest.mark.parametrize("origin", FOREIGN)
-def test_pages_of_other_sites_give_no_orders_where_no_key_is_set(
-    origin: str, guarded: Guarded
-) -> None:
+def test_cross_origin_post_orders_are_refused_without_a_key(origin: str, guarded: Guarded) -> None:
     client = guarded()
     for path in ORDERS:
         got = client.post(path, headers={"Origin": origin})
@@ -60,14 +58,14 @@ def test_pages_of_other_sites_give_no_orders_where_no_key_is_set(
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site"])
-def test_nor_do_they_by_what_they_show(site: str, guarded: Guarded) -> None:
+def test_cross_site_get_orders_are_refused_without_a_key(site: str, guarded: Guarded) -> None:
     """An image of a page is requested by GET, without an Origin; SGLang takes that as an order."""
     for path in ("/flush_cache", "/release_memory_occupation"):
         assert guarded().get(path, headers={"Sec-Fetch-Site": site}).status_code == 403, path
     assert guarded().get("/flush_cache", headers={"Sec-Fetch-Site": "none"}).status_code == 200
 
 
-def test_others_give_them(guarded: Guarded) -> None:
+def test_same_origin_or_keyed_orders_are_allowed(guarded: Guarded) -> None:
     """Pages of this server, what is no browser, and who has a key, which SGLang checks."""
     for path in ORDERS:
         assert guarded().post(path).status_code == 200
@@ -77,7 +75,7 @@ def test_others_give_them(guarded: Guarded) -> None:
             assert got.status_code == 200
 
 
-def test_requests_of_users_may_come_from_any_page(guarded: Guarded) -> None:
+def test_generate_requests_are_allowed_from_any_origin(guarded: Guarded) -> None:
     for path in ("/generate", "/v1/chat/completions", "/v1/completions", "/v1/embeddings"):
         assert guarded().post(path, headers={"Origin": FOREIGN[0]}).status_code == 200
     assert guarded().get("/v1/models", headers={"Origin": FOREIGN[0]}).status_code == 200
@@ -93,7 +91,7 @@ def test_requests_of_users_may_come_from_any_page(guarded: Guarded) -> None:
         (f"Bearer {KEY}", True),
     ],
 )
-def test_a_websocket_needs_the_key(
+def test_websocket_requires_the_api_key(
     given: str | bytes | None, enters: bool, guarded: Guarded
 ) -> None:
     headers = {} if given is None else {"Authorization": given}
@@ -108,12 +106,12 @@ def test_a_websocket_needs_the_key(
         pass
 
 
-def test_without_keys_websockets_are_open(guarded: Guarded) -> None:
+def test_websocket_is_open_when_no_api_key_is_set(guarded: Guarded) -> None:
     with guarded(admin_api_key=KEY).websocket_connect("/v1/realtime"):
         pass
 
 
-def test_the_page_runs_its_own_script_alone_and_in_no_frame() -> None:
+def test_ui_page_csp_allows_only_its_own_script_and_no_frame() -> None:
     policy = content_policy("<style>a</style><script>b</script>")
     assert "frame-ancestors 'none'" in policy and "default-src 'none'" in policy
     assert "'unsafe" not in policy and "connect-src 'self'" in policy

@@ -35,7 +35,7 @@ def with_two_copies(made: SwapperWorld, prompt_tokens: int) -> Any:
 
 
 @pytest.mark.parametrize(("prompt_tokens", "hidden"), [(30, False), (31, True)])
-def test_a_batch_need_not_wait_for_a_copy_that_its_prefill_hides(
+def test_is_hidden_is_true_if_the_prefill_outlasts_the_copy(
     prompt_tokens: int, hidden: bool
 ) -> None:
     made = world(8 * SLOTS)
@@ -48,7 +48,7 @@ def test_a_batch_need_not_wait_for_a_copy_that_its_prefill_hides(
     assert made.swapper.is_hidden(copy, req, idle)  # there is nothing else to do
 
 
-def test_is_hidden_counts_no_computation_of_a_batch_that_a_prefill_graph_replays() -> None:
+def test_is_hidden_counts_no_computation_of_a_prefill_graph_batch() -> None:
     """The graph waits for the whole copy before it begins, so the batch would only stand still."""
     made = world(8 * SLOTS)
     req = with_two_copies(made, 100)

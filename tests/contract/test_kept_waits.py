@@ -12,7 +12,7 @@ from sglang_elora.platforms.async_device import AsyncDevice, Event, Order
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of what SGLang imports
 
 
-def test_events_that_a_later_load_records_again_are_those_of_the_launch() -> None:
+def test_kept_waits_use_the_load_events_as_recorded_at_launch() -> None:
     """SGLang records three loads' events in turns. A pass that would wait for a load that was
     started after it would wait for itself, as that load is fenced by it."""
     from sglang_elora.srt.scheduler.stream_check import _as_recorded

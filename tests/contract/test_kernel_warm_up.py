@@ -160,7 +160,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_lora_kernels_of_any_batch_are_compiled_by_warm_up(serve: Any, name: str) -> None:
+def test_warm_up_compiles_the_lora_kernels_of_any_batch(serve: Any, name: str) -> None:
     server = serve(**CASES[name])
     for max_batch in (25, 32):  # captures of graphs come before the cache, so before warm-up
         server.backend.init_decode_cuda_graph_batch_info(max_batch, 1)
@@ -176,9 +176,7 @@ def test_lora_kernels_of_any_batch_are_compiled_by_warm_up(serve: Any, name: str
 @pytest.mark.parametrize(
     ("dtype", "file"), [(torch.bfloat16, "default.json"), (torch.float32, "float32.json")]
 )
-def test_configurations_are_those_of_the_weights_dtype(
-    serve: Any, dtype: torch.dtype, file: str
-) -> None:
+def test_launch_configs_match_the_weights_dtype(serve: Any, dtype: torch.dtype, file: str) -> None:
     """float32 tiles of the other file's size do not fit a GPU's registers."""
     entries = json.loads((Path(launch_configs.__file__).parent / file).read_text())
     server = serve(2, dtype=dtype)
@@ -203,7 +201,7 @@ def test_configurations_are_those_of_the_weights_dtype(
         (torch.bfloat16, torch.bfloat16, 1),
     ],
 )
-def test_page_copy_of_any_adapter_is_compiled_by_warm_up(
+def test_warm_up_compiles_page_copy_for_any_adapter(
     serve: Any, rank: int, dtype: torch.dtype, kv_dtype: torch.dtype, num_planes: int
 ) -> None:
     server = serve(4, dtype=dtype, kv_dtype=kv_dtype, num_planes=num_planes)

@@ -30,7 +30,7 @@ def sglang_copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_missing_hook_target(run_python: RunPython, tmp_path: Path) -> None:
+def test_launch_fails_on_a_missing_hook_target(run_python: RunPython, tmp_path: Path) -> None:
     write_plugin(
         tmp_path,
         "vandal",
@@ -42,7 +42,7 @@ def test_missing_hook_target(run_python: RunPython, tmp_path: Path) -> None:
     assert f"sglang=={SGLANG_PIN}" in result.stderr
 
 
-def test_changed_signature(run_python: RunPython, tmp_path: Path) -> None:
+def test_launch_fails_on_a_changed_hook_signature(run_python: RunPython, tmp_path: Path) -> None:
     write_plugin(
         tmp_path,
         "vandal",
@@ -54,7 +54,7 @@ def test_changed_signature(run_python: RunPython, tmp_path: Path) -> None:
     assert f"hook target {TARGET} takes ('adapter', 'strict')" in result.stderr
 
 
-def test_changed_patched_file(run_python: RunPython, sglang_copy: Path) -> None:
+def test_launch_fails_on_a_changed_patched_file(run_python: RunPython, sglang_copy: Path) -> None:
     file = sglang_copy / "sglang" / PATCHED_FILE
     text = file.read_text()
     file.unlink()  # the link, not what it points to
@@ -66,19 +66,21 @@ def test_changed_patched_file(run_python: RunPython, sglang_copy: Path) -> None:
     assert f"sglang=={SGLANG_PIN}" in result.stderr
 
 
-def test_left_out_by_sglang_plugins(run_python: RunPython) -> None:
+def test_launch_fails_if_sglang_plugins_omits_elora(run_python: RunPython) -> None:
     result = run_python(*LAUNCH, SGLANG_PLUGINS="something_else")
     assert result.returncode != 0
     assert "SGLANG_PLUGINS" in result.stderr
 
 
-def test_bad_configuration(run_python: RunPython) -> None:
+def test_launch_fails_on_a_bad_configuration(run_python: RunPython) -> None:
     result = run_python(*LAUNCH, "--elora-link-gbytes-per-s", "-3")
     assert result.returncode != 0
     assert "--elora-link-gbytes-per-s" in result.stderr
 
 
-def test_bad_adapter_at_start_when_told_to_exit(run_python: RunPython, checkpoint: Path) -> None:
+def test_launch_fails_on_a_bad_adapter_with_bad_adapter_exit(
+    run_python: RunPython, checkpoint: Path
+) -> None:
     result = run_python(
         *("-m", "sglang_elora.launch_server", "--elora", "--elora-bad-adapter", "exit"),
         *("--model-path", str(checkpoint), "--enable-lora"),
@@ -89,7 +91,7 @@ def test_bad_adapter_at_start_when_told_to_exit(run_python: RunPython, checkpoin
     assert "adapter_config.json" in result.stderr
 
 
-def test_no_adapter_left_at_start(run_python: RunPython, checkpoint: Path) -> None:
+def test_launch_fails_if_every_adapter_is_bad(run_python: RunPython, checkpoint: Path) -> None:
     result = run_python(
         *("-m", "sglang_elora.launch_server", "--elora", "--model-path", str(checkpoint)),
         *("--enable-lora", "--lora-paths", f"law={checkpoint}"),
@@ -99,7 +101,7 @@ def test_no_adapter_left_at_start(run_python: RunPython, checkpoint: Path) -> No
     assert "--max-lora-rank and --lora-target-modules" in result.stderr
 
 
-def test_second_plugin_on_the_same_method_is_survived(
+def test_second_plugin_hook_on_the_same_method_runs_too(
     run_python: RunPython, tmp_path: Path
 ) -> None:
     """Through SGLang's registry, before or after ours: both hooks run."""
@@ -122,7 +124,7 @@ HookRegistry.register({TARGET!r}, around, HookType.AROUND)
 
 
 @pytest.mark.parametrize("victim", ["hook", "patch"])
-def test_second_plugin_that_replaces_what_we_changed_is_reported(
+def test_launch_fails_if_a_plugin_replaces_a_hooked_or_patched_place(
     victim: str, run_python: RunPython, tmp_path: Path
 ) -> None:
     """A plugin that assigns over our place after us: the launch ends and says where."""

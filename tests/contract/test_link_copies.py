@@ -9,7 +9,9 @@ from tests.harness.run_python import RunPython
 
 
 @pytest.mark.parametrize("elora", ["0", "1"])
-def test_copies_take_the_links_time(elora: str, run_python: RunPython) -> None:
+def test_adapter_and_kv_copies_take_the_emulated_links_time(
+    elora: str, run_python: RunPython
+) -> None:
     result = run_python(
         "-c",
         source("link_copies"),
@@ -21,7 +23,7 @@ def test_copies_take_the_links_time(elora: str, run_python: RunPython) -> None:
     assert "emulated" in result.stdout
 
 
-def test_refused_where_the_device_is_not_emulated(run_python: RunPython) -> None:
+def test_emulated_link_is_refused_on_a_real_device(run_python: RunPython) -> None:
     result = run_python(
         "-c",
         "import sglang_elora.plugin; sglang_elora.plugin.load()",

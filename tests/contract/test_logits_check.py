@@ -20,7 +20,7 @@ def logits_check() -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_with_nan_or_infinity_are_marked_and_no_others(
+def test_logits_check_marks_only_rows_with_nan_or_infinity(
     logits_check: Any, dtype: torch.dtype
 ) -> None:
     rows = torch.tensor(
@@ -46,7 +46,9 @@ def test_rows_with_nan_or_infinity_are_marked_and_no_others(
 
 
 @pytest.mark.parametrize(("lora_id", "status"), [(None, 500), ("a", 400)])
-def test_the_request_ends_with_the_reason(logits_check: Any, lora_id: Any, status: int) -> None:
+def test_logits_check_aborts_the_request_with_the_reason(
+    logits_check: Any, lora_id: Any, status: int
+) -> None:
     request = SimpleNamespace(lora_id=lora_id, finished_reason="matched")
     assert logits_check.end_with_the_reason(lambda *_: True, request, [5, -1])
     reason = request.finished_reason.to_json()

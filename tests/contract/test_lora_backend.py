@@ -183,7 +183,9 @@ MIXES = {
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("mix", MIXES)
-def test_mixes(mix: str, name: str, dtype: torch.dtype, backends: Backends) -> None:
+def test_lora_backend_equals_the_reference_for_mixed_batches(
+    mix: str, name: str, dtype: torch.dtype, backends: Backends
+) -> None:
     ranks, segments = MIXES[mix]
     adapters = make_adapters(dtype, ranks, seed=len(mix))
     rows = [i for i, length in segments for _ in range(length)]
@@ -204,7 +206,7 @@ def test_mixes(mix: str, name: str, dtype: torch.dtype, backends: Backends) -> N
     torch.testing.assert_close(output.float(), expected, rtol=rtol, atol=float(atol * scale))
 
 
-def test_rows_without_an_adapter_keep_every_bit(backends: Backends) -> None:
+def test_lora_backend_leaves_base_rows_bit_identical(backends: Backends) -> None:
     adapters = make_adapters(torch.float32, [8], seed=0)
     base = torch.randn(5, 256)
     before = base.clone()
@@ -215,7 +217,7 @@ def test_rows_without_an_adapter_keep_every_bit(backends: Backends) -> None:
     assert not torch.equal(output[2], before[2])
 
 
-def test_a_batch_without_adapters_takes_the_plain_path(sglang: Any, backends: Backends) -> None:
+def test_lora_layer_without_adapters_takes_the_plain_path(sglang: Any, backends: Backends) -> None:
     adapters = make_adapters(torch.float32, [8], seed=0)
     backend = backends.over(adapters[0].pool)
     layer = SimpleNamespace(lora_backend=backend, set_lora=True)
@@ -230,7 +232,7 @@ def test_a_batch_without_adapters_takes_the_plain_path(sglang: Any, backends: Ba
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rounds_as_torch_native_whoever_the_neighbours_are(
+def test_lora_backend_rounds_as_torch_native_for_any_batch_neighbours(
     dtype: torch.dtype, sglang: Any, backends: Backends
 ) -> None:
     """Bit by bit: SGLang's eager backend, ours on adjacent rows, ours on rows between others.
@@ -269,7 +271,7 @@ def test_rounds_as_torch_native_whoever_the_neighbours_are(
     assert torch.equal(run(backend, "qkv_proj", spread_x, spread_base)[mine], theirs)
 
 
-def test_what_cannot_be_computed_is_refused(backends: Backends) -> None:
+def test_lora_backend_refuses_unsupported_inputs(backends: Backends) -> None:
     adapters = make_adapters(torch.float32, [8], seed=0)
     backend = backends.over(adapters[0].pool)
     backend.set_batch([(adapters[0].paged, 4)])
@@ -309,7 +311,7 @@ class Replays:
 
 
 @pytest.mark.parametrize("phase", ["DECODE", "PREFILL"])
-def test_graphs_compute_what_the_tables_hold_at_replay(
+def test_cuda_graphs_use_the_tables_as_of_replay(
     phase: str, sglang: Any, triton_backends: Backends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Captured over no adapters, replayed over one batch after the other, the last without any."""
@@ -343,7 +345,7 @@ def test_graphs_compute_what_the_tables_hold_at_replay(
             assert i is not None or torch.equal(output[row], base[row])
 
 
-def test_splits_are_summed_before_ranks_are(triton_backends: Backends) -> None:
+def test_lora_splits_are_summed_before_the_all_reduce(triton_backends: Backends) -> None:
     """What ranks sum over each other has one value per element."""
     adapters = make_adapters(torch.float32, [8], seed=0)
     x = torch.randn(2, 128)
@@ -359,7 +361,7 @@ def test_splits_are_summed_before_ranks_are(triton_backends: Backends) -> None:
     torch.testing.assert_close(one.sum(dim=0)[:, :rank], two[0, :, :rank])
 
 
-def test_deterministic_inference(triton_backends: Backends) -> None:
+def test_lora_rows_are_bit_identical_alone_batched_and_in_graphs(triton_backends: Backends) -> None:
     """Bit by bit: a row alone, among many others, in a decode graph and in a prefill graph."""
     adapters = make_adapters(torch.float32, [24, 8, 64], seed=0)
     backend = triton_backends.over(adapters[0].pool, deterministic=True)
@@ -386,7 +388,7 @@ def test_deterministic_inference(triton_backends: Backends) -> None:
     assert not torch.equal(results[0], base[0])
 
 
-def test_warm_up_launches_what_batches_use(
+def test_warm_up_launches_the_kernels_batches_use(
     sglang: Any, triton_backends: Backends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Later launches differ in nothing that a kernel is compiled for."""
@@ -426,7 +428,7 @@ def test_warm_up_launches_what_batches_use(
     assert compiled == warm
 
 
-def test_no_host_sync_for_page_tables(triton_backends: Backends) -> None:
+def test_page_tables_cause_no_host_sync(triton_backends: Backends) -> None:
     """The numbers of slots are not read back, as the torch backend does to find adjacent ones."""
     adapters = make_adapters(torch.float32, [8], seed=0)
     backend = triton_backends.over(adapters[0].pool)

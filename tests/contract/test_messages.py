@@ -22,7 +22,7 @@ with warnings.catch_warnings():  # SGLang's
     from sglang_elora.srt.scheduler.scheduler_control import Control
 
 
-def test_messages_are_decoded_as_they_were(run_python: RunPython) -> None:
+def test_messages_round_trip_through_the_channel(run_python: RunPython) -> None:
     done = run_python("-c", source("messages_round_trip"))
     assert done.returncode == 0 and "equal" in done.stdout, done.stderr
 
@@ -55,7 +55,7 @@ def dropped(made: SwapperWorld) -> int:
     ],
     ids=str,
 )
-def test_what_is_no_message_is_counted_and_nothing_else(message: Any) -> None:
+def test_malformed_message_is_only_counted_as_dropped(message: Any) -> None:
     made, dispatcher = channel()
     assert dispatcher(message) is None
     assert dropped(made) == 1
@@ -64,7 +64,7 @@ def test_what_is_no_message_is_counted_and_nothing_else(message: Any) -> None:
     made.check()
 
 
-def test_ten_thousand_hints_for_nobody_leave_nothing_behind() -> None:
+def test_hints_for_unknown_adapters_leave_no_pending_state() -> None:
     made, dispatcher = channel()
     for i in range(10_000):
         dispatcher(AdapterHint(adapters=[f"nobody-{i}"]))
@@ -74,7 +74,7 @@ def test_ten_thousand_hints_for_nobody_leave_nothing_behind() -> None:
     made.check()
 
 
-def test_orders_of_broken_messages_do_what_whole_ones_may(seed: int = 0) -> None:
+def test_corrupted_orders_leave_a_consistent_cache(seed: int = 0) -> None:
     """Bytes of orders, cut and changed: whatever still decodes is carried out or dropped."""
     made, dispatcher = channel()
     rng = random.Random(seed)

@@ -63,7 +63,7 @@ ORDERS = orders()
 
 
 @pytest.mark.parametrize("name", ORDERS)
-def test_an_order_that_raises_is_answered_if_its_sender_waits(name: str) -> None:
+def test_failed_order_is_answered_if_its_sender_waits(name: str) -> None:
     kind = ORDERS[name]
     answer = guarded(kind)(empty(kind))
     if name in UNANSWERED:
@@ -75,14 +75,14 @@ def test_an_order_that_raises_is_answered_if_its_sender_waits(name: str) -> None
         assert answer.success is False
 
 
-def test_a_request_that_raises_is_left_to_what_answers_for_requests() -> None:
+def test_guard_lets_errors_of_generate_requests_pass() -> None:
     kind = io_struct.TokenizedGenerateReqInput
     with pytest.raises(KeyError):
         guarded(kind)(empty(kind))
 
 
 @pytest.mark.parametrize(("name", "kind"), [spec[:2] for spec in _COMMUNICATOR_SPECS])
-def test_who_waits_for_an_answer_hears_what_was_raised(name: str, kind: type) -> None:
+def test_waiting_communicator_raises_the_order_failure(name: str, kind: type) -> None:
     async def work() -> None:
         waits = {
             f"{name}_communicator": FanOutCommunicator(lambda message: None, 1)
@@ -102,7 +102,7 @@ def test_who_waits_for_an_answer_hears_what_was_raised(name: str, kind: type) ->
     asyncio.run(work())
 
 
-def test_a_profile_that_cannot_be_stopped_is_a_refusal() -> None:
+def test_unsuccessful_profile_stop_raises_order_refused() -> None:
     async def answered(*_: Any) -> list[Any]:
         return [io_struct.ProfileReqOutput(success=False, message="not in progress")]
 

@@ -40,7 +40,7 @@ def test_every_marked_method_overrides_one(host: Any) -> None:
     assert host.overrides.override_problems() == []
 
 
-def test_every_method_that_overrides_one_is_marked(host: Any) -> None:
+def test_every_overriding_method_is_marked(host: Any) -> None:
     classes = host.overrides.subclasses_of_sglang()
     assert host.overrides.unmarked_overrides(classes) == []
 
@@ -67,7 +67,7 @@ def test_preflight_finds_a_method_that_sglang_renamed(
     assert problem.startswith(f"sglang_elora.{ours} overrides nothing")
 
 
-def test_kinds_of_methods(host: Any) -> None:
+def test_override_check_handles_each_kind_of_method(host: Any) -> None:
     from sglang.srt.lora.lora_registry import LoRARegistry
     from typing_extensions import override
 

@@ -115,7 +115,7 @@ each_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.n
 
 
 @each_patch
-def test_our_applier_and_git_agree(patch: Patch, tmp_path: Path) -> None:
+def test_patch_applier_and_git_apply_agree(patch: Patch, tmp_path: Path) -> None:
     target = tmp_path / patch.target
     target.parent.mkdir(parents=True)
     shutil.copyfile(_source(patch), target)
@@ -139,29 +139,29 @@ def _ledger() -> str:
     return (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_ledger_has_a_row_for_each_patch_and_no_other() -> None:
+def test_patch_ledger_has_one_row_per_patch() -> None:
     rows = re.findall(r"^\| `([^`]+\.patch)` \| `([^`]+)` \|", _ledger(), re.MULTILINE)
     assert rows == [(patch.name, patch.target) for patch in PATCHES]
 
 
 @each_patch
-def test_the_ledger_answers_for_each_patch(patch: Patch) -> None:
+def test_patch_ledger_row_fills_every_column(patch: Patch) -> None:
     section = _ledger().partition(f"\n## {patch.name}\n")[2].partition("\n## ")[0]
     for heading in ("Why", "Why not a rung above", "Upstream pull request", "Remove when"):
         assert f"\n### {heading}\n" in section, heading
 
 
-def test_names_are_numbered_without_a_gap() -> None:
+def test_patch_file_names_are_numbered_without_a_gap() -> None:
     numbers = [re.fullmatch(r"(\d\d)-[a-z0-9-]+\.patch", patch.name) for patch in PATCHES]
     assert [match and int(match[1]) for match in numbers] == list(range(1, len(PATCHES) + 1))
 
 
-def test_the_ledger_is_about_the_installed_version() -> None:
+def test_patch_ledger_names_the_installed_sglang_version() -> None:
     assert version("sglang") == SGLANG_PIN
     assert f"sglang=={SGLANG_PIN}" in _ledger()
 
 
-def test_the_installed_package_has_the_same_patches() -> None:
+def test_installed_package_has_the_same_patches() -> None:
     pytest.importorskip("sglang_elora.patches", reason="a checkout on sys.path, not installed")
     assert load_patches() == PATCHES
 
@@ -179,7 +179,7 @@ def seen() -> Any:
 
 
 @each_patch
-def test_preflight_apply_verify(patch: Patch, seen: Any) -> None:
+def test_patches_pass_preflight_apply_and_verify(patch: Patch, seen: Any) -> None:
     assert seen["patches"][patch.name] == {
         "problems": [],
         "applied before": False,
@@ -188,23 +188,23 @@ def test_preflight_apply_verify(patch: Patch, seen: Any) -> None:
     }
 
 
-def test_functions_changed(seen: Any) -> None:
+def test_patches_change_the_listed_functions(seen: Any) -> None:
     assert seen["changed"] == {
         name: [f"sglang.{module}.{function}" for function in functions]
         for name, (module, functions) in CHANGED.items()
     }
 
 
-def test_the_frontends_patches_are_not_the_servers() -> None:
+def test_frontend_patches_are_not_applied_in_the_server() -> None:
     assert {patch.name for patch in PATCHES if patch.when == "--elora"} == {NAMESPACE}
     assert {patch.when for patch in PATCHES} == {"--elora", "sglang_elora.lang"}
 
 
-def test_classes_and_functions_keep_their_identity(seen: Any) -> None:
+def test_patched_classes_and_functions_keep_their_identity(seen: Any) -> None:
     assert seen["same objects"]
 
 
-def test_stock_namespaces_collide(seen: Any) -> None:
+def test_stock_sglang_namespaces_collide(seen: Any) -> None:
     """The reason for the patch; if this fails, upstream has fixed it and the patch can go."""
     shared = _sharing(seen["stock"])
     assert {(None, "ab"), ("ab", None), ("b", "a")} <= set(map(tuple, shared["ab"]))
@@ -225,11 +225,11 @@ def test_requests_without_adapter_and_key_stay_without_namespace(seen: Any) -> N
         assert (namespace is None) == (seen["patched"][pair] is None), pair
 
 
-def test_the_callers_key_is_kept(seen: Any) -> None:
+def test_namespace_keeps_the_callers_extra_key(seen: Any) -> None:
     assert seen["caller keys"] == [json.loads(pair)[1] for pair in seen["patched"]]
 
 
-def test_a_request_sent_to_a_prefill_server_again_is_namespaced_once(seen: Any) -> None:
+def test_request_resent_to_a_prefill_server_is_namespaced_once(seen: Any) -> None:
     """Upstream sends the composed key, which the receiver composes again."""
     for pair, key in seen["rebootstrap keys"].items():
         assert key == json.loads(pair)[1]
@@ -248,14 +248,14 @@ def test_kv_events_name_the_adapter_of_a_request_and_none_for_the_base_model(see
         assert name == (f"name of {adapter}" if adapter in IDS else None), pair
 
 
-def test_the_tree_reads_the_adapter_out_of_a_namespace(seen: Any) -> None:
+def test_tree_reads_the_adapter_id_from_a_namespace(seen: Any) -> None:
     for pair, namespace in seen["patched"].items():
         adapter, key = json.loads(pair)
         assert adapter_of(namespace) == adapter
         assert adapter is None or namespace_of(adapter, key or "") == namespace
 
 
-def test_no_two_made_up_requests_share_a_namespace(seen: Any) -> None:
+def test_no_two_generated_requests_share_a_namespace(seen: Any) -> None:
     assert seen["property"] == "holds"
 
 

@@ -48,7 +48,9 @@ def history(seed: int) -> Iterator[tuple[str, Any, str | None]]:
 @pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "slru"])
 @pytest.mark.parametrize("stock", ["python", "rust"])
 @pytest.mark.parametrize("seed", range(10))
-def test_same_victims_in_the_same_order(seed: int, stock: str, policy: str) -> None:
+def test_tree_evicts_the_same_victims_in_the_same_order_as_sglang(
+    seed: int, stock: str, policy: str
+) -> None:
     """The free lists of two allocators, fed by the same operations, stay equal slot by slot."""
     ours, theirs = Cache("elora", NUM_SLOTS, policy), Cache(stock, NUM_SLOTS, policy)
     locks: list[tuple[Any, Any]] = []
@@ -89,7 +91,7 @@ def test_same_victims_in_the_same_order(seed: int, stock: str, policy: str) -> N
     assert evictions > 10
 
 
-def test_a_leaf_that_cannot_go_is_met_once_per_eviction() -> None:
+def test_unevictable_leaf_is_tried_once_per_eviction() -> None:
     """A leaf may wait for a copy to the host that fails; it is not asked for again."""
     cache = Cache("elora", 100)
     cache.insert(range(10))
@@ -107,7 +109,7 @@ def test_a_leaf_that_cannot_go_is_met_once_per_eviction() -> None:
 
 
 @pytest.mark.parametrize("policy", ["mru", "filo", "priority"])
-def test_other_policies_keep_sglangs_scan(policy: str) -> None:
+def test_policies_without_an_order_keep_sglangs_scan(policy: str) -> None:
     ours, theirs = Cache("elora", 300, policy), Cache("python", 300, policy)
     for cache in (ours, theirs):
         for i in range(20):
@@ -129,7 +131,7 @@ def test_other_policies_keep_sglangs_scan(policy: str) -> None:
         ({}, None),
     ],
 )
-def test_special_caches_are_sglangs(
+def test_special_cache_kinds_use_sglangs_tree(
     special: dict[str, bool],
     named: str | None,
     monkeypatch: pytest.MonkeyPatch,
@@ -150,7 +152,7 @@ def test_special_caches_are_sglangs(
     assert hasattr(ctx.params, "tree_core_backend") == (named is None)
 
 
-def test_eviction_does_not_look_at_all_leaves() -> None:
+def test_eviction_asks_priorities_of_few_leaves() -> None:
     """Counted, not timed: priorities asked for while 5 of 2,000 leaves go."""
     cache = Cache("elora", 30_000)
     for i in range(2_000):

@@ -143,7 +143,7 @@ def is_idle(made: SwapperWorld) -> bool:
     return not (made.host.reading or made.residency.copies)
 
 
-def test_a_file_that_was_replaced_between_the_reads_of_two_ranks_fails_on_both(
+def test_file_replaced_between_reads_of_two_ranks_fails_on_both(
     ranks: Ranks, image: AdapterImage
 ) -> None:
     contents = (["old", "old", "old"], ["old", "new", "old"])  # what each rank reads, in turn
@@ -165,7 +165,7 @@ def test_a_file_that_was_replaced_between_the_reads_of_two_ranks_fails_on_both(
     ranks.step_until(lambda made: made.is_resident("a") and is_idle(made))
 
 
-def test_a_file_that_was_replaced_during_its_first_reads_is_not_served_in_halves(
+def test_file_replaced_during_first_reads_fails_its_requests_on_both_ranks(
     ranks: Ranks, image: AdapterImage
 ) -> None:
     contents = (["old", "new"], ["new", "new"])
@@ -182,7 +182,7 @@ def test_a_file_that_was_replaced_during_its_first_reads_is_not_served_in_halves
     ranks.step_until(lambda made: made.is_resident("a") and is_idle(made))
 
 
-def test_a_file_that_is_new_on_both_ranks_fails_on_both(ranks: Ranks, image: AdapterImage) -> None:
+def test_file_changed_on_both_ranks_fails_on_both(ranks: Ranks, image: AdapterImage) -> None:
     contents = (["old", "new"], ["old", "new"])
 
     def reader(rank: int) -> Read:
@@ -198,7 +198,7 @@ def test_a_file_that_is_new_on_both_ranks_fails_on_both(ranks: Ranks, image: Ada
     assert all("has changed since it was loaded" in texts[0] for texts in ranks.sent)
 
 
-def test_a_failed_read_is_settled_when_the_slower_rank_has_read_and_blocks_nobody(
+def test_failed_read_is_settled_after_the_slower_rank_without_blocking(
     ranks: Ranks, image: AdapterImage
 ) -> None:
     may_end = threading.Event()
@@ -229,7 +229,7 @@ def fail_to_queue(made: SwapperWorld, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_a_copy_that_one_rank_cannot_queue_is_undone_on_both(
+def test_copy_that_one_rank_cannot_queue_is_undone_on_both(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch, is_first: bool
 ) -> None:
     """Also if the ranks have agreed on an earlier copy in that step already."""
@@ -246,7 +246,7 @@ def test_a_copy_that_one_rank_cannot_queue_is_undone_on_both(
     assert not any(made.is_resident(adapter_id(0)) for made in ranks.worlds)
 
 
-def test_a_step_has_one_all_reduce_at_most(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_does_at_most_one_all_reduce(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy that is started after the step's all-reduce waits for that of the next step."""
     from sglang_elora.swapper.adapter_copy import AdapterCopy, Copied
 
@@ -327,7 +327,9 @@ def load(ranks: Ranks, folder: Path, between: Callable[[], None]) -> list[Any]:
     return results
 
 
-def test_an_adapter_is_loaded_on_both_ranks_and_read_at_once(ranks: Ranks, tmp_path: Path) -> None:
+def test_load_api_registers_and_reads_the_adapter_on_both_ranks(
+    ranks: Ranks, tmp_path: Path
+) -> None:
     write_adapter(tmp_path / "a")
     results = load(ranks, tmp_path / "a", lambda: None)
     assert [result.success for result in results] == [True, True]
@@ -337,7 +339,7 @@ def test_an_adapter_is_loaded_on_both_ranks_and_read_at_once(ranks: Ranks, tmp_p
 
 
 @pytest.mark.parametrize("change", ["gone", "rank", "alpha"])
-def test_an_adapter_whose_files_change_between_the_ranks_is_loaded_on_neither(
+def test_load_api_fails_on_both_ranks_if_files_change_between_them(
     ranks: Ranks, tmp_path: Path, change: str
 ) -> None:
     folder = tmp_path / "a"
@@ -360,7 +362,7 @@ def test_an_adapter_whose_files_change_between_the_ranks_is_loaded_on_neither(
 
 
 @pytest.mark.parametrize("alpha", [16, 4])
-def test_adapters_given_at_start_must_be_the_same_on_all_ranks(
+def test_launch_adapters_must_be_equal_on_all_ranks(
     ranks: Ranks, tmp_path: Path, alpha: int
 ) -> None:
     from sglang.srt.lora.lora_config import LoRAConfig
@@ -386,7 +388,7 @@ def test_adapters_given_at_start_must_be_the_same_on_all_ranks(
     assert first == second and ("were replaced while" in first) == (alpha != 16)
 
 
-def test_is_hidden_asks_sglangs_rule_for_prefill_graphs(ranks: Ranks) -> None:
+def test_is_hidden_uses_sglangs_prefill_graph_rule(ranks: Ranks) -> None:
     made = ranks.worlds[0]
     manager = manager_of(made)
     manager.lora_backend = SimpleNamespace(

@@ -189,7 +189,7 @@ def fragmented(num_bytes: int, block_bytes: int = BLOCK) -> HostArena:
 
 
 @pytest.mark.parametrize("name", ["qv-r4", "all-r64", "rslora-r8", "k-and-up"])
-def test_an_image_in_scattered_blocks_is_that_in_ordinary_memory(
+def test_image_read_into_scattered_blocks_equals_ordinary_memory(
     manager: Any, pins: Pins, files: dict[str, Path], name: str
 ) -> None:
     source = source_of(manager, name, files[name])
@@ -206,7 +206,7 @@ def test_an_image_in_scattered_blocks_is_that_in_ordinary_memory(
     assert pins.count == 0
 
 
-def test_reads_that_drop_each_other_pin_nothing_and_stay_within_the_arena(
+def test_competing_reads_pin_no_memory_and_stay_within_the_arena(
     manager: Any, pins: Pins, files: dict[str, Path]
 ) -> None:
     """Ranks 4 to 64 in an arena that is little larger than the largest of them."""
@@ -256,7 +256,7 @@ def settle_all(tier: HostTier) -> None:
         MemoryError("no memory"),
     ],
 )
-def test_out_of_memory_while_reading_is_told_as_that(
+def test_out_of_memory_while_reading_is_not_reported_as_a_changed_file(
     manager: Any, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     from sglang_elora.srt.lora import lora_pool
@@ -294,7 +294,7 @@ def narrower(part: str, factor: str, dim: int, name: str, tensor: torch.Tensor) 
         ("o_proj", "A", 1),
     ],
 )
-def test_other_shapes_than_when_it_was_loaded_are_told_as_a_change(
+def test_read_reports_changed_tensor_shapes_as_a_changed_file(
     manager: Any, files: dict[str, Path], tmp_path: Path, part: str, factor: str, dim: int
 ) -> None:
     folder = Path(shutil.copytree(files["all-r4"], tmp_path / "own"))
@@ -305,7 +305,7 @@ def test_other_shapes_than_when_it_was_loaded_are_told_as_a_change(
     assert type(raised.value).__name__ == "AdapterChanged"
 
 
-def test_fewer_modules_than_when_it_was_loaded_are_told_as_a_change(
+def test_read_reports_missing_modules_as_a_changed_file(
     manager: Any, files: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(files["all-r4"], tmp_path / "own"))
@@ -316,7 +316,7 @@ def test_fewer_modules_than_when_it_was_loaded_are_told_as_a_change(
         source.read(chunks)
 
 
-def test_the_staging_of_a_read_is_freed_when_it_ends(
+def test_staging_memory_is_freed_when_a_read_ends(
     manager: Any, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By its last reference: the collector of cycles may not run for minutes in a server."""

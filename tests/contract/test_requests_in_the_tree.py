@@ -78,7 +78,7 @@ class Request:
         return slots
 
 
-def test_a_requests_row_never_holds_slots_of_its_adapter(cache: AdapterCache) -> None:
+def test_request_row_holds_no_adapter_slots(cache: AdapterCache) -> None:
     """They lie on its path up to the root; put into a row, they would be attended to as KV."""
     adapter = set(cache.core.node_of("a").slots.tolist())
     request = Request(cache, "a")
@@ -93,7 +93,7 @@ def test_a_requests_row_never_holds_slots_of_its_adapter(cache: AdapterCache) ->
     again.answer()
 
 
-def test_a_request_is_one_hit_of_its_adapter(cache: AdapterCache) -> None:
+def test_request_counts_as_one_hit_of_its_adapter(cache: AdapterCache) -> None:
     for num_requests in (1, 2, 3):
         request = Request(cache, "a")
         request.checkpoint()
@@ -103,7 +103,7 @@ def test_a_request_is_one_hit_of_its_adapter(cache: AdapterCache) -> None:
     assert cache.core.node_of("b").hit_count == 0
 
 
-def test_a_turn_ends_with_its_request(cache: AdapterCache) -> None:
+def test_session_turn_ends_with_its_request(cache: AdapterCache) -> None:
     request = Request(cache, "a", session="s")
     request.checkpoint()
     assert len(cache.core.sessions) == 0, "its prompt is no turn"
@@ -120,7 +120,7 @@ def test_a_turn_ends_with_its_request(cache: AdapterCache) -> None:
 
 
 @pytest.mark.parametrize("policy", ["lru", "priority"])
-def test_an_allocation_evicts_what_it_lacks(policy: str) -> None:
+def test_allocation_evicts_only_the_missing_slots(policy: str) -> None:
     """SGLang's walk may take all that can be evicted, and asks after each leaf whether it is
     enough."""
     for core in ("python", "elora"):
@@ -132,7 +132,7 @@ def test_an_allocation_evicts_what_it_lacks(policy: str) -> None:
         assert cache.allocator.available_size() == 20
 
 
-def test_an_allocator_that_keeps_some_back_is_given_more() -> None:
+def test_allocation_evicts_more_for_an_allocator_with_a_reserve() -> None:
     cache = Cache("elora", 100)
     for first in range(0, 1000, 100):
         cache.insert(range(first, first + 10))
@@ -149,7 +149,7 @@ def _evict_params(num_tokens: int) -> Any:
     return EvictParams(num_tokens=num_tokens)
 
 
-def test_to_touch_a_prefix_splits_no_node_where_a_policy_orders(cache: AdapterCache) -> None:
+def test_touch_prefix_splits_no_node_under_an_elora_policy(cache: AdapterCache) -> None:
     cache.chat(PROMPT, "a")
     num_nodes = len(cache.core._node_arena)
     cache.tree.touch_prefix(cache._key(PROMPT[:4], namespace_of("a")))

@@ -38,7 +38,7 @@ def expected(made: SwapperWorld, tokens: list[int]) -> list[SessionState]:
     return [node.entry.session_state for node in reversed(path)]
 
 
-def test_what_sessions_share_is_alive_while_one_of_them_is() -> None:
+def test_shared_kv_is_alive_while_any_of_its_sessions_is() -> None:
     made = world()
     first, second = [*SYSTEM, 5, 6], [*SYSTEM, 7, 8, 9]
     turn(made, "a", first)
@@ -54,7 +54,7 @@ def test_what_sessions_share_is_alive_while_one_of_them_is() -> None:
     made.check()
 
 
-def test_the_beginning_of_a_conversation_is_told_from_the_rest() -> None:
+def test_first_turn_kv_is_classed_as_beginning() -> None:
     made = world()
     turn(made, "a", SYSTEM)
     turn(made, "a", [*SYSTEM, 5, 6])
@@ -65,7 +65,7 @@ def test_the_beginning_of_a_conversation_is_told_from_the_rest() -> None:
     made.check()
 
 
-def test_the_next_turn_holds_what_the_last_one_did() -> None:
+def test_session_holds_only_the_kv_of_its_last_turn() -> None:
     made = world()
     turn(made, "a", SYSTEM)
     turn(made, "a", [*SYSTEM, 5, 6])
@@ -75,7 +75,7 @@ def test_the_next_turn_holds_what_the_last_one_did() -> None:
     made.check()
 
 
-def test_a_session_outlives_its_kv_and_the_cache() -> None:
+def test_session_survives_eviction_and_reset() -> None:
     made = world()
     turn(made, "a", [*SYSTEM, 5])
     made.cache.evict(5)
@@ -88,7 +88,7 @@ def test_a_session_outlives_its_kv_and_the_cache() -> None:
     made.check()
 
 
-def test_of_equal_age_what_is_over_goes_first_once_that_is_learned() -> None:
+def test_kv_of_ended_sessions_is_evicted_before_live_kv_of_equal_age() -> None:
     """Sessions here go on until they are over, and then nothing comes."""
     made = world()
     made.residency.pin(adapter_id(0))
@@ -110,7 +110,7 @@ def test_of_equal_age_what_is_over_goes_first_once_that_is_learned() -> None:
     made.check()
 
 
-def test_policies_that_do_not_care_are_not_disturbed() -> None:
+def test_session_marks_do_not_break_policies_without_sessions() -> None:
     for policy in ("lru", "gdsf", "elora_paper"):
         made = world(policy)
         turn(made, "a", [*SYSTEM, 5])

@@ -31,7 +31,7 @@ def held() -> Iterator[threading.Event]:
     event.set()
 
 
-def test_calls_to_a_silent_host_end_in_time_and_then_at_once(held: threading.Event) -> None:
+def test_calls_to_a_silent_host_time_out_then_fail_fast(held: threading.Event) -> None:
     async def work() -> None:
         calls = SourceCalls(TIMEOUTS_S)
         for _ in range(FAILURES_TO_OPEN):
@@ -45,7 +45,7 @@ def test_calls_to_a_silent_host_end_in_time_and_then_at_once(held: threading.Eve
     asyncio.run(work())
 
 
-def test_a_host_is_asked_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_host_is_retried_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise OSError("connection refused")
 
@@ -63,7 +63,7 @@ def test_a_host_is_asked_again_after_a_while(monkeypatch: pytest.MonkeyPatch) ->
     asyncio.run(work())
 
 
-def test_a_bad_adapter_says_nothing_of_its_host() -> None:
+def test_bad_adapter_does_not_count_as_host_failure() -> None:
     def refuse() -> None:
         raise AdapterError("a", SLOW, "there is no adapter_config.json", "Give one")
 
@@ -77,7 +77,7 @@ def test_a_bad_adapter_says_nothing_of_its_host() -> None:
     asyncio.run(work())
 
 
-def test_calls_that_wait_for_one_host_are_bounded(held: threading.Event) -> None:
+def test_concurrent_calls_to_one_host_are_bounded(held: threading.Event) -> None:
     def threads() -> set[threading.Thread]:
         return {thread for thread in threading.enumerate() if "slow" in thread.name}
 

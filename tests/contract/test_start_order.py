@@ -153,7 +153,7 @@ BATCHES: list[list[str | None]] = [
 
 
 @pytest.mark.parametrize("mode", ["DECODE", "EXTEND"])
-def test_graphs_captured_before_the_cache_replay_what_later_batches_say(
+def test_graphs_captured_before_the_cache_replay_later_batches(
     mode: str, server: Server, launches: list[Callable[[], Any]]
 ) -> None:
     manager, world = server.manager, server.world
@@ -199,7 +199,7 @@ def test_graphs_captured_before_the_cache_replay_what_later_batches_say(
     world.check()
 
 
-def test_decode_is_captured_with_lora_kernels_and_without(server: Server) -> None:
+def test_decode_graphs_are_captured_with_and_without_lora_kernels(server: Server) -> None:
     """As SGLang's runner captures both, and replays by the adapters that a batch names."""
     manager = server.manager
     runner = object.__new__(server.host.decode_runner)
@@ -220,7 +220,7 @@ def test_decode_is_captured_with_lora_kernels_and_without(server: Server) -> Non
         assert active[variant] == (prepared is not None and prepared.has_active_lora)
 
 
-def test_batches_that_graphs_may_replay_reach_their_tables(server: Server) -> None:
+def test_batches_replayable_by_graphs_are_written_to_their_tables(server: Server) -> None:
     """Also prefill without adapters: the graph would compute those of the batch before."""
     server.manager.init_decode_cuda_graph_batch_info(max_bs_in_cuda_graph=4, num_tokens_per_req=1)
     server.manager.init_prefill_cuda_graph_batch_info(max_num_tokens=16, max_num_requests=2)
@@ -245,13 +245,13 @@ def test_batches_that_graphs_may_replay_reach_their_tables(server: Server) -> No
 
 
 @pytest.mark.parametrize("mode", ["DECODE", "EXTEND"])
-def test_dummy_batches_beyond_all_graphs_need_no_cache(mode: str, server: Server) -> None:
+def test_dummy_batches_larger_than_all_graphs_need_no_cache(mode: str, server: Server) -> None:
     """SGLang's warm-up runs a forward pass over base-model rows, with graphs or without."""
     assert server.prepare(mode, [None] * ROWS, [1] * ROWS) is None
     server.manager.init_decode_cuda_graph_batch_info(max_bs_in_cuda_graph=4, num_tokens_per_req=1)
     assert server.prepare(mode, [None] * ROWS, [1] * ROWS) is None
 
 
-def test_a_batch_with_adapters_before_the_cache_is_refused(server: Server) -> None:
+def test_batch_with_adapters_before_the_cache_exists_is_refused(server: Server) -> None:
     with pytest.raises(AssertionError, match="before the KV cache is built"):
         server.prepare("DECODE", [adapter_id(0)], [1])

@@ -36,7 +36,7 @@ def most_calls(scale: int) -> dict[str, float]:
     return {name: max(counts) for name, counts in calls.us.items()}
 
 
-def test_work_per_iteration_hardly_grows_with_nodes_adapters_and_waiting_requests() -> None:
+def test_step_work_is_nearly_constant_in_nodes_adapters_and_queue_length() -> None:
     few, many = most_calls(1), most_calls(10)
     for name in ("step", "prepare", "retire"):
         assert many[name] <= 2 * few[name], (name, few, many)

@@ -51,7 +51,7 @@ def fill(made: SwapperWorld, i: int) -> None:
         made.cache_kv(adapter_id(i), [1000 * i + token])
 
 
-def test_what_waits_is_brought_in_its_order_before_its_turn() -> None:
+def test_queued_adapters_load_in_queue_order_a_quarter_of_the_pool_at_a_time() -> None:
     made = world(4 * SLOTS)
     for i in (3, 1, 2):
         made.arrive(adapter_id(i))
@@ -61,7 +61,7 @@ def test_what_waits_is_brought_in_its_order_before_its_turn() -> None:
     made.check()
 
 
-def test_a_request_behind_the_lookahead_waits_for_its_turn() -> None:
+def test_swapper_loads_no_adapter_beyond_the_queue_lookahead() -> None:
     made = world(200 * SLOTS, num_adapters=LOOKAHEAD + 2)
     for i in range(LOOKAHEAD + 2):
         made.arrive(adapter_id(i))
@@ -70,7 +70,7 @@ def test_a_request_behind_the_lookahead_waits_for_its_turn() -> None:
     assert resident(made) == list(range(LOOKAHEAD))
 
 
-def test_nothing_is_given_up_for_a_request_that_an_earlier_one_needs() -> None:
+def test_load_does_not_evict_an_adapter_of_an_earlier_request() -> None:
     """Three fit, and the pool is full with those that the first three wait for."""
     made = world(3 * SLOTS + 10)
     bring(made, 0, 1, 2)
@@ -86,7 +86,7 @@ def test_nothing_is_given_up_for_a_request_that_an_earlier_one_needs() -> None:
     made.check()
 
 
-def test_evictions_are_few_per_step_and_one_behind_does_not_take_what_they_free() -> None:
+def test_busy_step_evicts_a_few_leaves_for_the_first_queued_load_only() -> None:
     """The room of an adapter is that of 32 leaves; while batches run, a step gives up 3."""
     leaf = 2
     made = world(4 * SLOTS)
@@ -105,7 +105,7 @@ def test_evictions_are_few_per_step_and_one_behind_does_not_take_what_they_free(
     made.check()
 
 
-def test_a_copy_is_put_off_once_and_not_again() -> None:
+def test_delayed_load_completes_though_new_kv_takes_slots_each_step() -> None:
     """Its room is there, and others take of it before each step: it would never be its turn."""
     made = world(4 * SLOTS)
     bring(made, 7)
@@ -124,9 +124,7 @@ def test_a_copy_is_put_off_once_and_not_again() -> None:
 
 
 @pytest.mark.parametrize(("rest", "is_placed"), [(2 * SLOTS, True), (3 * SLOTS, False)])
-def test_an_adapter_does_not_take_the_room_of_a_prompt_s_next_chunks(
-    rest: int, is_placed: bool
-) -> None:
+def test_load_leaves_room_for_the_rest_of_a_chunked_prefill(rest: int, is_placed: bool) -> None:
     """SGLang takes that room without asking, and ends if it is not there."""
     made = world(4 * SLOTS)
     bring(made, 7)
@@ -142,7 +140,7 @@ def test_an_adapter_does_not_take_the_room_of_a_prompt_s_next_chunks(
     made.check()
 
 
-def test_room_for_the_next_load_is_made_behind_a_batch() -> None:
+def test_prepare_evicts_kv_in_small_parts_for_the_next_load() -> None:
     """From KV, a few leaves at a time, and no more than a load will take; not from adapters."""
     made = world(8 * SLOTS, num_adapters=30)
     bring(made, *range(20))  # so that loads of this size are usual
@@ -170,7 +168,7 @@ def test_room_for_the_next_load_is_made_behind_a_batch() -> None:
     made.check()
 
 
-def test_no_room_is_made_while_no_adapter_comes() -> None:
+def test_prepare_evicts_nothing_while_no_load_is_expected() -> None:
     made = world(4 * SLOTS)
     bring(made, 1, 2, 3, 4, 5, 6)
     for _ in range(2):  # turnovers
@@ -183,7 +181,7 @@ def test_no_room_is_made_while_no_adapter_comes() -> None:
     assert made.cache.allocator.available_size() == 0
 
 
-def test_adapters_do_not_make_room_beforehand() -> None:
+def test_prepare_evicts_no_adapter_for_the_next_load() -> None:
     made = world(4 * SLOTS)
     bring(made, *range(12))
     for _ in range(20):
@@ -191,7 +189,7 @@ def test_adapters_do_not_make_room_beforehand() -> None:
     assert resident(made) == [8, 9, 10, 11]
 
 
-def test_with_no_batch_to_delay_all_is_done_at_once() -> None:
+def test_idle_step_evicts_and_loads_in_one_step() -> None:
     made = world(4 * SLOTS)
     bring(made, 7)
     for i in range(made.cache.allocator.available_size() // 2):
@@ -201,7 +199,7 @@ def test_with_no_batch_to_delay_all_is_done_at_once() -> None:
     assert resident(made) == [0, 7]
 
 
-def test_what_nobody_waits_for_any_more_may_go_again() -> None:
+def test_loaded_adapter_is_evictable_once_its_request_is_aborted() -> None:
     made = world(3 * SLOTS + 10)
     bring(made, 0, 1, 2)
     made.arrive(adapter_id(0))
@@ -214,7 +212,7 @@ def test_what_nobody_waits_for_any_more_may_go_again() -> None:
     assert resident(made) == [3, 4, 5]
 
 
-def test_prefetch_brings_back_the_dearest_without_giving_up_anything() -> None:
+def test_prefetch_loads_back_evicted_adapters_without_evicting() -> None:
     made = world(10 * SLOTS)
     bring(made, *range(10))
     bring(made, 10, 11)  # in the place of 0 and 1
@@ -235,7 +233,7 @@ def test_prefetch_brings_back_the_dearest_without_giving_up_anything() -> None:
 
 
 @pytest.mark.parametrize("in_use", [7, 8])
-def test_no_prefetch_at_seventy_percent(in_use: int) -> None:
+def test_no_prefetch_while_the_pool_is_too_full(in_use: int) -> None:
     made = world(10 * SLOTS)
     bring(made, *range(10))
     bring(made, 10)
@@ -247,7 +245,7 @@ def test_no_prefetch_at_seventy_percent(in_use: int) -> None:
     assert made.residency.statistics()["prefetched_slots"] == 0
 
 
-def test_prefetch_that_was_of_no_use_is_counted() -> None:
+def test_prefetched_slots_evicted_unused_count_as_wasted() -> None:
     made = world(10 * SLOTS)
     bring(made, *range(10))
     bring(made, 10)
@@ -261,7 +259,7 @@ def test_prefetch_that_was_of_no_use_is_counted() -> None:
     made.check()
 
 
-def test_no_prefetch_while_somebody_waits() -> None:
+def test_no_prefetch_while_a_request_is_queued() -> None:
     made = world(10 * SLOTS)
     bring(made, *range(10))
     bring(made, 10)
@@ -273,7 +271,7 @@ def test_no_prefetch_while_somebody_waits() -> None:
     assert not made.is_resident(adapter_id(0))
 
 
-def test_a_hint_brings_an_adapter_behind_what_waits() -> None:
+def test_hinted_adapter_loads_after_queued_ones() -> None:
     made = world(4 * SLOTS)
     made.swapper.expect([adapter_id(5)])
     made.arrive(adapter_id(1))
@@ -285,7 +283,7 @@ def test_a_hint_brings_an_adapter_behind_what_waits() -> None:
     made.check()
 
 
-def test_a_hint_makes_room_but_not_from_what_a_request_needs() -> None:
+def test_hinted_load_evicts_no_adapter_of_a_queued_request() -> None:
     made = world(3 * SLOTS + 10)
     bring(made, 0, 1, 2)
     for i in (0, 1):
@@ -301,7 +299,7 @@ def test_a_hint_makes_room_but_not_from_what_a_request_needs() -> None:
     made.check()
 
 
-def test_a_hint_holds_until_its_request_runs_or_for_some_batches() -> None:
+def test_hint_holds_its_adapter_until_used_or_expired() -> None:
     made = world(2 * SLOTS + 10)
     made.swapper.expect([adapter_id(0)])
     for _ in range(3):
@@ -322,7 +320,7 @@ def test_a_hint_holds_until_its_request_runs_or_for_some_batches() -> None:
     made.check()
 
 
-def test_hints_are_followed_as_long_as_they_come_true() -> None:
+def test_hint_credit_runs_out_after_unused_hints() -> None:
     true, false = range(2 * MOST_CREDIT), range(2 * MOST_CREDIT, 3 * MOST_CREDIT)
     others = (3 * MOST_CREDIT, 3 * MOST_CREDIT + 1)
     made = world(200 * SLOTS, num_adapters=len(true) + len(false) + len(others))
@@ -345,7 +343,7 @@ def test_hints_are_followed_as_long_as_they_come_true() -> None:
     made.check()
 
 
-def test_credit_for_hints_returns_with_time() -> None:
+def test_hint_credit_is_restored_over_steps() -> None:
     made = world(200 * SLOTS, num_adapters=MOST_CREDIT + 2)
     for i in range(MOST_CREDIT + 1):
         made.swapper.expect([adapter_id(i)])
@@ -359,7 +357,7 @@ def test_credit_for_hints_returns_with_time() -> None:
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-def test_what_cannot_be_read_is_not_tried_again_for_a_hint(ordered: bool) -> None:
+def test_failed_read_of_a_hinted_adapter_is_not_retried(ordered: bool) -> None:
     def read(chunks: Sequence[torch.Tensor]) -> AdapterImage:
         raise OSError("gone")
 
@@ -381,7 +379,7 @@ def test_what_cannot_be_read_is_not_tried_again_for_a_hint(ordered: bool) -> Non
     made.check()
 
 
-def test_what_came_for_hints_alone_holds_a_small_part_of_the_pool() -> None:
+def test_hint_only_adapters_are_capped() -> None:
     made = world(int(3 * SLOTS / HINTED_SHARE) + 10, num_adapters=40)
     for _ in range(2):
         for i in range(6):
@@ -397,7 +395,7 @@ def test_what_came_for_hints_alone_holds_a_small_part_of_the_pool() -> None:
     made.check()
 
 
-def test_what_nobody_waits_for_comes_one_after_the_other_in_the_order_it_was_named() -> None:
+def test_prefetch_hints_load_one_at_a_time_in_fifo_order() -> None:
     made = world(8 * SLOTS)
     made.swapper.expect([adapter_id(3), adapter_id(1), adapter_id(2)], ordered=True)
     for there in ([3], [1, 3], [1, 2, 3]):
@@ -411,7 +409,7 @@ def test_what_nobody_waits_for_comes_one_after_the_other_in_the_order_it_was_nam
     made.check()
 
 
-def test_hints_that_mean_nothing_are_dropped() -> None:
+def test_hints_for_unknown_or_retired_adapters_are_dropped() -> None:
     made = world(8 * SLOTS)
     made.swapper.expect(["nobody", adapter_id(0)])
     made.swapper.expect(f"x{i}" for i in range(1000))
@@ -423,7 +421,7 @@ def test_hints_that_mean_nothing_are_dropped() -> None:
     made.check()
 
 
-def test_an_adapter_that_is_told_to_leave_goes_with_its_kv_a_part_at_a_time() -> None:
+def test_evict_order_removes_adapter_and_kv_in_bounded_parts() -> None:
     made = world(8 * SLOTS)
     bring(made, 0, 1)
     for i in range(2 * EVICT_LEAVES):
@@ -438,7 +436,7 @@ def test_an_adapter_that_is_told_to_leave_goes_with_its_kv_a_part_at_a_time() ->
     made.check()
 
 
-def test_what_is_used_waited_for_or_pinned_is_not_told_to_leave() -> None:
+def test_evict_order_is_refused_for_used_queued_or_pinned_adapters() -> None:
     made = world(8 * SLOTS)
     bring(made, 0, 1, 2)
     receipt = made.cache.lock(made.core.node_of(adapter_id(0)).id)
@@ -457,7 +455,7 @@ def test_what_is_used_waited_for_or_pinned_is_not_told_to_leave() -> None:
     made.check()
 
 
-def test_a_pinned_adapter_stays_and_an_unpinned_one_goes() -> None:
+def test_pinned_adapter_is_not_evicted_until_unpinned() -> None:
     made = world(3 * SLOTS + 10)
     bring(made, 0)
     made.residency.pin(adapter_id(0))
@@ -475,7 +473,7 @@ def test_a_pinned_adapter_stays_and_an_unpinned_one_goes() -> None:
     made.check()
 
 
-def test_pins_leave_room_for_another_adapter() -> None:
+def test_pin_is_refused_if_no_other_adapter_would_fit() -> None:
     made = world(3 * SLOTS)
     made.residency.pin(adapter_id(0))
     with pytest.raises(PoolTooSmall, match="cannot be pinned: it takes 64 slots"):

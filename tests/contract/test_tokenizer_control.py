@@ -33,7 +33,7 @@ def control_over(sent: list[Any]) -> TokenizerControl:
     return TokenizerControl(manager)
 
 
-def test_the_first_hint_of_a_burst_goes_at_once_and_the_others_together(sent: list[Any]) -> None:
+def test_first_hint_of_a_burst_is_sent_at_once_and_the_rest_batched(sent: list[Any]) -> None:
     async def work() -> None:
         control = control_over(sent)
         for name in NAMES:
@@ -48,7 +48,7 @@ def test_the_first_hint_of_a_burst_goes_at_once_and_the_others_together(sent: li
     asyncio.run(work())
 
 
-def test_after_a_silence_a_hint_goes_at_once_again(sent: list[Any]) -> None:
+def test_hint_after_a_pause_is_sent_at_once(sent: list[Any]) -> None:
     async def work() -> None:
         control = control_over(sent)
         for i, name in enumerate(NAMES[:3], start=1):

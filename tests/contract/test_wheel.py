@@ -36,7 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_contents(wheel: Path) -> None:
+def test_wheel_contents_are_complete(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     packaged = {
         str(path.relative_to(ROOT / "python"))
@@ -49,7 +49,7 @@ def test_contents(wheel: Path) -> None:
     assert all(name.split("/")[0].startswith("sglang_elora") for name in names)
 
 
-def test_works_outside_the_checkout(
+def test_wheel_works_outside_the_checkout(
     wheel: Path, run_fresh_python: RunPython, tmp_path: Path
 ) -> None:
     target = tmp_path / "site"
