@@ -50,13 +50,13 @@ def read(tables: BatchTables) -> list[tuple[int, list[int]]]:
     return [(adapter, tables.rows[first:end].tolist()) for adapter, first, end in used]
 
 
-def test_tiles_by_hand() -> None:
+def test_batch_tables_tiles_equal_a_hand_computed_case() -> None:
     segments = [(1, 2), (-1, 1), (0, 1), (1, 3), (2, 0)]
     assert read(tables_for(segments, 3, tile_rows=4)) == [(0, [3]), (1, [0, 1, 4, 5]), (1, [6])]
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_tiles_cover_each_row_once(seed: int) -> None:
+def test_batch_tables_tiles_cover_each_row_once(seed: int) -> None:
     rng = random.Random(seed)
     num_adapters, tile_rows = rng.randint(1, 20), rng.choice([1, 4, 16])
     segments = [
@@ -75,7 +75,7 @@ def test_tiles_cover_each_row_once(seed: int) -> None:
 
 
 @pytest.mark.parametrize("num_rows", range(20))
-def test_max_tiles_is_reached_and_not_exceeded(num_rows: int) -> None:
+def test_max_tiles_is_a_tight_upper_bound(num_rows: int) -> None:
     """By all ways to deal so few rows to three adapters."""
     most = 0
     for first in range(num_rows + 1):
@@ -85,7 +85,7 @@ def test_max_tiles_is_reached_and_not_exceeded(num_rows: int) -> None:
     assert max_tiles(num_rows, num_adapters=3, tile_rows=4) == most
 
 
-def test_memory_stays_and_old_tiles_do_not_count() -> None:
+def test_batch_tables_keep_their_addresses_and_drop_old_tiles() -> None:
     """What a captured graph relies on."""
     tables = BatchTables(CPU, num_modules=1, max_rows=8, max_adapters=4, tile_rows=2)
     addresses = [view.data_ptr() for view in (tables.addresses, tables.tiles, tables.rows)]
@@ -101,13 +101,13 @@ def test_memory_stays_and_old_tiles_do_not_count() -> None:
 
 
 @pytest.mark.parametrize(("num_rows", "num_adapters"), [(9, 1), (5, 5)])
-def test_batches_that_do_not_fit_are_refused(num_rows: int, num_adapters: int) -> None:
+def test_batch_tables_refuse_batches_that_do_not_fit(num_rows: int, num_adapters: int) -> None:
     tables = BatchTables(CPU, num_modules=1, max_rows=8, max_adapters=4, tile_rows=2)
     with pytest.raises(ValueError, match="exceed tables for 8 rows of 4 adapters"):
         tables.load(Batch(empty_records(num_adapters), [(0, num_rows)]))
 
 
-def test_record() -> None:
+def test_adapter_record_holds_slots_rank_scaling_and_offsets() -> None:
     table = torch.tensor([5, 3, 9], dtype=torch.int32)
     record = adapter_record(table, 24, 0.75, [(0, 64), (MISSING, MISSING)])
     tables = BatchTables(CPU, num_modules=2, max_rows=1, max_adapters=3, tile_rows=16)
@@ -121,7 +121,7 @@ def test_record() -> None:
     assert Batch(np.stack([record])[:0], [(-1, 1)]).max_rank == 0
 
 
-def test_many_adapters_are_told_apart() -> None:
+def test_batch_tables_distinguish_1000_adapters() -> None:
     """More than a byte counts."""
     segments = [(adapter, 1) for adapter in reversed(range(1000))]
     assert read(tables_for(segments, 1000, 16)) == [(i, [999 - i]) for i in range(1000)]
@@ -129,7 +129,7 @@ def test_many_adapters_are_told_apart() -> None:
 
 @pytest.mark.parametrize("num_modules", range(1, 10))
 @pytest.mark.parametrize("num_tiles", range(1, 10))
-def test_rows_begin_at_a_multiple_of_16_bytes(num_modules: int, num_tiles: int) -> None:
+def test_batch_tables_rows_are_16_byte_aligned(num_modules: int, num_tiles: int) -> None:
     """Triton would compile the kernels a second time for tables whose rows do not."""
     tables = BatchTables(
         CPU, num_modules=num_modules, max_rows=num_tiles, max_adapters=num_tiles, tile_rows=16

@@ -14,7 +14,7 @@ SHARED_BYTES_MAX = {80: 163 * 1024, 90: 227 * 1024}  # per block, CUDA C program
 
 
 @pytest.mark.parametrize("sm", SHARED_BYTES_MAX)
-def test_compiles(sm: int, tmp_path: Path) -> None:
+def test_kernels_compile_for_each_gpu_generation(sm: int, tmp_path: Path) -> None:
     """For A100 and H100 / H200, as Triton's compiler and NVIDIA's assembler see it."""
     script = Path(__file__).with_name("compile_for_gpu.py")
     done = subprocess.run(

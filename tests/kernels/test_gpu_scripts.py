@@ -23,7 +23,7 @@ def dry_run(script: str, out: Path, *options: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_kernels(tmp_path: Path) -> None:
+def test_gpu_kernels_script_dry_run_writes_all_results(tmp_path: Path) -> None:
     dry_run("kernels", tmp_path)
     read = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert set(read) == {"facts", "graphs", "page_copy", "times", "summary"}
@@ -34,14 +34,14 @@ def test_kernels(tmp_path: Path) -> None:
     assert not any("times" in module for module in modules), "nothing is timed on a CPU"
 
 
-def test_copies_dry_run_reads_the_right_bytes(tmp_path: Path) -> None:
+def test_gpu_copies_script_dry_run_reads_the_right_bytes(tmp_path: Path) -> None:
     dry_run("copies", tmp_path, "--rounds", "2")
     read = json.loads((tmp_path / "copies.json").read_text())
     assert read["old_bytes_are_read"] == read["layers_are_awaited"] == [True] * 3
     assert len(read["times"]["launch_s"]) == 2
 
 
-def test_tune(tmp_path: Path) -> None:
+def test_gpu_tune_script_dry_run_covers_every_default_config(tmp_path: Path) -> None:
     dry_run("tune", tmp_path)
     tuned = json.loads((tmp_path / "cpu.json").read_text())
     default = json.loads((ROOT / "kernels/launch_configs/default.json").read_text())
@@ -54,7 +54,7 @@ def test_tune(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", ["kernels", "tune"])
-def test_without_a_gpu_nothing_is_measured(script: str, tmp_path: Path) -> None:
+def test_gpu_scripts_measure_nothing_without_a_gpu(script: str, tmp_path: Path) -> None:
     command = _command(script, tmp_path / "out")
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

@@ -23,7 +23,7 @@ print(json.dumps({n: [s.timeout_s for s in entry.steps(n)] for n in entry.MODULE
 """
 
 
-def test_time_outs_of_each_stage_add_up_to_less_than_a_call() -> None:
+def test_gpu_stage_timeouts_add_up_to_less_than_one_call() -> None:
     command = [sys.executable, "-W", "ignore", "-c", STEPS_OF]
     done = subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
     found = json.loads(done.stdout)
@@ -44,7 +44,7 @@ def nothing(context: Context) -> Verdict:
     raise AssertionError("the test's command runs instead")
 
 
-def test_runner_keeps_what_was_done_before_a_step_timed_out(tmp_path: Path) -> None:
+def test_gpu_stage_runner_keeps_output_from_before_a_timeout(tmp_path: Path) -> None:
     work, out = tmp_path / "work", tmp_path / "out"
     work.mkdir()
     body = "print('said before', flush=True)\ntime.sleep(60)"
@@ -61,7 +61,7 @@ def test_runner_keeps_what_was_done_before_a_step_timed_out(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("status", "right"), [(0, True), (0, False), (3, True)])
-def test_runner_reports_a_line_for_each_verdict(
+def test_gpu_stage_runner_prints_one_line_per_verdict(
     status: int, right: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     body = f"""
@@ -90,12 +90,14 @@ def answer(ids: list[int], logprobs: list[float]) -> dict[str, list[float]]:
         (answer([7, 8, 9], [-0.1, -0.2, -0.3]), False),  # nothing is equal
     ],
 )
-def test_agreement_allows_near_ties_only(other: dict[str, list[float]], agree: bool) -> None:
+def test_gpu_stage_agreement_allows_near_ties_only(
+    other: dict[str, list[float]], agree: bool
+) -> None:
     one = answer([1, 2, 3], [-0.1, -0.2, -0.3])
     assert served.agreement([one], [other])["agree"] is agree
 
 
-def test_graphs_are_read_from_the_log_as_sglang_writes_it() -> None:
+def test_gpu_stage_reads_graph_captures_from_sglangs_log() -> None:
     log = "Capture target prefill CUDA graph begin. x\nCapture target decode cuda graph begin. x\n"
     log += "Decode batch, #running-req: 1, cuda graph: True, y\n"
     assert served.graphs_in(log) == {
@@ -106,7 +108,7 @@ def test_graphs_are_read_from_the_log_as_sglang_writes_it() -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_stage_dry_run_goes_through(stage: int, tmp_path: Path) -> None:
+def test_gpu_kernel_stage_dry_run_succeeds(stage: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu.stages", str(stage), "--dry-run"]
     command += ["--out", str(tmp_path)]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

@@ -23,13 +23,15 @@ from tests.harness.kernel_world import DEVICE, make_world
     ],
     ids=str,
 )
-def test_launches(config: ExpandConfig, tile_rows: int, num_splits: int) -> None:
+def test_lora_expand_equals_the_reference_for_every_launch_config(
+    config: ExpandConfig, tile_rows: int, num_splits: int
+) -> None:
     world = make_world(SHAPES, [8, 24, 40], lacks=lacks)
     segments = [(0, 20), (-1, 1), (1, 3), (2, 17)]
     check_expand(world, QKV, segments, config=config, tile_rows=tile_rows, num_splits=num_splits)
 
 
-def test_rounds_once_per_half() -> None:
+def test_lora_expand_rounds_the_split_sum_and_the_output_once_each() -> None:
     """As SGLang's kernels: the sum of the splits is rounded, and the sum with the base output."""
     world = make_world([OUT], [1], dtype=torch.bfloat16)
     world.planes.plane(-1, 0).zero_()
@@ -50,7 +52,7 @@ def test_rounds_once_per_half() -> None:
     assert torch.equal(output, torch.full_like(output, (torch.tensor(3 + 2**-7)).bfloat16()))
 
 
-def test_wrong_sizes_are_found() -> None:
+def test_lora_expand_refuses_wrong_sizes() -> None:
     world = make_world([OUT], [8])
     tables, module = world.batch_tables([(0, 4)], 16), world.modules["o_proj"]
     plane, inner = world.planes.plane(-1, 0), torch.zeros(1, 4, 8, device=DEVICE)

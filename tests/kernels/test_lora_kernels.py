@@ -21,7 +21,9 @@ EACH_KERNEL = pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 @pytest.mark.parametrize("mix", MIXES)
 @EACH_KERNEL
-def test_mixes(check: Check, mix: str, shape: ModuleShape) -> None:
+def test_lora_kernels_equal_the_reference_for_mixed_batches(
+    check: Check, mix: str, shape: ModuleShape
+) -> None:
     ranks, segments = MIXES[mix]
     check(make_world(SHAPES, ranks, lacks=lacks), shape, segments)
 
@@ -29,21 +31,25 @@ def test_mixes(check: Check, mix: str, shape: ModuleShape) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("order", ORDERS)
 @EACH_KERNEL
-def test_dtypes_and_slots(check: Check, order: str, dtype: torch.dtype) -> None:
+def test_lora_kernels_equal_the_reference_for_each_dtype_and_slot_order(
+    check: Check, order: str, dtype: torch.dtype
+) -> None:
     world = make_world(SHAPES, RANKS, dtype=dtype, order=order, lacks=lacks)
     check(world, QKV, [(i, 2) for i in range(len(RANKS))])
 
 
 @pytest.mark.parametrize("rank", [*RANKS, 256])
 @EACH_KERNEL
-def test_ranks(check: Check, rank: int) -> None:
+def test_lora_kernels_equal_the_reference_for_each_rank(check: Check, rank: int) -> None:
     check(make_world([OUT], [rank], dtype=torch.bfloat16), OUT, [(0, 3)])
 
 
 @pytest.mark.parametrize(("kv_dtype", "kv_dim"), POOLS)
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @EACH_KERNEL
-def test_pools(check: Check, kv_dtype: torch.dtype, kv_dim: int, page_size: int) -> None:
+def test_lora_kernels_equal_the_reference_for_each_kv_pool_layout(
+    check: Check, kv_dtype: torch.dtype, kv_dim: int, page_size: int
+) -> None:
     world = make_world(
         SHAPES, [3, 16], dtype=torch.bfloat16, kv_dtype=kv_dtype, kv_dim=kv_dim, page_size=page_size
     )
@@ -51,11 +57,11 @@ def test_pools(check: Check, kv_dtype: torch.dtype, kv_dim: int, page_size: int)
 
 
 @EACH_KERNEL
-def test_one_plane(check: Check) -> None:
+def test_lora_kernels_equal_the_reference_with_a_and_b_in_one_plane(check: Check) -> None:
     """B behind A in the same plane."""
     check(make_world(SHAPES, [8, 24], num_planes=1), OUT, [(1, 2), (0, 1)])
 
 
 @EACH_KERNEL
-def test_no_rows_at_all(check: Check) -> None:
+def test_lora_kernels_accept_an_empty_batch(check: Check) -> None:
     check(make_world([OUT], [8]), OUT, [], spare_rows=0)

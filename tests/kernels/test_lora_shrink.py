@@ -24,13 +24,15 @@ from tests.harness.kernel_world import DEVICE, make_world
     ],
     ids=str,
 )
-def test_launches(config: ShrinkConfig, tile_rows: int) -> None:
+def test_lora_shrink_equals_the_reference_for_every_launch_config(
+    config: ShrinkConfig, tile_rows: int
+) -> None:
     world = make_world(SHAPES, [8, 24, 40], lacks=lacks)
     segments = [(0, 20), (-1, 1), (1, 3), (2, 17)]
     check_shrink(world, QKV, segments, config=config, tile_rows=tile_rows)
 
 
-def test_splits_do_not_depend_on_the_neighbours() -> None:
+def test_lora_shrink_splits_do_not_depend_on_batch_neighbours() -> None:
     """Bit by bit: a row's result is that of the row alone."""
     world = make_world(SHAPES, [8, 24, 40])
     together = check_shrink(world, QKV, [(0, 1), (1, 1), (2, 1)], spare_rows=0)
@@ -49,7 +51,7 @@ def test_splits_do_not_depend_on_the_neighbours() -> None:
         assert torch.equal(alone[0, 0], together[0, i, : 3 * world.ranks[i]])
 
 
-def test_rows_of_a_wider_tensor() -> None:
+def test_lora_shrink_accepts_rows_of_a_wider_tensor() -> None:
     """Rows may lie apart."""
     world = make_world([OUT], [8])
     wide = torch.randn(4, 200, device=DEVICE)
@@ -65,7 +67,7 @@ def test_rows_of_a_wider_tensor() -> None:
     assert torch.equal(apart, adjacent)
 
 
-def test_wrong_sizes_are_found() -> None:
+def test_lora_shrink_refuses_wrong_sizes() -> None:
     world = make_world([OUT], [8])
     tables = world.batch_tables([(0, 4)], 16)
     plane, module = world.planes.plane(0, 0), world.modules["o_proj"]

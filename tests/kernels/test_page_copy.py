@@ -82,7 +82,9 @@ ORDERS = {
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("slot_bytes", [64, 128, 144, 2048, 30, 7])
-def test_orders_and_sizes(slot_bytes: int, order: str) -> None:
+def test_page_copy_handles_every_slot_order_and_partial_last_slot(
+    slot_bytes: int, order: str
+) -> None:
     """Whole slots, and a last one in part."""
     slots = ORDERS[order]
     whole = len(slots) * slot_bytes
@@ -90,16 +92,16 @@ def test_orders_and_sizes(slot_bytes: int, order: str) -> None:
     check(make_planes(slot_bytes), [make_copy(slots, (whole - slot_bytes // 2, 3 * slot_bytes))])
 
 
-def test_kv_of_one_token() -> None:
+def test_page_copy_copies_kv_of_one_token() -> None:
     check(make_planes(256), [make_copy([5], (256, 256))])
 
 
 @pytest.mark.parametrize("num_planes", [1, 2])
-def test_planes(num_planes: int) -> None:
+def test_page_copy_handles_each_number_of_planes(num_planes: int) -> None:
     check(make_planes(256, num_planes), [make_copy(ORDERS["scattered"], (9000,) * num_planes)])
 
 
-def test_several_at_once() -> None:
+def test_page_copy_copies_several_items_in_one_launch() -> None:
     """Adapters and KV of different sizes in one launch."""
     numbers = random.Random(1).sample(range(1, SLOTS), 100)
     sizes = [(30, (7000, 4000)), (1, (256, 256)), (60, (15360, 15360)), (9, (64, 2304))]
@@ -110,7 +112,7 @@ def test_several_at_once() -> None:
 
 
 @pytest.mark.parametrize("first_layer", [0, 1, 2])
-def test_some_layers(first_layer: int) -> None:
+def test_page_copy_copies_a_range_of_layers_only(first_layer: int) -> None:
     planes = make_planes(256)
     before = copies_of(planes)
     copy = make_copy(ORDERS["scattered"], (5000, 6000))
@@ -128,7 +130,7 @@ def test_some_layers(first_layer: int) -> None:
     assert same(planes, expected)
 
 
-def test_memory_with_gaps_between_layers() -> None:
+def test_page_copy_handles_gaps_between_layers() -> None:
     wide = torch.randint(0, 256, (LAYERS, 4000), dtype=torch.uint8, device=DEVICE)
     table = torch.tensor(ORDERS["scattered"], dtype=torch.int32, device=DEVICE)
     copy = Contiguous(wide[:, 32:3232], table, (1600, 1600))
@@ -138,7 +140,7 @@ def test_memory_with_gaps_between_layers() -> None:
     assert same(planes, expected)
 
 
-def test_nothing_to_copy() -> None:
+def test_page_copy_of_nothing_changes_nothing() -> None:
     planes = make_planes(64)
     before = copies_of(planes)
     page_copy(PoolPlanes.of(planes), [], to_pool=True)
@@ -146,7 +148,7 @@ def test_nothing_to_copy() -> None:
     assert same(planes, before)
 
 
-def test_wrong_sizes_are_refused() -> None:
+def test_page_copy_refuses_wrong_sizes() -> None:
     planes = make_planes(64)
     pool, before = PoolPlanes.of(planes), copies_of(planes)
     good = make_copy([1, 2], (128, 128))
@@ -168,7 +170,7 @@ def test_wrong_sizes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 4, 8])
-def test_words_are_no_wider_than_the_pool_is_aligned(
+def test_page_copy_words_are_no_wider_than_the_pool_alignment(
     offset: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel that is promised more than the addresses hold writes to others' memory, or traps."""

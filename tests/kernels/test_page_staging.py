@@ -61,7 +61,7 @@ def make_image(
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("num_planes", [1, 2])
 @pytest.mark.parametrize("limit", [300, 1024, 4096, 5000, 20000, 100000])
-def test_write_in_parts_of_any_size_equals_the_image(
+def test_staged_write_in_parts_of_any_size_equals_the_image(
     limit: int, num_planes: int, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pool is compared whole: padding and other slots keep their content."""
@@ -97,7 +97,7 @@ def test_write_in_parts_of_any_size_equals_the_image(
 
 
 @pytest.mark.parametrize("num_planes", [1, 2])
-def test_write_after_warm_up_allocates_nothing_on_the_device(
+def test_staged_write_after_warm_up_allocates_no_device_memory(
     num_planes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one layer of an adapter larger than the staging buffer, and with layers smaller."""

@@ -27,7 +27,7 @@ def test_unknown_base_skips_shapes_only(adapter: Path) -> None:
     assert_in(refusal(adapter, base), "rank 4", "r=16")
 
 
-def test_base_from_a_folder(tmp_path: Path) -> None:
+def test_base_shapes_are_read_from_a_model_folder(tmp_path: Path) -> None:
     tiny_config("Llama").save_pretrained(str(tmp_path))
     base = BaseShapes.from_pretrained(str(tmp_path))
     assert base == BaseShapes.from_config(tiny_config("Llama"))
@@ -47,7 +47,7 @@ def test_base_from_a_folder(tmp_path: Path) -> None:
     ],
     ids=lambda config: str(config["quant_method"]),
 )
-def test_a_quantised_base_has_the_shapes_of_its_modules(
+def test_quantised_base_has_its_unpacked_module_shapes(
     tmp_path: Path, quantization: dict[str, object]
 ) -> None:
     """Not those of its packed weights, which may also need packages that are not there."""
@@ -59,14 +59,14 @@ def test_a_quantised_base_has_the_shapes_of_its_modules(
 
 
 @pytest.mark.parametrize("content", ['{"model_type": "never_heard_of"}', "{", '{"x": 1}'])
-def test_base_that_cannot_be_built(tmp_path: Path, content: str) -> None:
+def test_unbuildable_base_gives_a_reason_and_no_shapes(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     base = BaseShapes.from_pretrained(str(tmp_path))
     assert base.reason and str(tmp_path) in base.reason
     assert not base.modules
 
 
-def test_text_model_inside_a_multimodal_wrapper(saved: Path) -> None:
+def test_base_shapes_find_the_text_model_of_a_multimodal_one(saved: Path) -> None:
     import transformers
 
     text = SIZES | {"sliding_window": None}

@@ -43,13 +43,13 @@ def test_register_and_get() -> None:
         adapter_table.register("a", num_slots=5, pinned=False, version="v")
 
 
-def test_kv_of_an_unknown_adapter_is_of_a_retired_one() -> None:
+def test_unknown_adapter_id_is_registered_as_retired() -> None:
     adapter_table = AdapterTable()
     assert adapter_table.get("gone").retired
     assert adapter_table.get("gone") is adapter_table.get("gone")
 
 
-def test_only_an_empty_adapter_is_removed() -> None:
+def test_only_an_adapter_without_kv_is_removed() -> None:
     adapter_table = AdapterTable()
     adapter = adapter_table.register("a", num_slots=5, pinned=False, version="v")
     adapter_table.count_kv(adapter, device=1, host=0)
@@ -59,7 +59,7 @@ def test_only_an_empty_adapter_is_removed() -> None:
         adapter_table.remove("a")
 
 
-def test_slots() -> None:
+def test_adapter_table_sums_pinned_and_resident_slots() -> None:
     adapter_table = AdapterTable()
     adapter_table.register("a", num_slots=5, pinned=True, version="v")
     adapter_table.set_resident(
@@ -80,7 +80,7 @@ def test_slots() -> None:
     assert (adapter_table.resident_slots, adapter_table.num_resident) == (0, 0)
 
 
-def test_pins_are_counted_once() -> None:
+def test_pinning_twice_counts_slots_once() -> None:
     adapter_table = AdapterTable()
     adapter = adapter_table.register("a", num_slots=5, pinned=False, version="v")
     for _ in range(2):
@@ -92,7 +92,7 @@ def test_pins_are_counted_once() -> None:
     adapter_table.check_invariants()
 
 
-def test_what_changed_is_told_once_and_in_order() -> None:
+def test_changed_since_lists_each_change_once_in_order() -> None:
     adapter_table = AdapterTable()
     a = adapter_table.register("a", num_slots=5, pinned=False, version="v")
     adapter_table.register("b", num_slots=7, pinned=False, version="v")
@@ -107,7 +107,7 @@ def test_what_changed_is_told_once_and_in_order() -> None:
     assert [adapter_id for adapter_id, _ in adapter_table.changed_since(0)] == ["a"]
 
 
-def test_reset_keeps_adapters_and_drops_what_they_hold() -> None:
+def test_reset_keeps_adapters_and_drops_their_slots_and_kv() -> None:
     adapter_table = AdapterTable()
     adapter = adapter_table.register("a", num_slots=5, pinned=False, version="v")
     adapter_table.set_resident(adapter, True)
@@ -127,7 +127,7 @@ def test_reset_keeps_adapters_and_drops_what_they_hold() -> None:
     adapter_table.check_invariants()
 
 
-def test_kv_without_its_adapter_is_invalid() -> None:
+def test_kv_tokens_of_a_nonresident_adapter_are_invalid() -> None:
     adapter = AdapterTable().register("a", num_slots=5, pinned=False, version="v")
     adapter.device_tokens = 8
     assert adapter.invalid_tokens == 8
@@ -146,7 +146,7 @@ class CountedAdapters(dict[str, Adapter]):
             yield adapter
 
 
-def test_sums_and_the_largest_unpinned_adapter_are_found_without_a_look_at_all_adapters() -> None:
+def test_adapter_table_sums_need_no_scan_of_all_adapters() -> None:
     adapter_table = AdapterTable()
     for i in range(2000):
         adapter_table.register(str(i), num_slots=[8, 16, 32][i % 3], pinned=i % 5 == 0, version="v")
@@ -168,7 +168,7 @@ def test_sums_and_the_largest_unpinned_adapter_are_found_without_a_look_at_all_a
     adapter_table.check_invariants()
 
 
-def test_retired_adapters_are_returned_in_turns_and_told_of_when_they_are_removed() -> None:
+def test_next_retired_rotates_and_removal_calls_on_removed() -> None:
     adapter_table, removed = AdapterTable(), []
     adapter_table.on_removed = removed.append
     assert adapter_table.next_retired() is None

@@ -81,7 +81,7 @@ P = "base_model.model."
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_tensor_refused(
+def test_bad_tensor_is_refused(
     adapter: Path, base: BaseShapes, change: Callable[[Tensors], None], parts: list[str]
 ) -> None:
     edit_tensors(adapter, change)
@@ -89,7 +89,9 @@ def test_tensor_refused(
 
 
 @pytest.mark.parametrize("name", [f"{P}model.embed_tokens", f"{P}lm_head"])
-def test_grown_vocabulary(adapter: Path, base: BaseShapes, name: str) -> None:
+def test_adapter_with_a_grown_vocabulary_is_refused(
+    adapter: Path, base: BaseShapes, name: str
+) -> None:
     embedding = "embed_tokens" in name
     kind = "lora_embedding_" if embedding else "lora_"
     end = "" if embedding else ".weight"
@@ -119,42 +121,44 @@ def test_grown_vocabulary(adapter: Path, base: BaseShapes, name: str) -> None:
     ],
     ids=str,
 )
-def test_refused_as_peft_saves_it(
+def test_unsupported_peft_options_are_refused_as_saved(
     options: dict[str, Any], parts: list[str], tmp_path: Path, base: BaseShapes
 ) -> None:
     assert_in(refusal(save_adapter(tmp_path / "x", **options), base), *parts)
 
 
-def test_trained_biases_of_qwen2(tmp_path: Path) -> None:
+def test_trained_biases_of_qwen2_are_refused(tmp_path: Path) -> None:
     base = BaseShapes.from_config(tiny_config("Qwen2"))
     folder = save_adapter(tmp_path / "x", "Qwen2", bias="lora_only")
     assert_in(refusal(folder, base), WEIGHTS, "q_proj", "trained bias")
 
 
-def test_adapter_of_another_base_model(adapter: Path) -> None:
+def test_adapter_of_another_base_model_is_refused(adapter: Path) -> None:
     base = BaseShapes.from_config(tiny_config("Llama", hidden_size=128))
     edit_config(adapter, base_model_name_or_path="org/small")
     text = refusal(adapter, base)
     assert_in(text, "input size 64", "has 128", "'org/small'", "more like this")
 
 
-def test_rank_of_config_differs_everywhere(adapter: Path, base: BaseShapes) -> None:
+def test_rank_that_differs_from_the_config_is_refused(adapter: Path, base: BaseShapes) -> None:
     edit_config(adapter, r=16)
     text = refusal(adapter, base)
     assert_in(text, WEIGHTS, "rank 4", "r=16", f"and {7 * 2 * LAYERS - 3} more like this")
 
 
-def test_weights_outside_target_modules(adapter: Path, base: BaseShapes) -> None:
+def test_weights_outside_target_modules_are_refused(adapter: Path, base: BaseShapes) -> None:
     edit_config(adapter, target_modules=[m for m in ALL_LINEAR if m != "o_proj"])
     assert_in(refusal(adapter, base), CONFIG, "'o_proj'", "not in target_modules")
 
 
-def test_unknown_target_module(adapter: Path, base: BaseShapes) -> None:
+def test_unknown_target_module_is_refused(adapter: Path, base: BaseShapes) -> None:
     edit_config(adapter, target_modules=[*ALL_LINEAR, "query_key_value"])
     assert_in(refusal(adapter, base), CONFIG, "'query_key_value'", "no weights and no base")
 
 
-def test_target_without_weights_is_fine_if_the_base_has_it(adapter: Path, base: BaseShapes) -> None:
+def test_target_without_weights_is_accepted_if_the_base_has_it(
+    adapter: Path, base: BaseShapes
+) -> None:
     edit_config(adapter, target_modules=[*ALL_LINEAR, "lm_head"])
     check_adapter("a", str(adapter), base)
 
@@ -163,7 +167,7 @@ def test_target_without_weights_is_fine_if_the_base_has_it(adapter: Path, base: 
     ("value", "says"),
     [(float("nan"), "NaN"), (float("-inf"), "infinite"), (-1e37, "1e+37"), (7e4, "at most 65,504")],
 )
-def test_weights_that_are_no_numbers_or_overflow(
+def test_nan_or_overflowing_weights_are_refused(
     adapter: Path, base: BaseShapes, value: float, says: str
 ) -> None:
     def spoil(tensors: Tensors) -> None:

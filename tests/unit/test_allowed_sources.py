@@ -60,7 +60,7 @@ def find(sources: AllowedSources, name: str) -> str | None:
     return path
 
 
-def test_the_first_place_that_has_the_name_counts_and_folders_come_before_urls(
+def test_sources_are_searched_in_order_with_folders_before_urls(
     tmp_path: Path, bucket: str
 ) -> None:
     add(tmp_path / "a" / "sql"), add(tmp_path / "b" / "sql"), add(tmp_path / "b" / "team" / "poem")
@@ -76,14 +76,16 @@ def test_the_first_place_that_has_the_name_counts_and_folders_come_before_urls(
 @pytest.mark.parametrize(
     "name", ["..", "../out", "a/../../out", ".hidden", "/etc", "a//b", "a/", "", "a\\b", "~", "a b"]
 )
-def test_names_that_lead_elsewhere_are_no_names(name: str, tmp_path: Path, bucket: str) -> None:
+def test_adapter_names_that_escape_the_source_are_not_found(
+    name: str, tmp_path: Path, bucket: str
+) -> None:
     for folder in ("out", "in/a", "in/.hidden", "in/a b"):
         add(tmp_path / folder)
     put("memory://bucket/out", adapter_config__json="{}")
     assert find(AllowedSources([str(tmp_path / "in"), bucket]), name) is None
 
 
-def test_links_that_lead_out_are_not_followed(tmp_path: Path) -> None:
+def test_symlinks_out_of_the_source_are_not_followed(tmp_path: Path) -> None:
     outside, inside = add(tmp_path / "outside"), add(tmp_path / "in" / "a")
     (tmp_path / "in" / "linked").symlink_to(outside)
     (inside / "extra.safetensors").symlink_to(outside / WEIGHTS)
@@ -92,7 +94,7 @@ def test_links_that_lead_out_are_not_followed(tmp_path: Path) -> None:
     assert find(sources, "a") is None
 
 
-def test_what_is_missing_is_not_looked_for_again_at_once(
+def test_missing_adapter_is_not_looked_up_again_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times_s = [100.0]
@@ -107,7 +109,7 @@ def test_what_is_missing_is_not_looked_for_again_at_once(
     assert find(sources, "late") == f"{tmp_path}/late"
 
 
-def test_paths_are_allowed_inside_of_a_place_only(tmp_path: Path) -> None:
+def test_paths_are_allowed_inside_the_sources_only(tmp_path: Path) -> None:
     inside, outside = add(tmp_path / "in" / "a"), add(tmp_path / "out")
     (tmp_path / "in" / "linked").symlink_to(outside)
     sources = AllowedSources([str(tmp_path / "in"), "s3://bucket/adapters", "hf://acme"])
@@ -129,19 +131,19 @@ def test_paths_are_allowed_inside_of_a_place_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["relative/folder", "", "simplecache::s3://bucket"])
-def test_a_place_has_to_be_absolute(place: str) -> None:
+def test_relative_source_is_refused(place: str) -> None:
     with pytest.raises(ValueError, match="absolute folder or a URL"):
         AllowedSources([place])
 
 
-def test_urls() -> None:
+def test_is_url_recognises_supported_urls() -> None:
     assert is_url("s3://bucket/a") and is_url("http://127.0.0.1:8000/a") and is_url("hf://acme/a")
     assert not any(
         map(is_url, ("/srv/a", "acme/sql", "C:\\a", "zip::s3://bucket", "s3://", "a b://c"))
     )
 
 
-def test_a_version_is_fetched_once_and_whole(bucket: str, tmp_path: Path) -> None:
+def test_remote_version_is_downloaded_once_and_completely(bucket: str, tmp_path: Path) -> None:
     url = f"{bucket}/sql"
     put(url, adapter_config__json="{}", README__md="text")
     put(url, adapter_model__safetensors="one", adapter_model__bin="not read")
@@ -155,7 +157,7 @@ def test_a_version_is_fetched_once_and_whole(bucket: str, tmp_path: Path) -> Non
     assert sorted(first.parent.iterdir()) == sorted([first, second])
 
 
-def test_a_download_that_breaks_leaves_nothing(
+def test_interrupted_download_leaves_no_files(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def break_off(self: object, size: int = -1) -> bytes:
@@ -168,7 +170,7 @@ def test_a_download_that_breaks_leaves_nothing(
     assert list((tmp_path / "cache").rglob("*.*")) == []
 
 
-def test_errors_name_the_url(bucket: str) -> None:
+def test_download_errors_name_the_url(bucket: str) -> None:
     put(f"{bucket}/empty", README__md="text")
     for url, reason in (
         (f"{bucket}/empty", "there is no adapter_config.json"),
@@ -183,7 +185,7 @@ def test_errors_name_the_url(bucket: str) -> None:
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["told before", "found while it comes"])
-def test_an_adapter_that_is_too_large_is_not_fetched(
+def test_oversized_remote_adapter_is_not_downloaded(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
 ) -> None:
     monkeypatch.setattr(remote, "MAX_ADAPTER_BYTES", 100)
@@ -196,7 +198,7 @@ def test_an_adapter_that_is_too_large_is_not_fetched(
     assert list((tmp_path / "cache").rglob("*.*")) == []
 
 
-def test_the_cache_keeps_what_is_used_and_what_was_used_last(
+def test_download_cache_keeps_adapters_in_use_and_recently_used(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "MAX_CACHE_BYTES", 250)
@@ -215,7 +217,9 @@ def test_the_cache_keeps_what_is_used_and_what_was_used_last(
     keep_only([])
 
 
-def test_no_redirect_leads_to_another_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_does_not_follow_redirects_to_another_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One to the same host does."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     add(tmp_path / "served" / "sql")

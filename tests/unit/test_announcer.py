@@ -39,7 +39,7 @@ class Clock:
         return self.now_s
 
 
-def test_names_are_sent_in_order_and_the_base_model_is_none() -> None:
+def test_announcer_sends_names_in_order_without_the_base_model() -> None:
     server = Server()
     announcer = Announcer(server, Clock())
     announcer.announce(["a", None, "b", ""])
@@ -50,7 +50,7 @@ def test_names_are_sent_in_order_and_the_base_model_is_none() -> None:
     assert announcer.num_announced == 3
 
 
-def test_what_is_queued_travels_together_and_an_unknown_name_stops_no_other() -> None:
+def test_announcer_batches_queued_names_and_retries_them_singly() -> None:
     server = Server(nobody=400)
     announcer = Announcer(server, Clock())
     server.listening.clear()
@@ -64,7 +64,7 @@ def test_what_is_queued_travels_together_and_an_unknown_name_stops_no_other() ->
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_server_that_has_none_or_keeps_it_for_others_is_left_alone(status: int) -> None:
+def test_announcer_is_disabled_if_the_endpoint_is_absent_or_forbidden(status: int) -> None:
     server = Server(a=status)
     announcer = Announcer(server, Clock())
     announcer.announce(["a"])
@@ -74,7 +74,7 @@ def test_a_server_that_has_none_or_keeps_it_for_others_is_left_alone(status: int
     assert server.heard == [["a"]] and not announcer.enabled
 
 
-def test_a_server_that_cannot_be_reached_is_asked_again_later() -> None:
+def test_announcer_retries_an_unreachable_server_after_a_pause() -> None:
     server, clock = Server(), Clock()
     announcer = Announcer(server, clock)
     server.reachable = False
@@ -91,7 +91,7 @@ def test_a_server_that_cannot_be_reached_is_asked_again_later() -> None:
     assert server.heard == [["a"]] and announcer.enabled
 
 
-def test_a_server_that_is_slow_holds_nobody_up() -> None:
+def test_announcer_never_blocks_on_a_slow_server() -> None:
     server = Server()
     announcer = Announcer(server, clock := Clock())
     server.listening.clear()

@@ -66,7 +66,7 @@ def result(side: str, rate: float = 2.0, number: int = 0, ttft_ms: float = 100) 
     return Result("chat", side, number, 10.0, records, None, None, rate, pool)
 
 
-def test_goodput_is_the_share_under_both_bars() -> None:
+def test_goodput_is_the_share_of_requests_within_both_limits() -> None:
     records = [
         record(2, 400),
         record(3, 600),  # late
@@ -79,7 +79,7 @@ def test_goodput_is_the_share_under_both_bars() -> None:
     assert figures(records, 10.0, bars=Bars(700, 70))["goodput"] == 4 / 5
 
 
-def test_native_history_is_what_was_said_token_by_token() -> None:
+def test_native_chat_history_is_the_exact_tokens() -> None:
     talk = Native(SESSION)
     assert talk.ask(TURNS[0])["input_ids"] == [9, 9, 3, 4]
     answer = Answer()
@@ -90,7 +90,7 @@ def test_native_history_is_what_was_said_token_by_token() -> None:
     assert (answer.num_output, answer.num_prompt, answer.num_cached) == (2, 4, 3)
 
 
-def test_texts_of_the_openai_api() -> None:
+def test_openai_stream_events_are_read_into_answers() -> None:
     usage = {
         "prompt_tokens": 8,
         "completion_tokens": 2,
@@ -118,14 +118,14 @@ def test_texts_of_the_openai_api() -> None:
             assert said == [words((9, 9)), words((3, 4)), "one two", words((5,))]
 
 
-def test_an_error_in_the_stream_is_the_answers() -> None:
+def test_stream_error_becomes_the_answers_error() -> None:
     for talk in (Native(SESSION), Completions(SESSION, "m")):
         answer = Answer()
         assert not talk.read({"error": {"message": "no"}}, answer)
         assert answer.error == "{'message': 'no'}"
 
 
-def test_kv_without_its_adapter_is_invalid() -> None:
+def test_bench_pool_sample_counts_kv_without_its_adapter() -> None:
     rows = [
         {"tier": tier, "kv_tokens_device": n}
         for tier, n in (("device", 5), ("host", 3), ("disk", 1))
@@ -138,7 +138,7 @@ def test_kv_without_its_adapter_is_invalid() -> None:
     assert (stock.uses, stock.invalid_kv) == ({"running": 4}, None)
 
 
-def test_quick_and_whole_plans() -> None:
+def test_bench_options_select_quick_or_full_plan() -> None:
     assert plan_of(parse(["--quick"])).sides == QUICK.sides
     assert plan_of(parse(["--quick", "--runs", "2"])).runs == 2
     assert len(plan_of(parse([])).swept_sides) == len(SWEEP)
@@ -147,12 +147,12 @@ def test_quick_and_whole_plans() -> None:
         plan_of(parse(["--duration", "0"]))
 
 
-def test_sides_take_turns_in_being_first() -> None:
+def test_bench_rotates_which_side_runs_first() -> None:
     sides = [make_side(f"elora:{policy}", Sizes(), 8, 100) for policy in ("lru", "gdsf", "elora")]
     assert [side.name for side in rotated(sides, 4)] == ["elora:gdsf", "elora:elora", "elora:lru"]
 
 
-def test_variants_are_functions_of_a_file(tmp_path: Path) -> None:
+def test_bench_variant_plugin_runs_the_named_function(tmp_path: Path) -> None:
     source = tmp_path / "changes.py"
     source.write_text("def slow():\n    pass\n\ndef _inner():\n    pass\n")
     folder, beside = write_plugin(tmp_path / "plugins", source, "slow")
@@ -195,7 +195,7 @@ def answering(status: int, content: Mapping[str, Any]) -> Iterator[str]:
         thread.join()
 
 
-def test_endpoints_by_what_they_serve() -> None:
+def test_bench_endpoint_is_detected_from_its_model_list() -> None:
     with answering(200, CARDS) as url:
         found = find(url, "openai", None, None)
         assert (found.model, found.adapters) == ("m", ("x", "y"))
@@ -208,7 +208,7 @@ def test_endpoints_by_what_they_serve() -> None:
             find(url, "openai", "n", None)
 
 
-def test_endpoints_that_speak_another_language() -> None:
+def test_bench_refuses_endpoints_of_another_api() -> None:
     with (
         answering(200, {"data": [{"id": "m", "owned_by": "vllm"}]}) as url,
         pytest.raises(EndpointError, match="is not SGLang"),
@@ -222,7 +222,7 @@ def test_endpoints_that_speak_another_language() -> None:
         find("http://127.0.0.1:1", "openai", None, None)
 
 
-def test_traces_get_the_servers_adapters() -> None:
+def test_bench_trace_is_assigned_the_servers_adapters() -> None:
     trace = make_trace(CHAT, turns_per_s=4, duration_s=10)
     few = Endpoint("", "openai", "m", ("x", "y"), True)
     assert {session.adapter for session in few.assigned(trace).sessions} == {"x", "y"}
@@ -230,12 +230,12 @@ def test_traces_get_the_servers_adapters() -> None:
     assert {session.adapter for session in none.assigned(trace).sessions} == {""}
 
 
-def test_a_single_run_has_no_range() -> None:
+def test_report_of_a_single_run_has_no_range() -> None:
     assert str(Spread(0.628, 0.628, 0.628)) == "0.628"
     assert str(Spread(0.5, 0.6, 0.7)) == "0.600 (0.500 to 0.700)"
 
 
-def test_tables_are_neither_folded_nor_cut() -> None:
+def test_report_tables_are_not_wrapped_or_truncated() -> None:
     rows = [["a" * 150, "1"], ["b", "[red]"]]
     assert plain_table(["", "x" * 150], rows).splitlines()[1].split() == ["a" * 150, "1"]
     head, rule, first, second = markdown_table(["side", "n"], rows).splitlines()
@@ -243,13 +243,13 @@ def test_tables_are_neither_folded_nor_cut() -> None:
     assert first.split("|")[1].strip() == "a" * 150 and "[red]" in second
 
 
-def test_rates_are_blocks_of_their_own() -> None:
+def test_report_groups_results_by_rate() -> None:
     results = [result("stock-default", rate) for rate in (2.0, 4.0)]
     assert list(by_block(results)) == ["chat at 2 turns/s", "chat at 4 turns/s"]
     assert list(by_block(results[:1])) == ["chat"]
 
 
-def test_plots_and_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
+def test_report_writes_plots_and_a_self_contained_page(tmp_path: Path) -> None:
     results = [
         result(side, rate, number, ttft_ms)
         for side, ttft_ms in (("stock-default", 300), ("stock-tuned:8", 200), ("elora:elora", 100))
@@ -269,7 +269,7 @@ def test_plots_and_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
     assert "Not told by the servers of stock-default, stock-tuned:8" in text
 
 
-def test_rows_become_results_again() -> None:
+def test_bench_rows_are_read_back_into_results() -> None:
     before = result("elora:lru")
     row = {
         "side": "elora:lru",

@@ -15,14 +15,14 @@ from sglang_elora.launch_server import split_arguments
 ROOT = Path(__file__).parents[2]
 
 
-def test_defaults_are_off() -> None:
+def test_config_defaults_are_off() -> None:
     config = EloraConfig.from_env({})
     assert config == EloraConfig()
     assert not config.enabled
     assert not config.emulates_link
 
 
-def test_environment_carries_every_field() -> None:
+def test_config_environment_round_trips_every_field() -> None:
     config = EloraConfig(
         enabled=True, bad_adapter="exit", link_gbytes_per_s=12.5, link_latency_us=8.0
     )
@@ -45,7 +45,9 @@ def test_environment_carries_every_field() -> None:
         ({"SGLANG_ELORA_TYPO": "1"}, "unknown environment variable SGLANG_ELORA_TYPO"),
     ],
 )
-def test_bad_environment(environ: dict[str, str], named: str) -> None:
+def test_bad_config_environment_is_refused_naming_the_variable(
+    environ: dict[str, str], named: str
+) -> None:
     with pytest.raises(ValueError, match=r".") as error:
         EloraConfig.from_env(environ)
     assert named in str(error.value)
@@ -97,7 +99,7 @@ def test_flags_in_the_readme_have_the_defaults_of_the_config() -> None:
 @pytest.mark.parametrize(
     "name", ["README.md", "pyproject.toml", "requirements/cpu.lock", "patches/README.md"]
 )
-def test_one_pin_everywhere(name: str) -> None:
+def test_sglang_pin_is_the_same_in_every_file(name: str) -> None:
     text = (ROOT / name).read_text()
     assert f"sglang=={SGLANG_PIN}" in text
     assert text.count("sglang==") == text.count(f"sglang=={SGLANG_PIN}")
@@ -112,6 +114,8 @@ def test_one_pin_everywhere(name: str) -> None:
         ({"check_streams": "7", "enabled": True, "link_gbytes_per_s": 1.0}, "give one of them"),
     ],
 )
-def test_check_streams_refuses_what_it_cannot_do(values: dict[str, Any], text: str) -> None:
+def test_check_streams_config_refuses_unsupported_combinations(
+    values: dict[str, Any], text: str
+) -> None:
     with pytest.raises(ValueError, match=text):
         EloraConfig(**values)

@@ -32,7 +32,7 @@ def of(series: Series, name: str, **labels: str) -> float:
     return series[name, frozenset({"model_name": "demo", **labels}.items())]
 
 
-def test_what_is_mirrored_is_scraped() -> None:
+def test_metrics_export_the_mirrored_state() -> None:
     mirror = StateMirror()
     load_s = Histogram()
     for seconds in (0.0007, 0.003, 9.0):
@@ -67,12 +67,12 @@ def test_what_is_mirrored_is_scraped() -> None:
     assert len(info) == 1
 
 
-def test_before_anything_is_known_nothing_is_claimed() -> None:
+def test_metrics_are_empty_before_the_first_state() -> None:
     assert scraped(StateMirror()) == {}
 
 
 @pytest.mark.parametrize("bound", SECONDS)
-def test_a_bound_belongs_to_its_range(bound: float) -> None:
+def test_histogram_bucket_includes_its_upper_bound(bound: float) -> None:
     histogram = Histogram()
     histogram.observe(bound)
     assert dict(histogram.cumulative())[str(bound)] == 1

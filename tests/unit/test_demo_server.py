@@ -52,7 +52,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_serves_and_ends(folder: Path) -> None:
+def test_demo_server_serves_and_stops(folder: Path) -> None:
     with fake_server(folder) as server:
         assert httpx.get(f"{server.url}/health").status_code == 200
         assert server.url == f"http://127.0.0.1:{server.port}"
@@ -65,13 +65,13 @@ def test_serves_and_ends(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyError("body"), KeyboardInterrupt(), SystemExit(1)])
-def test_ends_when_the_body_raises(folder: Path, error: BaseException) -> None:
+def test_demo_server_stops_when_the_body_raises(folder: Path, error: BaseException) -> None:
     with pytest.raises(type(error)), fake_server(folder):
         raise error
     assert running(folder) == []
 
 
-def test_ends_children_of_a_crashed_server(folder: Path) -> None:
+def test_demo_server_ends_children_of_a_crashed_server(folder: Path) -> None:
     with fake_server(folder) as server:
         httpx.get(f"{server.url}/crash")
         while server.returncode is None:
@@ -81,7 +81,7 @@ def test_ends_children_of_a_crashed_server(folder: Path) -> None:
     assert server.returncode == 1
 
 
-def test_early_exit_shows_the_log(folder: Path) -> None:
+def test_demo_server_early_exit_shows_the_log(folder: Path) -> None:
     with pytest.raises(ServerStartError) as caught, fake_server(folder, ["--fail"]):
         pass
     text = str(caught.value)
@@ -92,7 +92,7 @@ def test_early_exit_shows_the_log(folder: Path) -> None:
     assert running(folder) == []
 
 
-def test_start_up_timeout(folder: Path) -> None:
+def test_demo_server_start_up_timeout_is_an_error(folder: Path) -> None:
     with (
         pytest.raises(ServerStartError, match="was not healthy after 2 s"),
         fake_server(folder, ["--never-healthy"], timeout_s=2),
@@ -102,7 +102,9 @@ def test_start_up_timeout(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_ends_when_its_owner_is_told_to(folder: Path, number: signal.Signals) -> None:
+def test_demo_server_stops_when_its_owner_gets_a_signal(
+    folder: Path, number: signal.Signals
+) -> None:
     owner = subprocess.Popen(
         [sys.executable, "-c", source("hold_server"), str(folder / "server.log")],
         stdout=subprocess.PIPE,
@@ -118,7 +120,7 @@ def test_ends_when_its_owner_is_told_to(folder: Path, number: signal.Signals) ->
     assert running(folder) == []
 
 
-def test_stop_twice_and_before_start(folder: Path) -> None:
+def test_demo_server_stop_is_idempotent(folder: Path) -> None:
     server = fake_server(folder)
     server.stop()
     with pytest.raises(RuntimeError, match="not started"):

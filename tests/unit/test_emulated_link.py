@@ -45,7 +45,7 @@ def test_copy_on_a_compute_stream_blocks_for_latency_and_bytes(link: Link, clock
     assert (link.num_copies, link.num_bytes) == (1, 2000)
 
 
-def test_copy_on_a_copy_stream_blocks_who_waits_for_its_event(
+def test_copy_on_a_copy_stream_blocks_waiters_of_its_event(
     link: Link, clock: Clock, copy_stream: Stream
 ) -> None:
     event = Event(link)
@@ -60,14 +60,18 @@ def test_copy_on_a_copy_stream_blocks_who_waits_for_its_event(
     assert event.query()
 
 
-def test_copies_share_one_link(link: Link, clock: Clock, copy_stream: Stream) -> None:
+def test_copies_on_two_streams_share_one_link(
+    link: Link, clock: Clock, copy_stream: Stream
+) -> None:
     with StreamContext(copy_stream):
         link.copy(1000)
     link.copy(0)  # on the compute stream: queues behind the copy above
     assert clock.now_s == pytest.approx(102.0)
 
 
-def test_layers_become_ready_one_by_one(link: Link, clock: Clock, copy_stream: Stream) -> None:
+def test_layer_events_become_ready_one_by_one(
+    link: Link, clock: Clock, copy_stream: Stream
+) -> None:
     events = [Event(link) for _ in range(3)]
     with StreamContext(copy_stream):
         for event in events:
@@ -79,7 +83,7 @@ def test_layers_become_ready_one_by_one(link: Link, clock: Clock, copy_stream: S
     assert events[0].elapsed_time(events[2]) == pytest.approx(2000.0)
 
 
-def test_a_copy_stream_that_waits_does_not_block_the_host(
+def test_waiting_copy_stream_does_not_block_the_host(
     link: Link, clock: Clock, copy_stream: Stream
 ) -> None:
     first, second = Stream(link), copy_stream
@@ -99,7 +103,7 @@ def test_event_on_an_idle_stream_is_ready_at_once(link: Link, clock: Clock) -> N
     assert clock.now_s == 100.0
 
 
-def test_contexts_nest_and_are_reusable(link: Link, copy_stream: Stream) -> None:
+def test_stream_contexts_nest_and_are_reusable(link: Link, copy_stream: Stream) -> None:
     outer = link.current_stream()
     context = StreamContext(copy_stream)
     for _ in range(2):
@@ -110,7 +114,7 @@ def test_contexts_nest_and_are_reusable(link: Link, copy_stream: Stream) -> None
         assert link.current_stream() is outer
 
 
-def test_install_replaces_what_device_agnostic_code_uses(link: Link) -> None:
+def test_install_replaces_the_stream_api_of_the_device_module(link: Link) -> None:
     module = types.SimpleNamespace()
     link.install(module)
     stream = module.Stream(priority=0)

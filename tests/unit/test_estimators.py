@@ -12,7 +12,7 @@ from sglang_elora.estimators import BatchSize, LinkCost, Popularity, PrefillCost
 from sglang_elora.estimators.popularity import MOST_ROWS
 
 
-def test_low_lora_by_hand() -> None:
+def test_expected_distinct_equals_a_hand_computed_value() -> None:
     """Shares 0.5, 0.25, 0.25 and batches of two: 0.75 + 2 * 0.4375."""
     popularity = Popularity(half_lives=(1e12, 1e12))
     for adapter_id in "aabc":
@@ -25,14 +25,14 @@ def test_low_lora_by_hand() -> None:
     assert popularity.expected_distinct(1e6) == pytest.approx(3)
 
 
-def test_nobody_was_asked_for() -> None:
+def test_popularity_without_requests_is_zero() -> None:
     popularity = Popularity()
     assert popularity.expected_distinct(8) == 0
     assert popularity.share("a") == 0
     popularity.forget("a")
 
 
-def test_popularity_follows_a_change_and_remembers() -> None:
+def test_popularity_follows_a_change_and_keeps_long_term_shares() -> None:
     popularity = Popularity(half_lives=(10, 1000))
     for _ in range(500):
         popularity.use("old")
@@ -43,7 +43,7 @@ def test_popularity_follows_a_change_and_remembers() -> None:
     assert popularity.share("old") + popularity.share("new") == pytest.approx(1)
 
 
-def test_a_forgotten_adapter_leaves_its_share_and_its_place() -> None:
+def test_popularity_of_a_forgotten_adapter_is_redistributed() -> None:
     popularity = Popularity()
     for adapter_id in "ab":
         popularity.use(adapter_id)
@@ -54,7 +54,7 @@ def test_a_forgotten_adapter_leaves_its_share_and_its_place() -> None:
     assert popularity.share("b") + popularity.share("c") == pytest.approx(1)
 
 
-def test_weights_do_not_overflow() -> None:
+def test_popularity_weights_do_not_overflow() -> None:
     popularity = Popularity(half_lives=(1, 2))
     for i in range(5000):
         popularity.use(str(i % 3))
@@ -62,14 +62,16 @@ def test_weights_do_not_overflow() -> None:
 
 
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=60), st.floats(1, 64))
-def test_distinct_adapters_are_no_more_than_there_are(uses: list[str], batch: float) -> None:
+def test_expected_distinct_is_bounded_by_batch_and_adapters_seen(
+    uses: list[str], batch: float
+) -> None:
     popularity = Popularity()
     for adapter_id in uses:
         popularity.use(adapter_id)
     assert 0.99 <= popularity.expected_distinct(batch) <= min(batch, len(set(uses))) + 1e-6
 
 
-def test_batch_size_over_the_last_five_seconds() -> None:
+def test_batch_size_is_the_mean_of_the_last_five_seconds() -> None:
     sizes = BatchSize()
     assert sizes.mean == 1
     for time_s, size in [(0.0, 100), (1.0, 2), (5.5, 4)]:
@@ -79,7 +81,7 @@ def test_batch_size_over_the_last_five_seconds() -> None:
     assert sizes.mean == 7
 
 
-def test_prefill_cost_is_found_again() -> None:
+def test_prefill_cost_fit_recovers_the_true_rates() -> None:
     rng, cost = random.Random(0), PrefillCost()
     for _ in range(300):
         batch = [(rng.randint(10, 2000), rng.randint(0, 4000)) for _ in range(rng.randint(1, 4))]
@@ -92,7 +94,7 @@ def test_prefill_cost_is_found_again() -> None:
     assert cost.seconds(1000, 500) == pytest.approx(4e-3 + 90e-3 + 8e-6 * 1000, rel=0.05)
 
 
-def test_prefill_cost_follows_a_change() -> None:
+def test_prefill_cost_fit_follows_a_change() -> None:
     cost = PrefillCost()
     for per_token in (30e-6, 120e-6):
         for i in range(800):
@@ -100,7 +102,7 @@ def test_prefill_cost_follows_a_change() -> None:
     assert cost.rates()[0] == pytest.approx(120e-6, rel=0.1)
 
 
-def test_one_size_alone_does_not_upset_the_fit() -> None:
+def test_prefill_cost_fit_is_stable_for_batches_of_one_size() -> None:
     """Batches that are alike cannot tell a constant from a rate; the sum must still be right."""
     cost = PrefillCost()
     for _ in range(200):
@@ -109,7 +111,7 @@ def test_one_size_alone_does_not_upset_the_fit() -> None:
     assert 0 < cost.rates()[0] < 1.01 * 10e-3 / 256
 
 
-def test_short_turns_behind_long_contexts_do_not_make_tokens_free() -> None:
+def test_prefill_cost_per_token_stays_positive_with_long_contexts() -> None:
     """A machine on which context costs more than the model of the cost can say."""
     rng, cost = random.Random(0), PrefillCost()
     for _ in range(300):
@@ -118,13 +120,13 @@ def test_short_turns_behind_long_contexts_do_not_make_tokens_free() -> None:
     assert 100e-6 < cost.rates()[0] < 400e-6
 
 
-def test_before_anything_is_measured_the_start_is_returned() -> None:
+def test_cost_estimators_return_their_initial_value_unmeasured() -> None:
     assert PrefillCost(50e-6).rates()[0] == pytest.approx(50e-6)
     assert LinkCost(3e-6, 20e-6).rates()[0] == pytest.approx(3e-6)
     assert LinkCost(3e-6, 20e-6).rates()[1] == pytest.approx(20e-6)
 
 
-def test_link_cost_is_found_again() -> None:
+def test_link_cost_fit_recovers_the_true_rates() -> None:
     rng, cost = random.Random(0), LinkCost()
     for _ in range(100):
         slots = rng.choice([170, 700, 2700])
@@ -133,7 +135,7 @@ def test_link_cost_is_found_again() -> None:
     assert cost.rates()[1] == pytest.approx(200e-6, rel=0.3)
 
 
-def test_popularity_keeps_a_bounded_number_of_rows_and_the_last_ones_used() -> None:
+def test_popularity_keeps_the_most_recently_used_rows_only() -> None:
     popularity = Popularity()
     for i in range(3 * MOST_ROWS):
         popularity.use(str(i))
@@ -146,9 +148,7 @@ def test_popularity_keeps_a_bounded_number_of_rows_and_the_last_ones_used() -> N
     assert popularity.share(str(2 * MOST_ROWS)) > popularity.share(str(2 * MOST_ROWS + 1)) == 0
 
 
-def test_popularity_of_adapters_that_come_and_go_takes_no_more_rows_than_there_are_at_once() -> (
-    None
-):
+def test_popularity_reuses_rows_of_forgotten_adapters() -> None:
     popularity = Popularity()
     for i in range(10_000):
         popularity.use(str(i))

@@ -33,14 +33,14 @@ def new_order() -> EvictionOrder[Leaf]:
     return EvictionOrder(lambda leaf: leaf.visited)
 
 
-def test_lowest_first_and_ties_first_in_first_out() -> None:
+def test_eviction_order_is_lowest_first_with_fifo_ties() -> None:
     leaves = new_order()
     for name, visited in enumerate([5, 1, 3, 1, 5]):
         leaves.add(Leaf(name, visited))
     assert order_of(leaves) == [1, 3, 2, 0, 4]
 
 
-def test_a_visit_moves_a_leaf_back() -> None:
+def test_visited_leaf_moves_later_in_the_order() -> None:
     leaves = new_order()
     first, second = Leaf(1, 1), Leaf(2, 2)
     leaves.add(first)
@@ -49,7 +49,7 @@ def test_a_visit_moves_a_leaf_back() -> None:
     assert order_of(leaves) == [2, 1]
 
 
-def test_taken_leaf_is_met_once_until_given_back() -> None:
+def test_taken_leaf_is_not_taken_again_until_returned() -> None:
     leaves = new_order()
     leaf = Leaf(1)
     leaves.add(leaf)
@@ -60,7 +60,7 @@ def test_taken_leaf_is_met_once_until_given_back() -> None:
     assert leaves.take_lowest() is leaf
 
 
-def test_what_is_given_back_stands_among_equals_where_it_was() -> None:
+def test_returned_leaf_keeps_its_tie_order() -> None:
     leaves = new_order()
     for name in range(4):
         leaves.add(Leaf(name))
@@ -70,7 +70,7 @@ def test_what_is_given_back_stands_among_equals_where_it_was() -> None:
     assert order_of(leaves) == [0, 1, 2, 3]
 
 
-def test_the_lowest_rank_is_that_of_what_is_taken_next() -> None:
+def test_lowest_rank_is_the_rank_of_the_next_victim() -> None:
     leaves: EvictionOrder[Leaf] = EvictionOrder(
         lambda leaf: leaf.visited,
         lambda leaf: leaf.name % 2,
@@ -83,7 +83,7 @@ def test_the_lowest_rank_is_that_of_what_is_taken_next() -> None:
     assert order_of(leaves) == [1, 0, 2]
 
 
-def test_taken_leaf_that_left_and_came_again_waits_again() -> None:
+def test_taken_leaf_that_is_removed_and_added_is_taken_again() -> None:
     leaves = new_order()
     leaf = Leaf(1)
     leaves.add(leaf)
@@ -97,7 +97,7 @@ def test_taken_leaf_that_left_and_came_again_waits_again() -> None:
     assert order_of(leaves) == []
 
 
-def test_compares_and_subtracts_as_a_set() -> None:
+def test_eviction_order_compares_and_subtracts_as_a_set() -> None:
     leaves = new_order()
     one, two = Leaf(1), Leaf(2)
     leaves.add(one)
@@ -109,7 +109,7 @@ def test_compares_and_subtracts_as_a_set() -> None:
     assert len(leaves) == 1
 
 
-def test_heap_stays_small_when_leaves_come_and_go() -> None:
+def test_heap_stays_small_under_repeated_add_and_discard() -> None:
     leaves = new_order()
     nodes = [Leaf(i) for i in range(10)]
     for _ in range(1000):
@@ -119,7 +119,7 @@ def test_heap_stays_small_when_leaves_come_and_go() -> None:
     assert leaves._num_in_heaps < 200
 
 
-def test_check_finds_a_priority_that_fell() -> None:
+def test_invariant_check_finds_a_decreased_priority() -> None:
     leaves = new_order()
     leaf = Leaf(1, visited=5)
     leaves.add(leaf)
@@ -142,7 +142,7 @@ class Model:
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**32 - 1))
-def test_any_history(seed: int) -> None:
+def test_eviction_order_equals_the_model_over_random_histories(seed: int) -> None:
     """Random adds, visits, discards and takes: always a leaf of the lowest priority is taken."""
     rng, clock = random.Random(seed), count(1)
     leaves, model = new_order(), Model()
@@ -174,7 +174,7 @@ def test_any_history(seed: int) -> None:
         assert leaves == set(model.members)
 
 
-def test_the_order_is_the_same_in_processes_that_hash_differently() -> None:
+def test_eviction_order_does_not_depend_on_string_hashes() -> None:
     """Tensor-parallel ranks hash strings differently, and ties between kinds are common."""
 
     @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def test_the_order_is_the_same_in_processes_that_hash_differently() -> None:
     assert all(victims(salt) == first for salt in (1, 2, 3))
 
 
-def test_a_search_looks_at_few_kinds_when_all_change_and_later_ones_find_the_rest() -> None:
+def test_take_lowest_asks_few_class_ranks_when_all_change() -> None:
     num_kinds, asked = 400, 0
     worth = dict(enumerate(random.Random(0).choices(range(10**6), k=num_kinds)))
 

@@ -59,9 +59,7 @@ def filled(num_leaves: int, num_kinds: int = 1) -> tuple[EvictionOrder[Leaf], li
 
 
 @pytest.mark.parametrize(("num_leaves", "num_kinds"), [(NUM_LEAVES, 1), (10_000, 5_000)])
-def test_no_push_passes_over_all_entries_and_heaps_stay_below_three_per_member(
-    num_leaves: int, num_kinds: int
-) -> None:
+def test_pushes_do_bounded_work_and_heaps_stay_small(num_leaves: int, num_kinds: int) -> None:
     order, leaves = filled(num_leaves, num_kinds)
     rng, most_work, most_entries = random.Random(0), 0, 0
     for _ in range(5 * num_leaves // 2):
@@ -72,7 +70,7 @@ def test_no_push_passes_over_all_entries_and_heaps_stay_below_three_per_member(
     order.check_invariants()
 
 
-def test_entries_of_leaves_that_left_are_swept_by_pushes_and_by_refresh() -> None:
+def test_stale_heap_entries_are_swept_by_pushes_and_refresh() -> None:
     order, leaves = filled(NUM_LEAVES)
     for leaf in leaves[1000:]:
         order.discard(leaf)
@@ -87,7 +85,7 @@ def test_entries_of_leaves_that_left_are_swept_by_pushes_and_by_refresh() -> Non
     order.check_invariants()
 
 
-def test_refreshes_leave_no_run_of_visited_leaves_for_one_search() -> None:
+def test_refresh_spreads_the_work_of_many_visited_leaves() -> None:
     order, leaves = filled(NUM_LEAVES)
     for leaf in leaves[1:]:
         leaf.visited = Priority(leaf.visited + NUM_LEAVES)
@@ -97,7 +95,7 @@ def test_refreshes_leave_no_run_of_visited_leaves_for_one_search() -> None:
     assert work_of(order.take_lowest) <= MOST_PER_CALL
 
 
-def test_a_kind_that_is_emptied_and_filled_again_has_one_turn() -> None:
+def test_emptied_and_refilled_class_has_one_ranking_entry() -> None:
     order: EvictionOrder[Leaf] = EvictionOrder(lambda leaf: leaf.visited, lambda leaf: leaf.name)
     leaves = [Leaf(name) for name in range(20)]
     for _ in range(200):
@@ -112,7 +110,7 @@ def test_a_kind_that_is_emptied_and_filled_again_has_one_turn() -> None:
     order.check_invariants()
 
 
-def test_the_ranking_of_many_kinds_is_swept_and_not_rebuilt() -> None:
+def test_class_ranking_is_swept_in_parts_not_rebuilt() -> None:
     num_kinds = 5_000
     order: EvictionOrder[Leaf] = EvictionOrder(
         lambda leaf: leaf.visited, lambda leaf: leaf.name, lambda kind, lowest: Priority(lowest)
@@ -129,7 +127,7 @@ def test_the_ranking_of_many_kinds_is_swept_and_not_rebuilt() -> None:
     order.check_invariants()
 
 
-def test_a_swept_heap_yields_what_a_sorted_list_does_whenever_it_is_swept() -> None:
+def test_swept_heap_equals_a_sorted_list_whenever_swept() -> None:
     rng = random.Random(0)
     heap: SweptHeap[tuple[int, int]] = SweptHeap()
     expected: list[tuple[int, int]] = []

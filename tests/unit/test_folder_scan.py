@@ -20,7 +20,7 @@ def names(scan: FolderScan) -> list[str]:
     return [found.name for found in scan.scan()]
 
 
-def test_each_adapter_is_found_once_in_order_and_again_when_it_changes(tmp_path: Path) -> None:
+def test_folder_scan_reports_each_adapter_once_and_again_on_change(tmp_path: Path) -> None:
     scan = FolderScan(tmp_path)
     add(tmp_path / "b"), add(tmp_path / "a")
     assert [names(scan) for _ in range(3)] == [[], ["a", "b"], []]
@@ -28,7 +28,7 @@ def test_each_adapter_is_found_once_in_order_and_again_when_it_changes(tmp_path:
     assert [names(scan) for _ in range(3)] == [[], ["a"], []]
 
 
-def test_what_is_still_written_is_left_for_later(tmp_path: Path) -> None:
+def test_folder_scan_skips_adapters_still_being_written(tmp_path: Path) -> None:
     scan = FolderScan(tmp_path)
     for i in range(3):
         add(tmp_path / "a", "{" + i * " ")
@@ -36,7 +36,7 @@ def test_what_is_still_written_is_left_for_later(tmp_path: Path) -> None:
     assert names(scan) == ["a"]
 
 
-def test_an_adapter_that_went_and_came_back_is_found_again(tmp_path: Path) -> None:
+def test_folder_scan_reports_a_removed_and_restored_adapter_again(tmp_path: Path) -> None:
     scan = FolderScan(tmp_path)
     add(tmp_path / "a")
     assert [names(scan) for _ in range(2)] == [[], ["a"]]
@@ -46,7 +46,7 @@ def test_an_adapter_that_went_and_came_back_is_found_again(tmp_path: Path) -> No
     assert [names(scan) for _ in range(2)] == [[], ["a"]]
 
 
-def test_what_is_no_adapter_is_left_alone(tmp_path: Path) -> None:
+def test_folder_scan_ignores_other_files_and_folders(tmp_path: Path) -> None:
     add(tmp_path / ".hidden")
     (tmp_path / "empty").mkdir()
     (tmp_path / "adapter_config.json").write_text("{}")
@@ -56,7 +56,7 @@ def test_what_is_no_adapter_is_left_alone(tmp_path: Path) -> None:
         assert [names(scan) for _ in range(3)] == [[], [], []]
 
 
-def test_a_folder_that_stays_without_a_config_is_named_once_and_loaded_when_it_has_one(
+def test_folder_scan_warns_once_of_a_missing_config_then_loads(
     tmp_path: Path,
 ) -> None:
     scan = FolderScan(tmp_path)
@@ -73,7 +73,7 @@ def test_a_folder_that_stays_without_a_config_is_named_once_and_loaded_when_it_h
 
 
 @pytest.mark.parametrize("what", ["folder", "file", "dots"])
-def test_links_that_lead_out_are_refused_and_others_are_not(what: str, tmp_path: Path) -> None:
+def test_folder_scan_refuses_only_symlinks_out_of_the_root(what: str, tmp_path: Path) -> None:
     root, outside = tmp_path / "root", add(tmp_path / "outside")
     add(root / "real")
     (root / "inside").symlink_to(root / "real")
@@ -89,7 +89,7 @@ def test_links_that_lead_out_are_refused_and_others_are_not(what: str, tmp_path:
     assert "leads out of" in problems["link"]
 
 
-def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+def test_folder_scan_accepts_a_symlinked_root(tmp_path: Path) -> None:
     add(tmp_path / "root" / "a")
     (tmp_path / "link").symlink_to(tmp_path / "root")
     scan = FolderScan(tmp_path / "link")

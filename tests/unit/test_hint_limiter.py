@@ -17,7 +17,7 @@ class Clock:
         return self.now_s
 
 
-def test_an_adapter_is_announced_once_in_a_while() -> None:
+def test_hint_limiter_admits_an_adapter_once_per_gap() -> None:
     clock = Clock()
     gate = HintLimiter(clock)
     assert gate.admit(["a", "b", "a"]) == ["a", "b"]
@@ -28,7 +28,7 @@ def test_an_adapter_is_announced_once_in_a_while() -> None:
     assert (gate.num_repeated, gate.num_over_rate) == (2, 0)
 
 
-def test_beyond_the_rate_nothing_passes_and_later_it_does_again() -> None:
+def test_hint_limiter_drops_hints_over_the_rate_and_recovers() -> None:
     clock = Clock()
     gate = HintLimiter(clock)
     burst = int(MOST_PER_S)
@@ -39,7 +39,7 @@ def test_beyond_the_rate_nothing_passes_and_later_it_does_again() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 0.01), st.integers(0, 3_000)), max_size=200))
-def test_never_more_than_the_rate_allows(arrivals: list[tuple[float, int]]) -> None:
+def test_hint_limiter_never_exceeds_its_rate(arrivals: list[tuple[float, int]]) -> None:
     clock = Clock()
     gate, num_passed = HintLimiter(clock), 0
     for wait_s, adapter in arrivals:

@@ -48,19 +48,19 @@ def as_pickle(adapter: Path, **options: Any) -> Path:
         "x" * 5000,
     ],
 )
-def test_expressions_that_may_take_for_ever_are_not_tried(
+def test_catastrophic_regex_patterns_are_refused(
     adapter: Path, base: BaseShapes, option: str, key: str
 ) -> None:
     edit_config(adapter, **{option: {key: 5}})
     assert_in(refusal(adapter, base), CONFIG, option)
 
 
-def test_many_expressions_are_not_tried(adapter: Path, base: BaseShapes) -> None:
+def test_too_many_patterns_are_refused(adapter: Path, base: BaseShapes) -> None:
     edit_config(adapter, rank_pattern={f".*x{i}": 5 for i in range(100_000)})
     assert_in(refusal(adapter, base), CONFIG, "rank_pattern")
 
 
-def test_usual_expressions_are_read(adapter: Path, base: BaseShapes) -> None:
+def test_usual_patterns_are_accepted(adapter: Path, base: BaseShapes) -> None:
     keys = ("q_proj", "model.layers.0.self_attn.q_proj", r"^layers\.\d+\..*", "(q_proj|v_proj)$")
     for key in keys[:2] + keys[3:]:
         edit_config(adapter, rank_pattern={key: 4})
@@ -71,9 +71,7 @@ def test_usual_expressions_are_read(adapter: Path, base: BaseShapes) -> None:
     "alpha",
     ["1e308", "-1e308", "1e5", str(10**400), "NaN", "Infinity", "-Infinity", "true", '"8"', "[8]"],
 )
-def test_scales_that_overflow_where_they_are_used_are_refused(
-    adapter: Path, base: BaseShapes, alpha: str
-) -> None:
+def test_overflowing_lora_alpha_is_refused(adapter: Path, base: BaseShapes, alpha: str) -> None:
     config = json.loads((adapter / CONFIG).read_text())
     config["lora_alpha"] = "ALPHA"
     (adapter / CONFIG).write_text(json.dumps(config).replace('"ALPHA"', alpha))
@@ -82,7 +80,7 @@ def test_scales_that_overflow_where_they_are_used_are_refused(
 
 @pytest.mark.parametrize("file", [CONFIG, WEIGHTS, PICKLED])
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "broken link", "loop"])
-def test_what_is_no_regular_file_is_not_opened(
+def test_adapter_files_that_are_not_regular_are_not_opened(
     adapter: Path, base: BaseShapes, file: str, kind: str
 ) -> None:
     if file == PICKLED:
@@ -100,19 +98,19 @@ def test_what_is_no_regular_file_is_not_opened(
     assert_in(refusal(adapter, base), file)
 
 
-def test_a_huge_config_is_not_read(adapter: Path, base: BaseShapes) -> None:
+def test_huge_config_is_refused_unread(adapter: Path, base: BaseShapes) -> None:
     os.truncate(adapter / CONFIG, 500 << 20)  # sparse
     assert_in(refusal(adapter, base), CONFIG, str(MAX_JSON_BYTES))
 
 
-def test_a_huge_header_is_not_read(adapter: Path, base: BaseShapes) -> None:
+def test_huge_safetensors_header_is_refused_unread(adapter: Path, base: BaseShapes) -> None:
     with (adapter / WEIGHTS).open("wb") as stream:
         stream.write(struct.pack("<Q", 3 << 30))
         stream.truncate((3 << 30) + 8)  # sparse
     assert_in(refusal(adapter, base), WEIGHTS, str(MAX_HEADER_BYTES))
 
 
-def test_an_archive_that_would_be_inflated_is_not(adapter: Path, base: BaseShapes) -> None:
+def test_compressed_pickle_archive_is_refused(adapter: Path, base: BaseShapes) -> None:
     stored = as_pickle(adapter)
     deflated = adapter / "deflated"
     with (
@@ -125,7 +123,7 @@ def test_an_archive_that_would_be_inflated_is_not(adapter: Path, base: BaseShape
     assert_in(refusal(adapter, base), PICKLED, "compressed")
 
 
-def test_tensors_larger_than_their_file_are_not_made_whole(adapter: Path, base: BaseShapes) -> None:
+def test_tensors_larger_than_their_file_are_refused(adapter: Path, base: BaseShapes) -> None:
     from safetensors.torch import load_file
 
     tensors = load_file(adapter / WEIGHTS)
@@ -136,13 +134,13 @@ def test_tensors_larger_than_their_file_are_not_made_whole(adapter: Path, base: 
     assert_in(refusal(adapter, base), PICKLED, "bytes", "holds")
 
 
-def test_a_pickle_of_before_zip_archives_is_refused(adapter: Path, base: BaseShapes) -> None:
+def test_legacy_non_zip_pickle_is_refused(adapter: Path, base: BaseShapes) -> None:
     as_pickle(adapter, _use_new_zipfile_serialization=False)
     assert_in(refusal(adapter, base), PICKLED, "torch.save")
 
 
 @pytest.mark.parametrize("depth", [1000, 100_000])
-def test_deep_json_is_a_refusal(adapter: Path, base: BaseShapes, depth: int) -> None:
+def test_deeply_nested_json_is_refused(adapter: Path, base: BaseShapes, depth: int) -> None:
     (adapter / CONFIG).write_text("[" * depth)
     assert_in(refusal(adapter, base), CONFIG)
 
@@ -160,7 +158,7 @@ def test_deep_json_is_a_refusal(adapter: Path, base: BaseShapes, depth: int) -> 
         *("use_dora", "layers_to_transform", "bias", "fan_in_fan_out"),
     ],
 )
-def test_any_value_of_any_option_is_served_or_refused(
+def test_any_config_value_is_served_or_refused_without_a_crash(
     adapter: Path, base: BaseShapes, key: str, value: object
 ) -> None:
     edit_config(adapter, **{key: value})
@@ -173,7 +171,7 @@ def test_any_value_of_any_option_is_served_or_refused(
 
 
 @pytest.mark.parametrize("beside", ["value_head.safetensors", "model.safetensors", PICKLED])
-def test_what_lies_beside_the_adapters_file_is_not_the_adapter(
+def test_other_files_in_the_adapter_folder_are_ignored(
     adapter: Path, base: BaseShapes, beside: str
 ) -> None:
     expected = read_adapter("alice", str(adapter))
@@ -197,7 +195,7 @@ def test_what_lies_beside_the_adapters_file_is_not_the_adapter(
         "long",
     ],
 )
-def test_names_that_spoil_a_log_or_terminal_are_refused(
+def test_adapter_names_unsafe_for_logs_are_refused(
     adapter: Path, base: BaseShapes, name: str
 ) -> None:
     with pytest.raises(AdapterError, match="name"):
@@ -205,7 +203,7 @@ def test_names_that_spoil_a_log_or_terminal_are_refused(
 
 
 @pytest.mark.parametrize("name", ["a", "team/law", "law:v2", "Größe 5", "法律", "x" * 256])
-def test_usual_names_are_served(adapter: Path, base: BaseShapes, name: str) -> None:
+def test_usual_adapter_names_are_accepted(adapter: Path, base: BaseShapes, name: str) -> None:
     assert check_adapter(name, str(adapter), base).name == name
 
 
@@ -225,7 +223,7 @@ def numbered(count: int, value: object) -> dict[str, object]:
     ],
     ids=["many keys", "many targets", "many saved", "huge rank", "nested set", "set difference"],
 )
-def test_a_config_that_asks_for_too_much_is_answered_soon(
+def test_oversized_config_is_answered_within_the_time_limit(
     adapter: Path, base: BaseShapes, key: str, value: object
 ) -> None:
     edit_config(adapter, **{key: value})
@@ -237,7 +235,7 @@ def test_a_config_that_asks_for_too_much_is_answered_soon(
     assert time.monotonic() - start < 5
 
 
-def test_a_pattern_for_each_of_many_modules_is_read(adapter: Path, base: BaseShapes) -> None:
+def test_rank_pattern_with_1000_modules_is_accepted(adapter: Path, base: BaseShapes) -> None:
     edit_config(adapter, rank_pattern=numbered(1000, 5))
     check_adapter("alice", str(adapter), base)
 
@@ -258,7 +256,7 @@ def write_header(file: Path, header: object) -> None:
     ],
     ids=["long", "many digits", "escape", "line", "turned"],
 )
-def test_names_of_tensors_that_no_module_has_are_refused(
+def test_tensor_names_no_module_can_have_are_refused(
     adapter: Path, base: BaseShapes, name: str
 ) -> None:
     entry = {"dtype": "F32", "shape": [0, 2], "data_offsets": [0, 0]}
@@ -268,7 +266,7 @@ def test_names_of_tensors_that_no_module_has_are_refused(
     assert text.isprintable() and len(text) < 3000
 
 
-def test_more_tensors_than_any_adapter_has_are_refused(adapter: Path, base: BaseShapes) -> None:
+def test_too_many_tensors_are_refused(adapter: Path, base: BaseShapes) -> None:
     entry = {"dtype": "F32", "shape": [0, 2], "data_offsets": [0, 0]}
     write_header(adapter / WEIGHTS, numbered(20_000, entry))
     assert_in(refusal(adapter, base), f"{adapter}/{WEIGHTS}", "20000 tensors")
@@ -282,7 +280,7 @@ def test_more_tensors_than_any_adapter_has_are_refused(adapter: Path, base: Base
     ],
     ids=["expressions", "targets"],
 )
-def test_many_modules_of_an_unknown_base_are_compared_soon(
+def test_many_modules_of_an_unknown_base_are_compared_in_time(
     adapter: Path, changes: dict[str, Any], part: str
 ) -> None:
     from safetensors.torch import save_file
@@ -301,7 +299,7 @@ def test_many_modules_of_an_unknown_base_are_compared_soon(
     assert time.monotonic() - start < 5
 
 
-def test_many_tensors_that_are_not_served_are_counted_soon(adapter: Path, base: BaseShapes) -> None:
+def test_many_unserved_tensors_are_counted_in_time(adapter: Path, base: BaseShapes) -> None:
     edit_config(adapter, modules_to_save=list(numbered(2000, 5)))
     entry = {"dtype": "F32", "shape": [0, 2], "data_offsets": [0, 0]}
     write_header(adapter / WEIGHTS, numbered(16_000, entry))
@@ -315,7 +313,7 @@ def test_many_tensors_that_are_not_served_are_counted_soon(adapter: Path, base: 
     [{"data_offsets": [0, "4"]}, {"data_offsets": [0, 4.0]}, {"shape": "11"}, {"shape": [1.0]}],
     ids=str,
 )
-def test_sizes_that_are_no_numbers_are_refused_by_file(
+def test_non_numeric_tensor_sizes_are_refused_naming_the_file(
     adapter: Path, base: BaseShapes, changes: dict[str, Any]
 ) -> None:
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | changes
@@ -327,7 +325,7 @@ def test_sizes_that_are_no_numbers_are_refused_by_file(
 @pytest.mark.parametrize(
     "value", [["x"] * 1000, "\x1b[2J\u202e", "y" * 100_000], ids=["list", "escape", "long"]
 )
-def test_what_a_refusal_quotes_is_cut_and_can_be_printed(
+def test_refusal_text_is_truncated_and_printable(
     adapter: Path, base: BaseShapes, key: str, value: object
 ) -> None:
     edit_config(adapter, **{key: {"a": value}})
@@ -336,9 +334,7 @@ def test_what_a_refusal_quotes_is_cut_and_can_be_printed(
 
 
 @pytest.mark.parametrize("file", ["\x1b[2J.safetensors", "\u202e.bin"], ids=["escape", "turned"])
-def test_a_files_name_is_shown_as_can_be_printed(
-    adapter: Path, base: BaseShapes, file: str
-) -> None:
+def test_refusal_escapes_unprintable_file_names(adapter: Path, base: BaseShapes, file: str) -> None:
     (adapter / WEIGHTS).rename(adapter / file)
     (adapter / file).write_bytes(b"broken")
     text = refusal(adapter, base)
@@ -351,7 +347,7 @@ def test_a_files_name_is_shown_as_can_be_printed(
     ["torch.storage\nUntypedStorage", "torch\nTensor", "builtins\nbytearray", "os\nsystem"],
     ids=lambda call: call.split("\n")[1],
 )
-def test_a_pickle_that_calls_what_tensors_do_not_need_is_not_run(
+def test_pickle_calling_other_functions_is_not_executed(
     adapter: Path, base: BaseShapes, call: str
 ) -> None:
     stored = as_pickle(adapter)
@@ -361,7 +357,7 @@ def test_a_pickle_that_calls_what_tensors_do_not_need_is_not_run(
     assert_in(refusal(adapter, base), f"{adapter}/{PICKLED}", call.split("\n")[1])
 
 
-def test_a_pickle_that_calls_tensors_makers_wrongly_is_refused_by_file(
+def test_pickle_with_bad_tensor_arguments_is_refused_naming_the_file(
     adapter: Path, base: BaseShapes
 ) -> None:
     stored = as_pickle(adapter)
@@ -370,14 +366,14 @@ def test_a_pickle_that_calls_tensors_makers_wrongly_is_refused_by_file(
     assert_in(refusal(adapter, base), f"{adapter}/{PICKLED}", "TypeError")
 
 
-def test_a_pickle_longer_than_any_adapters_is_not_run(adapter: Path, base: BaseShapes) -> None:
+def test_oversized_pickle_program_is_not_executed(adapter: Path, base: BaseShapes) -> None:
     stored = as_pickle(adapter)
     program = b"\x80\x02" + b"N0" * MAX_PROGRAM_BYTES + b"N."
     edit_archive(stored, lambda name, content: program if name.endswith(".pkl") else content)
     assert_in(refusal(adapter, base), f"{adapter}/{PICKLED}", str(MAX_PROGRAM_BYTES))
 
 
-def test_parameters_are_read_as_tensors(adapter: Path, base: BaseShapes) -> None:
+def test_pickled_parameters_are_read_as_plain_tensors(adapter: Path, base: BaseShapes) -> None:
     tensors = torch.load(as_pickle(adapter), weights_only=True)
     torch.save({n: torch.nn.Parameter(t) for n, t in tensors.items()}, adapter / PICKLED)
     check_adapter("alice", str(adapter), base)

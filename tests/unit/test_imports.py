@@ -111,7 +111,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_edges(path: Path) -> None:
+def test_modules_import_only_from_allowed_folders(path: Path) -> None:
     here = folder(path)
     for name in imported(path):
         parts = name.split(".")
@@ -126,7 +126,7 @@ def test_edges(path: Path) -> None:
                 assert target in ALLOWED[here], f"{here} imports {name}"
 
 
-def test_no_circle_of_folders() -> None:
+def test_folder_imports_have_no_cycle() -> None:
     """What is allowed has an order, in which each folder imports from earlier ones only."""
     arrows = {here: targets - {here} for here, targets in ALLOWED.items()}
     arrows["patches"] = set()
@@ -137,7 +137,7 @@ def test_no_circle_of_folders() -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_length(path: Path) -> None:
+def test_modules_stay_below_the_line_limit(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= LINES_MAX
 
 
@@ -145,7 +145,7 @@ def test_length(path: Path) -> None:
     "module",
     ["sglang_elora", "sglang_elora.plugin", "sglang_elora.commands.cli", "sglang_elora.workloads"],
 )
-def test_import_is_light(module: str) -> None:
+def test_light_modules_import_no_heavy_package(module: str) -> None:
     code = (
         f"import sys, {module}; "
         "heavy = {'torch', 'sglang', 'transformers', 'numpy'} & set(sys.modules); "
@@ -154,7 +154,7 @@ def test_import_is_light(module: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_public_names() -> None:
+def test_package_exports_its_public_names() -> None:
     import sglang_elora
 
     assert sglang_elora.__all__ == ["SGLANG_PIN", "EloraConfig", "__version__"]

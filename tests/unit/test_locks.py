@@ -71,19 +71,19 @@ def test_each_package_of_a_lock_has_one_version_and_a_sha256(lock: Path) -> None
         assert len(hashes) == len(set(hashes)), entry
 
 
-def test_no_package_is_in_the_locks_twice() -> None:
+def test_no_package_is_locked_twice() -> None:
     names = [canonicalize_name(requirement.name) for requirement in locked()]
     assert [name for name in sorted(set(names)) if names.count(name) > 1] == []
 
 
-def test_each_package_of_an_extra_has_a_lowest_and_a_highest_version() -> None:
+def test_each_package_of_an_extra_has_version_bounds() -> None:
     for extra, requirements in ranges().items():
         for requirement in requirements:
             signs = {part.operator for part in requirement.specifier}
             assert signs in ({">=", "<"}, {"=="}), f"{extra}: {requirement}"
 
 
-def test_each_locked_version_is_one_that_the_extras_allow() -> None:
+def test_locked_versions_are_within_the_bounds_of_the_extras() -> None:
     versions = {canonicalize_name(r.name): next(iter(r.specifier)).version for r in locked()}
     asked = [r for requirements in ranges().values() for r in requirements]
     both = [r for r in asked if canonicalize_name(r.name) in versions]
@@ -95,7 +95,7 @@ def test_each_locked_version_is_one_that_the_extras_allow() -> None:
 @pytest.mark.skipif(
     shutil.which("nvidia-smi") is not None, reason="SGLang is whole on CUDA machines"
 )
-def test_pip_check_reports_only_what_is_expected() -> None:
+def test_pip_check_reports_only_expected_conflicts() -> None:
     expected = {line for line in EXPECTED.read_text().splitlines() if not line.startswith("#")}
     result = subprocess.run(
         [sys.executable, "-m", "pip", "check"], capture_output=True, text=True, timeout=300
@@ -124,16 +124,14 @@ def test_pip_check_reports_only_what_is_expected() -> None:
         ("some_name-1.0.exe", False),
     ],
 )
-def test_the_tool_takes_files_for_the_machines_that_the_locks_are_for(
+def test_lock_tool_keeps_files_for_supported_platforms_only(
     tool: dict[str, Any], filename: str, kept: bool
 ) -> None:
     assert tool["wanted"](filename, Version("1.0")) is kept
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.name)
-def test_the_tool_leaves_a_lock_as_it_is_where_no_file_changed(
-    tool: dict[str, Any], lock: Path
-) -> None:
+def test_lock_tool_leaves_an_up_to_date_lock_unchanged(tool: dict[str, Any], lock: Path) -> None:
     present = {
         requirement.partition(" ;")[0]: [value.removeprefix("sha256:") for value in values]
         for requirement, *values in (entry.split(" --hash=") for entry in entries(lock))
@@ -143,5 +141,5 @@ def test_the_tool_leaves_a_lock_as_it_is_where_no_file_changed(
     assert "\n".join(rewritten(lock.read_text().splitlines())) + "\n" == lock.read_text()
 
 
-def test_files_from_elsewhere_are_of_versions_that_are_locked(tool: dict[str, Any]) -> None:
+def test_lock_tool_extra_files_are_of_locked_versions(tool: dict[str, Any]) -> None:
     assert set(tool["ELSEWHERE"]) <= {str(requirement) for requirement in locked()}

@@ -16,7 +16,7 @@ ROWS: dict[str, Any] = runpy.run_path(str(ROOT / "benchmarks/results/rows.py"))
 CONTENT = {"b/2.json.gz": gzip.compress(b"[1]", mtime=0), "a/1.jsonl": b"{}\n", "a/0.json": b"[]"}
 
 
-def test_archives_of_equal_rows_are_equal_and_read_back(tmp_path: Path) -> None:
+def test_packed_rows_archive_is_deterministic_and_round_trips(tmp_path: Path) -> None:
     one, other = tmp_path / "one.tar.xz", tmp_path / "other.tar.xz"
     ROWS["write"](CONTENT, one)
     ROWS["write"](dict(reversed(CONTENT.items())), other)
@@ -24,21 +24,21 @@ def test_archives_of_equal_rows_are_equal_and_read_back(tmp_path: Path) -> None:
     assert ROWS["read"](one) == CONTENT
 
 
-def test_pack_takes_rows_and_leaves_tables(tmp_path: Path) -> None:
+def test_pack_includes_rows_but_not_tables(tmp_path: Path) -> None:
     for name, content in (CONTENT | dict.fromkeys([*ROWS["TABLES"], "a/README.md"], b"")).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     assert ROWS["lying"](tmp_path) == CONTENT
 
 
-def test_folders_choose_rows_and_a_folder_without_rows_is_an_error() -> None:
+def test_pack_selects_rows_by_folder_and_refuses_an_empty_one() -> None:
     assert ROWS["chosen"](CONTENT, []) == CONTENT
     assert set(ROWS["chosen"](CONTENT, ["a/"])) == {"a/1.jsonl", "a/0.json"}
     with pytest.raises(SystemExit, match="no rows of c/"):
         ROWS["chosen"](CONTENT, ["a", "c"])
 
 
-def test_no_row_of_the_archive_is_in_git() -> None:
+def test_no_packed_row_is_tracked_by_git() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     command = ["git", "ls-files", "benchmarks/results"]

@@ -27,7 +27,7 @@ def _edit(*changes: tuple[str, str]) -> Patch:
     return Patch("01-test.patch", "t.py", "", "", "\n" + unified("t.py", NUMBERED, after))
 
 
-def test_hunks_apply_in_order() -> None:
+def test_patch_hunks_apply_in_order() -> None:
     patch = _edit(("line 3\n", ""), ("line 20\n", "line 20\nnew\n"), ("line 30\n", "end\n"))
     after = patched_source(patch, NUMBERED).splitlines()
     assert "line 3" not in after and after[19] == "new" and after[-1] == "end"
@@ -35,24 +35,24 @@ def test_hunks_apply_in_order() -> None:
 
 
 @pytest.mark.parametrize("number", [17, 18, 19, 20, 21, 22, 23])
-def test_every_context_line_counts(number: int) -> None:
+def test_patch_requires_every_context_line(number: int) -> None:
     source = NUMBERED.replace(f"line {number}\n", f"line {number} \n")
     with pytest.raises(PatchError, match=f"line {number} of the target is not 'line {number}'"):
         patched_source(_edit(("line 20\n", "new\n")), source)
 
 
-def test_lines_elsewhere_do_not() -> None:
+def test_patch_ignores_lines_outside_its_context() -> None:
     """Their part is the hash."""
     patch = _edit(("line 20\n", "new\n"))
     assert "other" in patched_source(patch, NUMBERED.replace("line 2\n", "other\n"))
 
 
-def test_no_offset() -> None:
+def test_patch_is_not_applied_at_an_offset() -> None:
     with pytest.raises(PatchError, match="line 17 of the target is not 'line 17'"):
         patched_source(_edit(("line 20\n", "new\n")), "one more\n" + NUMBERED)
 
 
-def test_a_target_that_ends_early() -> None:
+def test_patch_of_a_too_short_target_is_refused() -> None:
     with pytest.raises(PatchError, match="line 3 of the target"):
         patched_source(_edit(("line 1\n", "new\n")), "line 1\nline 2")
 
@@ -82,13 +82,13 @@ def test_malformed_diffs_are_refused(case: str) -> None:
         patched_source(bad, NUMBERED)
 
 
-def test_no_context_at_all_is_refused() -> None:
+def test_diff_without_context_is_refused() -> None:
     diff = "\n--- a/t.py\n+++ b/t.py\n@@ -3,0 +4,1 @@\n+new\n"
     with pytest.raises(PatchError, match="no context"):
         patched_source(Patch("01-test.patch", "t.py", "", "", diff), NUMBERED)
 
 
-def test_an_editor_may_have_stripped_blank_context_lines() -> None:
+def test_diff_with_stripped_blank_context_lines_applies() -> None:
     before, after = "a\n\nb\n", "a\n\nc\n"
     diff = unified("t.py", before, after).replace("\n \n", "\n\n")
     assert patched_source(Patch("01.patch", "t.py", "", "", "\n" + diff), before) == after
@@ -100,7 +100,7 @@ _texts = st.lists(
 
 
 @given(_texts, _texts)
-def test_every_diff_leads_from_one_text_to_the_other(old: list[str], new: list[str]) -> None:
+def test_generated_diff_applies_to_the_new_text(old: list[str], new: list[str]) -> None:
     before, after = ("".join(f"{line}\n" for line in lines) for lines in (old, new))
     if before != after:
         patch = Patch("01.patch", "t.py", "", "", "\n" + unified("t.py", before, after))
@@ -112,7 +112,7 @@ def test_every_diff_leads_from_one_text_to_the_other(old: list[str], new: list[s
 HEADER = "# target: a/b.py\n# sha256: 12ab\n# why: Because.\n"
 
 
-def test_load_patches_in_order_of_names(tmp_path: Path) -> None:
+def test_patches_are_loaded_in_name_order(tmp_path: Path) -> None:
     for name in ("02-b.patch", "01-a.patch", "README.md", "__init__.py"):
         (tmp_path / name).write_text(f"{HEADER}--- a/a/b.py\n+++ b/a/b.py\n")
     patches = load_patches(tmp_path)
@@ -123,24 +123,24 @@ def test_load_patches_in_order_of_names(tmp_path: Path) -> None:
     assert first.module == "a.b"
 
 
-def test_a_header_line_may_say_when(tmp_path: Path) -> None:
+def test_patch_header_when_line_is_read(tmp_path: Path) -> None:
     header = f"{HEADER}# when: sglang_elora.lang\n"
     (tmp_path / "01-a.patch").write_text(f"{header}--- a/a/b.py\n+++ b/a/b.py\n")
     assert [patch.when for patch in load_patches(tmp_path)] == ["sglang_elora.lang"]
 
 
 @pytest.mark.parametrize("field", ["target", "sha256", "why"])
-def test_a_missing_header_line_is_named(field: str, tmp_path: Path) -> None:
+def test_missing_patch_header_line_is_named(field: str, tmp_path: Path) -> None:
     header = "".join(line for line in HEADER.splitlines(True) if field not in line)
     (tmp_path / "01-a.patch").write_text(f"{header}--- a/a/b.py\n+++ b/a/b.py\n# {field}: late\n")
     with pytest.raises(PatchError, match=rf"01-a\.patch .*'{field}'"):
         load_patches(tmp_path)
 
 
-def test_an_empty_folder_is_an_installation_without_its_data(tmp_path: Path) -> None:
+def test_empty_patch_folder_is_reported_as_a_broken_installation(tmp_path: Path) -> None:
     with pytest.raises(PatchError, match="install sglang_elora again"):
         load_patches(tmp_path)
 
 
-def test_a_package_is_a_target_by_its_init_file() -> None:
+def test_patch_target_init_file_names_its_package() -> None:
     assert Patch("01.patch", "a/b/__init__.py", "", "", "").module == "a.b"

@@ -109,7 +109,7 @@ async def _anext_of(generator: Any) -> Any:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_live_function_runs_the_patched_body(shape: str, folder: Path) -> None:
+def test_imported_function_runs_the_patched_body(shape: str, folder: Path) -> None:
     source, call = SHAPES[shape]
     target = Target(folder, f"{source}\nAFTER = 1\n")
     word, longer = ("'old '", "'new '") if "'old '" in source else ("'old'", "'new'")
@@ -127,7 +127,7 @@ def test_a_live_function_runs_the_patched_body(shape: str, folder: Path) -> None
     assert is_applied(patch) and preflight(patch) == []
 
 
-def test_identity_survives(folder: Path) -> None:
+def test_patched_classes_and_functions_keep_their_identity(folder: Path) -> None:
     """Other modules hold the class and the function, instances and bound methods exist."""
     target = Target(folder, "class C:\n    def f(self):\n        return 'old'\n")
     cls, function, instance = target.module.C, target.module.C.f, target.module.C()
@@ -137,7 +137,7 @@ def test_identity_survives(folder: Path) -> None:
     assert bound() == instance.f() == "new"
 
 
-def test_a_second_apply_changes_nothing(folder: Path) -> None:
+def test_second_apply_of_a_patch_changes_nothing(folder: Path) -> None:
     target = Target(folder, "def f():\n    return 'old'\n")
     patch = target.patch("'old'", "'new'")
     assert apply_patch(patch) == (f"{target.name}.f",)
@@ -146,7 +146,7 @@ def test_a_second_apply_changes_nothing(folder: Path) -> None:
     assert target.module.f.__code__ is code
 
 
-def test_code_is_known_wherever_it_was_compiled_and_however_often_it_ran(folder: Path) -> None:
+def test_patched_code_is_recognised_after_specialisation(folder: Path) -> None:
     """CPython specialises the instructions of a hot function in place."""
     target = Target(folder, "def f(x=1):\n    return [x + n for n in range(9)], 'old'\n")
     target.module.f.__code__ = target.module.f.__code__.replace(co_firstlineno=99, co_filename="x")
@@ -159,7 +159,7 @@ def test_code_is_known_wherever_it_was_compiled_and_however_often_it_ran(folder:
     assert is_applied(patch)
 
 
-def test_two_patches_of_one_file(folder: Path) -> None:
+def test_two_patches_of_one_file_both_apply(folder: Path) -> None:
     """Each is made against the pinned file. They may not share a function."""
     target = Target(folder, "def f():\n    return 'f'\n\n\ndef g():\n    return 'g'\n")
     first = target.patch("'f'", "'F' + 'F'", "01-f.patch")
@@ -173,14 +173,14 @@ def test_two_patches_of_one_file(folder: Path) -> None:
         apply_patch(third)
 
 
-def test_the_patched_module_keeps_its_future_flags(folder: Path) -> None:
+def test_patched_module_keeps_its_future_flags(folder: Path) -> None:
     """The target's own ``from __future__`` imports count, not those of patching.py."""
     target = Target(folder, "def f():\n    def g(x: int): ...\n    return g, 'old'\n")
     apply_patch(target.patch("'old'", "'new'"))
     assert target.module.f()[0].__annotations__ == {"x": int}
 
 
-def test_lines_may_shift(folder: Path) -> None:
+def test_patch_that_shifts_lines_keeps_later_functions(folder: Path) -> None:
     """A function behind the change keeps its code; its tracebacks point at the file on disk."""
     target = Target(folder, "def f():\n    return 'old'\n\n\ndef g():\n    return 1 / 0\n")
     code = target.module.g.__code__
@@ -267,7 +267,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_code_objects_cannot_change_is_refused(case: str, folder: Path) -> None:
+def test_patch_of_unpatchable_constructs_is_refused(case: str, folder: Path) -> None:
     old, new, reason = REFUSED[case]
     target = Target(folder, BODY)
     code = target.module.C.f.__code__
@@ -297,7 +297,7 @@ class C:
 """
 
 
-def test_new_last_parameters_have_their_defaults(folder: Path) -> None:
+def test_added_trailing_parameters_get_their_defaults(folder: Path) -> None:
     target = Target(folder, ADDED)
     f, g, h = target.module.f, target.module.g, target.module.C.h
     after = (
@@ -319,13 +319,13 @@ def test_new_last_parameters_have_their_defaults(folder: Path) -> None:
     assert list(inspect.signature(f).parameters) == ["x", "y", "z", "w"]
 
 
-def test_positional_parameters_do_not_go_in_front_of_a_rest(folder: Path) -> None:
+def test_positional_parameter_added_before_args_is_refused(folder: Path) -> None:
     target = Target(folder, ADDED)
     (problem,) = preflight(target.patch("(x, *rest", "(x, z=1, *rest"))
     assert "the signature of g" in problem
 
 
-def test_an_inner_function_may_close_over_more(folder: Path) -> None:
+def test_patched_inner_function_may_close_over_more_variables(folder: Path) -> None:
     """Only the outermost function's closure exists already; inner ones are made at each call."""
     target = Target(folder, BODY)
     apply_patch(target.patch("        return a\n", "        return a, b\n"))
@@ -333,7 +333,7 @@ def test_an_inner_function_may_close_over_more(folder: Path) -> None:
     assert target.module.inner() == 1  # made before the patch
 
 
-def test_all_functions_or_none(folder: Path) -> None:
+def test_patch_applies_to_all_functions_or_none(folder: Path) -> None:
     target = Target(folder, "def f():\n    return 'old'\n\n\ndef g():\n    return 'old'\n")
     patch = target.withunified(target.diff(target.source.replace("'old'", "'new'")))
     target.module.g = lambda: "theirs"
@@ -366,7 +366,7 @@ MEDDLING = (
 
 @pytest.mark.parametrize("meddling", MEDDLING)
 @pytest.mark.parametrize("applied_first", [False, True])
-def test_a_function_that_another_plugin_replaced_is_refused(
+def test_function_replaced_by_another_plugin_is_refused(
     meddling: str, applied_first: bool, folder: Path
 ) -> None:
     target = Target(folder, "def f():\n    return 'old'\n")
@@ -381,14 +381,14 @@ def test_a_function_that_another_plugin_replaced_is_refused(
         apply_patch(patch)
 
 
-def test_a_method_of_a_replaced_class_is_refused(folder: Path) -> None:
+def test_method_of_a_replaced_class_is_refused(folder: Path) -> None:
     target = Target(folder, "class C:\n    def f(self):\n        return 'old'\n")
     patch = target.patch("'old'", "'new'")
     target.module.C = type("C", (target.module.C,), {})
     assert "C.f is not there" in preflight(patch)[0]
 
 
-def test_wrapping_hooks_of_others_stay_in_place(folder: Path) -> None:
+def test_wrapper_hooks_of_other_plugins_stay_in_place(folder: Path) -> None:
     target = Target(folder, "def f():\n    return 'old'\n")
     original = target.module.f
 
@@ -406,7 +406,7 @@ def test_wrapping_hooks_of_others_stay_in_place(folder: Path) -> None:
 # The file and the diff.
 
 
-def test_another_file_is_refused(folder: Path) -> None:
+def test_patch_of_a_changed_file_is_refused(folder: Path) -> None:
     target = Target(folder, "def f():\n    return 'old'\n")
     patch = target.patch("'old'", "'new'")
     target.path.write_text(target.source + "\n")
@@ -416,6 +416,6 @@ def test_another_file_is_refused(folder: Path) -> None:
     assert not is_applied(patch)
 
 
-def test_an_absent_module_is_refused() -> None:
+def test_patch_of_an_absent_module_is_refused() -> None:
     (problem,) = preflight(Patch("01-test.patch", "patch_target_absent/x.py", "0", "a test", ""))
     assert "cannot be imported and read" in problem

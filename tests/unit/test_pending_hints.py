@@ -27,7 +27,7 @@ def follows(expected: PendingHints, adapter_id: str, num_slots: int = 1) -> bool
 
 
 @pytest.mark.parametrize(("ordered", "steps"), [(False, HINT_STEPS), (True, ORDER_STEPS)])
-def test_they_hold_for_some_steps(ordered: bool, steps: int) -> None:
+def test_pending_hints_expire_after_some_steps(ordered: bool, steps: int) -> None:
     expected = PendingHints(1000)
     expected.add("a", ordered=ordered)
     for _ in range(steps):
@@ -37,7 +37,7 @@ def test_they_hold_for_some_steps(ordered: bool, steps: int) -> None:
     assert expected.due() == [] and not expected
 
 
-def test_there_are_not_too_many_and_orders_come_first() -> None:
+def test_pending_hints_are_bounded_and_orders_come_first() -> None:
     expected = PendingHints(1000)
     taken = [expected.add(f"h{i}", ordered=False) for i in range(MAX_PENDING + 3)]
     assert taken == [True] * MAX_PENDING + [False] * 3
@@ -46,7 +46,7 @@ def test_there_are_not_too_many_and_orders_come_first() -> None:
     assert due[0] == "h5" and len(due) == MAX_PENDING == len(set(due))
 
 
-def test_credit_is_used_up_by_what_nobody_uses_and_not_by_what_somebody_does() -> None:
+def test_unused_hints_cost_credit_and_used_ones_do_not() -> None:
     expected = PendingHints(1000)
     for i in range(5 * MOST_CREDIT):
         assert follows(expected, f"true-{i}")
@@ -62,7 +62,7 @@ def test_credit_is_used_up_by_what_nobody_uses_and_not_by_what_somebody_does() -
     assert follows(expected, "later") and not follows(expected, "and another")
 
 
-def test_what_is_there_is_kept_only_if_it_came_for_a_hint() -> None:
+def test_hint_holds_a_resident_adapter_only_if_loaded_by_a_hint() -> None:
     expected = PendingHints(1000)
     expected.add("mine", ordered=False)
     expected.add("theirs", ordered=False)
@@ -75,7 +75,7 @@ def test_what_is_there_is_kept_only_if_it_came_for_a_hint() -> None:
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=40))
-def test_hints_hold_their_share_or_one_adapter(sizes: list[int]) -> None:
+def test_hints_hold_at_most_their_share_or_one_adapter(sizes: list[int]) -> None:
     expected, held = PendingHints(1000), []
     for i, num_slots in enumerate(sizes):
         if expected.is_followed(f"a{i}", num_slots, sum(held), is_there=False):

@@ -79,11 +79,11 @@ def rank(policy: Policy, item: CacheEntry) -> float:
 # ==== What holds for each ====
 
 
-def test_names_are_what_the_flag_takes() -> None:
+def test_policy_names_equal_the_flag_values() -> None:
     assert {make().name for make in MAKERS.values()} == set(MAKERS) == set(POLICIES)
 
 
-def test_what_is_visited_ranks_above_its_like_that_is_not(policy: Policy) -> None:
+def test_visited_entry_ranks_above_an_equal_unvisited_one(policy: Policy) -> None:
     for make in (kv, adapter):
         first, second = make(), make()
         policy.create(first)
@@ -94,7 +94,7 @@ def test_what_is_visited_ranks_above_its_like_that_is_not(policy: Policy) -> Non
         assert rank(policy, first) > rank(policy, second)
 
 
-def test_base_model_kv_is_ordered_as_any_other(policy: Policy) -> None:
+def test_new_entry_ranks_finitely_and_above_an_older_equal_one(policy: Policy) -> None:
     """An item does not know whose it is: a new one ranks finitely, and above an older like it."""
     old, new = kv(), kv()
     policy.create(old)
@@ -104,7 +104,7 @@ def test_base_model_kv_is_ordered_as_any_other(policy: Policy) -> None:
     assert rank(policy, old) <= rank(policy, new)
 
 
-def test_an_adapter_that_was_never_asked_for_goes_first(policy: Policy) -> None:
+def test_never_requested_adapter_has_the_lowest_rank(policy: Policy) -> None:
     unseen, seen, text = adapter(), adapter(), kv()
     policy.visit([seen])
     policy.create(text)
@@ -112,7 +112,7 @@ def test_an_adapter_that_was_never_asked_for_goes_first(policy: Policy) -> None:
     assert rank(policy, unseen) < min(rank(policy, seen), rank(policy, text))
 
 
-def test_halves_of_a_run_share_its_past(policy: Policy) -> None:
+def test_split_entry_keeps_visits_and_class_in_both_halves(policy: Policy) -> None:
     item = kv(100)
     policy.create(item)
     policy.visit([item])
@@ -122,7 +122,7 @@ def test_halves_of_a_run_share_its_past(policy: Policy) -> None:
     assert policy.kind(first) == policy.kind(item)
 
 
-def test_lru_on_a_path_the_deepest_is_the_youngest() -> None:
+def test_lru_ranks_the_deepest_node_of_a_path_highest() -> None:
     policy = LRU(Costs())
     leaf, parent = kv(), kv()
     policy.visit([leaf, parent])
@@ -180,7 +180,7 @@ class PolicyWorld:
 @pytest.mark.parametrize("name", MAKERS)
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_the_victim_is_the_lowest_of_all(name: str, seed: int) -> None:
+def test_victim_has_the_lowest_rank_of_all_entries(name: str, seed: int) -> None:
     """After any history: the order kept in heaps is that of ranking every item anew."""
     rng = random.Random(seed)
     world = PolicyWorld(MAKERS[name]())
@@ -205,7 +205,7 @@ def test_priorities_do_not_fall_while_time_passes(name: str, seed: int, later: f
 @pytest.mark.parametrize("name", ["lru", "gdsf", "elora"])
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), later=st.floats(0.001, 50))
-def test_order_within_a_kind_does_not_depend_on_the_time_of_asking(
+def test_order_within_a_class_does_not_depend_on_query_time(
     name: str, seed: int, later: float
 ) -> None:
     rng = random.Random(seed)
@@ -227,7 +227,7 @@ def test_order_within_a_kind_does_not_depend_on_the_time_of_asking(
 @pytest.mark.parametrize("name", MAKERS)
 @settings(max_examples=40, deadline=None)
 @given(shift=st.integers(1, 100), seed=st.integers(0, 2**32 - 1))
-def test_a_history_that_begins_later_gives_up_the_same(name: str, shift: float, seed: int) -> None:
+def test_policy_victims_do_not_depend_on_the_start_time(name: str, shift: float, seed: int) -> None:
     victims = []
     for start in (0.0, shift):
         rng, world = random.Random(seed), PolicyWorld(MAKERS[name]())
@@ -245,11 +245,13 @@ def test_a_history_that_begins_later_gives_up_the_same(name: str, shift: float, 
     ("resident", "needed", "expected"),
     [(4, 8.0, 0.5), (8, 8.0, 1.0), (9, 3.0, 1.0), (0, 4.0, 0.25)],
 )
-def test_lora_eval(resident: int, needed: float, expected: float) -> None:
+def test_lora_eval_equals_hand_computed_values(
+    resident: int, needed: float, expected: float
+) -> None:
     assert lora_eval(resident, needed) == expected
 
 
-def test_too_few_adapters_make_adapters_dearer_and_nothing_cheaper() -> None:
+def test_adapter_count_term_raises_adapter_ranks_only() -> None:
     """The sign of the adapter-count term: it is meant to keep adapters when they are needed."""
     counts = Counts(needed=8.0, resident=2)
     policy = paper(counts=counts)
@@ -261,7 +263,7 @@ def test_too_few_adapters_make_adapters_dearer_and_nothing_cheaper() -> None:
     assert paper(counts=counts, off=(Term.ADAPTER_COUNT,)).rank(ADAPTER, 7.0) == 7
 
 
-def test_retain_eval_by_hand() -> None:
+def test_retain_eval_equals_a_hand_computed_value() -> None:
     """100 slots * 3 visits / (1 + e), one time constant after the last of them."""
     policy = paper(time_constant=0.5)
     item = kv(100)
@@ -281,7 +283,7 @@ def test_retain_eval_by_hand() -> None:
         (Term.RECENCY, math.log(100) + math.log(3)),
     ],
 )
-def test_each_term_can_be_left_out(term: Term, by_hand: float) -> None:
+def test_paper_policy_terms_can_each_be_disabled(term: Term, by_hand: float) -> None:
     policy = paper(off=(term,))
     item = kv(100)
     for _ in range(3):
@@ -290,7 +292,7 @@ def test_each_term_can_be_left_out(term: Term, by_hand: float) -> None:
     assert policy.priority(item) == pytest.approx(by_hand)
 
 
-def test_recency_does_not_saturate() -> None:
+def test_paper_policy_recency_does_not_saturate() -> None:
     """In the paper's seconds, 1 - sigmoid(t) of everything an hour old is the same number: 0."""
     assert 1 - 1 / (1 + math.exp(-3600)) == 1 - 1 / (1 + math.exp(-7200)) == 0
     policy = paper()
@@ -303,12 +305,12 @@ def test_recency_does_not_saturate() -> None:
 
 
 @given(a=st.floats(-700, 700), b=st.floats(-700, 700))
-def test_log_add_exp(a: float, b: float) -> None:
+def test_log_add_exp_equals_the_direct_formula(a: float, b: float) -> None:
     top = max(a, b)
     assert log_add_exp(a, b) == pytest.approx(top + math.log(math.exp(a - top) + math.exp(b - top)))
 
 
-def test_log_add_exp_of_nothing() -> None:
+def test_log_add_exp_ignores_never() -> None:
     assert log_add_exp(NEVER, 2.0) == 2.0
     assert log_add_exp(NEVER, NEVER) == NEVER
 
@@ -316,7 +318,7 @@ def test_log_add_exp_of_nothing() -> None:
 # ==== GDSF ====
 
 
-def test_gdsf_by_hand() -> None:
+def test_gdsf_priorities_equal_hand_computed_values() -> None:
     costs = Costs(recompute=10.0, load=2.0, load_latency=0.0)
     policy = GDSF(costs)
     text, copied, weights = kv(), kv(backed=True), adapter()
@@ -333,7 +335,7 @@ def test_gdsf_by_hand() -> None:
 # ==== ELORA's own ====
 
 
-def test_value_is_seconds_saved_per_slot() -> None:
+def test_elora_rank_is_proportional_to_seconds_saved_per_slot() -> None:
     """At equal returns an adapter counts the link, KV its computation, copied KV the lesser."""
     costs = Costs(recompute=40e-6, load=5e-6, load_latency=0.0)
     policy = Elora(costs)
@@ -346,7 +348,7 @@ def test_value_is_seconds_saved_per_slot() -> None:
     assert rank(policy, text) == rank(policy, copied) == rank(policy, weights) / 2
 
 
-def test_while_the_host_is_full_kv_that_stays_also_saves_what_would_go_there() -> None:
+def test_elora_rank_of_device_kv_includes_the_price_of_a_host_slot() -> None:
     costs = Costs(recompute=40e-6, load=5e-6, load_latency=0.0)
     policy = Elora(costs, writes_back=True)
     text, copied, weights = kv(), kv(backed=True), adapter()
@@ -367,7 +369,7 @@ def test_while_the_host_is_full_kv_that_stays_also_saves_what_would_go_there() -
     assert ranks(None) == pytest.approx([7.5e-6, 5e-6, 5e-6])
 
 
-def test_kinds_that_never_come_back_learn_to_yield() -> None:
+def test_elora_ranks_a_never_reused_class_low() -> None:
     """New KV at every turn that nobody uses again, beside adapters used at every turn."""
     policy = Elora(Costs(recompute=10e-6, load=10e-6, load_latency=0.0))
     popular, sentences = adapter(), []
@@ -384,7 +386,7 @@ def test_kinds_that_never_come_back_learn_to_yield() -> None:
     assert not policy.worth_host_copy(sentences[-1])
 
 
-def test_on_the_host_the_oldest_need_not_go_first() -> None:
+def test_host_order_keeps_old_kv_that_is_about_to_return() -> None:
     """All come back after 2 turnovers: who has waited for most of them stays, who left does not."""
     policy = Elora(Costs())
     chats = [kv() for _ in range(20)]
@@ -407,7 +409,7 @@ def test_on_the_host_the_oldest_need_not_go_first() -> None:
     assert taken[-1] in chats[:6] and taken.index(chats[19]) < taken.index(chats[2])
 
 
-def test_kinds_that_do_come_back_learn_that_too() -> None:
+def test_elora_keeps_a_reused_class_and_drops_it_when_overdue() -> None:
     policy = Elora(Costs())
     chats = [kv() for _ in range(40)]
     for chat in chats:

@@ -22,12 +22,12 @@ def observe(table: ReuseTable, *ages: float, left: float | None = None, times: i
     table.learn()
 
 
-def test_before_anything_is_seen_the_younger_is_worth_more() -> None:
+def test_reuse_table_without_data_decreases_with_age() -> None:
     index = [ReuseTable().hit_density(age) for age in (0.0, 0.01, 0.1, 1, 10, 100)]
     assert index == sorted(index, reverse=True) and len(set(index)) == len(index)
 
 
-def test_index_of_certain_returns_is_one_over_the_time_to_them() -> None:
+def test_hit_density_of_certain_returns_is_one_over_the_wait() -> None:
     """All come back after half a turnover: keeping costs that time and pays once."""
     table = ReuseTable()
     observe(table, 0.5)
@@ -35,7 +35,7 @@ def test_index_of_certain_returns_is_one_over_the_time_to_them() -> None:
     assert table.chance(0) == pytest.approx(1, abs=0.05)
 
 
-def test_what_returns_half_the_time_is_worth_half() -> None:
+def test_hit_density_halves_if_half_of_the_entries_return() -> None:
     """Half come back after 0.5, the others left at 0.8: P = 0.5 per 0.5 turnovers."""
     table = ReuseTable()
     observe(table, 0.5, left=0.8)
@@ -43,14 +43,14 @@ def test_what_returns_half_the_time_is_worth_half() -> None:
     assert 0.5 < table.chance(0) < 0.85
 
 
-def test_what_nobody_has_waited_for_is_hoped_for_and_what_never_came_is_not() -> None:
+def test_chance_is_high_at_unseen_ages_and_low_after_misses() -> None:
     table = ReuseTable()
     assert table.chance(2) > 0.4
     observe(table, left=300)
     assert table.chance(2) < 0.05
 
 
-def test_what_is_about_to_come_back_is_worth_most() -> None:
+def test_hit_density_is_highest_just_before_the_expected_return() -> None:
     """All come back after 2: at 1.5 what is left to wait is a quarter. An index that orders by last
     use must not rise, so there it is what it was before."""
     table = ReuseTable()
@@ -61,7 +61,7 @@ def test_what_is_about_to_come_back_is_worth_most() -> None:
     assert table.hit_density_at(4) < table.hit_density_at(0.01) / 2
 
 
-def test_leaving_early_teaches_nothing_about_later() -> None:
+def test_early_evictions_do_not_change_the_chance_at_later_ages() -> None:
     """A cache under pressure evicts all at 0.1, before anybody can have come back."""
     table = ReuseTable()
     observe(table, 0.5, times=100)
@@ -72,7 +72,7 @@ def test_leaving_early_teaches_nothing_about_later() -> None:
     assert table.chance(0.2) == pytest.approx(before, abs=0.05)
 
 
-def test_what_ended_counts_when_there_is_time_to_learn_and_at_last_without() -> None:
+def test_outcomes_count_after_learn_or_once_many_are_pending() -> None:
     table = ReuseTable()
     before = table.chance(2)
     for _ in range(100):
@@ -88,7 +88,7 @@ def test_what_ended_counts_when_there_is_time_to_learn_and_at_last_without() -> 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 2e5), st.booleans()), max_size=200))
-def test_any_table_gives_an_order(ends: list[tuple[float, bool]]) -> None:
+def test_hit_density_never_increases_with_age(ends: list[tuple[float, bool]]) -> None:
     table = ReuseTable()
     for age, returned in ends:
         table.end(age, returned=returned)

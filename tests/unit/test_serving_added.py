@@ -7,13 +7,13 @@ import pytest
 from benchmarks.serving.added import Round, added, report, rounds_of
 
 
-def test_what_is_added_is_above_loads_that_take_no_time() -> None:
+def test_added_ttft_is_relative_to_free_loads() -> None:
     found = added([Round(ours=12, blocking=30, free=10), Round(ours=11, blocking=25, free=9)])
     assert (found.ours, found.blocking) == (2.0, 18.0)
     assert found.less == pytest.approx(1 - 2 / 18)
 
 
-def test_rounds_that_agree_leave_no_doubt_and_others_do() -> None:
+def test_added_ttft_interval_widens_with_disagreeing_rounds() -> None:
     equal = added([Round(11, 20, 10)] * 8)
     assert equal.low == equal.less == equal.high == pytest.approx(0.9)
     unequal = added([Round(11, 20, 10), Round(15, 20, 10)] * 4)
@@ -21,19 +21,19 @@ def test_rounds_that_agree_leave_no_doubt_and_others_do() -> None:
     assert 0.5 <= unequal.low and unequal.high <= 0.9
 
 
-def test_same_rounds_same_interval() -> None:
+def test_added_ttft_interval_is_deterministic() -> None:
     rounds = [Round(11, 20, 10), Round(12, 21, 9), Round(10, 25, 10)]
     assert added(rounds) == added(rounds)
 
 
-def test_the_text_names_both_and_the_share() -> None:
+def test_added_ttft_text_names_both_times_and_the_share() -> None:
     text = str(added([Round(11, 20, 10)] * 8))
     assert text == (
         "a load adds 1.00 ms to TTFT, 10.00 ms where it blocks: 90.0% less (90.0% to 90.0%)"
     )
 
 
-def test_rounds_are_put_together_from_requests() -> None:
+def test_added_ttft_rounds_are_built_from_request_rows() -> None:
     def row(clients: int, number: int, side: str, ttft_ms: float) -> dict[str, object]:
         due_s = 5.0
         times = {"due_s": due_s, "first_s": due_s + ttft_ms / 1e3}

@@ -30,7 +30,7 @@ def run_of(side: str, number: int, ttft_ms: dict[int, float]) -> Result:
     return Result("chat", side, number, DURATION_S, records, None, None)
 
 
-def test_a_side_has_recovered_behind_the_last_window_far_above_what_was_before() -> None:
+def test_recovery_time_is_the_end_of_the_last_window_over_the_mark() -> None:
     """Adapters grow in number at 66.7 s; 100 ms before, so that 150 is the mark."""
     calm = {30: 100.0, 60: 100.0}
     results = [

@@ -44,7 +44,7 @@ def key(record: Record) -> tuple[int, int]:
 
 @EACH_SIDE
 @EACH_WORKLOAD
-def test_every_request_ends_and_none_is_early(side: str, workload: str) -> None:
+def test_sim_completes_every_request_none_before_it_is_due(side: str, workload: str) -> None:
     trace = trace_of(workload)
     records = make_engine(side, CPU, NAMES).play(trace)
     assert len({key(record) for record in records}) == len(records)
@@ -64,9 +64,7 @@ def test_every_request_ends_and_none_is_early(side: str, workload: str) -> None:
 
 @pytest.mark.parametrize("side", [side for side in SIDES if not side.startswith("stock")])
 @pytest.mark.parametrize("pool_slots", [5000, 14336])
-def test_the_pool_is_never_over_full_and_kv_never_without_its_adapter(
-    side: str, pool_slots: int
-) -> None:
+def test_sim_pool_is_never_overfull_nor_kv_without_its_adapter(side: str, pool_slots: int) -> None:
     engine = make_engine(side, replace(CPU, pool_slots=pool_slots, host_slots=6000), NAMES)
     residence: Any = engine._residence
     step, num_checked = residence.step, 0
@@ -86,7 +84,7 @@ def test_the_pool_is_never_over_full_and_kv_never_without_its_adapter(
 
 @EACH_WORKLOAD
 @pytest.mark.parametrize("seed", [0, 1])
-def test_who_knows_the_future_loses_less(workload: str, seed: int) -> None:
+def test_clairvoyant_policy_saves_at_least_as_much_as_lru(workload: str, seed: int) -> None:
     trace = make_trace(WORKLOADS[workload], turns_per_s=5.0, duration_s=75.0, seed=seed)
     values = {}
     for side in ("elora:lru", "clairvoyant"):
@@ -98,12 +96,12 @@ def test_who_knows_the_future_loses_less(workload: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("side", ["stock-tuned:8", "elora:elora", "clairvoyant"])
-def test_same_trace_same_records(side: str) -> None:
+def test_sim_is_deterministic(side: str) -> None:
     runs = [make_engine(side, CPU, NAMES).play(trace_of("chat")) for _ in range(2)]
     assert runs[0] == runs[1]
 
 
-def test_a_faster_machine_is_no_slower() -> None:
+def test_sim_of_a_faster_machine_is_not_slower() -> None:
     def mean_latency_s(calibration: Calibration) -> float:
         records = make_engine("elora:elora", calibration, NAMES).play(trace_of("chat"))
         return sum(record.last_s - record.due_s for record in records) / len(records)
@@ -112,7 +110,7 @@ def test_a_faster_machine_is_no_slower() -> None:
         assert mean_latency_s(CPU.scaled(name, 0.5)) < 0.95 * mean_latency_s(CPU)
 
 
-def test_named_sessions_are_forgotten_when_they_end() -> None:
+def test_sim_forgets_sessions_when_they_end() -> None:
     trace = trace_of("chat")
     engine = make_engine("elora:elora+sessions", CPU, NAMES)
     turns = {record.session: record.turn + 1 for record in engine.play(trace)}
@@ -122,7 +120,7 @@ def test_named_sessions_are_forgotten_when_they_end() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_who_names_sessions_finds_more(seed: int) -> None:
+def test_sim_with_session_ids_has_more_cache_hits(seed: int) -> None:
     trace = make_trace(
         WORKLOADS["chat"], turns_per_s=6.0, duration_s=120.0, seed=seed, with_tokens=False
     )

@@ -36,7 +36,7 @@ def changes(version: int, *adapters: AdapterState) -> Changes:
     return Changes(version, False, list(adapters), POOL)
 
 
-def test_later_rows_take_the_place_of_earlier_ones() -> None:
+def test_state_mirror_replaces_rows_by_later_ones() -> None:
     mirror = StateMirror()
     mirror.apply(changes(2, adapter("a"), adapter("b")), {"a", "b"})
     mirror.apply(changes(3, adapter("a", "device", 7)), {"a", "b"})
@@ -44,14 +44,14 @@ def test_later_rows_take_the_place_of_earlier_ones() -> None:
     assert mirror.adapters == {"a": adapter("a", "device", 7), "b": adapter("b")}
 
 
-def test_adapters_that_were_unloaded_go() -> None:
+def test_state_mirror_drops_unloaded_adapters() -> None:
     mirror = StateMirror()
     mirror.apply(changes(2, adapter("a"), adapter("b")), {"a", "b"})
     mirror.apply(changes(2), {"b"})
     assert set(mirror.adapters) == {"b"}
 
 
-def test_it_travels_as_it_is() -> None:
+def test_state_changes_survive_msgpack_round_trip() -> None:
     sent = changes(5, adapter("a", "loading"))
     packed = msgspec.msgpack.encode(sent)
     assert msgspec.msgpack.decode(packed, type=Changes) == sent

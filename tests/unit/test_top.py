@@ -71,19 +71,19 @@ def shown(
     return capture.get().splitlines()
 
 
-def test_the_bar_is_as_long_as_the_pool_is_full() -> None:
+def test_top_pool_bar_length_shows_the_share_in_use() -> None:
     assert pool_bar(state()["pool"], 20).plain == "a" * 4 + "K" * 6 + "r" * 2 + "." * 8
     assert len(pool_bar(state()["pool"], 3)) == 3
 
 
-def test_what_moved_is_told_with_where_from_and_where_to() -> None:
+def test_top_lists_moved_adapters_with_old_and_new_tier() -> None:
     before = state(row("law", "host"), row("art", "device"))
     after = state(row("law", "loading"), row("art", "device"), row("new", "disk"))
     assert list(moves(before, after)) == ["law: host -> loading"]
     assert list(moves(None, after)) == []
 
 
-def test_a_screen_has_pool_tiers_rates_rows_and_swaps() -> None:
+def test_top_screen_shows_pool_tiers_rates_rows_and_swaps() -> None:
     rows = [row("old", "disk", idle_s=None), row("law", "device", pinned=True), row("art", "host")]
     lines = shown(state(*rows, adapter_loads=9), state(*rows), ["12:00:00 law: host -> device"])
     assert lines[0].startswith("100 slots, 40 free; requests: 2 running, 1 waiting")
@@ -96,16 +96,16 @@ def test_a_screen_has_pool_tiers_rates_rows_and_swaps() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 60)])
-def test_it_keeps_to_the_terminal(width: int, height: int) -> None:
+def test_top_screen_fits_the_terminal(width: int, height: int) -> None:
     many = [row(f"adapter-{i}", "host") for i in range(500)]
     lines = shown(state(*many), None, ["swap"] * 50, width, height)
     assert len(lines) <= height and max(map(len, lines)) <= width
 
 
-def test_names_are_shown_as_they_are() -> None:
+def test_top_shows_adapter_names_without_markup() -> None:
     assert any("[red]x[/]" in line for line in shown(state(row("[red]x[/]", "host"))))
 
 
-def test_a_server_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_top_names_an_unreachable_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--url", "http://127.0.0.1:9", "--once"]) == 1
     assert "http://127.0.0.1:9: " in capsys.readouterr().err
