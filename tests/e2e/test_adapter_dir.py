@@ -16,7 +16,7 @@ SERVABLE_S = 2.0
 WATCHED = "watched"
 
 
-async def test_new_folders_are_served_and_broken_ones_named_once(
+async def test_adapter_dir_serves_new_folders_and_names_broken_ones_once(
     client: Client,
     elora_server: ServerProcess,
     adapter_dir: Path,

@@ -68,7 +68,7 @@ def server(
 
 
 @pytest.mark.parametrize(("name", "adapter"), [("team/near", NEAR), ("far", FAR)])
-async def test_the_first_requests_load_it(
+async def test_first_request_loads_an_adapter_from_its_source(
     name: str,
     adapter: str,
     client: Client,
@@ -83,7 +83,7 @@ async def test_the_first_requests_load_it(
     assert name in [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
 
 
-async def test_one_that_changed_behind_its_url_is_another(
+async def test_adapter_changed_at_its_url_is_loaded_as_a_new_one(
     client: Client,
     places: Places,
     adapters: dict[str, Path],
@@ -110,7 +110,7 @@ async def test_one_that_changed_behind_its_url_is_another(
         ("broken", "adapter_model.safetensors"),
     ],
 )
-async def test_a_request_gets_nothing_from_elsewhere(
+async def test_request_for_an_adapter_outside_the_sources_is_refused(
     name: str, reason: str, client: Client, places: Places, prompts: Sequence[list[int]]
 ) -> None:
     """Nor does it learn where the server has its adapters, and which others."""
@@ -122,7 +122,7 @@ async def test_a_request_gets_nothing_from_elsewhere(
     assert (await client.generate("start", prompts[0])).token_ids
 
 
-async def test_loading_is_bound_to_the_places_too(
+async def test_load_api_refuses_paths_outside_the_sources(
     client: Client, places: Places, adapters: dict[str, Path]
 ) -> None:
     async def load(client: Client, path: str) -> tuple[int, str]:

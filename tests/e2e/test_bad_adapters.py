@@ -15,7 +15,7 @@ from tests.harness.reference import Reference
 
 
 @pytest.mark.parametrize("spoil", BAD, ids=lambda spoil: spoil.__name__)
-async def test_load_is_refused_and_the_server_goes_on(
+async def test_bad_adapter_load_is_refused_and_the_server_keeps_serving(
     spoil: Callable[[Path], None],
     client: Client,
     adapters: dict[str, Path],
@@ -41,7 +41,7 @@ async def test_load_is_refused_and_the_server_goes_on(
     assert list(answer.token_ids) == reference.generate("attention-r8", prompts[0])
 
 
-async def test_load_after_mending_the_folder(
+async def test_repaired_adapter_loads_under_its_refused_name(
     client: Client,
     adapters: dict[str, Path],
     reference: Reference,
@@ -68,7 +68,7 @@ async def test_load_after_mending_the_folder(
     assert gone.status_code == 200, gone.text
 
 
-async def test_bad_adapters_at_start_are_left_out_and_named(
+async def test_bad_adapters_at_launch_are_skipped_and_logged(
     client: Client, elora_server: ServerProcess, adapters: dict[str, Path]
 ) -> None:
     """``elora_server`` was given one of each kind, and one whose folder is not there."""
@@ -114,7 +114,7 @@ async def test_bad_adapters_at_start_are_left_out_and_named(
         ),
     ],
 )
-async def test_request_for_an_unknown_adapter(
+async def test_request_for_an_unknown_adapter_is_refused(
     path: str, body: dict[str, object], client: Client
 ) -> None:
     response = await client.post(path, body)
@@ -122,7 +122,9 @@ async def test_request_for_an_unknown_adapter(
     assert "nobody" in response.text
 
 
-async def test_request_by_internal_id(client: Client, adapters: dict[str, Path]) -> None:
+async def test_request_by_internal_adapter_id_is_refused(
+    client: Client, adapters: dict[str, Path]
+) -> None:
     response = await client.post("/generate", {"text": "Hello", "lora_id": "0" * 32})
     assert response.status_code == 400
     assert "lora_path" in response.text

@@ -24,7 +24,7 @@ def bench(server: ServerProcess, api: Api, out: Path) -> list[dict]:  # type: ig
 
 
 @pytest.mark.parametrize("api", APIS)
-def test_elora_is_measured_over_each_api(
+def test_bench_measures_elora_over_each_api(
     elora_server: ServerProcess, tmp_path: Path, api: Api
 ) -> None:
     (row,) = bench(elora_server, api, tmp_path)
@@ -44,21 +44,21 @@ def test_elora_is_measured_over_each_api(
         assert (tmp_path / name).stat().st_size > 0
 
 
-def test_stock_is_measured_too(stock_server: ServerProcess, tmp_path: Path) -> None:
+def test_bench_measures_stock_sglang(stock_server: ServerProcess, tmp_path: Path) -> None:
     (row,) = bench(stock_server, "openai", tmp_path)
     assert all(record["error"] is None for record in row["records"])
     assert row["elora_after"] is None
     assert row["pool"] and all(sample["invalid_kv"] is None for sample in row["pool"])
 
 
-def test_names_that_are_not_served(elora_server: ServerProcess) -> None:
+def test_bench_refuses_names_that_are_not_served(elora_server: ServerProcess) -> None:
     with pytest.raises(EndpointError, match="does not serve adapter nobody, but"):
         find(elora_server.url, "openai", None, ["nobody"])
     with pytest.raises(EndpointError, match="does not serve model 'other', but demo"):
         find(elora_server.url, "openai", "other", None)
 
 
-def test_a_server_that_is_not_there_or_not_at_that_path(
+def test_bench_names_a_missing_server_or_wrong_url(
     elora_server: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for url, text in (

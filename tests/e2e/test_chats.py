@@ -17,7 +17,7 @@ LINES = (
 )
 
 
-async def test_a_chat_finds_its_turns_in_the_cache(client: Client, reference: Reference) -> None:
+async def test_chat_turn_hits_the_kv_of_earlier_turns(client: Client, reference: Reference) -> None:
     """As far as the tokenizer writes an answer as the model did, which is a matter of the two."""
     adapter = "rslora-r8"
     messages: list[dict[str, str]] = []
@@ -34,7 +34,7 @@ async def test_a_chat_finds_its_turns_in_the_cache(client: Client, reference: Re
     await client.post("/close_session", {"session_id": "five-turns"})
 
 
-async def test_another_adapter_within_a_chat_computes_its_own_kv_once(
+async def test_chat_that_switches_adapter_computes_its_kv_once(
     client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     first, second = "attention-r8", "mlp-r24"

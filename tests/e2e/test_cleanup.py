@@ -29,7 +29,7 @@ from tests.harness.server_flags import server_flags
     ],
     ids=["fails", "interrupted"],
 )
-def test_no_process_is_left(
+def test_server_leaves_no_process_after_each_way_to_end(
     ending: str, status: pytest.ExitCode, checkpoint: Path, tmp_path: Path, spawned_start: None
 ) -> None:
     flags = [*server_flags(checkpoint), "--max-lora-rank", "8", "--lora-target-modules", "q_proj"]
@@ -52,7 +52,7 @@ def test_no_process_is_left(
 
 
 @pytest.mark.parametrize("name", ["detokenizer", "scheduler"])
-def test_a_server_that_loses_a_process_ends_and_says_so(
+def test_server_that_loses_a_process_ends_and_logs_it(
     name: str, checkpoint: Path, adapters: dict[str, Path], logs: Path
 ) -> None:
     """Within ten seconds, in which its clients have their connections closed."""

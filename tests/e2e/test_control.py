@@ -76,7 +76,7 @@ async def test_state_has_every_adapter_and_adds_up(
     assert pool["num_waiting"] == pool["num_running"] == 0
 
 
-async def test_prefetched_means_loaded_before_it_is_asked_for(
+async def test_prefetched_adapter_is_resident_before_its_request(
     client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     await off_device(client, "mlp-r24")
@@ -89,9 +89,7 @@ async def test_prefetched_means_loaded_before_it_is_asked_for(
     assert after["hints_used"] == before["hints_used"] + 1
 
 
-async def test_counts_tell_where_requests_found_what_they_need(
-    client: Client, prompts: Sequence[list[int]]
-) -> None:
+async def test_state_counts_hits_by_tier(client: Client, prompts: Sequence[list[int]]) -> None:
     await off_device(client, "all-r4")
     found = [(await state(client))["pool"]["counts"]]
     for _ in range(2):
@@ -109,7 +107,7 @@ async def test_counts_tell_where_requests_found_what_they_need(
     assert gone["kv_slots_evicted.api"] == gone["kv_slots_evicted"] >= length
 
 
-async def test_a_list_is_prefetched_together(client: Client) -> None:
+async def test_prefetch_of_a_list_loads_all_its_adapters(client: Client) -> None:
     names = ["all-r4", "rslora-r8"]
     for name in names:
         await off_device(client, name)
@@ -119,7 +117,7 @@ async def test_a_list_is_prefetched_together(client: Client) -> None:
         await until(lambda row: row["tier"] == "device", client, name)
 
 
-async def test_evicted_is_gone_with_its_kv_and_gives_the_same_again(
+async def test_evict_order_removes_adapter_and_kv_and_output_is_unchanged(
     client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     """The pool is not full: what was evicted for room would come back by itself."""
@@ -136,7 +134,7 @@ async def test_evicted_is_gone_with_its_kv_and_gives_the_same_again(
     assert list(answer.token_ids) == expected and answer.cached_tokens == 0
 
 
-async def test_a_pin_ends_with_its_lease(client: Client) -> None:
+async def test_pin_ends_with_its_lease(client: Client) -> None:
     await order(client, "pin", "qv-r4", lease_s=1.5)
     await until(lambda row: row["pinned"] and row["tier"] == "device", client, "qv-r4")
     assert 0 < (await adapter(client, "qv-r4"))["lease_s"] <= 1.5
@@ -153,7 +151,7 @@ async def test_a_pin_ends_with_its_lease(client: Client) -> None:
     await off_device(client, "qv-r4")
 
 
-async def test_an_adapter_in_use_is_not_evicted(
+async def test_evict_order_for_an_adapter_in_use_is_refused(
     client: Client, prompts: Sequence[list[int]]
 ) -> None:
     running = await client.begin("all-r4", prompts[0], num_tokens=200)
@@ -172,7 +170,7 @@ async def test_an_adapter_in_use_is_not_evicted(
         ({}, 400),
     ],
 )
-async def test_wrong_orders_are_refused(
+async def test_malformed_orders_are_refused(
     client: Client, what: str, body: dict[str, Any], status: int
 ) -> None:
     answer = await client.post(f"/elora/{what}", body)
@@ -181,7 +179,7 @@ async def test_wrong_orders_are_refused(
 
 
 @pytest.mark.parametrize("lease_s", [0, -1, "long", float("1e999")])
-async def test_wrong_leases_are_refused(client: Client, lease_s: Any) -> None:
+async def test_invalid_leases_are_refused(client: Client, lease_s: Any) -> None:
     body = {"lora_name": "qv-r4", "lease_s": lease_s if lease_s != float("inf") else "Infinity"}
     answer = await client.post("/elora/pin", body)
     assert answer.status_code == 400, answer.text
@@ -194,7 +192,7 @@ async def test_state_of_an_unknown_adapter_is_refused(client: Client) -> None:
     assert answer.json()["error_message"] == "LoRA adapter 'nobody' is not loaded"
 
 
-async def test_models_carry_their_tier_and_the_schema_has_all(client: Client) -> None:
+async def test_model_list_shows_tiers_and_openapi_lists_all_endpoints(client: Client) -> None:
     await on_device(client, "attention-r24")
     models = {m["id"]: m for m in (await client.get("/v1/models")).json()["data"]}
     assert models["attention-r24"]["tier"] == "device"
@@ -204,7 +202,7 @@ async def test_models_carry_their_tier_and_the_schema_has_all(client: Client) ->
     assert "/v1/models" in paths
 
 
-async def test_metrics_are_those_of_sglang_and_ours(
+async def test_metrics_endpoint_exports_sglang_and_elora_metrics(
     client: Client, prompts: Sequence[list[int]]
 ) -> None:
     await on_device(client, "mlp-r24")
@@ -228,7 +226,7 @@ async def test_metrics_are_those_of_sglang_and_ours(
     assert ("sglang:lora_requests_info", None) in found
 
 
-async def test_top_shows_the_server_and_the_page_is_served(
+async def test_top_shows_the_server_and_the_ui_page_is_served(
     client: Client, server: ServerProcess, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["top", "--url", server.url, "--once"]) == 0
@@ -239,7 +237,7 @@ async def test_top_shows_the_server_and_the_page_is_served(
     assert 'fetch("state"' in page.text and "http" not in page.text, "nothing from elsewhere"
 
 
-async def test_an_adapter_that_is_loaded_and_unloaded_comes_and_goes(
+async def test_state_lists_an_adapter_from_load_to_unload(
     client: Client, adapters: dict[str, Path]
 ) -> None:
     body = {"lora_name": "late", "lora_path": str(adapters["qv-r4"])}
@@ -250,7 +248,9 @@ async def test_an_adapter_that_is_loaded_and_unloaded_comes_and_goes(
     assert {row["lora_name"] for row in rows} == set(NAMES)
 
 
-async def test_a_chat_announces_its_adapter(client: Client, prompts: Sequence[list[int]]) -> None:
+async def test_chat_request_announces_its_adapter(
+    client: Client, prompts: Sequence[list[int]]
+) -> None:
     await off_device(client, "rslora-r8")
     before = await state(client)
     for model in ("demo:rslora-r8", "demo:no-such-adapter"):
@@ -267,7 +267,7 @@ def kv_hints(payload: Any, kind: str = "elora.prefetch", version: str = "1") -> 
     return {"protocol_version": "1", "message_id": "m", "actions": [action]}
 
 
-async def test_a_client_may_name_the_adapters_it_will_ask_for(
+async def test_client_hints_prefetch_the_named_adapters(
     client: Client, prompts: Sequence[list[int]]
 ) -> None:
     names = ["rslora-r8", "attention-r24"]
@@ -294,7 +294,7 @@ async def test_a_client_may_name_the_adapters_it_will_ask_for(
         (kv_hints({"lora_name": "qv-r4"}, version="2"), "has version '1' here, not '2'"),
     ],
 )
-async def test_malformed_hints_of_clients_are_refused(
+async def test_malformed_client_hints_are_refused(
     client: Client, prompts: Sequence[list[int]], hints: dict[str, Any], text: str
 ) -> None:
     body = {"input_ids": prompts[0], "sampling_params": {"max_new_tokens": 1}}
@@ -303,7 +303,7 @@ async def test_malformed_hints_of_clients_are_refused(
     assert text in answer.json()["error"]["message"]
 
 
-async def test_a_session_is_alive_from_its_first_turn_until_it_is_closed(
+async def test_session_is_alive_from_its_first_turn_until_closed(
     client: Client, prompts: Sequence[list[int]]
 ) -> None:
     async def sessions(client: Client) -> int:
@@ -319,7 +319,7 @@ async def test_a_session_is_alive_from_its_first_turn_until_it_is_closed(
         assert await sessions(client) == left
 
 
-async def test_noise_on_the_channel_is_dropped_and_harms_nothing(
+async def test_noise_on_the_control_channel_is_dropped(
     client: Client, noise: Path, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     before = (await state(client))["pool"]["counts"]["messages_dropped"]
@@ -334,7 +334,7 @@ async def test_noise_on_the_channel_is_dropped_and_harms_nothing(
     assert after - before > 1000
 
 
-async def test_a_peer_that_dies_and_comes_back_is_heard_again(
+async def test_control_channel_recovers_after_a_peer_restarts(
     client: Client, noise: Path, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     for name in NAMES[:3]:
@@ -347,7 +347,7 @@ async def test_a_peer_that_dies_and_comes_back_is_heard_again(
         assert list(answer.token_ids) == reference.generate(name, prompts[1])
 
 
-async def test_with_an_admin_key_only_its_owner_may(
+async def test_orders_require_the_admin_key_if_one_is_set(
     checkpoint: Path, adapters: dict[str, Path], logs: Path
 ) -> None:
     given = {"qv-r4": adapters["qv-r4"]}

@@ -28,7 +28,7 @@ class Token:
 
 
 @pytest.mark.slow
-async def test_bfloat16_adapters_in_an_fp8_pool(
+async def test_bfloat16_adapters_in_an_fp8_pool_answer_as_stock(
     checkpoint: Path, adapters: dict[str, Path], logs: Path
 ) -> None:
     """The same tokens as SGLang with its own LoRA pool, whose KV is rounded alike.

@@ -46,7 +46,7 @@ def run_of_engine(
     return answers, facts
 
 
-def test_answers_equal_those_of_transformers(
+def test_engine_answers_equal_those_of_transformers(
     run_of_engine: Any, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     answers, _ = run_of_engine
@@ -55,14 +55,14 @@ def test_answers_equal_those_of_transformers(
         assert output == reference.generate(name, prompts[1], num_tokens=16), name
 
 
-def test_adapters_come_and_go(run_of_engine: Any) -> None:
+def test_engine_loads_and_unloads_adapters(run_of_engine: Any) -> None:
     _, facts = run_of_engine
     assert facts["loaded"] == [True] * 3 and facts["unloaded"] and facts["loaded again"]
     assert "mlp-r64" in facts["asked for it"] and facts["sent"]
     assert facts["missing"][0] is False and "/nowhere" in facts["missing"][1]
 
 
-def test_logprobs_of_prompts_are_those_of_transformers(
+def test_engine_prompt_logprobs_equal_those_of_transformers(
     run_of_engine: Any, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     _, facts = run_of_engine

@@ -28,7 +28,7 @@ class EventBatch(msgspec.Struct, array_like=True):
     attn_dp_rank: int | None = None
 
 
-async def test_events_say_whose_kv_it_is_and_where_adapters_are(
+async def test_kv_events_name_the_adapter_and_its_tier(
     checkpoint: Path, adapters: dict[str, Path], prompts: Sequence[list[int]], logs: Path
 ) -> None:
     given = {name: adapters[name] for name in NAMES}

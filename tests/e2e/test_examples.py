@@ -32,7 +32,7 @@ def shown_by(
 
 
 @pytest.mark.parametrize(("example", "num_adapters"), [("router_agent", 5), ("parallel_judges", 4)])
-def test_programs(
+def test_example_programs_run(
     example: str,
     num_adapters: int,
     elora_server: ServerProcess,
@@ -43,7 +43,7 @@ def test_programs(
     assert all(name in shown for name in NAMES[:num_adapters])
 
 
-def test_a_chat_finds_its_history_in_the_cache(
+def test_example_chat_hits_its_history_in_the_cache(
     elora_server: ServerProcess,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -57,7 +57,7 @@ def test_a_chat_finds_its_history_in_the_cache(
     assert all(now > before for before, now in pairwise(prompts))
 
 
-def test_tenants_get_their_own_adapter(
+def test_example_gateway_serves_each_tenant_its_adapter(
     elora_server: ServerProcess,
     reference: Reference,
     monkeypatch: pytest.MonkeyPatch,
@@ -78,7 +78,7 @@ def test_tenants_get_their_own_adapter(
     ("example", "package", "num_adapters"),
     [("langchain_chain", "langchain_openai", 2), ("litellm_calls", "litellm", 3)],
 )
-def test_clients(
+def test_example_clients_run(
     example: str,
     package: str,
     num_adapters: int,

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", RUN)
-def test_server_stage_dry_run_goes_through(stage: int, tmp_path: Path) -> None:
+def test_gpu_server_stage_dry_run_succeeds(stage: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu.stages", str(stage), "--dry-run"]
     command += ["--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550, cwd=ROOT)

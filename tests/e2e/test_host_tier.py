@@ -93,7 +93,7 @@ async def drive_out(client: Client, name: str, prompt: Sequence[int]) -> None:
     assert (await statistics(client))["adapter_evictions"] > before + len(others)
 
 
-async def test_nothing_is_read_for_adapters_that_nobody_asks_for(
+async def test_no_file_is_read_for_unrequested_adapters(
     client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     models = (await client.get("/v1/models")).json()["data"]
@@ -107,7 +107,7 @@ async def test_nothing_is_read_for_adapters_that_nobody_asks_for(
     assert list(answer.token_ids) == expected
 
 
-async def test_adapters_are_read_again_and_give_the_same(
+async def test_adapters_read_again_give_the_same_output(
     client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     """All at once, over and over, with room on the device for few and on the host for none."""
@@ -120,7 +120,7 @@ async def test_adapters_are_read_again_and_give_the_same(
     assert after["adapters_on_host"] <= 1 and after["kv_tokens_invalid"] == 0
 
 
-async def test_a_file_that_is_gone_fails_its_requests_and_nothing_else(
+async def test_missing_adapter_file_fails_only_its_requests(
     client: Client,
     folders: dict[str, Path],
     reference: Reference,
@@ -142,7 +142,7 @@ async def test_a_file_that_is_gone_fails_its_requests_and_nothing_else(
     assert (await statistics(client))["requests_failed"] >= 3
 
 
-async def test_a_file_that_has_changed_is_not_mixed_with_what_was_computed(
+async def test_changed_adapter_file_is_not_mixed_with_cached_kv(
     client: Client,
     adapters: dict[str, Path],
     folders: dict[str, Path],
@@ -170,7 +170,7 @@ async def test_a_file_that_has_changed_is_not_mixed_with_what_was_computed(
     assert new.cached_tokens == 0 and new.token_ids != old.token_ids
 
 
-async def test_a_copy_that_breaks_off_leaves_the_pool_whole(
+async def test_failed_copy_leaves_the_pool_consistent(
     client: Client,
     fail_copies: Path,
     reference: Reference,
@@ -193,7 +193,7 @@ async def test_a_copy_that_breaks_off_leaves_the_pool_whole(
     assert empty["adapters_resident"] == empty["kv_tokens_device"] == 0
 
 
-async def test_a_load_that_nobody_waits_for_any_more(
+async def test_aborted_requests_during_loads_leave_the_pool_balanced(
     client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     """Requests are aborted while their adapters are on the way; the pool stays balanced."""

@@ -123,7 +123,7 @@ MALFORMED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_request_is_refused(server: ServerProcess, name: str) -> None:
+def test_malformed_request_is_refused(server: ServerProcess, name: str) -> None:
     body = {"sampling_params": SHORT, **MALFORMED[name]}
     with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
         answer = http.post("/generate", json=body)
@@ -133,7 +133,7 @@ def test_a_malformed_request_is_refused(server: ServerProcess, name: str) -> Non
     assert "error" in streamed.text or streamed.status_code >= 400
 
 
-def test_ends_that_the_model_cannot_say_are_no_ends(server: ServerProcess) -> None:
+def test_stop_token_ids_outside_the_vocabulary_are_ignored(server: ServerProcess) -> None:
     body = _sampled(stop_token_ids=[-5, 1_000_000], min_new_tokens=2)
     with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
         answer = http.post("/generate", json=body)
@@ -141,7 +141,7 @@ def test_ends_that_the_model_cannot_say_are_no_ends(server: ServerProcess) -> No
     assert len(answer.json()["output_ids"]) == SHORT["max_new_tokens"]
 
 
-def test_completions_with_lists_of_adapters(server: ServerProcess) -> None:
+def test_completions_refuse_adapter_lists_of_the_wrong_length(server: ServerProcess) -> None:
     with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
         for prompt, lora_path, right in (
             ("one", ["qv-r4"], False),
@@ -157,7 +157,7 @@ ENDS = ("too long", "aborted", "cut off", "many samples", "a name nobody knows",
 
 
 @pytest.mark.parametrize("end", ENDS)
-async def test_an_adapter_can_be_unloaded_however_its_requests_ended(
+async def test_adapter_unloads_after_every_way_a_request_can_end(
     client: Client, adapters: dict[str, Path], end: str
 ) -> None:
     name = "qv-r4"
@@ -209,7 +209,7 @@ async def test_an_adapter_can_be_unloaded_however_its_requests_ended(
     [{"rank_pattern": {"(([a-z_0-9.]+)+)+!": 5}}, {"lora_alpha": 1e308}],
     ids=["endless expression", "scale that overflows"],
 )
-async def test_an_adapter_that_would_end_the_server_is_refused(
+async def test_adapter_that_would_crash_the_server_is_refused(
     client: Client, adapters: dict[str, Path], tmp_path: Path, change: dict[str, Any]
 ) -> None:
     folder = tmp_path / "adapter"
@@ -233,7 +233,7 @@ async def test_an_adapter_that_would_end_the_server_is_refused(
     ],
     ids=["greedy", "top-p", "top-k and min-p", "several answers", "no token"],
 )
-async def test_request_whose_logits_are_no_numbers_fails_alone(
+async def test_request_with_nan_logits_fails_alone(
     client: Client,
     adapters: dict[str, Path],
     reference: Reference,
@@ -267,7 +267,7 @@ async def test_request_whose_logits_are_no_numbers_fails_alone(
     assert unloaded.status_code == 200, unloaded.text
 
 
-async def test_who_names_an_adapter_is_answered_by_it_or_refused(
+async def test_request_naming_an_adapter_is_answered_by_it_or_refused(
     client: Client, reference: Reference
 ) -> None:
     """By the id that /v1/models lists, or behind the base model's; on each endpoint."""
@@ -309,14 +309,14 @@ async def test_who_names_an_adapter_is_answered_by_it_or_refused(
 
 
 @pytest.mark.parametrize("payload", [["AAAA"], [""], [], "AAAA", ["gASVBQAAAAAAAABDAXgu"]], ids=str)
-def test_tensors_that_are_none_are_refused(server: ServerProcess, payload: Any) -> None:
+def test_load_from_tensors_refuses_invalid_payloads(server: ServerProcess, payload: Any) -> None:
     body = {"lora_name": "sent", "config_dict": {"r": 4}, "serialized_named_tensors": payload}
     with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
         answer = http.post("/load_lora_adapter_from_tensors", json=body)
     assert 400 <= answer.status_code < 500, answer.text
 
 
-async def test_memory_is_not_released_under_requests_nor_resumed_without(client: Client) -> None:
+async def test_memory_release_is_refused_while_requests_run(client: Client) -> None:
     body = {"input_ids": [5] * 9, "lora_path": "qv-r4", "sampling_params": LONG}
     running = asyncio.create_task(client.post("/generate", body))
     await asyncio.sleep(0.5)
@@ -330,7 +330,7 @@ async def test_memory_is_not_released_under_requests_nor_resumed_without(client:
         assert (await client.post("/resume_memory_occupation", {})).status_code == 200
 
 
-async def test_a_pause_that_aborts_ends_what_an_earlier_pause_holds(client: Client) -> None:
+async def test_pause_with_abort_ends_requests_of_an_earlier_pause(client: Client) -> None:
     body = {"input_ids": ONE, "sampling_params": LONG, "lora_path": "qv-r4"}
     held = asyncio.create_task(client.post("/generate", body))
     await asyncio.sleep(1)
@@ -353,7 +353,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_an_endpoint_cannot_serve_is_refused(server: ServerProcess, name: str) -> None:
+def test_unsupported_endpoint_requests_are_refused(server: ServerProcess, name: str) -> None:
     path, body = REFUSED[name]
     with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
         answer = http.post(path, json={"model": MODEL, **body})
@@ -361,7 +361,7 @@ def test_what_an_endpoint_cannot_serve_is_refused(server: ServerProcess, name: s
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
-def test_a_stream_of_ollama_that_is_refused_says_so(server: ServerProcess, path: str) -> None:
+def test_refused_ollama_stream_returns_an_error(server: ServerProcess, path: str) -> None:
     asked = {"messages": [{"role": "user", "content": "Hello"}], "prompt": "Hello"}
     body = {"model": MODEL, **asked, "stream": True, "options": {"top_p": 5}}
     with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
@@ -377,7 +377,7 @@ NOT_CALLED = {
 }
 
 
-def test_every_endpoint_refuses_or_serves_its_smallest_body(server: ServerProcess) -> None:
+def test_every_endpoint_serves_or_refuses_its_smallest_body(server: ServerProcess) -> None:
     with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
         schema = http.get("/openapi.json").json()
         called, failed = 0, {}

@@ -51,7 +51,7 @@ def one_call(s: Any, text: str, adapter: str | None = None) -> None:
     s += sgl.gen("answer", lora_path=adapter)
 
 
-def test_each_call_is_answered_by_its_adapter(
+def test_lang_call_is_answered_by_its_adapter(
     backend: sgl.RuntimeEndpoint, elora_server: ServerProcess, reference: Reference
 ) -> None:
     @sgl.function
@@ -71,7 +71,7 @@ def test_each_call_is_answered_by_its_adapter(
     assert state.text() == text
 
 
-def test_a_run_has_a_default_which_calls_override(
+def test_lang_call_overrides_the_runs_default_adapter(
     backend: sgl.RuntimeEndpoint, reference: Reference
 ) -> None:
     ids = reference.tokenizer.encode(START)
@@ -80,7 +80,7 @@ def test_a_run_has_a_default_which_calls_override(
         assert state["answer"] == reference.text(expected, ids, NUM_TOKENS)
 
 
-def test_a_parameter_of_the_program_stays_its_own(
+def test_lang_program_parameter_named_lora_path_is_kept(
     backend: sgl.RuntimeEndpoint, reference: Reference
 ) -> None:
     @sgl.function
@@ -97,7 +97,9 @@ def test_a_parameter_of_the_program_stays_its_own(
         own.run_batch(rows, lora_path=THREE[0], backend=backend)
 
 
-def test_integers_and_strings(backend: sgl.RuntimeEndpoint, elora_server: ServerProcess) -> None:
+def test_lang_gen_int_and_gen_string_use_the_adapter(
+    backend: sgl.RuntimeEndpoint, elora_server: ServerProcess
+) -> None:
     @sgl.function
     def typed(s: Any, adapter: str) -> None:
         s += START + " number "
@@ -114,7 +116,7 @@ def test_integers_and_strings(backend: sgl.RuntimeEndpoint, elora_server: Server
         assert state["name"].startswith('"')
 
 
-def test_select_weighs_the_choices_with_the_adapter(
+def test_lang_select_scores_choices_with_the_adapter(
     backend: sgl.RuntimeEndpoint, reference: Reference
 ) -> None:
     choices = [" at the harbour", " in a letter"]
@@ -148,7 +150,7 @@ def test_select_weighs_the_choices_with_the_adapter(
 
 
 @pytest.mark.parametrize("spelling", ["fork", "call"])
-def test_branches_with_an_adapter_each(
+def test_lang_fork_branches_use_one_adapter_each(
     spelling: str, backend: sgl.RuntimeEndpoint, reference: Reference
 ) -> None:
     @sgl.function
@@ -171,7 +173,7 @@ def test_branches_with_an_adapter_each(
     assert state["end"] == reference.text(THREE[0], ids, NUM_TOKENS)
 
 
-def test_a_fork_needs_an_adapter_for_each_branch(backend: sgl.RuntimeEndpoint) -> None:
+def test_lang_fork_refuses_fewer_adapters_than_branches(backend: sgl.RuntimeEndpoint) -> None:
     @sgl.function
     def uneven(s: Any) -> None:
         s.fork(3, lora_path=THREE[:2])
@@ -180,7 +182,7 @@ def test_a_fork_needs_an_adapter_for_each_branch(backend: sgl.RuntimeEndpoint) -
         uneven.run(backend=backend)
 
 
-def test_what_is_cached_ahead_is_cached_for_the_adapter(
+def test_lang_prefix_is_cached_under_the_adapter(
     backend: sgl.RuntimeEndpoint, reference: Reference
 ) -> None:
     """The prefix of a fork's branches, and of a batch."""
@@ -229,7 +231,7 @@ def flush(backend: sgl.RuntimeEndpoint) -> None:
     raise AssertionError("the cache was never idle")
 
 
-def test_a_batch_of_programs_with_an_adapter_each(
+def test_lang_batch_runs_each_program_with_its_adapter(
     backend: sgl.RuntimeEndpoint, reference: Reference
 ) -> None:
     ids = reference.tokenizer.encode(START)
@@ -251,7 +253,9 @@ def test_a_batch_of_programs_with_an_adapter_each(
     assert [state["answer"] for state in batch] == expected
 
 
-def test_streams(backend: sgl.RuntimeEndpoint, reference: Reference) -> None:
+def test_lang_stream_equals_the_adapters_output(
+    backend: sgl.RuntimeEndpoint, reference: Reference
+) -> None:
     expected = reference.text(THREE[1], reference.tokenizer.encode(START), NUM_TOKENS)
 
     def begin() -> Any:
@@ -269,7 +273,7 @@ def test_streams(backend: sgl.RuntimeEndpoint, reference: Reference) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_unknown_adapter_is_the_servers_error_and_ends(
+def test_lang_unknown_adapter_raises_the_servers_error_and_ends(
     stream: bool, backend: sgl.RuntimeEndpoint
 ) -> None:
     @sgl.function
@@ -292,7 +296,7 @@ def test_an_unknown_adapter_is_the_servers_error_and_ends(
             state["more"]
 
 
-def test_adapters_by_turns_on_one_prompt_share_no_kv(
+def test_lang_adapters_alternating_on_one_prompt_share_no_kv(
     backend: sgl.RuntimeEndpoint, reference: Reference
 ) -> None:
     flush(backend)
@@ -329,7 +333,7 @@ def arrive(server: ServerProcess, names: Sequence[str]) -> None:
         time.sleep(0.05)
 
 
-def test_what_is_announced_arrives(
+def test_lang_hinted_adapters_are_loaded(
     backend: sgl.RuntimeEndpoint, elora_server: ServerProcess
 ) -> None:
     """Without a call of it: by a hint, and at a fork."""
@@ -348,7 +352,7 @@ def test_what_is_announced_arrives(
         arrive(elora_server, names)
 
 
-def test_a_traced_program_announces_all_its_adapters_at_its_start(
+def test_lang_traced_program_announces_all_adapters_at_its_start(
     backend: sgl.RuntimeEndpoint, elora_server: ServerProcess
 ) -> None:
     @elora.traced
@@ -365,7 +369,7 @@ def test_a_traced_program_announces_all_its_adapters_at_its_start(
     state.sync()
 
 
-def test_queued_calls_are_announced(backend: sgl.RuntimeEndpoint) -> None:
+def test_lang_queued_calls_are_announced(backend: sgl.RuntimeEndpoint) -> None:
     @sgl.function
     def queued(s: Any) -> None:
         s += START

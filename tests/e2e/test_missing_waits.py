@@ -41,7 +41,7 @@ TRIED = list(MUTATIONS) if "PRESSURE_FULL" in os.environ else IN_CI
 
 
 @pytest.mark.parametrize("name", TRIED)
-def test_missing_wait_or_pin_ends_the_server_and_is_named(
+def test_stream_check_ends_the_server_naming_a_missing_wait_or_pin(
     name: str, models: Path, logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order, variant, says = MUTATIONS[name]

@@ -20,7 +20,7 @@ SERVED = [each for each in FAMILIES if each.differs or "FAMILIES_FULL" in os.env
 
 
 @pytest.mark.parametrize("family", SERVED, ids=lambda family: family.name)
-async def test_answers_equal_those_of_transformers(
+async def test_model_family_answers_equal_those_of_transformers(
     family: Family, tmp_path: Path, logs: Path
 ) -> None:
     made = make_family(family, tmp_path)

@@ -40,7 +40,7 @@ async def test_stock_serves_an_adapters_kv_to_the_base_model(
 
 
 @pytest.mark.parametrize("spelling", ["{id}", "lora/{id}", "lora//{id}", "base/{id}"])
-async def test_ours_does_not(
+async def test_elora_serves_no_adapter_kv_to_the_base_model(
     spelling: str,
     elora_server: ServerProcess,
     reference: Reference,
@@ -53,7 +53,7 @@ async def test_ours_does_not(
     assert list(answer.token_ids) == reference.generate(None, prompt)
 
 
-async def test_an_extra_key_still_shares_with_itself_only(
+async def test_extra_key_shares_kv_with_itself_only(
     client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     prompt = prompts[1]

@@ -56,7 +56,7 @@ async def unload(client: Client, name: str) -> None:
     assert answer.status_code == 200, answer.text
 
 
-async def test_files_are_read_while_there_is_nothing_else_to_do(client: Client) -> None:
+async def test_idle_server_reads_all_adapter_files_into_host_memory(client: Client) -> None:
     """Before anybody asks for them, and into host memory only; must come first."""
     found = await statistics(client)
     for _ in range(200):
@@ -68,7 +68,7 @@ async def test_files_are_read_while_there_is_nothing_else_to_do(client: Client) 
     assert found["adapter_loads"] == 0
 
 
-async def test_adapters_that_do_not_fit_together_take_turns(
+async def test_adapters_that_do_not_fit_together_are_served_in_turns(
     client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     """All at once, three prompts each; nobody waits for ever and every answer is right."""
@@ -82,7 +82,7 @@ async def test_adapters_that_do_not_fit_together_take_turns(
     assert found["adapter_slots"] + found["kv_tokens_device"] <= POOL_SLOTS
 
 
-async def test_a_batch_holds_the_adapters_that_fit(
+async def test_batch_holds_all_adapters_that_fit(
     client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     small = sorted(NAMES, key=SLOTS.__getitem__)[:9]
@@ -97,7 +97,7 @@ async def test_a_batch_holds_the_adapters_that_fit(
     assert (await statistics(client))["max_adapters_in_batch"] >= len(small)
 
 
-async def test_an_adapter_larger_than_the_pool_is_refused_with_the_numbers(
+async def test_adapter_larger_than_the_pool_is_refused_with_its_size(
     client: Client,
     checkpoint: Path,
     models: Path,
@@ -117,7 +117,7 @@ async def test_an_adapter_larger_than_the_pool_is_refused_with_the_numbers(
     assert list(answer.token_ids) == reference.generate(LARGEST, prompts[0])
 
 
-async def test_a_prompt_too_long_beside_its_adapter_is_refused(
+async def test_prompt_that_does_not_fit_with_its_adapter_is_refused(
     client: Client, reference: Reference
 ) -> None:
     prompt = list(range(3, 3 + POOL_SLOTS - SLOTS[LARGEST]))
@@ -129,13 +129,13 @@ async def test_a_prompt_too_long_beside_its_adapter_is_refused(
     assert list(answer.token_ids) == reference.generate(None, prompt, 4)
 
 
-async def test_answers_are_clipped_to_what_fits_beside_the_adapter(client: Client) -> None:
+async def test_answer_length_is_clipped_to_the_slots_left_by_the_adapter(client: Client) -> None:
     answer = await client.generate(LARGEST, range(3, 103), num_tokens=POOL_SLOTS)
     room = POOL_SLOTS - SLOTS[LARGEST] - 100
     assert room - 8 < len(answer.token_ids) < room
 
 
-async def test_a_cold_adapter_is_not_passed_by_for_ever(
+async def test_cold_adapter_request_is_not_starved(
     client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     """Requests of the base model keep the pool full; the adapter's request gets its turn."""
@@ -162,7 +162,7 @@ async def test_a_cold_adapter_is_not_passed_by_for_ever(
     assert overtaken <= 64 + 2 * 12
 
 
-async def test_flush_leaves_adapters_servable(
+async def test_adapters_are_servable_after_a_flush(
     client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     names = ("qv-r4", "attention-r8", None)
@@ -177,7 +177,7 @@ async def test_flush_leaves_adapters_servable(
     assert (found["adapter_slots"], found["kv_tokens_device"]) == (0, 0)
 
 
-async def test_weight_update_leaves_adapters_servable(
+async def test_adapters_are_servable_after_a_weight_update(
     client: Client, checkpoint: Path, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     await client.generate("all-r4", prompts[1])
@@ -189,7 +189,7 @@ async def test_weight_update_leaves_adapters_servable(
     assert list(answer.token_ids) == reference.generate("all-r4", prompts[1])
 
 
-async def test_pinned_adapters_stay(
+async def test_pinned_adapter_stays_resident_under_load(
     client: Client,
     adapters: dict[str, Path],
     reference: Reference,
@@ -211,7 +211,7 @@ async def test_pinned_adapters_stay(
     await unload(client, "pinned")
 
 
-async def test_a_name_loaded_again_serves_the_new_weights(
+async def test_reloaded_name_serves_the_new_weights(
     client: Client, checkpoint: Path, models: Path, prompts: Sequence[list[int]]
 ) -> None:
     """Three versions under one name; old KV is never used, requests in flight end consistently."""
@@ -234,7 +234,7 @@ async def test_a_name_loaded_again_serves_the_new_weights(
             assert list((await answer).token_ids) == truth.generate(weights, prompt, 64)
 
 
-async def test_unload_clears_device_and_host(
+async def test_unload_frees_device_and_host_memory(
     client: Client, adapters: dict[str, Path], prompts: Sequence[list[int]]
 ) -> None:
     await client.post("/flush_cache?timeout=30", {})
@@ -249,7 +249,7 @@ async def test_unload_clears_device_and_host(
     assert left["adapter_slots"] == left["kv_tokens_device"] == left["kv_tokens_host"] == 0
 
 
-async def test_two_hundred_random_operations(
+async def test_server_survives_200_random_operations(
     client: Client,
     adapters: dict[str, Path],
     reference: Reference,
@@ -286,7 +286,7 @@ async def test_two_hundred_random_operations(
     assert (await statistics(client))["kv_tokens_invalid"] == 0
 
 
-async def test_the_kv_of_a_session_comes_back_when_its_next_turn_is_announced(
+async def test_announced_turn_loads_back_the_kv_of_its_session(
     client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     """With so much in use that nothing comes back unasked."""
@@ -334,7 +334,7 @@ async def test_the_kv_of_a_session_comes_back_when_its_next_turn_is_announced(
     assert (await client.post("/close_session", {"session_id": "talk"})).status_code == 200
 
 
-async def test_into_room_that_is_free_comes_back_what_was_evicted(
+async def test_evicted_adapters_and_kv_are_loaded_back_into_free_slots(
     client: Client,
     adapters: dict[str, Path],
     reference: Reference,

@@ -53,7 +53,7 @@ def server(checkpoint: Path, adapters: dict[str, Path], logs: Path) -> Iterator[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("under_way", [False, True], ids=["quiet", "adapters-under-way"])
-async def test_no_request_of_the_schema_is_answered_with_a_server_error(
+async def test_no_schema_request_causes_a_server_error(
     server: ServerProcess,
     client: Client,
     under_way: bool,

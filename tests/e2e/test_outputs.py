@@ -21,7 +21,7 @@ MESSAGES = (
 
 
 @pytest.mark.parametrize("adapter", BASE_AND_ADAPTERS)
-async def test_one_at_a_time(
+async def test_single_requests_equal_the_reference(
     adapter: str | None,
     client: Client,
     reference: Reference,
@@ -33,7 +33,7 @@ async def test_one_at_a_time(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_all_mixed_in_one_batch(
+async def test_mixed_adapter_batch_equals_the_reference(
     stream: bool,
     client: Client,
     elora_server: ServerProcess,
@@ -59,7 +59,7 @@ async def test_all_mixed_in_one_batch(
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("by_model_name", [True, False])
-async def test_completions(
+async def test_completions_equal_the_reference(
     by_model_name: bool,
     stream: bool,
     client: Client,
@@ -83,7 +83,7 @@ async def test_completions(
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("by_model_name", [True, False])
-async def test_chat_completions(
+async def test_chat_completions_equal_the_reference(
     by_model_name: bool,
     stream: bool,
     client: Client,

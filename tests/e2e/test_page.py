@@ -127,7 +127,7 @@ def settled(page: Page, url: str) -> dict[str, Any]:
     return now
 
 
-def test_under_load_and_after_it_is_as_the_state(
+def test_ui_page_shows_the_server_state_under_load_and_after(
     server: ServerProcess, browser: Browser, prompts: Sequence[list[int]]
 ) -> None:
     with opened(browser, server.url) as page:
@@ -173,7 +173,7 @@ def test_under_load_and_after_it_is_as_the_state(
         assert all(tiers[-1] == rows[name]["tier"] for name, tiers in lanes.items())
 
 
-def test_a_swap_is_on_the_timeline_in_its_order(server: ServerProcess, browser: Browser) -> None:
+def test_ui_page_timeline_shows_swaps_in_order(server: ServerProcess, browser: Browser) -> None:
     move(server.url, "prefetch", "qv-r4", ["device"])
     with opened(browser, server.url) as page:
         page.locator("#tree tr").first.wait_for(timeout=WAIT_MS)
@@ -191,7 +191,7 @@ def test_a_swap_is_on_the_timeline_in_its_order(server: ServerProcess, browser: 
 
 @pytest.mark.parametrize("color_scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_it_fits_and_is_legible(
+def test_ui_page_fits_the_window_and_is_legible(
     server: ServerProcess, browser: Browser, color_scheme: str, width: int
 ) -> None:
     viewport = {"width": width, "height": 800}
@@ -205,7 +205,7 @@ def test_it_fits_and_is_legible(
         assert (ground < 0.2) == (color_scheme == "dark")
 
 
-def test_it_asks_for_the_admin_key(
+def test_ui_page_asks_for_the_admin_key(
     checkpoint: Path, adapters: dict[str, Path], browser: Browser, logs: Path
 ) -> None:
     given = {"qv-r4": adapters["qv-r4"]}

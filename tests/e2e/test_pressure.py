@@ -235,7 +235,7 @@ def expected(model: Model, logs: Path) -> Iterator[dict[Trace, _Outputs]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "order"), RUNS)
-def test_outputs_are_right_under_pressure(
+def test_outputs_equal_the_reference_under_pool_pressure(
     name: str,
     order: str,
     model: Model,

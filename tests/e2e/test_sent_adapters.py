@@ -34,7 +34,7 @@ def request(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> dict[s
     }
 
 
-async def test_good_ones_are_served_and_bad_ones_refused(
+async def test_adapters_sent_as_tensors_are_served_or_refused(
     client: Client,
     adapters: dict[str, Path],
     reference: Reference,

@@ -34,7 +34,7 @@ GRAPHS = (
 
 
 @pytest.mark.slow
-async def test_outputs_equal_the_reference(
+async def test_triton_backend_outputs_equal_the_reference(
     models: Path,
     logs: Path,
     prompts: Sequence[list[int]],

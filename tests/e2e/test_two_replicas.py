@@ -33,7 +33,7 @@ def urls(checkpoint: Path, adapters: dict[str, Path], logs: Path) -> Iterator[li
 
 
 @pytest.mark.parametrize("name", ["session", "adapter", "round_robin"])
-def test_requests_of_a_key_stay_together(
+def test_router_keeps_requests_of_one_key_on_one_replica(
     name: str, urls: list[str], adapters: dict[str, Path], logs: Path
 ) -> None:
     plan = (list(adapters), NUM_ADAPTERS, NUM_TURNS)

@@ -18,7 +18,7 @@ SECONDS = int(os.environ.get("FUZZ_SECONDS", "60"))
 
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS + 240)
-def test_any_folder_is_served_or_refused(tmp_path: Path) -> None:
+def test_fuzzed_adapter_folder_is_served_or_refused(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.fuzz.adapter_folder"]
     command += ["--seconds", str(SECONDS), "--seed", "1"]
     environment = os.environ | {"TMPDIR": str(tmp_path)}

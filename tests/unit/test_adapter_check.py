@@ -32,7 +32,7 @@ from tests.harness.peft_adapters import (
 
 # Adapters that must pass
 @pytest.mark.parametrize("family", FAMILIES)
-def test_good_adapter_of_each_family(family: str, tmp_path: Path) -> None:
+def test_adapter_check_accepts_an_adapter_of_each_family(family: str, tmp_path: Path) -> None:
     base = BaseShapes.from_config(tiny_config(family))
     assert base.known and base.num_layers == LAYERS and base.vocab_size == VOCAB
     folder = save_adapter(tmp_path / family, family)
@@ -41,7 +41,7 @@ def test_good_adapter_of_each_family(family: str, tmp_path: Path) -> None:
     assert facts.rank == RANK and facts.scaling == 2.0
 
 
-def test_facts(saved: Path, base: BaseShapes) -> None:
+def test_adapter_check_returns_the_adapters_facts(saved: Path, base: BaseShapes) -> None:
     per_layer = 2 * (HIDDEN + 64) + 2 * (HIDDEN + 32) + 3 * (HIDDEN + INTERMEDIATE)
     parameters = LAYERS * RANK * per_layer
     assert check_adapter("a", str(saved), base) == AdapterFacts(
@@ -57,7 +57,7 @@ def test_facts(saved: Path, base: BaseShapes) -> None:
     )
 
 
-def test_rslora_scaling(adapter: Path, base: BaseShapes) -> None:
+def test_adapter_check_computes_the_rslora_scaling(adapter: Path, base: BaseShapes) -> None:
     edit_config(adapter, use_rslora=True)
     assert check_adapter("a", str(adapter), base).scaling == pytest.approx(8 / math.sqrt(RANK))
 
@@ -79,7 +79,7 @@ def test_rslora_scaling(adapter: Path, base: BaseShapes) -> None:
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore")
-def test_unusual_adapters_that_are_fine(
+def test_adapter_check_accepts_unusual_but_valid_options(
     options: dict[str, Any], tmp_path: Path, base: BaseShapes
 ) -> None:
     facts = check_adapter("a", str(save_adapter(tmp_path / "x", **options)), base)
@@ -87,7 +87,7 @@ def test_unusual_adapters_that_are_fine(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_frozen_embedding_copies_do_not_count(tmp_path: Path, base: BaseShapes) -> None:
+def test_adapter_check_ignores_frozen_embedding_copies(tmp_path: Path, base: BaseShapes) -> None:
     folder = save_adapter(tmp_path / "x", target_modules=["embed_tokens"])
     names: list[str] = []
     edit_tensors(folder, names.extend)
@@ -105,7 +105,9 @@ def test_frozen_embedding_copies_do_not_count(tmp_path: Path, base: BaseShapes) 
         ("base_model.model.model.", "base_model.model.language_model.model."),
     ],
 )
-def test_other_spellings_of_keys(adapter: Path, base: BaseShapes, old: str, new: str) -> None:
+def test_adapter_check_accepts_other_spellings_of_tensor_names(
+    adapter: Path, base: BaseShapes, old: str, new: str
+) -> None:
     def rename(tensors: Tensors) -> None:
         for name in list(tensors):
             tensors[name.replace(old, new)] = tensors.pop(name)
@@ -114,7 +116,7 @@ def test_other_spellings_of_keys(adapter: Path, base: BaseShapes, old: str, new:
     assert check_adapter("a", str(adapter), base).modules == frozenset(ALL_LINEAR)
 
 
-def test_unembed_tokens_is_lm_head(tmp_path: Path, base: BaseShapes) -> None:
+def test_adapter_check_treats_unembed_tokens_as_lm_head(tmp_path: Path, base: BaseShapes) -> None:
     folder = save_adapter(tmp_path / "x", target_modules=["q_proj"])
 
     def add(tensors: Tensors) -> None:
@@ -127,7 +129,7 @@ def test_unembed_tokens_is_lm_head(tmp_path: Path, base: BaseShapes) -> None:
     assert facts.served_modules == {"qkv_proj", "lm_head"}
 
 
-def test_pickled_weights(adapter: Path, base: BaseShapes) -> None:
+def test_adapter_check_accepts_pickled_weights(adapter: Path, base: BaseShapes) -> None:
     edit_tensors(adapter, lambda tensors: torch.save(dict(tensors), adapter / "adapter_model.bin"))
     torch.save({"lr": 0.1}, adapter / "training_args.bin")
     (adapter / WEIGHTS).unlink()
@@ -135,12 +137,14 @@ def test_pickled_weights(adapter: Path, base: BaseShapes) -> None:
     assert [file.name for file in facts.files] == ["adapter_model.bin"]
 
 
-def test_tokenizer_copy_is_not_added_tokens(adapter: Path, base: BaseShapes) -> None:
+def test_adapter_check_accepts_a_copy_of_the_base_tokenizer(
+    adapter: Path, base: BaseShapes
+) -> None:
     (adapter / "added_tokens.json").write_text(json.dumps({"<s>": 1, "<last>": VOCAB - 1}))
     check_adapter("a", str(adapter), base)
 
 
-def test_hub_id_is_downloaded(
+def test_adapter_check_downloads_a_hub_id(
     saved: Path, base: BaseShapes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
@@ -157,18 +161,22 @@ def test_hub_id_is_downloaded(
 
 
 # The server's limits
-def test_rank_above_the_server(adapter: Path, base: BaseShapes) -> None:
+def test_adapter_rank_above_max_lora_rank_is_refused(adapter: Path, base: BaseShapes) -> None:
     check_adapter("a", str(adapter), base, max_rank=RANK)
     assert_in(refusal(adapter, base, max_rank=2), "r=4", "--max-lora-rank 2", "--max-lora-rank 4")
 
 
 @pytest.mark.parametrize("allowed", [{"qkv_proj", "o_proj"}, {"q_proj", "v_proj", "o_proj"}])
-def test_modules_outside_the_server(adapter: Path, base: BaseShapes, allowed: set[str]) -> None:
+def test_adapter_modules_outside_the_server_targets_are_refused(
+    adapter: Path, base: BaseShapes, allowed: set[str]
+) -> None:
     text = refusal(adapter, base, target_modules=allowed)
     assert_in(text, "adapts down_proj, gate_up_proj", "--lora-target-modules")
 
 
-def test_modules_inside_the_server(adapter: Path, base: BaseShapes) -> None:
+def test_adapter_modules_within_the_server_targets_are_accepted(
+    adapter: Path, base: BaseShapes
+) -> None:
     fused = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
     for allowed in (fused, set(ALL_LINEAR), {"all"}):
         check_adapter("a", str(adapter), base, target_modules=allowed)
@@ -176,14 +184,18 @@ def test_modules_inside_the_server(adapter: Path, base: BaseShapes) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("module", sorted(EMBEDDING_MODULES))
-def test_modules_refused_by_the_server(tmp_path: Path, base: BaseShapes, module: str) -> None:
+def test_adapter_on_embedding_modules_is_refused(
+    tmp_path: Path, base: BaseShapes, module: str
+) -> None:
     folder = save_adapter(tmp_path / "x", target_modules=["q_proj", module])
     for allowed in (None, {"all"}, {"q_proj", module}):
         text = refusal(folder, base, target_modules=allowed, refused_modules=EMBEDDING_MODULES)
         assert_in(text, f"adapts {module}", "without --elora")
 
 
-def test_refused_modules_that_the_adapter_lacks(adapter: Path, base: BaseShapes) -> None:
+def test_config_naming_a_refused_module_is_refused_without_weights(
+    adapter: Path, base: BaseShapes
+) -> None:
     check_adapter("a", str(adapter), base, refused_modules=EMBEDDING_MODULES)
     edit_config(adapter, target_modules=[*ALL_LINEAR, "lm_head"])  # SGLang reads this list
     assert_in(refusal(adapter, base, refused_modules=EMBEDDING_MODULES), "adapts lm_head")

@@ -13,15 +13,15 @@ from tests.harness.peft_adapters import CONFIG, VOCAB, WEIGHTS, assert_in, edit_
 
 
 # The folder
-def test_path_missing(tmp_path: Path, base: BaseShapes) -> None:
+def test_missing_adapter_path_is_refused(tmp_path: Path, base: BaseShapes) -> None:
     assert_in(refusal(tmp_path / "nope", base), str(tmp_path / "nope"), "does not exist")
 
 
-def test_path_is_a_file(adapter: Path, base: BaseShapes) -> None:
+def test_adapter_path_that_is_a_file_is_refused(adapter: Path, base: BaseShapes) -> None:
     assert_in(refusal(adapter / WEIGHTS, base), WEIGHTS, "is a file")
 
 
-def test_hub_unreachable(base: BaseShapes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_reported(base: BaseShapes, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     def snapshot_download(repo: str, **_: Any) -> str:
@@ -32,24 +32,28 @@ def test_hub_unreachable(base: BaseShapes, monkeypatch: pytest.MonkeyPatch) -> N
     assert_in(text, "(org/adapter)", "no such folder", "Hub failed", "OfflineModeIsEnabled")
 
 
-def test_path_too_long(base: BaseShapes) -> None:
+def test_overlong_adapter_path_is_refused(base: BaseShapes) -> None:
     assert_in(refusal("/" + "x" * 5000, base), "cannot be read")
 
 
 # adapter_config.json
-def test_config_missing(adapter: Path, base: BaseShapes) -> None:
+def test_missing_adapter_config_is_refused(adapter: Path, base: BaseShapes) -> None:
     (adapter / CONFIG).unlink()
     assert_in(refusal(adapter, base), f"{adapter}/{CONFIG}", "missing")
 
 
 @pytest.mark.parametrize("content", ['{"r": 4,', "[]", "\xff"])
-def test_config_not_json(adapter: Path, base: BaseShapes, content: str) -> None:
+def test_adapter_config_that_is_not_json_is_refused(
+    adapter: Path, base: BaseShapes, content: str
+) -> None:
     (adapter / CONFIG).write_bytes(content.encode("latin-1"))
     assert_in(refusal(adapter, base), CONFIG, "JSON")
 
 
 @pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules", "peft_type"])
-def test_config_lacks_key(adapter: Path, base: BaseShapes, key: str) -> None:
+def test_adapter_config_without_a_required_key_is_refused(
+    adapter: Path, base: BaseShapes, key: str
+) -> None:
     config = json.loads((adapter / CONFIG).read_text())
     del config[key]
     (adapter / CONFIG).write_text(json.dumps(config))
@@ -87,14 +91,14 @@ def test_config_lacks_key(adapter: Path, base: BaseShapes, key: str) -> None:
         ("rank_pattern", {r"layers\.1\..*up_proj": 8}, "model.layers.1.mlp.up_proj 8"),
     ],
 )
-def test_config_refused(
+def test_unsupported_adapter_config_value_is_refused(
     adapter: Path, base: BaseShapes, key: str, value: object, part: str
 ) -> None:
     edit_config(adapter, **{key: value})
     assert_in(refusal(adapter, base), f"{adapter}/{CONFIG}", part)
 
 
-def test_every_option_of_peft_is_decided() -> None:
+def test_every_peft_option_is_read_refused_or_harmless() -> None:
     """A field that a new peft adds must be read, refused, or declared harmless here."""
     import dataclasses
 
@@ -116,7 +120,7 @@ def test_every_option_of_peft_is_decided() -> None:
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} - decided == set()
 
 
-def test_added_tokens(adapter: Path, base: BaseShapes) -> None:
+def test_adapter_with_added_tokens_is_refused(adapter: Path, base: BaseShapes) -> None:
     (adapter / "added_tokens.json").write_text(json.dumps({"<s>": 1, "<new>": VOCAB}))
     text = refusal(adapter, base)
     assert_in(text, "added_tokens.json", "1 tokens", f"of {VOCAB}", f"'<new>' with id {VOCAB}")

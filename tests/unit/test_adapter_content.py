@@ -21,7 +21,7 @@ def tensors() -> dict[str, torch.Tensor]:
     return {A: values.view(4, 8), B: values.view(8, 4) / 3}
 
 
-def test_content_digest_is_equal_for_equal_tensors_in_other_files(tmp_path: Path) -> None:
+def test_content_digest_is_equal_for_equal_tensors_in_different_files(tmp_path: Path) -> None:
     wanted = content_digest(tensors())
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
@@ -57,7 +57,7 @@ def test_content_digest_differs_for_another_value_name_shape_or_dtype(change: st
     assert content_digest(changed) != content_digest(tensors())
 
 
-def test_image_takes_the_version_it_is_given_so_that_shards_of_one_file_have_one() -> None:
+def test_image_shards_of_one_file_share_the_given_version() -> None:
     layout = AdapterLayout.build(4, [ModuleShape("o_proj", 64, (64,))])
     images = [
         AdapterImage.build(

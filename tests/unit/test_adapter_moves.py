@@ -5,7 +5,7 @@ from __future__ import annotations
 from sglang_elora.control.events import Moves
 
 
-def test_what_has_not_moved_is_not_told_again() -> None:
+def test_adapter_moves_report_only_changed_tiers() -> None:
     moves, loaded = Moves(), {"a": "law", "b": "art"}
     assert moves.of([("a", "law", "disk"), ("b", "art", "disk")], loaded) == [
         ("a", "law", "disk"),
@@ -14,14 +14,14 @@ def test_what_has_not_moved_is_not_told_again() -> None:
     assert moves.of([("a", "law", "host"), ("b", "art", "disk")], loaded) == [("a", "law", "host")]
 
 
-def test_who_was_unloaded_is_told_once() -> None:
+def test_adapter_moves_report_an_unload_once() -> None:
     moves = Moves()
     moves.of([("a", "law", "device"), ("b", "art", "host")], {"a": "law", "b": "art"})
     assert moves.of([], {"b": "art"}) == [("a", "law", "unloaded")]
     assert moves.of([], {"b": "art"}) == []
 
 
-def test_a_name_that_is_loaded_again_is_another_adapter() -> None:
+def test_adapter_moves_treat_a_reloaded_name_as_a_new_adapter() -> None:
     moves = Moves()
     moves.of([("a", "law", "device")], {"a": "law"})
     told = moves.of([("c", "law", "disk")], {"c": "law"})

@@ -53,7 +53,7 @@ class DeviceWorld:
         return self.forward.record_event()
 
 
-def test_latest_copy_runs_when_a_batch_waits_for_it() -> None:
+def test_latest_order_runs_a_copy_when_a_batch_waits_for_it() -> None:
     world = DeviceWorld(Order.LATEST)
     there = world.copy("copy", 1, poison=True)
     assert world.journal == ["poison copy"]
@@ -61,7 +61,7 @@ def test_latest_copy_runs_when_a_batch_waits_for_it() -> None:
     assert world.journal == ["poison copy", "copy", "batch"]
 
 
-def test_latest_layer_of_a_copy_runs_when_that_layer_is_waited_for() -> None:
+def test_latest_order_runs_each_copied_layer_when_it_is_waited_for() -> None:
     world = DeviceWorld(Order.LATEST)
     first, second = world.copy("layer 0", 1, poison=True), world.copy("layer 1", 1, poison=True)
 
@@ -94,7 +94,7 @@ def test_copy_that_does_not_wait_for_a_batch_is_a_race(order: Order, seed: int) 
 
 
 @pytest.mark.parametrize(("order", "seed"), ORDERS)
-def test_no_order_breaks_what_events_demand(order: Order, seed: int) -> None:
+def test_every_order_respects_event_dependencies(order: Order, seed: int) -> None:
     world = DeviceWorld(order, seed)
     before = world.run("batch 1", 1)
     world.copies.wait_event(before)
@@ -104,7 +104,7 @@ def test_no_order_breaks_what_events_demand(order: Order, seed: int) -> None:
 
 
 @pytest.mark.parametrize(("order", "seed"), ORDERS)
-def test_wait_between_streams_orders_all_that_was_launched(order: Order, seed: int) -> None:
+def test_wait_stream_orders_all_earlier_launches(order: Order, seed: int) -> None:
     world = DeviceWorld(order, seed)
     for name in ("batch 1", "batch 2"):
         world.run(name, 1)
@@ -113,7 +113,7 @@ def test_wait_between_streams_orders_all_that_was_launched(order: Order, seed: i
     assert world.journal == ["batch 1", "batch 2", "copy"]
 
 
-def test_earliest_copy_overtakes_a_batch_that_it_does_not_wait_for() -> None:
+def test_earliest_order_runs_a_copy_before_a_batch_it_ignores() -> None:
     world = DeviceWorld(Order.EARLIEST)
     done = world.run("batch", 1)
     world.copy("copy", 2)
@@ -121,7 +121,7 @@ def test_earliest_copy_overtakes_a_batch_that_it_does_not_wait_for() -> None:
     assert world.journal == ["copy", "batch"]
 
 
-def test_earliest_copy_that_waits_runs_as_soon_as_the_batch_is_over() -> None:
+def test_earliest_order_runs_a_waiting_copy_right_after_the_batch() -> None:
     world = DeviceWorld(Order.EARLIEST)
     done = world.run("batch", 1)
     world.copies.wait_event(done)
@@ -131,7 +131,7 @@ def test_earliest_copy_that_waits_runs_as_soon_as_the_batch_is_over() -> None:
     assert world.journal == ["batch", "copy"]
 
 
-def test_query_answers_no_a_few_times_and_then_ends_what_it_asks_for() -> None:
+def test_event_query_is_false_a_few_times_then_completes_the_work() -> None:
     world = DeviceWorld(Order.LATEST)
     there = world.copy("copy", 1)
     assert [there.query() for _ in range(PATIENCE + 1)] == [False] * PATIENCE + [True]
@@ -139,7 +139,7 @@ def test_query_answers_no_a_few_times_and_then_ends_what_it_asks_for() -> None:
     assert world.journal == ["copy", "batch"]
 
 
-def test_host_that_has_synchronized_orders_what_it_launches_next() -> None:
+def test_host_synchronize_orders_later_launches() -> None:
     world = DeviceWorld(Order.LATEST)
     world.run("batch", 1).synchronize()
     world.copy("copy", 1).synchronize()
@@ -147,7 +147,7 @@ def test_host_that_has_synchronized_orders_what_it_launches_next() -> None:
 
 
 @pytest.mark.parametrize(("order", "seed"), ORDERS)
-def test_host_that_reuses_memory_of_a_copy_under_way_is_a_race(order: Order, seed: int) -> None:
+def test_host_reuse_of_memory_of_a_running_copy_is_a_race(order: Order, seed: int) -> None:
     world = DeviceWorld(order, seed)
     there = world.copy("copy", 1, 2)
     world.device.host_writes("reuse", "pool", np.array([3]))
@@ -167,7 +167,7 @@ def test_event_recorded_before_its_copy_does_not_order_it() -> None:
         world.run("batch", 1, inside=early.wait)
 
 
-def test_memory_that_an_operation_under_way_reads_is_not_poisoned() -> None:
+def test_memory_read_by_a_running_operation_is_not_poisoned() -> None:
     world = DeviceWorld(Order.LATEST)
     backups = Stream(world.device)
     backups.asynchronous = True
@@ -179,7 +179,7 @@ def test_memory_that_an_operation_under_way_reads_is_not_poisoned() -> None:
     assert world.journal == ["backup", "copy"]
 
 
-def test_stream_of_the_host_runs_its_operations_at_once() -> None:
+def test_host_stream_runs_its_operations_at_once() -> None:
     world = DeviceWorld(Order.LATEST)
     there = world.copy("copy", 1)
     there.wait(world.device.stream)
@@ -188,7 +188,7 @@ def test_stream_of_the_host_runs_its_operations_at_once() -> None:
     assert world.journal == ["copy", "sum"]
 
 
-def test_failed_operation_is_over_and_its_error_reaches_who_waited() -> None:
+def test_failed_operation_completes_and_raises_at_the_waiter() -> None:
     world = DeviceWorld(Order.LATEST)
 
     def fail() -> None:
@@ -202,7 +202,7 @@ def test_failed_operation_is_over_and_its_error_reaches_who_waited() -> None:
     assert event.query()
 
 
-def test_race_is_named_where_poison_made_an_operation_fail() -> None:
+def test_race_is_reported_if_poison_made_an_operation_fail() -> None:
     world = DeviceWorld(Order.LATEST)
     world.copy("copy", 1)
 
@@ -213,7 +213,7 @@ def test_race_is_named_where_poison_made_an_operation_fail() -> None:
         world.run("batch", 1, inside=use_poison)
 
 
-def test_synchronize_ends_everything() -> None:
+def test_device_synchronize_completes_all_operations() -> None:
     world = DeviceWorld(Order.LATEST)
     for number in range(3):
         world.copy(f"copy {number}", number)

@@ -152,7 +152,7 @@ def test_bench_rotates_which_side_runs_first() -> None:
     assert [side.name for side in rotated(sides, 4)] == ["elora:gdsf", "elora:elora", "elora:lru"]
 
 
-def test_bench_variant_plugin_runs_the_named_function(tmp_path: Path) -> None:
+def test_bench_variant_plugin_points_at_the_named_function(tmp_path: Path) -> None:
     source = tmp_path / "changes.py"
     source.write_text("def slow():\n    pass\n\ndef _inner():\n    pass\n")
     folder, beside = write_plugin(tmp_path / "plugins", source, "slow")

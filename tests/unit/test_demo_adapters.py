@@ -46,11 +46,11 @@ def test_demo_covers_ranks_targets_and_scalings(specs: Sequence[AdapterSpec]) ->
     assert not any(spec.use_rslora for spec in specs)
 
 
-def test_names_stay_distinct_beyond_the_list_of_names() -> None:
+def test_demo_adapter_names_stay_distinct_beyond_the_name_list() -> None:
     assert len({spec.name for spec in demo_adapters(40)}) == 40
 
 
-def test_config_says_what_the_spec_says(
+def test_demo_adapter_config_equals_its_spec(
     paths: dict[str, Path], specs: Sequence[AdapterSpec]
 ) -> None:
     for spec in specs:
@@ -61,7 +61,7 @@ def test_config_says_what_the_spec_says(
         assert config["target_modules"] == sorted(spec.target_modules)
 
 
-def test_tensors_have_the_rank_and_no_zeros(
+def test_demo_adapter_tensors_have_the_rank_and_no_zeros(
     paths: dict[str, Path], specs: Sequence[AdapterSpec]
 ) -> None:
     for spec in specs:
@@ -72,7 +72,7 @@ def test_tensors_have_the_rank_and_no_zeros(
             assert weight.count_nonzero() > 0.99 * weight.numel()
 
 
-def test_same_spec_gives_same_bytes(
+def test_demo_adapter_of_the_same_spec_has_the_same_bytes(
     checkpoint: Path, paths: dict[str, Path], specs: Sequence[AdapterSpec], tmp_path: Path
 ) -> None:
     """In reverse order and on their own, so nothing leaks from one adapter to the next."""
@@ -82,7 +82,7 @@ def test_same_spec_gives_same_bytes(
             assert (path / file).read_bytes() == (paths[name] / file).read_bytes()
 
 
-def test_changed_spec_rebuilds(checkpoint: Path, tmp_path: Path) -> None:
+def test_demo_adapter_is_rebuilt_when_its_spec_changes(checkpoint: Path, tmp_path: Path) -> None:
     before = AdapterSpec("a", rank=8, alpha=8, target_modules=QUERY_VALUE)
     after = AdapterSpec("a", rank=8, alpha=8, target_modules=QUERY_VALUE, seed=1)
     path = make_adapters(checkpoint, tmp_path, [before])["a"]
@@ -91,7 +91,7 @@ def test_changed_spec_rebuilds(checkpoint: Path, tmp_path: Path) -> None:
     assert all(not torch.equal(old[name], new) for name, new in tensors(path).items())
 
 
-def test_each_adapter_changes_the_output(
+def test_each_demo_adapter_changes_the_output(
     checkpoint: Path, paths: dict[str, Path], specs: Sequence[AdapterSpec]
 ) -> None:
     from peft import PeftModel
@@ -112,7 +112,9 @@ def test_each_adapter_changes_the_output(
     assert len(answers) == 1 + len(specs), "two adapters, or an adapter and the base, agree"
 
 
-def test_rank_stabilised_scaling(checkpoint: Path, tmp_path: Path) -> None:
+def test_demo_adapter_with_rslora_has_rank_stabilised_scaling(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     from peft import PeftConfig
 
     spec = AdapterSpec("rs", rank=16, alpha=8, target_modules=ALL_LINEAR, use_rslora=True)
@@ -124,11 +126,11 @@ def test_rank_stabilised_scaling(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wrong", [{"rank": 0}, {"alpha": 0}, {"target_modules": ()}, {"target_modules": ("qkv_proj",)}]
 )
-def test_impossible_spec(wrong: dict[str, Any]) -> None:
+def test_invalid_adapter_spec_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="adapter 'a'"):
         AdapterSpec(**{"name": "a", "rank": 8, "alpha": 8, "target_modules": QUERY_VALUE, **wrong})
 
 
-def test_names_must_differ(checkpoint: Path, tmp_path: Path) -> None:
+def test_demo_adapters_refuse_duplicate_names(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="distinct"):
         make_adapters(checkpoint, tmp_path, demo_adapters(1) * 2)

@@ -82,7 +82,7 @@ def chats(url: str, *adapters: str, num_sessions: int = 4, num_turns: int = 3) -
     return asyncio.run(hold_chats(url, plan))
 
 
-def test_records_every_turn(url: str) -> None:
+def test_chats_record_every_turn(url: str) -> None:
     results = chats(url, "a", "b")
     assert len(results) == 12
     for result in results:
@@ -95,7 +95,7 @@ def test_records_every_turn(url: str) -> None:
     assert {(r.session, r.turn) for r in results} == {(s, t) for s in range(4) for t in range(3)}
 
 
-def test_each_session_repeats_its_own_history(url: str) -> None:
+def test_chat_session_sends_its_own_history(url: str) -> None:
     chats(url, "a", "b", num_sessions=2, num_turns=2)
     second = next(
         request
@@ -112,7 +112,7 @@ def test_each_session_repeats_its_own_history(url: str) -> None:
 
 
 @pytest.mark.parametrize(("adapter", "error"), [("broken", "500"), ("mute", "IncompleteAnswer")])
-def test_failure_ends_one_session_only(url: str, adapter: str, error: str) -> None:
+def test_chat_failure_ends_one_session_only(url: str, adapter: str, error: str) -> None:
     results = chats(url, "a", adapter, num_sessions=2)
     failures = [result for result in results if isinstance(result, TurnFailure)]
     assert [(f.session, f.adapter, f.turn) for f in failures] == [(1, adapter, 0)]
@@ -120,7 +120,7 @@ def test_failure_ends_one_session_only(url: str, adapter: str, error: str) -> No
     assert len(results) == 4
 
 
-def test_unreachable_server_is_a_failure() -> None:
+def test_chat_with_an_unreachable_server_is_a_failure() -> None:
     results = chats("http://127.0.0.1:1", "a", num_sessions=1)
     assert [type(result) for result in results] == [TurnFailure]
 
@@ -128,6 +128,6 @@ def test_unreachable_server_is_a_failure() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"adapters": []}, {"num_sessions": 1}, {"num_turns": 0, "num_sessions": 2}]
 )
-def test_impossible_plan(wrong: dict[str, Any]) -> None:
+def test_invalid_chat_plan_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ChatPlan(**{"model": "m", "adapters": ["a", "b"], **wrong})

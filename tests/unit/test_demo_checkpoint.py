@@ -48,24 +48,26 @@ def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def test_same_arguments_give_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
+def test_checkpoint_of_the_same_arguments_has_the_same_bytes(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     assert digests(make_checkpoint(tmp_path / "again")) == digests(checkpoint)
 
 
-def test_seed_changes_weights(checkpoint: Path, tmp_path: Path) -> None:
+def test_checkpoint_seed_changes_the_weights(checkpoint: Path, tmp_path: Path) -> None:
     other = digests(make_checkpoint(tmp_path / "other", seed=1))
     assert other["model.safetensors"] != digests(checkpoint)["model.safetensors"]
     assert other["config.json"] == digests(checkpoint)["config.json"]
 
 
-def test_second_call_writes_nothing(tmp_path: Path) -> None:
+def test_make_checkpoint_writes_nothing_if_up_to_date(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path / "model")
     (directory / "model.safetensors").write_bytes(b"untouched")
     make_checkpoint(directory)
     assert (directory / "model.safetensors").read_bytes() == b"untouched"
 
 
-def test_changed_parameters_rebuild(tmp_path: Path) -> None:
+def test_checkpoint_is_rebuilt_when_parameters_change(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path / "model")
     before = digests(directory)
     make_checkpoint(directory, dtype="bfloat16")
@@ -73,14 +75,14 @@ def test_changed_parameters_rebuild(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "drafts were left behind"
 
 
-def test_foreign_directory_is_refused(tmp_path: Path) -> None:
+def test_make_checkpoint_refuses_a_foreign_directory(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="not made by the demo"):
         make_checkpoint(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def test_failed_build_keeps_what_was_there(tmp_path: Path) -> None:
+def test_failed_build_keeps_the_previous_result(tmp_path: Path) -> None:
     directory = build_once(tmp_path / "d", {"v": 1}, lambda draft: None)
 
     def fail(draft: Path) -> None:
@@ -93,13 +95,13 @@ def test_failed_build_keeps_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [{"num_heads": 6}, {"head_dim": 64}])
-def test_impossible_shape(shape: dict[str, int]) -> None:
+def test_invalid_model_shape_is_refused(shape: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"must equal|not a multiple"):
         ModelShape(**shape)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_greedy_output_is_not_degenerate(
+def test_checkpoint_greedy_output_is_not_degenerate(
     architecture: Architecture, models: Path, tokenizer: Any
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -114,7 +116,9 @@ def test_greedy_output_is_not_degenerate(
     assert len({tuple(answer) for answer in answers}) == len(PROMPTS)
 
 
-def test_history_encodes_to_the_tokens_already_processed(checkpoint: Path, tokenizer: Any) -> None:
+def test_chat_history_encodes_to_the_tokens_already_processed(
+    checkpoint: Path, tokenizer: Any
+) -> None:
     """Otherwise a second turn could reuse no KV of the first one's answer."""
     from transformers import AutoModelForCausalLM
 
@@ -131,7 +135,7 @@ def test_history_encodes_to_the_tokens_already_processed(checkpoint: Path, token
     assert prompt[: len(seen)] == seen
 
 
-def test_weights_have_the_requested_dtype(tmp_path: Path) -> None:
+def test_checkpoint_weights_have_the_requested_dtype(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     directory = make_checkpoint(tmp_path / "model", dtype="bfloat16")

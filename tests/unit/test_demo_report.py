@@ -87,7 +87,7 @@ def rendered(renderable: object) -> str:
     return text.getvalue()
 
 
-def test_summary_by_turn() -> None:
+def test_report_summarises_ttft_by_turn() -> None:
     first, second = run().by_turn()
     assert (first.turn, first.num_requests, first.cached_share) == (0, 2, 0.0)
     assert first.mean_ttft_s == pytest.approx(0.2)
@@ -95,7 +95,7 @@ def test_summary_by_turn() -> None:
     assert (second.prompt_tokens, second.cached_tokens, second.cached_share) == (200, 140, 0.7)
 
 
-def test_summary_by_adapter_keeps_those_without_answer() -> None:
+def test_report_by_adapter_includes_adapters_without_answers() -> None:
     summaries = run({SPECS[0].name: AdapterMoves(48, 4, 3)}).by_adapter()
     assert [summary.num_requests for summary in summaries] == [2, 2, 0]
     assert [summary.moves and summary.moves.num_loads for summary in summaries] == [4, 0, 0]
@@ -103,19 +103,19 @@ def test_summary_by_adapter_keeps_those_without_answer() -> None:
     assert [summary.moves for summary in run().by_adapter()] == [None] * 3
 
 
-def test_tables_show_the_numbers() -> None:
+def test_report_tables_show_the_numbers() -> None:
     assert "70%" in rendered(turn_table(run()))
     table = rendered(adapter_table(run({SPECS[0].name: AdapterMoves(48, 4, 3)})))
     assert SPECS[0].name in table and "300 ms" not in table and "350 ms" in table
     assert "—" in rendered(adapter_table(run()))
 
 
-def test_plot_is_a_picture(tmp_path: Path) -> None:
+def test_report_plot_is_a_png(tmp_path: Path) -> None:
     save_plot(run(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_json_holds_raw_records(tmp_path: Path) -> None:
+def test_report_json_holds_raw_records(tmp_path: Path) -> None:
     run({"law": AdapterMoves(9, 1, 0)}).save(tmp_path / "run.json")
     saved = json.loads((tmp_path / "run.json").read_text())
     assert len(saved["turns"]) == 4 and len(saved["failures"]) == 1
@@ -125,7 +125,7 @@ def test_json_holds_raw_records(tmp_path: Path) -> None:
     assert saved["machine"]["num_cpus"] > 0
 
 
-def test_adapter_moves_are_counted_by_name(tmp_path: Path) -> None:
+def test_report_counts_adapter_loads_by_name(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text(
         "[1] load law into 48 slots\n[2] load gone into 9 slots\n[3] evict law\n" * 2
@@ -137,7 +137,7 @@ def test_adapter_moves_are_counted_by_name(tmp_path: Path) -> None:
     assert adapter_moves(log, ["art"]) is None
 
 
-def test_cache_table_shows_the_counts_of_the_server() -> None:
+def test_report_cache_table_shows_the_server_counts() -> None:
     text = rendered(cache_table(run({SPECS[0].name: AdapterMoves(48, 4, 3)})))
     assert "3 of 4 (75%)" in text and "60 of 100 (60%)" in text and "48" in text
     assert "told no counts" in rendered(cache_table(replace(run(), counts={})))
@@ -147,7 +147,7 @@ def sent(adapter: str, sent_s: float, total_s: float) -> TurnRecord:
     return replace(record(0, 0, 0.1, 0), adapter=adapter, sent_s=sent_s, total_s=total_s)
 
 
-def test_turns_wait_for_a_slot_while_all_are_taken_by_other_adapters() -> None:
+def test_report_counts_turns_that_wait_for_an_adapter_slot() -> None:
     turns = [
         sent("a", 0.0, 10.0),
         sent("b", 1.0, 4.0),
@@ -162,7 +162,7 @@ def test_turns_wait_for_a_slot_while_all_are_taken_by_other_adapters() -> None:
     assert "computed from the recorded turns, not measured" in rendered(slot_table(run()))
 
 
-def test_progress_without_a_terminal_is_plain_lines() -> None:
+def test_demo_progress_without_a_terminal_is_plain_lines() -> None:
     out = StringIO()
     terminal = Terminal(Console(file=out))
     with terminal.chats(len(RESULTS), CacheWatch("http://127.0.0.1:9")) as show:
@@ -176,20 +176,22 @@ def test_progress_without_a_terminal_is_plain_lines() -> None:
     assert "✓ chats       4 of 5 turns · " in text and "✗ fails" in text
 
 
-def test_short_uses_every_adapter_once() -> None:
+def test_demo_short_run_uses_every_adapter_once() -> None:
     options, flags = parse_arguments(["--short", "--", "--tp-size", "2"])
     assert (options.sessions, options.turns, options.adapters) == (16, 2, 16)
     assert flags == ["--tp-size", "2"]
 
 
 @pytest.mark.parametrize("argv", [["--sessions", "4"], ["--turns", "0"], ["--adapters", "0"]])
-def test_impossible_options(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_refuses_fewer_sessions_than_adapters(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         parse_arguments(argv)
     assert "a session for each adapter" in capsys.readouterr().err
 
 
-def test_server_flags_of_the_user_come_last() -> None:
+def test_demo_passes_the_users_server_flags_last() -> None:
     flags = launch_flags(Path("m"), {"a": Path("p")}, ["--max-total-tokens", "9"])
     assert flags[-2:] == ["--max-total-tokens", "9"]
     assert "a=p" in flags

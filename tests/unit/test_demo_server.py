@@ -120,7 +120,7 @@ def test_demo_server_stops_when_its_owner_gets_a_signal(
     assert running(folder) == []
 
 
-def test_demo_server_stop_is_idempotent(folder: Path) -> None:
+def test_demo_server_stop_works_twice_and_before_start(folder: Path) -> None:
     server = fake_server(folder)
     server.stop()
     with pytest.raises(RuntimeError, match="not started"):

@@ -26,13 +26,13 @@ def sigterm_unhandled() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def test_sigterm_interrupts() -> None:
+def test_sigterm_raises_keyboard_interrupt() -> None:
     with sigterm_acts_as_ctrl_c(), pytest.raises(KeyboardInterrupt):
         send_to_self(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_sigterm_interrupts_where_ctrl_c_is_ignored() -> None:
+def test_sigterm_raises_keyboard_interrupt_if_sigint_is_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with sigterm_acts_as_ctrl_c(), pytest.raises(KeyboardInterrupt):
@@ -60,7 +60,7 @@ def test_sigterm_cancels_tasks() -> None:
     assert sorted(ended) == [1, 2]
 
 
-def test_somebody_elses_handler_stays() -> None:
+def test_sigterm_handler_set_by_others_is_kept() -> None:
     calls: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: calls.append(number))
     try:

@@ -24,7 +24,7 @@ IN_THE_IMAGE = (
 )
 
 
-def test_travel_counts_tracked_and_untracked_files_but_not_ignored_ones(tmp_path: Path) -> None:
+def test_travel_size_counts_all_but_git_ignored_files(tmp_path: Path) -> None:
     root, bundle = tmp_path / "tree", tmp_path / "bundle"
     (root / "docs").mkdir(parents=True)
     bundle.mkdir()
@@ -39,7 +39,7 @@ def test_travel_counts_tracked_and_untracked_files_but_not_ignored_ones(tmp_path
     )
 
 
-def test_travel_fits_up_to_its_limit() -> None:
+def test_travel_size_fits_up_to_its_limit() -> None:
     assert travel.fits(Counter({"a": travel.MIB, "b": travel.MIB}), 2)
     assert not travel.fits(Counter({"a": travel.MIB, "b": travel.MIB + 1}), 2)
 
@@ -51,12 +51,12 @@ def test_travel_of_an_empty_bundle_is_an_error(tmp_path: Path) -> None:
     assert done.returncode == 1 and "holds no bundle" in done.stderr
 
 
-def test_tree_leaves_room_for_the_bundle() -> None:
+def test_work_tree_leaves_room_for_the_gpu_bundle() -> None:
     found = travel.sizes()
     found["bundle"] = BUNDLE_MIB * travel.MIB
     assert travel.fits(found), found.most_common(5)
 
 
 @pytest.mark.parametrize("package", IN_THE_IMAGE)
-def test_bundle_leaves_out_what_the_image_has(package: str) -> None:
+def test_gpu_bundle_omits_packages_of_the_image(package: str) -> None:
     assert not re.search(rf"\b{package}==", (FOLDER / "bundle.sh").read_text())

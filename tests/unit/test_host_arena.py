@@ -39,7 +39,7 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_churn_of_mixed_ranks_loses_no_block_and_no_byte(seed: int) -> None:
+def test_host_arena_churn_of_mixed_ranks_loses_no_block_or_byte(seed: int) -> None:
     """Images of ranks 8 to 64 come and go 4,000 times; each finds its bytes as it left them."""
     rng, rank_bytes = random.Random(seed), 100  # so that no image ends with a block
     made = arena(400)
@@ -72,7 +72,7 @@ def test_churn_of_mixed_ranks_loses_no_block_and_no_byte(seed: int) -> None:
     assert len(take(made, made.num_blocks * BLOCK).chunks) == 1, "all free runs are merged"
 
 
-def test_scattered_free_blocks_hold_an_image_as_large_as_all_of_them() -> None:
+def test_host_arena_uses_all_scattered_free_blocks_for_one_image() -> None:
     made = arena(100)
     taken = [take(made, BLOCK) for _ in range(100)]
     for blocks in taken[::2]:
@@ -82,7 +82,7 @@ def test_scattered_free_blocks_hold_an_image_as_large_as_all_of_them() -> None:
     assert made.take(1) is None
 
 
-def test_an_image_gets_the_shortest_run_that_holds_it() -> None:
+def test_host_arena_allocates_the_shortest_fitting_run() -> None:
     made = arena(30)
     held = [take(made, n * BLOCK) for n in (3, 2, 10, 2, 5, 8)]
     for index in (0, 2, 4):  # runs of 3, 10 and 5 are free
@@ -92,13 +92,13 @@ def test_an_image_gets_the_shortest_run_that_holds_it() -> None:
     assert take(made, 11 * BLOCK).runs == ((5, 15), (21, 22)), "the longest runs first"
 
 
-def test_bytes_beyond_the_last_whole_block_are_not_used() -> None:
+def test_host_arena_ignores_bytes_after_the_last_whole_block() -> None:
     made = HostArena(torch.zeros(3 * BLOCK + BLOCK - 1, dtype=torch.uint8), BLOCK)
     assert made.num_blocks == 3 and made.take(3 * BLOCK + 1) is None
     assert HostArena(torch.zeros(BLOCK - 1, dtype=torch.uint8), BLOCK).take(1) is None
 
 
-def test_blocks_cannot_be_given_back_twice() -> None:
+def test_host_arena_refuses_a_double_free() -> None:
     made = arena(3)
     blocks = take(made, BLOCK)
     made.give_back(blocks)
@@ -106,7 +106,7 @@ def test_blocks_cannot_be_given_back_twice() -> None:
         made.give_back(blocks)
 
 
-def test_whoever_is_told_of_freed_blocks_may_poison_them() -> None:
+def test_host_arena_on_freed_may_overwrite_freed_blocks() -> None:
     made = arena(6)
     first, middle, last = (take(made, 2 * BLOCK - 1) for _ in range(3))
     freed: list[torch.Tensor] = []
@@ -125,7 +125,7 @@ def test_whoever_is_told_of_freed_blocks_may_poison_them() -> None:
     assert not any(bool((chunk == 0xEE).any()) for chunk in middle.chunks)
 
 
-def test_lazy_memory_takes_none_of_the_machine_before_it_is_written() -> None:
+def test_lazy_memory_is_not_resident_before_it_is_written() -> None:
     before = resident_bytes()
     made = HostArena(lazy_memory(64 * 10**9), 2**20)
     assert resident_bytes() - before < 2**24
@@ -133,7 +133,7 @@ def test_lazy_memory_takes_none_of_the_machine_before_it_is_written() -> None:
     assert 2**26 <= resident_bytes() - before + 2**24 < 2**28
 
 
-def test_no_memory_is_told_with_the_flag_that_asked_for_it() -> None:
+def test_failed_host_allocation_names_the_flag() -> None:
     with pytest.raises(HostMemoryFull, match=r"cannot map 4611686018427387904 .*--elora-host-gb"):
         lazy_memory(2**62)
     with pytest.raises(HostMemoryFull, match=r"no 4611686018427387904 bytes .*--elora-host-gb"):
@@ -151,12 +151,12 @@ def test_no_memory_is_told_with_the_flag_that_asked_for_it() -> None:
         (20_000_000, MOST_BLOCK_BYTES),
     ],
 )
-def test_block_size_follows_the_model(rank_bytes: int, expected: int) -> None:
+def test_host_arena_block_size_follows_the_model(rank_bytes: int, expected: int) -> None:
     assert block_bytes_for(rank_bytes) == expected
 
 
 @pytest.mark.parametrize("rank", [8, 16, 24, 32, 48, 64])
-def test_adapters_of_an_8b_model_waste_little_of_the_arena(rank: int) -> None:
+def test_host_arena_wastes_little_for_adapters_of_an_8b_model(rank: int) -> None:
     """Where torch's page-locked memory, rounded to a power of two, took 1.6 times their bytes."""
     rank_bytes = 5_242_880
     made = arena(1, block_bytes_for(rank_bytes))

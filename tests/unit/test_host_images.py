@@ -93,7 +93,7 @@ class Tier(HostTier):
         return "".join(adapter_id for adapter_id in adapter_ids if adapter_id in self)
 
 
-def test_nothing_is_read_before_it_is_asked_for() -> None:
+def test_host_images_reads_only_requested_adapters() -> None:
     reads = []
     tier = Tier(1000)
     for i in range(2000):
@@ -104,7 +104,7 @@ def test_nothing_is_read_before_it_is_asked_for() -> None:
     assert "7" in tier and "8" not in tier and tier.num_bytes == 20
 
 
-def test_with_time_to_spare_files_are_read_in_their_order_as_far_as_there_is_room() -> None:
+def test_read_ahead_reads_files_in_order_while_memory_is_free() -> None:
     reads: list[str] = []
     tier = Tier(35)
     for adapter_id in "abcde":
@@ -122,7 +122,7 @@ def test_with_time_to_spare_files_are_read_in_their_order_as_far_as_there_is_roo
     assert reads == ["b", "a", "d", "e"]
 
 
-def test_asking_twice_reads_once() -> None:
+def test_repeated_request_reads_the_file_once() -> None:
     reads = []
     tier = Tier(1000)
     tier.know("a", lambda: reads.append(1) or IMAGE)  # type: ignore[func-returns-value]
@@ -134,7 +134,7 @@ def test_asking_twice_reads_once() -> None:
     assert tier.get("a") is IMAGE
 
 
-def test_the_lowest_image_is_dropped_for_a_read_that_has_no_room() -> None:
+def test_read_without_free_memory_drops_the_lowest_ranked_image() -> None:
     tier = Tier(25)
     for adapter_id in "abc":
         tier.know(adapter_id)
@@ -144,7 +144,7 @@ def test_the_lowest_image_is_dropped_for_a_read_that_has_no_room() -> None:
     assert tier.num_dropped == 1 and tier.num_bytes == 20
 
 
-def test_nothing_is_dropped_where_it_would_not_be_enough() -> None:
+def test_no_image_is_dropped_if_that_would_not_free_enough() -> None:
     tier = Tier(30)
     tier.know("small")
     tier.know("held")
@@ -159,7 +159,7 @@ def test_nothing_is_dropped_where_it_would_not_be_enough() -> None:
     assert tier.present(["small", "held", "large"]) == "large" and tier.num_dropped == 2
 
 
-def test_what_is_held_stays() -> None:
+def test_held_image_is_not_dropped() -> None:
     tier = Tier(10)
     tier.know("held")
     tier.know("wanted")
@@ -173,7 +173,7 @@ def test_what_is_held_stays() -> None:
     assert "held" not in tier and "wanted" in tier
 
 
-def test_reads_under_way_count_against_the_budget() -> None:
+def test_running_reads_count_against_the_host_budget() -> None:
     gate = threading.Event()
     tier = Tier(25)
     for adapter_id in "abcd":
@@ -192,7 +192,7 @@ def test_reads_under_way_count_against_the_budget() -> None:
     assert tier.present("abcd") == "bc"
 
 
-def test_an_earlier_request_takes_the_memory_of_a_later_one() -> None:
+def test_earlier_request_takes_host_memory_of_a_later_one() -> None:
     """Requests change places in the queue: the first must get its adapter whatever came before."""
     tier = Tier(30)
     for adapter_id in "abcd":
@@ -207,7 +207,7 @@ def test_an_earlier_request_takes_the_memory_of_a_later_one() -> None:
     assert tier.present("abcd") == "acd"
 
 
-def test_memory_that_is_freed_is_not_taken_by_a_later_request() -> None:
+def test_freed_host_memory_is_reserved_for_the_first_request() -> None:
     """The first needs more than is free; a small one behind it waits until it has it."""
     tier = Tier(20)
     tier.know("held")
@@ -227,7 +227,7 @@ def test_memory_that_is_freed_is_not_taken_by_a_later_request() -> None:
     assert "small" in tier
 
 
-def test_an_adapter_that_nobody_waits_for_drops_nothing() -> None:
+def test_read_without_a_queued_request_drops_no_image() -> None:
     tier = Tier(10)
     tier.know("a")
     tier.know("b")
@@ -238,7 +238,7 @@ def test_an_adapter_that_nobody_waits_for_drops_nothing() -> None:
 
 
 @pytest.mark.parametrize("budget", [0, 9, 19])
-def test_an_adapter_larger_than_the_budget_is_read_for_each_use(
+def test_adapter_larger_than_the_host_budget_is_read_for_each_use(
     budget: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     chunks: list[torch.Tensor] = []
@@ -261,7 +261,7 @@ def test_an_adapter_larger_than_the_budget_is_read_for_each_use(
     assert tier.reading == ()
 
 
-def test_few_images_are_outside_the_arena_at_a_time_and_the_first_request_has_one() -> None:
+def test_images_outside_the_arena_are_few_and_go_to_first_requests() -> None:
     tier = Tier(0)
     for adapter_id in "abcd":
         tier.know(adapter_id)
@@ -281,7 +281,7 @@ def test_few_images_are_outside_the_arena_at_a_time_and_the_first_request_has_on
     assert len(tier) == 0 and tier.num_bytes == 0
 
 
-def test_no_memory_outside_the_arena_fails_the_read_and_names_the_flag() -> None:
+def test_failed_allocation_outside_the_arena_names_the_flag() -> None:
     tier = Tier(5)
     tier.add("a", 2**62, lambda chunks: IMAGE)
     tier.want("a")
@@ -289,7 +289,7 @@ def test_no_memory_outside_the_arena_fails_the_read_and_names_the_flag() -> None
     assert isinstance(error, HostMemoryFull) and "--elora-host-gb" in str(error)
 
 
-def test_a_dropped_adapter_is_read_again() -> None:
+def test_dropped_adapter_is_read_again() -> None:
     tier = Tier(10)
     tier.know("a")
     tier.know("b")
@@ -301,7 +301,7 @@ def test_a_dropped_adapter_is_read_again() -> None:
     assert tier.num_reads == 6
 
 
-def test_an_image_without_a_file_is_copied_into_the_arena_and_never_dropped() -> None:
+def test_image_without_a_file_is_copied_to_the_arena_and_kept() -> None:
     tier = Tier(5 * SIZE // 2)
     tier.add("sent", SIZE, image=IMAGE)
     assert tier.get("sent") is not IMAGE and tier.get("sent").version == IMAGE.version
@@ -321,7 +321,7 @@ def test_an_image_without_a_file_is_copied_into_the_arena_and_never_dropped() ->
     tier.check_invariants()
 
 
-def test_an_image_without_a_file_waits_for_its_blocks_and_nothing_is_read_before() -> None:
+def test_image_without_a_file_gets_freed_blocks_before_any_read() -> None:
     """What holds the blocks is copied from; the image is served from where it is."""
     tier = Tier(2 * SIZE)
     for adapter_id in "abc":
@@ -344,7 +344,7 @@ def test_an_image_without_a_file_waits_for_its_blocks_and_nothing_is_read_before
     assert tier.present("abc") == "c"
 
 
-def test_ranks_whose_readers_differ_in_speed_start_and_drop_the_same() -> None:
+def test_ranks_with_different_read_speeds_read_and_drop_alike() -> None:
     """Two ranks act on the least of their codes, in the same steps; each drops what it must."""
     rng = random.Random(0)
     delays = [0.0, 0.002]
@@ -382,7 +382,7 @@ def slowly(delay_s: float, chunks: Sequence[torch.Tensor]) -> AdapterImage:
     return IMAGE
 
 
-def test_a_failed_read_is_settled_once_no_rank_reads_any_more() -> None:
+def test_failed_read_is_settled_once_no_rank_is_reading() -> None:
     """Otherwise a rank would wait for its reader, or free what the reader writes to."""
     gate = threading.Event()
     failing, slow = Tier(10), Tier(10)
@@ -404,7 +404,7 @@ def test_a_failed_read_is_settled_once_no_rank_reads_any_more() -> None:
     assert failing.arena.num_free == slow.arena.num_free == 10
 
 
-def test_unloading_gives_blocks_back_once_nothing_reads_or_writes_them() -> None:
+def test_unload_frees_blocks_once_no_reader_or_copy_uses_them() -> None:
     gate = threading.Event()
     freed: list[int] = []
     tier = Tier(30)
@@ -430,7 +430,7 @@ def test_unloading_gives_blocks_back_once_nothing_reads_or_writes_them() -> None
     assert freed == [10, 10, 10] and tier.arena.num_free == 30
 
 
-def test_a_failed_read_is_told_and_the_next_one_is_tried() -> None:
+def test_failed_read_is_reported_and_the_next_one_is_tried() -> None:
     answers: list[AdapterImage | Exception] = [FileNotFoundError("gone"), IMAGE]
 
     def read() -> AdapterImage:
@@ -448,7 +448,7 @@ def test_a_failed_read_is_told_and_the_next_one_is_tried() -> None:
     assert tier.finish()["a"] is IMAGE
 
 
-def test_what_another_rank_could_not_read_nobody_has() -> None:
+def test_read_that_failed_on_another_rank_is_discarded() -> None:
     tier = Tier(100)
     tier.know("a")
     tier.request("a")
@@ -459,7 +459,7 @@ def test_what_another_rank_could_not_read_nobody_has() -> None:
     assert "a" not in tier and tier.reading == ()
 
 
-def test_a_read_that_nobody_wants_is_not_started() -> None:
+def test_cancelled_read_is_not_started() -> None:
     gate, started = threading.Event(), []
 
     def slow(name: str) -> AdapterImage:
@@ -480,7 +480,7 @@ def test_a_read_that_nobody_wants_is_not_started() -> None:
     assert found["c"] is None and found["d"] is IMAGE
 
 
-def test_an_adapter_that_is_removed_while_it_is_read() -> None:
+def test_adapter_removed_during_its_read_is_not_stored() -> None:
     gate = threading.Event()
     tier = Tier(100)
     tier.know("a", lambda: gate.wait(10) and IMAGE)  # type: ignore[arg-type, return-value]

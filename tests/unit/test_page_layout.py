@@ -10,7 +10,7 @@ QKV = ModuleShape("qkv_proj", 256, (256, 64, 64))
 DOWN = ModuleShape("down_proj", 100, (70,))
 
 
-def test_offsets_by_hand() -> None:
+def test_adapter_layout_offsets_equal_hand_computed_ones() -> None:
     layout = AdapterLayout.build(8, [QKV, DOWN])
     qkv, down = layout.places["qkv_proj"], layout.places["down_proj"]
     assert (qkv.a_rows, qkv.a_stride, qkv.a_offset) == (24, 256, 0)
@@ -21,7 +21,7 @@ def test_offsets_by_hand() -> None:
     assert layout.plane_elems == (24 * 256 + 8 * 128, 8 * 384 + 8 * 128)
 
 
-def test_one_plane_holds_b_behind_a() -> None:
+def test_adapter_layout_in_one_plane_places_b_after_a() -> None:
     two = AdapterLayout.build(8, [QKV, DOWN])
     one = AdapterLayout.build(8, [QKV, DOWN], num_planes=1)
     a_elems = two.plane_elems[0]
@@ -32,7 +32,7 @@ def test_one_plane_holds_b_behind_a() -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 24, 64])
-def test_matrices_begin_on_tiles_and_do_not_overlap(rank: int) -> None:
+def test_adapter_layout_matrices_are_tile_aligned_and_disjoint(rank: int) -> None:
     layout = AdapterLayout.build(rank, [QKV, DOWN], num_planes=1)
     taken: set[int] = set()
     for place in layout.places.values():
@@ -47,14 +47,14 @@ def test_matrices_begin_on_tiles_and_do_not_overlap(rank: int) -> None:
     assert taken == set(range(layout.plane_elems[0]))
 
 
-def test_slots_are_whole_pages_of_the_longer_plane() -> None:
+def test_num_slots_is_whole_pages_of_the_longer_plane() -> None:
     layout = AdapterLayout.build(8, [QKV])  # A 6144 elements, B 3072
     assert layout.num_slots(slot_elems=64, page_size=1) == 96
     assert layout.num_slots(slot_elems=100, page_size=1) == 62
     assert layout.num_slots(slot_elems=100, page_size=16) == 64
 
 
-def test_a_llama_8b_adapter_of_rank_16() -> None:
+def test_num_slots_of_a_llama_8b_adapter_of_rank_16() -> None:
     """The figure of the design: about 670 slots of 1,024 elements."""
     shapes = [
         ModuleShape("qkv_proj", 4096, (4096, 1024, 1024)),
@@ -66,17 +66,17 @@ def test_a_llama_8b_adapter_of_rank_16() -> None:
     assert layout.num_slots(slot_elems=1024, page_size=1) == 672
 
 
-def test_an_adapter_without_modules_takes_nothing() -> None:
+def test_num_slots_of_an_adapter_without_modules_is_zero() -> None:
     assert AdapterLayout.build(8, []).num_slots(64, 16) == 0
 
 
 @pytest.mark.parametrize(("rank", "num_planes"), [(0, 2), (8, 0), (8, 3)])
-def test_nonsense_is_refused(rank: int, num_planes: int) -> None:
+def test_adapter_layout_refuses_invalid_rank_or_planes(rank: int, num_planes: int) -> None:
     with pytest.raises(ValueError, match=f"rank {rank}.*planes {num_planes}"):
         AdapterLayout.build(rank, [QKV], num_planes)
 
 
 @pytest.mark.parametrize("sizes", [(0, (1,)), (1, (1, 0)), (1, ())])
-def test_sizes_are_positive(sizes: tuple[int, tuple[int, ...]]) -> None:
+def test_module_shape_refuses_non_positive_sizes(sizes: tuple[int, tuple[int, ...]]) -> None:
     with pytest.raises(ValueError, match="positive"):
         ModuleShape("x", *sizes)

@@ -101,7 +101,9 @@ def check_equal(
         (torch.float16, torch.float32),
     ],
 )
-def test_round_trip(rank: int, order: Order, weights: torch.dtype, kv: torch.dtype) -> None:
+def test_adapter_written_to_slots_is_read_back_exactly(
+    rank: int, order: Order, weights: torch.dtype, kv: torch.dtype
+) -> None:
     pool = make_pool(kv, heads=4)
     planes = KVPlanes(pool, weights)
     image, truth = make_image(rank, weights)
@@ -118,7 +120,7 @@ def test_round_trip(rank: int, order: Order, weights: torch.dtype, kv: torch.dty
             assert (rest == POISON).all()
 
 
-def test_two_adapters_side_by_side() -> None:
+def test_two_adapters_in_interleaved_slots_are_read_back_exactly() -> None:
     planes = KVPlanes(make_pool(torch.float32), torch.float32)
     numbers = random.Random(0).sample(range(1, SLOTS), SLOTS - 1)
     adapters = []
@@ -131,7 +133,7 @@ def test_two_adapters_side_by_side() -> None:
         check_equal(adapter, truth)
 
 
-def test_one_plane() -> None:
+def test_adapter_in_one_plane_is_read_back_exactly() -> None:
     planes = KVPlanes(make_pool(torch.float32, num_planes=1), torch.float32)
     image, truth = make_image(8, torch.float32, num_planes=1)
     slots = torch.tensor(scattered(image.layout.num_slots(64, 1)))
@@ -140,7 +142,7 @@ def test_one_plane() -> None:
 
 
 @pytest.mark.parametrize(("order", "is_view"), [(contiguous, True), (scattered, False)])
-def test_views_where_slots_are_adjacent(order: Order, is_view: bool) -> None:
+def test_adapter_matrices_are_views_if_slots_are_adjacent(order: Order, is_view: bool) -> None:
     pool = make_pool(torch.float32)
     planes = KVPlanes(pool, torch.float32)
     image, _ = make_image(8, torch.float32)
@@ -152,7 +154,7 @@ def test_views_where_slots_are_adjacent(order: Order, is_view: bool) -> None:
     assert (adapter.a(0, "qkv_proj").data_ptr() == a.data_ptr()) == is_view  # kept or made anew
 
 
-def test_only_the_slots_of_a_matrix_are_gathered() -> None:
+def test_matrix_read_copies_only_if_its_slots_are_scattered() -> None:
     """Two runs of slots: a matrix inside one of them needs no copy."""
     pool = make_pool(torch.float32)
     planes = KVPlanes(pool, torch.float32)
@@ -168,7 +170,7 @@ def test_only_the_slots_of_a_matrix_are_gathered() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_runs(seed: int) -> None:
+def test_slot_table_runs_cover_all_slots_in_order(seed: int) -> None:
     rng = random.Random(seed)
     numbers: list[int] = []
     while len(numbers) < 40:
@@ -184,7 +186,7 @@ def test_runs(seed: int) -> None:
         assert table.run(start, len(numbers) + 1) is None, "behind the table"
 
 
-def test_missing_modules() -> None:
+def test_paged_adapter_lacks_modules_it_does_not_adapt() -> None:
     image, _ = make_image(8, torch.float32, SHAPES[:1])
     planes = KVPlanes(make_pool(torch.float32), torch.float32)
     slots = torch.tensor(contiguous(image.layout.num_slots(64, 1)))
@@ -192,7 +194,7 @@ def test_missing_modules() -> None:
     assert adapter.has("qkv_proj") and not adapter.has("o_proj")
 
 
-def test_version_names_the_content() -> None:
+def test_image_version_depends_on_the_content() -> None:
     image, truth = make_image(8, torch.bfloat16)
     again, _ = make_image(8, torch.bfloat16)
     assert image.version == again.version
@@ -219,9 +221,7 @@ def chunks_of(num_bytes: int, seed: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_image_in_scattered_memory_is_written_to_its_slots(
-    seed: int, dtype: torch.dtype
-) -> None:
+def test_image_in_scattered_memory_is_written_to_its_slots(seed: int, dtype: torch.dtype) -> None:
     """Borders of its memory lie within layers, rows and elements."""
     plain, truth = make_image(24, dtype)
     chunks = chunks_of(plain.nbytes, seed)
@@ -236,7 +236,7 @@ def test_an_image_in_scattered_memory_is_written_to_its_slots(
     check_equal(PagedAdapter(image.layout, table, planes, image.scaling), truth)
 
 
-def test_an_image_is_copied_to_other_memory() -> None:
+def test_image_copied_to_other_memory_is_equal() -> None:
     plain, _ = make_image(8, torch.float32)
     there = plain.copied_to(chunks_of(plain.nbytes, 1))
     back = there.copied_to([torch.zeros(plain.nbytes, dtype=torch.uint8)])
@@ -246,7 +246,7 @@ def test_an_image_is_copied_to_other_memory() -> None:
         assert torch.equal(back.layer(layer), plain.layer(layer))
 
 
-def test_pieces_are_whole_layers_in_their_order() -> None:
+def test_image_pieces_are_whole_layers_in_order() -> None:
     layout = AdapterLayout.build(8, SHAPES[1:2])
     matrices = torch.ones(8, 256), torch.ones(256, 8)
     plain = AdapterImage.build(layout, 20, lambda *_: matrices, torch.float32, 1.0)
@@ -263,31 +263,31 @@ def test_pieces_are_whole_layers_in_their_order() -> None:
         first += piece.num_layers
 
 
-def test_memory_of_another_size_than_the_image_is_refused() -> None:
+def test_image_copy_to_memory_of_another_size_is_refused() -> None:
     plain, _ = make_image(8, torch.float32)
     for wrong in (plain.nbytes - 1, plain.nbytes + 1):
         with pytest.raises(AssertionError, match=str(plain.nbytes)):
             plain.copied_to([torch.zeros(wrong, dtype=torch.uint8)])
 
 
-def test_wrong_shapes_are_found() -> None:
+def test_image_build_refuses_wrong_matrix_shapes() -> None:
     layout = AdapterLayout.build(8, SHAPES[:1])
     matrices = torch.zeros(24, 256), torch.zeros(400, 8)
     with pytest.raises(AssertionError, match="qkv_proj"):
         AdapterImage.build(layout, 1, lambda *_: matrices, torch.float32, 1.0)
 
 
-def test_slots_that_hold_no_whole_weights_are_refused() -> None:
+def test_kv_planes_refuse_slots_without_whole_weights() -> None:
     pool = [[torch.zeros(10, 1, 3, dtype=torch.uint8)]]
     with pytest.raises(ValueError, match="3 bytes"):
         KVPlanes(pool, torch.float32)
 
 
-def test_pools_of_unequal_slots_are_refused() -> None:
+def test_kv_planes_refuse_slots_of_unequal_size() -> None:
     with pytest.raises(ValueError, match=r"\[128, 256\] bytes"):
         KVPlanes([[torch.zeros(10, 1, 32)], [torch.zeros(10, 2, 32)]], torch.float32)
 
 
-def test_pools_that_are_not_contiguous_are_refused() -> None:
+def test_kv_planes_refuse_a_non_contiguous_pool() -> None:
     with pytest.raises(ValueError, match="not contiguous"):
         KVPlanes([[torch.zeros(32, 10, 64).transpose(0, 1)]], torch.float32)

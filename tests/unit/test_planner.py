@@ -94,7 +94,7 @@ class World:
         return [i for i, adapter in enumerate(self.cache.adapter_table) if adapter.resident]
 
 
-def test_queued_adapters_load_in_queue_order_a_quarter_of_the_pool_at_a_time() -> None:
+def test_planner_loads_in_queue_order_a_quarter_of_the_pool_at_a_time() -> None:
     world = World(4 * SLOTS)
     world.queue = [Request(f"a{i}") for i in (3, 1, 2)]
     for expected in ([3], [1, 3], [1, 2, 3]):
@@ -102,7 +102,7 @@ def test_queued_adapters_load_in_queue_order_a_quarter_of_the_pool_at_a_time() -
         assert world.resident() == expected
 
 
-def test_requests_after_the_lookahead_are_not_loaded_for() -> None:
+def test_planner_loads_nothing_beyond_the_queue_lookahead() -> None:
     world = World(200 * SLOTS)
     world.queue = [Request(f"a{i}") for i in range(LOOKAHEAD + 2)]
     for _ in range(LOOKAHEAD):
@@ -110,7 +110,7 @@ def test_requests_after_the_lookahead_are_not_loaded_for() -> None:
     assert world.resident() == list(range(LOOKAHEAD))
 
 
-def test_a_load_does_not_evict_what_an_earlier_request_needs() -> None:
+def test_planner_evicts_no_adapter_of_an_earlier_request() -> None:
     world = World(3 * SLOTS + 10)
     world.load(0, 1, 2)
     world.queue = [Request(f"a{i}") for i in (2, 1, 0, 5)]
@@ -119,7 +119,7 @@ def test_a_load_does_not_evict_what_an_earlier_request_needs() -> None:
     assert world.resident() == [0, 1, 2]
 
 
-def test_a_busy_step_evicts_a_bounded_number_of_leaves_and_an_idle_one_all() -> None:
+def test_planner_bounds_evictions_per_busy_step_but_not_when_idle() -> None:
     world = World(2 * SLOTS)
     world.load(0)
     for _ in range(SLOTS // 2):
@@ -131,7 +131,7 @@ def test_a_busy_step_evicts_a_bounded_number_of_leaves_and_an_idle_one_all() -> 
     assert world.resident() == [0, 1] and not world.planner.is_limited
 
 
-def test_room_for_the_next_load_is_kept_by_evicting_kv_a_few_leaves_at_a_time() -> None:
+def test_planner_evicts_kv_in_small_parts_for_the_next_load() -> None:
     world = World(4 * SLOTS)
     world.load(0, 1)
     for _ in range(2 * SLOTS):
@@ -146,7 +146,7 @@ def test_room_for_the_next_load_is_kept_by_evicting_kv_a_few_leaves_at_a_time() 
     assert world.cache.free == SLOTS and world.resident() == [0, 1]
 
 
-def test_an_evicted_adapter_is_loaded_back_into_free_slots_only() -> None:
+def test_planner_loads_evicted_adapters_back_into_free_slots_only() -> None:
     world = World(11 * SLOTS)
     world.load(*range(11))
     world.cache.evict(Eviction(8 * SLOTS))
@@ -158,7 +158,7 @@ def test_an_evicted_adapter_is_loaded_back_into_free_slots_only() -> None:
     assert len(world.resident()) == 7  # 70% of the pool
 
 
-def test_a_hinted_adapter_is_loaded_after_queued_ones_and_evicts_none_of_them() -> None:
+def test_planner_loads_hinted_after_queued_without_evicting_those() -> None:
     world = World(3 * SLOTS + 10)
     world.load(0, 1, 2)
     world.queue = [Request("a0"), Request("a1")]
@@ -173,7 +173,7 @@ def test_a_hinted_adapter_is_loaded_after_queued_ones_and_evicts_none_of_them() 
     assert world.memory.counts.hints == world.memory.counts.hints_dropped == 1
 
 
-def test_a_file_is_read_before_its_adapter_is_copied() -> None:
+def test_planner_reads_the_file_before_the_adapter_is_copied() -> None:
     world = World(4 * SLOTS, host_adapters=2)
     world.queue = [Request("a5")]
     world.step(0.5)
@@ -183,7 +183,7 @@ def test_a_file_is_read_before_its_adapter_is_copied() -> None:
     assert world.resident() == [5] and not world.memory.reading
 
 
-def test_a_full_host_memory_drops_what_is_needed_last() -> None:
+def test_full_host_memory_drops_the_image_needed_last() -> None:
     world = World(8 * SLOTS, host_adapters=2)
     for i in (0, 1):
         world.planner.expect([f"a{i}"], ordered=True)
@@ -195,14 +195,14 @@ def test_a_full_host_memory_drops_what_is_needed_last() -> None:
     assert {3, 4} <= set(world.resident())
 
 
-def test_an_idle_server_reads_files_ahead_until_host_memory_is_full() -> None:
+def test_idle_planner_reads_files_ahead_until_host_memory_is_full() -> None:
     world = World(4 * SLOTS, host_adapters=3)
     for _ in range(10):
         world.step(1.1, is_busy=False)
     assert [i for i in range(6) if world.memory.is_on_host(f"a{i}")] == [0, 1, 2]
 
 
-def test_kv_of_an_announced_session_is_loaded_once_its_adapter_is_there() -> None:
+def test_announced_session_kv_loads_once_its_adapter_is_resident() -> None:
     world = World(4 * SLOTS, host_slots=10 * SLOTS)
     world.load(0)
     end = world.cache_kv(0, 30)
@@ -217,10 +217,10 @@ def test_kv_of_an_announced_session_is_loaded_once_its_adapter_is_there() -> Non
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_every_policy_of_the_configuration_is_registered_under_its_name(name: str) -> None:
+def test_every_configured_policy_is_registered_under_its_name(name: str) -> None:
     assert make_policy(name, PolicyContext(Costs())).name == name
 
 
-def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
+def test_unknown_policy_is_refused_listing_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"policy 'fifo' must be one of .*elora_paper"):
         make_policy("fifo", PolicyContext(Costs()))

@@ -25,7 +25,7 @@ class Checked:
         raise AdapterError("first", "adapter/file", "it is broken", "Mend it")
 
 
-def test_what_was_refused_is_not_looked_at_again_until_it_changes(tmp_path: Path) -> None:
+def test_refused_folder_is_not_checked_again_until_it_changes(tmp_path: Path) -> None:
     refusals, check = Refusals(), Checked()
     (tmp_path / "weights").write_text("broken")
     for name in ("first", "second", "third"):
@@ -40,7 +40,7 @@ def test_what_was_refused_is_not_looked_at_again_until_it_changes(tmp_path: Path
     assert check.num_calls == 3, "what is good is looked at each time"
 
 
-def test_what_is_no_folder_is_asked_for_each_time(tmp_path: Path) -> None:
+def test_refused_hub_id_is_checked_each_time(tmp_path: Path) -> None:
     refusals, check = Refusals(), Checked()
     for _ in range(2):
         with pytest.raises(AdapterError):
@@ -48,7 +48,7 @@ def test_what_is_no_folder_is_asked_for_each_time(tmp_path: Path) -> None:
     assert check.num_calls == 2
 
 
-def test_only_so_many_are_remembered(tmp_path: Path) -> None:
+def test_number_of_remembered_refusals_is_bounded(tmp_path: Path) -> None:
     refusals, check = Refusals(), Checked()
     folders = [tmp_path / str(i) for i in range(MOST + 1)]
     for folder in folders:
@@ -62,7 +62,7 @@ def test_only_so_many_are_remembered(tmp_path: Path) -> None:
     assert check.num_calls == MOST + 2, "the first was forgotten, the last was not"
 
 
-def test_what_the_machine_could_not_do_is_no_refusal(tmp_path: Path) -> None:
+def test_os_errors_are_not_remembered_as_refusals(tmp_path: Path) -> None:
     (tmp_path / "weights").touch()
     refusals = Refusals()
 

@@ -51,26 +51,26 @@ def play(side: str, calibration: Calibration, *sessions: Session) -> list[Record
     return make_engine(side, calibration, ADAPTERS).play(Trace(CHAT, 0, 1.0, 60.0, numbered))
 
 
-def test_a_cold_request_waits_for_the_longer_of_load_and_computation() -> None:
+def test_sim_cold_ttft_is_the_longer_of_load_and_prefill() -> None:
     (record,) = play("elora:lru", BY_HAND, session("a", 0.0, (30, 5, 0.0)))
     assert record.was_cold and record.num_cached == 0
     assert record.ttft_s == pytest.approx(0.015)
     assert record.last_s == pytest.approx(0.015 + 4 * 0.006)
 
 
-def test_a_slow_load_is_waited_for() -> None:
+def test_sim_cold_ttft_includes_a_slow_load() -> None:
     slow = replace(BY_HAND, link_bytes_per_s=1e5)
     (record,) = play("elora:lru", slow, session("a", 0.0, (30, 5, 0.0)))
     assert record.ttft_s == pytest.approx(0.101)
 
 
-def test_a_split_loads_in_front_of_the_batch() -> None:
+def test_sim_split_pool_loads_before_the_batch() -> None:
     (record,) = play("stock-tuned:2", BY_HAND, session("a", 0.0, (30, 5, 0.0)))
     assert record.ttft_s == pytest.approx(0.011 + 0.015)
 
 
 @pytest.mark.parametrize("side", ["elora:lru", "elora:elora", "elora:elora_paper", "stock-tuned:2"])
-def test_the_second_turn_finds_the_first(side: str) -> None:
+def test_sim_second_turn_hits_the_kv_of_the_first(side: str) -> None:
     """All of 20 + 30 + 5 tokens but the answer's last, which was not computed."""
     talk = session("a", 0.0, (30, 5, 0.0), (10, 2, 1.0))
     first, second = play(side, BY_HAND, talk)
@@ -80,22 +80,22 @@ def test_the_second_turn_finds_the_first(side: str) -> None:
     assert second.ttft_s == pytest.approx(0.010 + 11e-4)
 
 
-def test_without_history_nothing_is_found() -> None:
+def test_sim_slora_has_no_cache_hits() -> None:
     talk = session("a", 0.0, (30, 5, 0.0), (10, 2, 1.0))
     assert [record.num_cached for record in play("slora", BY_HAND, talk)] == [0, 0]
 
 
-def test_sessions_of_an_adapter_share_its_system_prompt() -> None:
+def test_sim_sessions_of_one_adapter_share_its_system_prompt() -> None:
     sessions = (session("a", 0.0, (30, 5, 0.0)), session("a", 1.0, (30, 5, 0.0)))
     assert [record.num_cached for record in play("elora:lru", BY_HAND, *sessions)] == [0, 20]
 
 
-def test_sessions_of_two_adapters_share_nothing() -> None:
+def test_sim_sessions_of_two_adapters_share_no_kv() -> None:
     sessions = (session("a", 0.0, (30, 5, 0.0)), session("b", 1.0, (30, 5, 0.0)))
     assert [record.num_cached for record in play("elora:lru", BY_HAND, *sessions)] == [0, 0]
 
 
-def test_a_split_without_a_free_slot_makes_wait() -> None:
+def test_sim_split_pool_without_a_free_slot_delays_the_request() -> None:
     """The first one's answer takes from 26 to 50 ms; then the second's adapter loads."""
     sessions = (session("a", 0.0, (30, 5, 0.0)), session("b", 0.030, (30, 5, 0.0)))
     first, second = play("stock-tuned:1", BY_HAND, *sessions)
@@ -103,7 +103,7 @@ def test_a_split_without_a_free_slot_makes_wait() -> None:
     assert second.first_s == pytest.approx(0.050 + 0.026)
 
 
-def test_kv_comes_back_from_the_host() -> None:
+def test_sim_offloaded_kv_is_loaded_back_from_the_host() -> None:
     """Three sessions of 100 tokens in 200 slots: the first one's KV has left by its second turn,
     with its adapter, and returns in two copies of 104 slots behind that."""
     long = (80, 5, 0.0)
@@ -119,7 +119,7 @@ def test_kv_comes_back_from_the_host() -> None:
     assert play("elora:lru", without, *sessions)[-1].num_cached == 0
 
 
-def test_a_hint_loads_adapter_and_kv_before_the_turn_arrives() -> None:
+def test_sim_hint_loads_adapter_and_kv_before_the_turn_arrives() -> None:
     """As in the case above; the client announces the second turn one second before it. Another
     session's 104 slots leave for the host then, which takes 0.104 ms."""
     long = (80, 5, 0.0)
@@ -133,14 +133,14 @@ def test_a_hint_loads_adapter_and_kv_before_the_turn_arrives() -> None:
     assert last.ttft_s == pytest.approx(0.010 + 11e-4 + 104e-6)
 
 
-def test_an_adapter_that_is_not_in_host_memory_is_read_from_its_file() -> None:
+def test_sim_reads_an_adapter_not_on_the_host_from_its_file() -> None:
     """10 slots of 1000 bytes at 100 kB/s, then the load, which hides the computation's 15 ms."""
     files = replace(BY_HAND, adapter_host_slots=20, file_bytes_per_s=1e5)
     (record,) = play("elora:lru", files, session("a", 0.0, (30, 5, 0.0)))
     assert record.ttft_s == pytest.approx(0.100 + 0.015)
 
 
-def test_a_session_that_cannot_be_held_is_refused() -> None:
+def test_sim_refuses_a_session_larger_than_the_pool() -> None:
     with pytest.raises(ValueError, match="session 0 takes 231 slots with its adapter"):
         play("elora:lru", BY_HAND, session("a", 0.0, (200, 1, 0.0)))
 
@@ -155,12 +155,12 @@ def test_a_session_that_cannot_be_held_is_refused() -> None:
         ("vllm", "side 'vllm' must be"),
     ],
 )
-def test_a_side_that_is_none_is_refused(side: str, what: str) -> None:
+def test_sim_refuses_an_unknown_side(side: str, what: str) -> None:
     with pytest.raises(ValueError, match=what):
         make_engine(side, BY_HAND, ADAPTERS)
 
 
-def test_a_calibration_is_saved_loaded_and_scaled(tmp_path: Path) -> None:
+def test_calibration_is_saved_loaded_and_scaled(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     path.write_text(json.dumps(asdict(BY_HAND)))
     assert Calibration.load(path) == BY_HAND

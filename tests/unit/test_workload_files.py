@@ -38,31 +38,33 @@ from sglang_elora.workloads.popularity import draw, shares
         (Law.DISTINCT, 0.0, [1, 1, 1, 1]),
     ],
 )
-def test_laws_by_hand(law: Law, skew: float, expected: list[float]) -> None:
+def test_popularity_laws_equal_hand_computed_shares(
+    law: Law, skew: float, expected: list[float]
+) -> None:
     assert shares(law, skew, 4) == pytest.approx(expected, abs=1e-4)
     rng = random.Random(0)
     drawn = Counter(draw(law, skew, 4, i, rng) for i in range(4000))
     assert drawn[3] / 4000 == pytest.approx(expected[3] / sum(expected), abs=0.03)
 
 
-def test_distinct_is_everyone_in_turns() -> None:
+def test_distinct_law_draws_adapters_round_robin() -> None:
     rng = random.Random(0)
     assert [draw(Law.DISTINCT, 0, 3, i, rng) for i in range(5)] == [0, 1, 2, 0, 1]
 
 
-def test_a_skew_out_of_range_is_refused() -> None:
+def test_popularity_law_refuses_a_skew_out_of_range() -> None:
     with pytest.raises(ValueError, match="geometric between 0 and 1"):
         shares(Law.GEOMETRIC, 1.5, 4)
 
 
-def test_a_trace_of_lengths_alone_has_no_tokens() -> None:
+def test_trace_without_tokens_holds_lengths_only() -> None:
     trace = make_trace(CHAT, turns_per_s=4, duration_s=60, with_tokens=False)
     turns = [turn for session in trace.sessions for turn in session.turns]
     assert all(isinstance(turn.new_tokens, range) for turn in turns)
     assert trace.num_turns / 60 == pytest.approx(4, rel=0.5)
 
 
-def test_slora_is_a_gamma_process_of_single_requests() -> None:
+def test_slora_trace_is_a_gamma_process_of_single_requests() -> None:
     trace = slora(20, alpha=0.5, requests_per_s=10, cv=2.0, duration_s=200, seed=1)
     assert len(trace.sessions) == pytest.approx(2000, rel=0.15)
     assert all(8 <= len(s.turns[0].new_tokens) <= 512 for s in trace.sessions)
@@ -75,7 +77,7 @@ def test_slora_is_a_gamma_process_of_single_requests() -> None:
     assert popular[0][0] == "a000"
 
 
-def test_groups_share_a_system_prompt_and_an_adapter() -> None:
+def test_shared_prefix_groups_share_a_system_prompt_and_an_adapter() -> None:
     trace = shared_prefix(3, num_groups=6, prompts_per_group=4, system_tokens=40, turns=2)
     by_system: dict[Any, set[str]] = {}
     for session in trace.sessions:
@@ -86,13 +88,13 @@ def test_groups_share_a_system_prompt_and_an_adapter() -> None:
     assert len(set.union(*by_system.values())) == 3
 
 
-def test_a_recorded_trace_is_saved_and_loaded(tmp_path: Path) -> None:
+def test_recorded_trace_is_saved_and_loaded(tmp_path: Path) -> None:
     trace = slora(4, duration_s=5)
     trace.save(tmp_path / "trace.jsonl")
     assert Trace.load(tmp_path / "trace.jsonl") == trace
 
 
-def test_azure_llm(tmp_path: Path) -> None:
+def test_azure_llm_rows_become_sessions(tmp_path: Path) -> None:
     path = tmp_path / "llm.csv"
     path.write_text(
         "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -134,7 +136,7 @@ def functions_file(path: Path, *rows: list[int]) -> Path:
     return path
 
 
-def test_azure_functions_are_adapters_by_rank(tmp_path: Path) -> None:
+def test_azure_functions_map_to_adapters_by_popularity(tmp_path: Path) -> None:
     path = functions_file(tmp_path / "functions.csv", [1, 0, 9], [3, 2, 9], [0, 1, 9])
     trace = azure_functions(path, CHAT, Assignment(num_adapters=2), minutes=(0, 2))
     calls = Counter(session.adapter for session in trace.sessions)
@@ -143,7 +145,7 @@ def test_azure_functions_are_adapters_by_rank(tmp_path: Path) -> None:
     assert all(session.start_s < 120 for session in trace.sessions)
 
 
-def test_azure_functions_refuse_another_file(tmp_path: Path) -> None:
+def test_azure_functions_refuse_a_wrong_header(tmp_path: Path) -> None:
     path = tmp_path / "functions.csv"
     path.write_text("a,b,c\n")
     with pytest.raises(ValueError, match="line 1: the header must be HashOwner"):
@@ -198,7 +200,7 @@ SHAREGPT = {
 
 
 @pytest.mark.parametrize("as_lines", [True, False])
-def test_conversations_of_both_forms(tmp_path: Path, as_lines: bool) -> None:
+def test_lmsys_and_sharegpt_conversations_are_read(tmp_path: Path, as_lines: bool) -> None:
     path = tmp_path / "talks.json"
     rows = [LMSYS, SHAREGPT]
     path.write_text("\n".join(map(json.dumps, rows)) if as_lines else json.dumps(rows))

@@ -34,20 +34,20 @@ def short(workload: Workload, seed: int = 0) -> Trace:
 
 
 @EACH
-def test_same_seed_same_trace(workload: Workload) -> None:
+def test_workload_trace_is_determined_by_its_seed(workload: Workload) -> None:
     assert short(workload) == short(workload)
     assert short(workload) != short(workload, seed=1)
 
 
 @EACH
-def test_jsonl_round_trip(workload: Workload, tmp_path: Path) -> None:
+def test_trace_jsonl_round_trip(workload: Workload, tmp_path: Path) -> None:
     trace = short(workload)
     trace.save(tmp_path / "trace.jsonl")
     assert Trace.load(tmp_path / "trace.jsonl") == trace
 
 
 @EACH
-def test_a_rising_trace_has_the_same_sessions_ever_faster(workload: Workload) -> None:
+def test_rising_trace_has_the_same_sessions_at_growing_rate(workload: Workload) -> None:
     trace = short(workload)
     fast = trace.rising(0.5, 2.0)
     rise = Rise(0.5, 2.0, trace.duration_s)
@@ -60,7 +60,7 @@ def test_a_rising_trace_has_the_same_sessions_ever_faster(workload: Workload) ->
             assert replace(after, think_s=0) == replace(before, think_s=0)
 
 
-def test_the_factor_of_a_rise_by_hand() -> None:
+def test_rise_factor_equals_hand_computed_values() -> None:
     """From 1/2 to 2 in 60 s: 1 in the middle, which the new trace reaches after 43.28 s."""
     rise = Rise(0.5, 2.0, 60.0)
     assert [rise.factor(t) for t in (0, 30, 60, 90)] == pytest.approx([0.5, 1, 2, 2])
@@ -72,7 +72,7 @@ def test_the_factor_of_a_rise_by_hand() -> None:
 
 
 @EACH
-def test_lengths_and_order(workload: Workload) -> None:
+def test_workload_lengths_are_in_range_and_sessions_ordered(workload: Workload) -> None:
     trace = short(workload)
     starts = [session.start_s for session in trace.sessions]
     assert starts == sorted(starts)
@@ -87,7 +87,7 @@ def test_lengths_and_order(workload: Workload) -> None:
 
 
 @EACH
-def test_sessions_of_an_adapter_share_its_system_prompt(workload: Workload) -> None:
+def test_workload_sessions_of_an_adapter_share_its_system_prompt(workload: Workload) -> None:
     prompts: dict[str, set[tuple[int, ...]]] = {}
     for seed in range(2):
         for session in short(workload, seed).sessions:
@@ -97,7 +97,7 @@ def test_sessions_of_an_adapter_share_its_system_prompt(workload: Workload) -> N
 
 
 @EACH
-def test_rate_holds_from_the_beginning(workload: Workload) -> None:
+def test_workload_rate_is_constant_from_the_start(workload: Workload) -> None:
     halves = [0, 0]
     for seed in range(8):
         trace = short(workload, seed)
@@ -117,7 +117,7 @@ def shares(workload: Workload, time_s: float) -> Counter[int]:
 
 
 @EACH
-def test_zipf_with_a_ranking_that_moves(workload: Workload) -> None:
+def test_workload_popularity_is_zipf_over_a_moving_ranking(workload: Workload) -> None:
     early, late = shares(workload, 0), shares(workload, 59)
     assert early.most_common(1)[0][0] == 0
     moved = int(workload.moves * 59 / 60)
@@ -125,21 +125,21 @@ def test_zipf_with_a_ranking_that_moves(workload: Workload) -> None:
     assert early[0] / early[3] == pytest.approx(4**workload.skew, rel=0.3)
 
 
-def test_active_set_grows_at_two_thirds() -> None:
+def test_workload_active_set_grows_at_two_thirds() -> None:
     still = replace(TRANSLATION, moves=0, skew=0.1)
     assert len(shares(still, 60 * GROWS_AT - 0.1)) == 29
     assert len(shares(still, 60 * GROWS_AT)) == 48
     assert len(shares(replace(CHAT, skew=0.1), 0)) == 64
 
 
-def test_session_before_the_trace_opens_with_what_it_said() -> None:
+def test_session_begun_before_the_trace_opens_with_its_history() -> None:
     """Agents live longer than a second, so most sessions of such a trace began before it."""
     trace = make_trace(AGENT, turns_per_s=4, duration_s=1, seed=0)
     longest = max(len(session.turns[0].new_tokens) for session in trace.sessions)
     assert longest > 4 * AGENT.user_tokens
 
 
-def test_live_kv_counts_who_comes_back() -> None:
+def test_live_kv_counts_sessions_that_will_return() -> None:
     """Two sessions of one adapter: history of each while it lasts, system prompt once."""
     talk = (Turn((5,) * 10, 2, 0.0), Turn((6,) * 20, 3, 4.5))
     sessions = tuple(Session(i, "a000", float(i), (9,) * 7, talk) for i in range(2))
@@ -148,7 +148,7 @@ def test_live_kv_counts_who_comes_back() -> None:
     assert trace.num_turns == 4
 
 
-def test_the_peak_is_behind_the_last_window_under_the_bar() -> None:
+def test_peak_rate_is_after_the_last_window_within_the_limit() -> None:
     """From half to twice the rate in four windows: up to 0.71, 1, 1.41 and 2."""
     rise = Rise(0.5, 2.0, 60.0)
     when = [rise.new_time(60.0 * (i + 0.5) / 4) for i in range(4)]
