@@ -325,9 +325,7 @@ def test_freed_pages_are_not_cleared_without_paged_fp8_kv(
     assert not made.is_resident("large") and not cleared
 
 
-def test_freed_slots_are_cleared_between_the_last_reader_and_the_next_batch(
-    link: Link, clock: Clock
-) -> None:
+def test_freed_slots_are_cleared_before_the_next_batch(link: Link, clock: Clock) -> None:
     made = paged_world(4, FP8)
     made.arrive("large")
     made.step()

@@ -241,7 +241,7 @@ def test_adapter_ids_have_no_slash(seen: Any) -> None:
         assert re.fullmatch(r"[0-9a-f]{32}", adapter_id), adapter_id
 
 
-def test_kv_events_name_the_adapter_of_a_request_and_none_for_the_base_model(seen: Any) -> None:
+def test_kv_events_name_the_requests_adapter_or_none(seen: Any) -> None:
     """SGLang looks for the id at the end of the namespace."""
     for pair, name in seen["names in events"].items():
         adapter, _ = json.loads(pair)

@@ -51,7 +51,7 @@ def fill(made: SwapperWorld, i: int) -> None:
         made.cache_kv(adapter_id(i), [1000 * i + token])
 
 
-def test_queued_adapters_load_in_queue_order_a_quarter_of_the_pool_at_a_time() -> None:
+def test_swapper_loads_in_queue_order_a_quarter_of_the_pool_at_a_time() -> None:
     made = world(4 * SLOTS)
     for i in (3, 1, 2):
         made.arrive(adapter_id(i))

@@ -316,7 +316,7 @@ def test_load_from_tensors_refuses_invalid_payloads(server: ServerProcess, paylo
     assert 400 <= answer.status_code < 500, answer.text
 
 
-async def test_memory_release_is_refused_while_requests_run(client: Client) -> None:
+async def test_memory_release_and_resume_are_refused_while_requests_run(client: Client) -> None:
     body = {"input_ids": [5] * 9, "lora_path": "qv-r4", "sampling_params": LONG}
     running = asyncio.create_task(client.post("/generate", body))
     await asyncio.sleep(0.5)

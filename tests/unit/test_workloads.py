@@ -148,7 +148,7 @@ def test_live_kv_counts_sessions_that_will_return() -> None:
     assert trace.num_turns == 4
 
 
-def test_peak_rate_is_after_the_last_window_within_the_limit() -> None:
+def test_peak_factor_is_the_rate_after_the_last_window_within_the_limit() -> None:
     """From half to twice the rate in four windows: up to 0.71, 1, 1.41 and 2."""
     rise = Rise(0.5, 2.0, 60.0)
     when = [rise.new_time(60.0 * (i + 0.5) / 4) for i in range(4)]
