@@ -48,7 +48,7 @@ def test_unused_adapter_is_evicted_before_younger_kv_of_others() -> None:
 
 @pytest.mark.parametrize("tokens", [(), range(30)])
 def test_request_without_cached_kv_locks_its_adapter(tokens: Sequence[int]) -> None:
-    """The lock a request takes at the end of its match is below its adapter, even if empty."""
+    """A request locks the node at the end of its match, below the adapter, even without KV."""
     cache = AdapterCache(100)
     cache.add("a", 20)
     cache.load("a")
@@ -167,7 +167,7 @@ def test_adapter_of_zero_slots_is_never_evicted() -> None:
 def test_invariant_check_finds_kv_without_its_adapter() -> None:
     cache = AdapterCache()
     cache.add("a", 20)
-    cache.insert(range(30), namespace_of("a"))  # nobody loaded it
+    cache.insert(range(30), namespace_of("a"))  # its adapter was not loaded
     with pytest.raises(AssertionError, match="without its adapter"):
         cache.check()
 
@@ -191,7 +191,7 @@ def test_invariant_check_finds_a_wrong_sum() -> None:
 @pytest.mark.parametrize("policy", ["lru", "lfu", "slru", "priority"])
 @pytest.mark.parametrize("seed", range(8))
 def test_adapter_tree_counts_stay_exact_over_random_histories(seed: int, policy: str) -> None:
-    """Adapters come and go under locks, evictions, unloads and resets; all counts stay exact."""
+    """Adapters are loaded, locked, evicted, unloaded and reset at random; all counts stay exact."""
     rng = random.Random(seed)
     cache = AdapterCache(policy=policy)
     locks: list[tuple[Any, Any]] = []

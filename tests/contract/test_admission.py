@@ -1,4 +1,4 @@
-"""Admission's work per pass over the queue, counted, and who holds back whom."""
+"""Admission: work per pass over the queue, and which requests block later ones."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_request_bypassed_too_often_blocks_only_later_requests() -> None:
         assert one_pass(made, [first, cold, last]) == [first, last]
     assert one_pass(made, [first, cold, last]) == [first]
     scheduler: Any = SimpleNamespace(waiting_queue=[cold], chunked_req=None)
-    for _ in range(2):  # the load begins, and is over
+    for _ in range(2):  # the load starts and completes
         made.swapper.step(scheduler, is_busy=False)
     assert one_pass(made, [first, cold, last]) == [first, cold, last]
 
@@ -74,7 +74,7 @@ def test_request_not_reached_in_a_pass_counts_no_bypass() -> None:
     made = admission()
     cold, after = request(adapter_id(0)), request(None)
     assert one_pass(made, [cold, after]) == [after]
-    for _ in range(2 * MAX_BYPASS):  # the batch is full before it is its turn
+    for _ in range(2 * MAX_BYPASS):  # the batch is full before its position
         assert len(one_pass(made, [request(None), cold, after], most=1)) == 1
     assert one_pass(made, [cold, after]) == [after]
 
@@ -109,7 +109,7 @@ def test_admission_pass_is_linear_in_the_queue_while_blocked() -> None:
 
     waiting = [Compared(**vars(request(None))) for _ in range(2000)]
     assert one_pass(made, [cold, *waiting]) == []
-    assert num_compared == 0  # nobody is searched for
+    assert num_compared == 0  # no linear search
 
 
 def test_retracted_request_counts_its_next_wait_separately() -> None:
@@ -127,7 +127,7 @@ def test_retracted_request_keeps_its_bypass_count() -> None:
     req, other = request(adapter_id(0)), request(None)
     for _ in range(MAX_BYPASS):
         assert one_pass(made, [req, other]) == [other]
-    req.lora_id = None  # its adapter is there
+    req.lora_id = None  # its adapter is resident
     assert one_pass(made, [req, other]) == [req, other]
     req.lora_id = adapter_id(0)  # it was retracted, and its adapter evicted
     assert one_pass(made, [req, other]) == []

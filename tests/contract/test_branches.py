@@ -1,4 +1,4 @@
-"""An adapter with much KV is unloaded, or evicted, by a bounded part per step.
+"""An adapter with much KV is unloaded, or evicted, in bounded parts, one per step.
 
 The server's own pool and tree, without a model.
 """
@@ -28,7 +28,7 @@ class CountedChildren(dict[Any, Any]):
 
 
 def world(num_leaves: int, num_slots: int = 8 * SLOTS) -> SwapperWorld:
-    """Adapter 0 is on the device, with so many leaves of KV under one common beginning."""
+    """Return a world with adapter 0 on the device and its KV leaves under one common prefix."""
     made = SwapperWorld(num_slots + num_leaves + 2, num_adapters=3, adapter_slots=SLOTS)
     bring(made, adapter_id(0))
     for i in range(num_leaves):
@@ -49,7 +49,7 @@ def num_nodes(made: SwapperWorld) -> int:
 
 
 def purge(made: SwapperWorld) -> int:
-    """Have the swapper prepare until nothing is purged any more; how often."""
+    """Call ``prepare`` until nothing is left to purge; return the number of calls."""
     for calls in range(1_000):
         if not made.swapper.is_waiting:
             return calls
@@ -74,7 +74,7 @@ def test_unload_purges_a_bounded_number_of_nodes_per_step(
         if is_busy:
             made.swapper.prepare()
         steps += 1
-    assert 20 <= steps <= 24  # not every look finds a node that can go
+    assert 20 <= steps <= 24  # some calls find no removable node
     assert not made.swapper.is_waiting
     assert made.cache.allocator.available_size() == made.residency.pool_slots
     counts = made.residency.statistics()
@@ -116,7 +116,7 @@ def test_purge_skips_locked_kv_and_removes_it_after_unlock() -> None:
     made = world(5 * PURGE_NODES)
     nodes = [
         made.cache.match([7, 8, 1000 + i], namespace_of(adapter_id(0))).last_device_node
-        for i in range(2 * PURGE_NODES)  # more than one call looks at
+        for i in range(2 * PURGE_NODES)  # more than one call visits
     ]
     receipts = [made.cache.lock(node) for node in nodes]
     made.residency.retire(adapter_id(0))

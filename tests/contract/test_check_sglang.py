@@ -1,4 +1,4 @@
-"""``sglang-elora check-sglang`` finds every use of SGLang, and whatever becomes of it."""
+"""``sglang-elora check-sglang`` finds every use of SGLang, and every change to it."""
 
 from __future__ import annotations
 

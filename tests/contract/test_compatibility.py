@@ -124,7 +124,7 @@ def _in_process(run_python: RunPython, checkpoint: Path, function: str, *argumen
 def test_every_refused_flag_combination_is_reported(
     run_python: RunPython, checkpoint: Path
 ) -> None:
-    """Each row of the table: triggered, alone, and its line says what to do."""
+    """Trigger each row of the table alone; its message says what to do."""
     cases = [case for case, _ in REFUSED]
     lines, missing = _in_process(run_python, checkpoint, "every_refusal", LORA, [*cases, *ACCEPTED])
     assert missing == []

@@ -1,4 +1,4 @@
-"""Copies of adapters: what is measured of them, what a failed one leaves, and what is cleared."""
+"""Adapter copies: measured times, state after a failure, and clearing of freed slots."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COPY_S, BATCH_S = 1e-3, 0.4
 
 
 class Clock:
-    """Time passes only by sleeping, or when the test says so."""
+    """A clock that advances only by ``sleep`` or when the test sets it."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
@@ -131,7 +131,7 @@ class CompilationError(Exception):
 def failing(
     made: SwapperWorld, where: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Have the next copy fail, at the start or half-way through its pieces."""
+    """Make the next copy fail, at the start or half-way through its pieces."""
     from sglang_elora.srt.mem_cache import copy_stream
 
     def fail(*_: Any, **__: Any) -> Any:
@@ -205,7 +205,7 @@ def test_unqueueable_copy_fails_its_requests_and_frees_its_slots(
     assert made.cache.allocator.available_size() == free
     assert made.core.counts.adapter_copies_failed == 1
     made.check()
-    made.arrive(adapter_id(0))  # nothing holds it: the next request has it again
+    made.arrive(adapter_id(0))  # not pinned: the next request loads it again
     made.step()
     made.step()
     assert made.is_resident(adapter_id(0)) and not made.residency.copies
@@ -234,9 +234,7 @@ def test_session_kv_is_not_loaded_under_an_adapter_whose_copy_failed(
     made = world()
     sent = answers(made, monkeypatch)
     loads: list[Any] = []
-    end = made.core.node_of(
-        adapter_id(0)
-    )  # stands for the end of a session: all that is asked of it
+    end = made.core.node_of(adapter_id(0))  # a stub of a session's last node
     kv = SimpleNamespace(id=-1, evicted=True, entry=CacheEntry(False, 1, adapter_id(0)))
     monkeypatch.setattr(made.core, "find", lambda node_id: kv)
     monkeypatch.setattr(made.core, "path_of", lambda node: [kv, end])
@@ -355,7 +353,7 @@ def test_copy_stream_is_neither_the_forward_nor_the_schedule_stream() -> None:
 
     device = _Streams()
     forward, schedule = device.Stream(), device.Stream()
-    device.num_drawn = 3  # the next two are those again
+    device.num_drawn = 3  # the pool repeats the first two
     stream = make_copy_stream(device, (forward, schedule))
     assert stream.cuda_stream not in (forward.cuda_stream, schedule.cuda_stream)
 

@@ -1,4 +1,4 @@
-"""The Grafana dashboard asks for what ELORA and SGLang export, and hangs together."""
+"""The Grafana dashboard queries metrics that ELORA and SGLang export, and is consistent."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def of_elora() -> Exported:
 
 
 def of_sglang() -> Exported:
-    """What is created in SGLang's source, with the labels that are written there."""
+    """Return the metrics that SGLang's source creates, with their labels."""
     spec = find_spec(COLLECTOR)
     assert spec is not None and spec.origin is not None
     found: Exported = {}

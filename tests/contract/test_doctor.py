@@ -1,4 +1,4 @@
-"""``sglang-elora doctor`` says what is, and what to do about what is wrong."""
+"""``sglang-elora doctor`` reports the state of the installation and a remedy per problem."""
 
 from __future__ import annotations
 

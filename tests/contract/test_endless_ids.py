@@ -1,4 +1,4 @@
-"""Adapters are loaded, used and unloaded without end, each under a new id: nothing grows."""
+"""Adapters are loaded, used and unloaded repeatedly, each with a new id: no container grows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ with warnings.catch_warnings():  # SGLang's
 
 SLOTS = 64  # of an adapter
 GIVE_WAY_S = 20e-6  # to the threads that read, as the server does while it is idle
-SAMPLE = 250  # ids between two looks
+SAMPLE = 250  # ids between two measurements
 MOST_MORE = 100
 """Entries by which a container may be larger than before: heaps keep up to 64 that are replaced."""
 
@@ -33,7 +33,7 @@ MOST_MORE_BYTES = 8 * 2**20
 
 
 class Endless:
-    """A world whose adapters have files, and an id for each that was never used before."""
+    """A world whose adapters have files, each with an id that was never used before."""
 
     def __init__(self, policy: str) -> None:
         self.world = SwapperWorld(
@@ -42,7 +42,7 @@ class Endless:
         self.admission: Any = Admission(self.world.residency, self.world.swapper, max_adapters=8)
         self.image = self.world.host.get(adapter_id(0))
         self.num_ids = 0
-        self.others: list[str] = []  # loaded still
+        self.others: list[str] = []  # still loaded
 
     def new(self) -> str:
         self.num_ids += 1
@@ -54,7 +54,7 @@ class Endless:
         return name
 
     def use(self, name: str) -> None:
-        """A request with the adapter comes, waits until it is there, runs and leaves its KV."""
+        """Queue a request, wait until its adapter is resident, run it and cache its KV."""
         world = self.world
         world.arrive(name)
         deadline = time.monotonic() + 10
@@ -69,10 +69,10 @@ class Endless:
 
     def unload(self, name: str) -> None:
         self.world.residency.retire(name)
-        self.admission.begin_pass(None)  # what was held is removed then, or by an idle step
+        self.admission.begin_pass(None)  # locked KV is removed then, or by an idle step
 
     def cycle(self) -> None:
-        """An adapter that is used once, and one whose load is broken off."""
+        """Use one adapter once, and abort the load of another."""
         name = self.new()
         self.use(name)
         self.others.append(name)
@@ -89,7 +89,7 @@ class Endless:
         self.unload(stray)
 
     def rest(self) -> None:
-        """Whether nothing is under way and no request waits."""
+        """Return whether no load is running and no request is queued."""
         deadline = time.monotonic() + 10
         while self.world.swapper.is_waiting:
             assert time.monotonic() < deadline

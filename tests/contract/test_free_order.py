@@ -50,7 +50,7 @@ def order_of(num_slots: int, *, page_size: int = 1, need_sort: bool = False) -> 
 
 
 def play(order: Any, allocator: Any, device: Device, seed: int, page_size: int = 1) -> list[int]:
-    """Allocate, free and launch at random; check each wait against who used its slots last.
+    """Allocate, free and launch at random; check each wait against the last user of its slots.
 
     Returns:
         Per allocation, how many launches lie between the last use of its slots and now, less those
@@ -110,7 +110,7 @@ def test_copy_waits_for_all_batches_if_free_slot_order_is_unknown(
 def test_copy_into_slots_free_before_a_batch_does_not_wait_for_it(
     device: Device, num_free_before: int
 ) -> None:
-    """The rest of its room is freed after the launch, by a batch's end or by an eviction."""
+    """The other slots are freed after the launch, by a batch's end or by an eviction."""
     from sglang_elora.srt.scheduler.swapper import prepare
 
     made = SwapperWorld(3 * SLOTS, num_adapters=6, adapter_slots=SLOTS)

@@ -1,4 +1,4 @@
-"""What the frontend language sends, with adapters and without, and what a trace of it finds.
+"""The frontend language: requests sent with and without adapters, and traced adapters.
 
 Programs run in a process of their own (``lang_programs.py``) against an HTTP server that writes
 down each request and answers by rule, so that stock and patched frontends can be compared word by
@@ -70,7 +70,7 @@ def test_backend_without_adapters_rejects_lora_path(found: Any) -> None:
 
 
 def test_failed_call_ends_its_program(found: Any) -> None:
-    """Stock waits for ever for what is submitted behind it."""
+    """Stock waits indefinitely for what is submitted after it."""
     assert found["error"] == {"at the call": "no such adapter", "text": "start", "synced": True}
 
 

@@ -83,7 +83,7 @@ class HostTierCache(AdapterCache):
             self.core.use_policy(policy, NUM_SLOTS)
 
     def chat(self, tokens: Sequence[int], adapter_id: str | None) -> bool:
-        """As a request does that finds part of its prompt on the device, part of it on the host."""
+        """Act as a request whose prompt hits partly on the device, partly on the host."""
         namespace = None if adapter_id is None else namespace_of(adapter_id)
         found = self.match(tokens, namespace)
         receipt, node = self.lock(found.last_device_node), found.last_device_node
@@ -144,7 +144,7 @@ def kv_of(tokens: Sequence[int], adapter_id: str | None) -> torch.Tensor:
 @pytest.mark.parametrize("policy", WRITE_POLICIES)
 @pytest.mark.parametrize("seed", range(6))
 def test_host_tier_keeps_kv_bytes_exact_over_random_histories(seed: int, policy: str) -> None:
-    """Adapters come, go and are evicted while their KV is on the device, the host, or both."""
+    """Adapters are loaded, unloaded and evicted while their KV is on device, host, or both."""
     rng = random.Random(seed)
     cache = HostTierCache(policy, with_policy=seed % 2 == 1)
     locks: list[tuple[Any, Any]] = []

@@ -1,4 +1,4 @@
-"""Who may give orders where SGLang's key check does not look."""
+"""Which callers may send orders that SGLang's key check does not cover."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Guarded = Callable[..., Any]  # starlette's TestClient
 
 
 async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-    """What the guard stands before: lets everybody in."""
+    """The application that the guard protects: accepts every request."""
     if scope["type"] == "websocket":
         await receive()
         await send({"type": "websocket.accept"})
@@ -59,14 +59,14 @@ def test_cross_origin_post_orders_are_refused_without_a_key(origin: str, guarded
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site"])
 def test_cross_site_get_orders_are_refused_without_a_key(site: str, guarded: Guarded) -> None:
-    """An image of a page is requested by GET, without an Origin; SGLang takes that as an order."""
+    """A page's image is requested by GET without an Origin; SGLang would execute that order."""
     for path in ("/flush_cache", "/release_memory_occupation"):
         assert guarded().get(path, headers={"Sec-Fetch-Site": site}).status_code == 403, path
     assert guarded().get("/flush_cache", headers={"Sec-Fetch-Site": "none"}).status_code == 200
 
 
 def test_same_origin_or_keyed_orders_are_allowed(guarded: Guarded) -> None:
-    """Pages of this server, what is no browser, and who has a key, which SGLang checks."""
+    """Allowed: this server's pages, non-browser clients, and key owners, whom SGLang checks."""
     for path in ORDERS:
         assert guarded().post(path).status_code == 200
         assert guarded().post(path, headers={"Origin": HOST}).status_code == 200

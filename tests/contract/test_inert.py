@@ -1,4 +1,4 @@
-"""With the package installed and nothing asked for, SGLang is SGLang."""
+"""With the package installed but not enabled, SGLang is unchanged."""
 
 from __future__ import annotations
 

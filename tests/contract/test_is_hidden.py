@@ -12,7 +12,7 @@ from tests.harness.swapper_world import SwapperWorld, adapter_id
 
 
 class Adder:
-    """A prefill batch that is being formed, beside a running batch, with one request so far."""
+    """A prefill batch being formed while another batch runs, with one request so far."""
 
     def __init__(self, *, num_tokens: int = 10, chunk: int | None = None) -> None:
         self.can_run_list = [object()]
@@ -49,7 +49,7 @@ def test_is_hidden_is_true_if_the_prefill_outlasts_the_copy(
 
 
 def test_is_hidden_counts_no_computation_of_a_prefill_graph_batch() -> None:
-    """The graph waits for the whole copy before it begins, so the batch would only stand still."""
+    """The graph waits for the whole copy before it starts, so the batch would only stall."""
     made = world(8 * SLOTS)
     req = with_two_copies(made, 100)
     made.residency.replays_prefill_graph = lambda requests, tokens: requests <= 2 and tokens <= 60

@@ -1,4 +1,4 @@
-"""What a forward pass that runs late waits for, in ``--elora-check-streams``."""
+"""Events that a delayed forward pass waits for, in ``--elora-check-streams``."""
 
 from __future__ import annotations
 

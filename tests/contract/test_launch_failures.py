@@ -1,4 +1,4 @@
-"""A seam that is not as pinned ends the launch, and the text names it."""
+"""A seam that differs from the pinned SGLang fails the launch, and the message names it."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ HookRegistry.register({TARGET!r}, around, HookType.AROUND)
 def test_launch_fails_if_a_plugin_replaces_a_hooked_or_patched_place(
     victim: str, run_python: RunPython, tmp_path: Path
 ) -> None:
-    """A plugin that assigns over our place after us: the launch ends and says where."""
+    """A plugin overwrites a place we hooked: the launch fails and names the place."""
     module, owner, name = {
         "hook": ("sglang.srt.lora.lora", "LoRAAdapter", "_normalize_weights"),
         "patch": ("sglang.srt.managers.schedule_batch", "Req", "__init__"),

@@ -1,4 +1,4 @@
-"""The emulated link meets SGLang's own copies of adapters and KV, with and without ELORA."""
+"""The emulated link delays SGLang's own copies of adapters and KV, with and without ELORA."""
 
 from __future__ import annotations
 

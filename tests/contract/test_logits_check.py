@@ -1,4 +1,4 @@
-"""Rows of logits that are no numbers are put aside, the others stay as they are."""
+"""Logits rows with NaN or infinity are marked; other rows are unchanged."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_hints_for_unknown_adapters_leave_no_pending_state() -> None:
 
 
 def test_corrupted_orders_leave_a_consistent_cache(seed: int = 0) -> None:
-    """Bytes of orders, cut and changed: whatever still decodes is carried out or dropped."""
+    """Truncate and change bytes of orders; what still decodes is executed or dropped."""
     made, dispatcher = channel()
     rng = random.Random(seed)
     whole = [

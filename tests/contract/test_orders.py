@@ -1,4 +1,4 @@
-"""An order that raises in the scheduler is answered, whichever of SGLang's orders it is."""
+"""An order that raises in the scheduler is answered, for each of SGLang's orders."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def guarded(kind: type) -> GuardedDispatcher:
 
 
 def empty(kind: Any) -> Any:
-    """A message that says nothing."""
+    """A message with default fields."""
     return kind(**{field.name: None for field in msgspec.structs.fields(kind) if field.required})
 
 

@@ -1,4 +1,4 @@
-"""Our radix cache evicts what SGLang's evicts, in the same order, from an order kept all along."""
+"""Our radix cache evicts as SGLang's does, in the same order, from an incremental order."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_tree_evicts_the_same_victims_in_the_same_order_as_sglang(
 
 
 def test_unevictable_leaf_is_tried_once_per_eviction() -> None:
-    """A leaf may wait for a copy to the host that fails; it is not asked for again."""
+    """A leaf may need a host copy that fails; it is not tried again in the same eviction."""
     cache = Cache("elora", 100)
     cache.insert(range(10))
     core = cache.tree.tree_core

@@ -1,4 +1,4 @@
-"""Two tensor-parallel ranks in one process: whatever happens on one of them, both do the same.
+"""Two tensor-parallel ranks in one process: an event on one of them has the same result on both.
 
 Each rank has a pool, a tree, a host tier and a swapper of its own and runs in a thread of its own;
 all-reduces are exchanged between them, as the process group would do.
@@ -161,7 +161,7 @@ def test_file_replaced_between_reads_of_two_ranks_fails_on_both(
     assert [len(texts) for texts in ranks.sent] == [1, 1]
     assert all("replaced while it was being read" in texts[0] for texts in ranks.sent)
     assert not any(made.is_resident("a") or "a" in made.host for made in ranks.worlds)
-    ranks.arrive("a")  # the file is as it was
+    ranks.arrive("a")  # the file is unchanged
     ranks.step_until(lambda made: made.is_resident("a") and is_idle(made))
 
 
@@ -232,7 +232,7 @@ def fail_to_queue(made: SwapperWorld, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_copy_that_one_rank_cannot_queue_is_undone_on_both(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch, is_first: bool
 ) -> None:
-    """Also if the ranks have agreed on an earlier copy in that step already."""
+    """Also after the ranks agreed on an earlier copy in the same step."""
     if not is_first:
         ranks.arrive(adapter_id(1))
         ranks.step()
@@ -310,7 +310,7 @@ def manager_of(made: SwapperWorld) -> Any:
 
 
 def load(ranks: Ranks, folder: Path, between: Callable[[], None]) -> list[Any]:
-    """Load an adapter on rank 0, then, when that waits for the other, ``between``, then there."""
+    """Load on rank 0; once it waits for rank 1, call ``between``, then load on rank 1."""
     from sglang.srt.lora.lora_registry import LoRARef
 
     ref = LoRARef(lora_id="new", lora_name="new", lora_path=str(folder), pinned=False)

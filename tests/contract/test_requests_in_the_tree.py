@@ -1,4 +1,4 @@
-"""A request's KV goes into the tree, and room is made for it, by SGLang's own calls."""
+"""SGLang's own calls insert a request's KV into the tree and evict for its allocations."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Request:
 
 
 def test_request_row_holds_no_adapter_slots(cache: AdapterCache) -> None:
-    """They lie on its path up to the root; put into a row, they would be attended to as KV."""
+    """Adapter slots are on the request's path; in its row, attention would read them as KV."""
     adapter = set(cache.core.node_of("a").slots.tolist())
     request = Request(cache, "a")
     for step in (request.checkpoint, request.answer):

@@ -1,4 +1,4 @@
-"""What sessions say of themselves, on the server's own tree."""
+"""Session state of cache entries, on the server's own tree."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_session_holds_only_the_kv_of_its_last_turn() -> None:
     turn(made, "a", SYSTEM)
     turn(made, "a", [*SYSTEM, 5, 6])
     assert expected(made, [*SYSTEM, 5, 6]) == [ALIVE, ALIVE, ALIVE]
-    turn(made, "a", [*SYSTEM, 9])  # an answer was taken back
+    turn(made, "a", [*SYSTEM, 9])  # the client retracted a turn
     assert expected(made, [*SYSTEM, 5, 6]) == [ALIVE, ALIVE, OVER]
     made.check()
 
@@ -89,7 +89,7 @@ def test_session_survives_eviction_and_reset() -> None:
 
 
 def test_kv_of_ended_sessions_is_evicted_before_live_kv_of_equal_age() -> None:
-    """Sessions here go on until they are over, and then nothing comes."""
+    """A live session continues; an ended one has no further turns."""
     made = world()
     made.residency.pin(adapter_id(0))
     room = made.cache.allocator.available_size()

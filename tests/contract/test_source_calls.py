@@ -1,4 +1,4 @@
-"""Slow and broken places for adapters hold up those who need them, and nobody else."""
+"""Slow and broken adapter sources delay only the requests that need them."""
 
 from __future__ import annotations
 

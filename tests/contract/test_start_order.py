@@ -145,7 +145,7 @@ def launches(host: Any, monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], An
 
 
 BATCHES: list[list[str | None]] = [
-    [adapter_id(0), None, adapter_id(1)],  # while the copy of the second adapter is under way
+    [adapter_id(0), None, adapter_id(1)],  # while the copy of the second adapter is running
     [adapter_id(1)],
     [None, None],
     [adapter_id(1), adapter_id(1), None, adapter_id(0)],
@@ -221,7 +221,7 @@ def test_decode_graphs_are_captured_with_and_without_lora_kernels(server: Server
 
 
 def test_batches_replayable_by_graphs_are_written_to_their_tables(server: Server) -> None:
-    """Also prefill without adapters: the graph would compute those of the batch before."""
+    """Also prefill without adapters: the graph would use the previous batch's adapters."""
     server.manager.init_decode_cuda_graph_batch_info(max_bs_in_cuda_graph=4, num_tokens_per_req=1)
     server.manager.init_prefill_cuda_graph_batch_info(max_num_tokens=16, max_num_requests=2)
     server.build_cache()

@@ -1,4 +1,4 @@
-"""A scheduler iteration does less than twice the work with ten times as much of everything."""
+"""A scheduler iteration does less than twice the work with 10 times the nodes and requests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.swapper.step import Bench, Clock
 
 
 class Calls(Clock):
-    """Counts the functions that each call calls, Python's and C's, instead of its time."""
+    """Counts the functions, Python and C, that each call invokes; a substitute for time."""
 
     def time(self, name: str, call: Callable[[], Any]) -> None:
         num_calls = 0
@@ -28,7 +28,7 @@ class Calls(Clock):
 
 
 def most_calls(scale: int) -> dict[str, float]:
-    """The most of any iteration, by what is called."""
+    """Return the maximum over iterations, per function called."""
     calls = Calls()
     bench = Bench(300 * scale, "elora", num_adapters=100 * scale, num_waiting=100 * scale)
     bench.run(150, "off", calls)
@@ -40,4 +40,4 @@ def test_step_work_is_nearly_constant_in_nodes_adapters_and_queue_length() -> No
     few, many = most_calls(1), most_calls(10)
     for name in ("step", "prepare", "retire"):
         assert many[name] <= 2 * few[name], (name, few, many)
-    assert many["admit"] <= 1.5 * 10 * few["admit"]  # each waiting request is asked about
+    assert many["admit"] <= 1.5 * 10 * few["admit"]  # admission asks for each queued request

@@ -36,7 +36,7 @@ def resident(made: SwapperWorld) -> list[int]:
 
 
 def bring(made: SwapperWorld, *adapters: int) -> None:
-    """Have them on the device, and nobody waiting."""
+    """Load the adapters to the device; the queue is empty afterwards."""
     for i in adapters:
         made.arrive(adapter_id(i))
         made.step()
@@ -46,7 +46,7 @@ def bring(made: SwapperWorld, *adapters: int) -> None:
 
 
 def fill(made: SwapperWorld, i: int) -> None:
-    """The rest of the pool with KV of an adapter that is there, a leaf per slot."""
+    """Fill the rest of the pool with KV of a resident adapter, one leaf per slot."""
     for token in range(made.cache.allocator.available_size()):
         made.cache_kv(adapter_id(i), [1000 * i + token])
 
@@ -55,7 +55,7 @@ def test_swapper_loads_in_queue_order_a_quarter_of_the_pool_at_a_time() -> None:
     made = world(4 * SLOTS)
     for i in (3, 1, 2):
         made.arrive(adapter_id(i))
-    for there in ([3], [1, 3], [1, 2, 3]):  # a quarter of the pool may be under way at once
+    for there in ([3], [1, 3], [1, 2, 3]):  # at most a quarter of the pool is loading at once
         made.step()
         assert resident(made) == there
     made.check()
@@ -71,7 +71,7 @@ def test_swapper_loads_no_adapter_beyond_the_queue_lookahead() -> None:
 
 
 def test_load_does_not_evict_an_adapter_of_an_earlier_request() -> None:
-    """Three fit, and the pool is full with those that the first three wait for."""
+    """The pool holds three adapters: those of the first three queued requests."""
     made = world(3 * SLOTS + 10)
     bring(made, 0, 1, 2)
     for i in (2, 1, 0, 5):
@@ -79,7 +79,7 @@ def test_load_does_not_evict_an_adapter_of_an_earlier_request() -> None:
     for _ in range(5):
         made.step()
     assert resident(made) == [0, 1, 2]
-    del made.waiting[0]  # 2 has run and is needed no more
+    del made.waiting[0]  # the request for adapter 2 has run
     for _ in range(3):
         made.step()
     assert resident(made) == [0, 1, 5]
@@ -87,7 +87,7 @@ def test_load_does_not_evict_an_adapter_of_an_earlier_request() -> None:
 
 
 def test_busy_step_evicts_a_few_leaves_for_the_first_queued_load_only() -> None:
-    """The room of an adapter is that of 32 leaves; while batches run, a step gives up 3."""
+    """An adapter takes the slots of 32 leaves; while batches run, a step evicts 3."""
     leaf = 2
     made = world(4 * SLOTS)
     bring(made, 7)
@@ -106,7 +106,7 @@ def test_busy_step_evicts_a_few_leaves_for_the_first_queued_load_only() -> None:
 
 
 def test_delayed_load_completes_though_new_kv_takes_slots_each_step() -> None:
-    """Its room is there, and others take of it before each step: it would never be its turn."""
+    """New KV takes freed slots before each step; a load that starts over would never complete."""
     made = world(4 * SLOTS)
     bring(made, 7)
     for i in range(made.cache.allocator.available_size()):
@@ -116,7 +116,7 @@ def test_delayed_load_completes_though_new_kv_takes_slots_each_step() -> None:
         if made.is_resident(adapter_id(0)):
             break
         made.step()
-        for taken in range(2):  # so that every step has leaves to give up
+        for taken in range(2):  # so that every step has leaves to evict
             if made.cache.allocator.available_size():
                 made.cache_kv(adapter_id(7), [1000 + 2 * i + taken])
     assert made.is_resident(adapter_id(0))
@@ -125,7 +125,7 @@ def test_delayed_load_completes_though_new_kv_takes_slots_each_step() -> None:
 
 @pytest.mark.parametrize(("rest", "is_placed"), [(2 * SLOTS, True), (3 * SLOTS, False)])
 def test_load_leaves_room_for_the_rest_of_a_chunked_prefill(rest: int, is_placed: bool) -> None:
-    """SGLang takes that room without asking, and ends if it is not there."""
+    """SGLang allocates the next chunks unconditionally and exits if slots are lacking."""
     made = world(4 * SLOTS)
     bring(made, 7)
     made.scheduler.chunked_req = SimpleNamespace(
@@ -141,7 +141,7 @@ def test_load_leaves_room_for_the_rest_of_a_chunked_prefill(rest: int, is_placed
 
 
 def test_prepare_evicts_kv_in_small_parts_for_the_next_load() -> None:
-    """From KV, a few leaves at a time, and no more than a load will take; not from adapters."""
+    """Only KV is evicted, a few leaves at a time, and no more than one load needs."""
     made = world(8 * SLOTS, num_adapters=30)
     bring(made, *range(20))  # so that loads of this size are usual
     made.cache.evict(5 * SLOTS)
@@ -151,7 +151,7 @@ def test_prepare_evicts_kv_in_small_parts_for_the_next_load() -> None:
         made.core.visit(made.core.node_of(adapter_id(i)).id)
     before = made.residency.statistics()["kv_slots_evicted"]
     made.step()
-    assert made.cache.allocator.available_size() == 0  # nothing before a batch
+    assert made.cache.allocator.available_size() == 0  # no eviction before a batch
     free = 0
     for _ in range(2 * SLOTS // ROOM_LEAVES):
         made.swapper.prepare()
@@ -215,7 +215,7 @@ def test_loaded_adapter_is_evictable_once_its_request_is_aborted() -> None:
 def test_prefetch_loads_back_evicted_adapters_without_evicting() -> None:
     made = world(10 * SLOTS)
     bring(made, *range(10))
-    bring(made, 10, 11)  # in the place of 0 and 1
+    bring(made, 10, 11)  # evicts 0 and 1
     evicted = made.residency.statistics()["adapter_evictions.capacity"]
     assert resident(made) == list(range(2, 12))
     for i in range(4, 10):
@@ -328,7 +328,7 @@ def test_hint_credit_runs_out_after_unused_hints() -> None:
     def hint(i: int, *, ordered: bool = False) -> bool:
         made.swapper.expect([adapter_id(i)], ordered=ordered)
         for _ in range(2):
-            made.step(is_busy=False)  # what was copied is settled in the next one
+            made.step(is_busy=False)  # the next step settles the copy
         return made.is_resident(adapter_id(i))
 
     for i in true:
@@ -448,7 +448,7 @@ def test_evict_order_is_refused_for_used_queued_or_pinned_adapters() -> None:
             made.swapper.evict_soon(adapter_id(i))
     made.cache.unlock(made.core.node_of(adapter_id(0)).id, receipt)
     made.swapper.evict_soon(adapter_id(0))
-    made.arrive(adapter_id(0))  # comes after all
+    made.arrive(adapter_id(0))  # the request arrives before the eviction
     made.step()
     made.swapper.prepare()
     assert resident(made) == [0, 1, 2]
@@ -466,7 +466,7 @@ def test_pinned_adapter_is_not_evicted_until_unpinned() -> None:
     made.residency.unpin(adapter_id(0))
     bring(made, 4, 5, 7, 8)
     assert not made.is_resident(adapter_id(0))
-    made.residency.pin(adapter_id(6))  # not there yet
+    made.residency.pin(adapter_id(6))  # not resident yet
     bring(made, 6)
     bring(made, 1, 2, 3)
     assert made.is_resident(adapter_id(6))

@@ -1,4 +1,4 @@
-"""The tokenizer process's end of the control channel, without a scheduler behind it."""
+"""The tokenizer process's end of the control channel, without a scheduler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A wheel built from the repository works where there is no checkout."""
+"""A wheel built from the repository works without a checkout."""
 
 from __future__ import annotations
 

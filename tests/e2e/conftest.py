@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.CacheEntry]) -> None:
-    """Mark every test of this folder, whatever else is collected with it."""
+    """Mark every test of this folder, also if other folders are collected."""
     for item in items:
         if item.path.is_relative_to(FOLDER):
             item.add_marker("e2e")
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: Sequence[pytest.CacheEntry]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left_running() -> Iterator[None]:
-    """Behind all other fixtures: no process that this run started is still there."""
+    """Check, after all other fixtures: no process that this run started is alive."""
     yield
     # Helpers of this process, which end with it.
     ours = ("torch_shm_manager", forked.FORKSERVER, "multiprocessing.resource_tracker")
@@ -134,7 +134,7 @@ async def client(server: ServerProcess) -> AsyncIterator[Client]:
 def stock_server(
     checkpoint: Path, adapters: dict[str, Path], logs: Path
 ) -> Iterator[ServerProcess]:
-    """SGLang as it is, with this package installed but not asked for anything."""
+    """Stock SGLang, with this package installed but not enabled."""
     stock = {name: adapters[name] for name in ("all-r64", "attention-r8")}
     with ServerProcess(
         server_flags(checkpoint, stock),

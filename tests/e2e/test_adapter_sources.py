@@ -1,4 +1,4 @@
-"""Adapters that a request names before anybody has loaded them, and places they may come from."""
+"""Adapters that requests name before they are loaded, and the sources they may come from."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ async def test_adapter_changed_at_its_url_is_loaded_as_a_new_one(
 async def test_request_for_an_adapter_outside_the_sources_is_refused(
     name: str, reason: str, client: Client, places: Places, prompts: Sequence[list[int]]
 ) -> None:
-    """Nor does it learn where the server has its adapters, and which others."""
+    """The error reveals neither the server's paths nor its other adapters."""
     for _ in range(2):
         answer = await client.post("/generate", {"text": "Hello", "lora_path": name})
         assert answer.status_code == 400

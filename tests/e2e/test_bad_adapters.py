@@ -1,4 +1,4 @@
-"""A bad adapter is refused with a text that names file and reason, and nothing else suffers."""
+"""A bad adapter is refused naming file and reason; the server keeps serving the others."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def test_repaired_adapter_loads_under_its_refused_name(
     prompts: Sequence[list[int]],
     tmp_path: Path,
 ) -> None:
-    """A refused name is free again: nothing of the failed load stays behind."""
+    """A refused name is free again: the failed load leaves no state."""
     folder = tmp_path / "mended"
     shutil.copytree(adapters["all-r4"], folder)
     good = (folder / WEIGHTS).read_bytes()

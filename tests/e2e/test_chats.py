@@ -1,4 +1,4 @@
-"""Chats of many turns: right, and each turn finds all that was said before."""
+"""Chats of many turns: outputs are correct, and each turn hits the KV of earlier turns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LINES = (
 
 
 async def test_chat_turn_hits_the_kv_of_earlier_turns(client: Client, reference: Reference) -> None:
-    """As far as the tokenizer writes an answer as the model did, which is a matter of the two."""
+    """Hits extend as far as the tokenizer encodes an answer to the tokens the model generated."""
     adapter = "rslora-r8"
     messages: list[dict[str, str]] = []
     before: list[int] = []
@@ -38,12 +38,12 @@ async def test_chat_that_switches_adapter_computes_its_kv_once(
     client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
     first, second = "attention-r8", "mlp-r24"
-    history = [*reversed(prompts[1]), *prompts[0]]  # nobody else's
+    history = [*reversed(prompts[1]), *prompts[0]]  # no other test uses it
     known = {first: 0, second: 0}  # tokens of the history for which it has KV
     for adapter in (first, first, second, first, second, second):
         answer = await client.generate(adapter, history, session_id="changing")
         assert list(answer.token_ids) == reference.generate(adapter, history)
-        # KV of an answer's last token may be there or not.
+        # KV of an answer's last token may be cached or not.
         assert answer.cached_tokens in {known[adapter], known[adapter] + bool(known[adapter])}
         history = [*history, *answer.token_ids]
         known[adapter] = len(history) - 1

@@ -79,7 +79,7 @@ def test_server_that_loses_a_process_ends_and_logs_it(
 
 
 def runs(pid: int) -> bool:
-    """Whether a process is there and more than a zombie that its parent has yet to collect."""
+    """Return whether a process exists and is no zombie."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

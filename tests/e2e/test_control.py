@@ -1,4 +1,4 @@
-"""Hints, state and orders on a real server: what operators and routers see is what is."""
+"""Hints, state and orders on a real server: the reported state is the actual state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.harness.plugin_packages import install_plugin
 from tests.harness.reference import Reference
 from tests.harness.server_flags import server_flags
 
-FRESH_S = 1.1  # after which a scrape looks again
+FRESH_S = 1.1  # the age after which a scrape refreshes
 
 
 NAMES = ("qv-r4", "attention-r8", "attention-r24", "mlp-r24", "all-r4", "rslora-r8")
@@ -120,7 +120,7 @@ async def test_prefetch_of_a_list_loads_all_its_adapters(client: Client) -> None
 async def test_evict_order_removes_adapter_and_kv_and_output_is_unchanged(
     client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
-    """The pool is not full: what was evicted for room would come back by itself."""
+    """The pool is not full: entries evicted for capacity would be prefetched again."""
     expected = reference.generate("attention-r8", prompts[1])
     for _ in range(2):
         answer = await client.generate("attention-r8", prompts[1])
@@ -142,7 +142,7 @@ async def test_pin_ends_with_its_lease(client: Client) -> None:
     assert refused.status_code == 400 and "pinned" in refused.json()["error_message"]
     await until(lambda row: not row["pinned"], client, "qv-r4")
     await order(client, "pin", "qv-r4", lease_s=0.5)
-    await order(client, "pin", "qv-r4")  # takes the place of the lease
+    await order(client, "pin", "qv-r4")  # replaces the lease
     await asyncio.sleep(1)
     row = await adapter(client, "qv-r4")
     assert row["pinned"] and row["lease_s"] is None
@@ -340,7 +340,7 @@ async def test_control_channel_recovers_after_a_peer_restarts(
     for name in NAMES[:3]:
         running = await client.begin(name, prompts[0], num_tokens=64)
         noise.write_text("die")
-        await state(client)  # asked for by the one that came back
+        await state(client)  # answered by the restarted peer
         noise.unlink()
         assert list((await running).token_ids) == reference.generate(name, prompts[0], 64)
         answer = await client.generate(name, prompts[1])

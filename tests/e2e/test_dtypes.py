@@ -1,4 +1,4 @@
-"""Weights of two bytes in a KV pool of one: slots are bytes, whatever they hold."""
+"""16-bit weights in an 8-bit KV pool: slots are bytes, for any dtype."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def test_bfloat16_adapters_in_an_fp8_pool_answer_as_stock(
     ]
 
     async def ask(client: Client) -> list[list[Token]]:
-        """One after the other: rounding must not depend on who else is in the batch."""
+        """Send prompts one at a time: rounding must not depend on other rows of the batch."""
         answers = []
         for prompt in prompts:
             for name in NAMES:

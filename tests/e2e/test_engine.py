@@ -1,4 +1,4 @@
-"""SGLang's offline engine: adapters come and go, more than may be loaded at a time."""
+"""SGLang's offline engine: adapters are loaded and unloaded, more than fit at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow  # one engine, which starts and runs for a minute
 def run_of_engine(
     checkpoint: Path, adapters: dict[str, Path], prompts: Sequence[list[int]], tmp_path_factory: Any
 ) -> tuple[list[tuple[str | None, list[int]]], dict[str, Any]]:
-    """Answers with the adapter of each, and what else the program says."""
+    """Return the answers with their adapters, and the other facts that the program prints."""
     folder = tmp_path_factory.mktemp("engine")
     (folder / "program.py").write_text(source("offline_engine"))
     names = ("all-r4", "mlp-r64", "attention-r24", "rslora-r8")

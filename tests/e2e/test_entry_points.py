@@ -54,7 +54,7 @@ async def test_host_tier_and_emulated_link(
     """KV of many prompts overflows a small pool to the host and comes back the same."""
     few = {name: adapters[name] for name in ("qv-r4", "attention-r8", "mlp-r24")}
     flags = [
-        *("--elora", "--elora-check", "--elora-policy", "lru"),  # it copies whatever that costs
+        *("--elora", "--elora-check", "--elora-policy", "lru"),  # it offloads at any cost
         *server_flags(checkpoint, few),
         *("--max-total-tokens", "1024", "--page-size", "16"),
         *("--enable-hierarchical-cache", "--hicache-size", "1"),

@@ -1,4 +1,4 @@
-"""What a router hears on the stream of KV events: whose KV it is, and where adapters are."""
+"""KV events as a router receives them: the adapter of each KV block, and adapter tiers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters beyond host memory: read again, gone, changed, broken off; two thousand of them."""
+"""2,000 adapters beyond host memory: files read again, missing, changed; copies failing."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def server(
     logs: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ServerProcess]:
-    """No host tier, a pool for two or three adapters, and 2,000 more that nobody asks for."""
+    """A server without a host tier, a pool for 2 or 3 adapters, and 2,000 unrequested ones."""
     slots = [adapter_slots(spec) for spec in SPECS if spec.name in NAMES]
     assert max(slots) < POOL_SLOTS / 2 < POOL_SLOTS < sum(slots)
     plugins = tmp_path_factory.mktemp("plugins")
@@ -84,7 +84,7 @@ async def ask(client: Client, name: str, prompt: Sequence[int]) -> Any:
 
 
 async def drive_out(client: Client, name: str, prompt: Sequence[int]) -> None:
-    """Use others until the adapter has left the device."""
+    """Use other adapters until this one is evicted from the device."""
     others = [other for other in NAMES if other != name]
     before = (await statistics(client))["adapter_evictions"]
     for _ in range(3):
@@ -110,7 +110,7 @@ async def test_no_file_is_read_for_unrequested_adapters(
 async def test_adapters_read_again_give_the_same_output(
     client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
-    """All at once, over and over, with room on the device for few and on the host for none."""
+    """All concurrently, repeatedly; the device holds few adapters and the host none."""
     for _ in range(3):
         answers = await asyncio.gather(*(client.generate(n, prompts[0]) for n in NAMES))
         for name, answer in zip(NAMES, answers, strict=True):
@@ -196,7 +196,7 @@ async def test_failed_copy_leaves_the_pool_consistent(
 async def test_aborted_requests_during_loads_leave_the_pool_balanced(
     client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
-    """Requests are aborted while their adapters are on the way; the pool stays balanced."""
+    """Requests are aborted while their adapters load; the pool stays balanced."""
     for i in range(20):
         name = NAMES[i % len(NAMES)]
         task = asyncio.create_task(ask(client, name, [*prompts[0], i + 3]))

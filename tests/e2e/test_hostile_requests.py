@@ -1,4 +1,4 @@
-"""Requests made to end the server, to hang it, or to be answered by another: each fails alone."""
+"""Requests meant to crash or hang the server, or to get another's answer: each fails alone."""
 
 from __future__ import annotations
 
@@ -270,7 +270,7 @@ async def test_request_with_nan_logits_fails_alone(
 async def test_request_naming_an_adapter_is_answered_by_it_or_refused(
     client: Client, reference: Reference
 ) -> None:
-    """By the id that /v1/models lists, or behind the base model's; on each endpoint."""
+    """By the id that /v1/models lists, or as a suffix of the base model's, on each endpoint."""
     name = "attention-r8"
     prompt = "The train to the harbour"
     by_colon = await client.complete(f"{MODEL}:{name}", prompt, num_tokens=8)

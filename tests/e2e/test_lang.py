@@ -223,7 +223,7 @@ def test_lang_prefix_is_cached_under_the_adapter(
 
 
 def flush(backend: sgl.RuntimeEndpoint) -> None:
-    for _ in range(50):  # refused while the last request is still being taken out
+    for _ in range(50):  # refused while the last request is still being removed
         try:
             return backend.flush_cache()
         except RuntimeError:
@@ -336,7 +336,7 @@ def arrive(server: ServerProcess, names: Sequence[str]) -> None:
 def test_lang_hinted_adapters_are_loaded(
     backend: sgl.RuntimeEndpoint, elora_server: ServerProcess
 ) -> None:
-    """Without a call of it: by a hint, and at a fork."""
+    """Without a call that uses it: by a hint, and at a fork."""
 
     @sgl.function
     def hinting(s: Any) -> None:

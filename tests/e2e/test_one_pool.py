@@ -57,7 +57,7 @@ async def unload(client: Client, name: str) -> None:
 
 
 async def test_idle_server_reads_all_adapter_files_into_host_memory(client: Client) -> None:
-    """Before anybody asks for them, and into host memory only; must come first."""
+    """Files are read before any request, into host memory only; this test must run first."""
     found = await statistics(client)
     for _ in range(200):
         if found["adapters_on_host"] == len(NAMES):
@@ -71,7 +71,7 @@ async def test_idle_server_reads_all_adapter_files_into_host_memory(client: Clie
 async def test_adapters_that_do_not_fit_together_are_served_in_turns(
     client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
-    """All at once, three prompts each; nobody waits for ever and every answer is right."""
+    """All concurrently, 3 prompts each; every request completes with the right answer."""
     asked = [(name, prompt) for prompt in prompts for name in (*NAMES, None)]
     answers = await asyncio.gather(*(client.generate(*request) for request in asked))
     for (name, prompt), answer in zip(asked, answers, strict=True):
@@ -87,7 +87,7 @@ async def test_batch_holds_all_adapters_that_fit(
 ) -> None:
     small = sorted(NAMES, key=SLOTS.__getitem__)[:9]
     assert sum(SLOTS[name] for name in small) < POOL_SLOTS - 900
-    for name in small:  # all are there, and answers last until the last has begun
+    for name in small:  # all are resident, and answers overlap
         await client.generate(name, prompts[0], num_tokens=1)
     answers = await asyncio.gather(
         *(client.generate(name, prompts[0], num_tokens=64) for name in small)
@@ -138,7 +138,7 @@ async def test_answer_length_is_clipped_to_the_slots_left_by_the_adapter(client:
 async def test_cold_adapter_request_is_not_starved(
     client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
-    """Requests of the base model keep the pool full; the adapter's request gets its turn."""
+    """Base-model requests keep the pool full; the adapter's request still runs."""
     rng = random.Random(0)
     await client.post("/flush_cache?timeout=30", {})
     passed, done = 0, asyncio.Event()
@@ -289,7 +289,7 @@ async def test_server_survives_200_random_operations(
 async def test_announced_turn_loads_back_the_kv_of_its_session(
     client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:
-    """With so much in use that nothing comes back unasked."""
+    """The pool is too full for prefetching without a hint."""
     name, prompt = "all-r4", prompts[1]
     assert SLOTS[LARGEST] > 0.7 * POOL_SLOTS > SLOTS[name] + len(prompt)
 
@@ -308,7 +308,7 @@ async def test_announced_turn_loads_back_the_kv_of_its_session(
     await client.generate(LARGEST, prompts[0])
     await client.generate(name, prompt, session_id="talk")
     await client.generate(name, prompts[0])
-    for _ in range(100):  # it is in use for a moment longer than its last answer takes
+    for _ in range(100):  # still in use for a moment after its last answer
         evicted = await client.post("/elora/evict", {"lora_name": name})
         if evicted.status_code == 200:
             break
@@ -320,7 +320,7 @@ async def test_announced_turn_loads_back_the_kv_of_its_session(
         await asyncio.sleep(0.05)
     on_device, on_host = await kv_tokens(client)
     assert on_device == 0 and on_host >= len(prompt)
-    await client.generate(name, prompts[2])  # the adapter is there now, and its KV is not
+    await client.generate(name, prompts[2])  # the adapter is resident now, its KV is not
     assert (await kv_tokens(client))[0] < len(prompt)
     answer = await client.post("/elora/prefetch", {"session_id": "talk"})
     assert answer.status_code == 200 and answer.json()["tiers"] == {}
@@ -340,7 +340,7 @@ async def test_evicted_adapters_and_kv_are_loaded_back_into_free_slots(
     reference: Reference,
     prompts: Sequence[list[int]],
 ) -> None:
-    """The largest adapter drives chats out and is unloaded: adapters and KV return unasked."""
+    """The largest adapter evicts chats and is unloaded: adapters and KV are prefetched again."""
     prompt, names = prompts[1], ("attention-r8", "all-r4", "rslora-r8", "qv-r4")
     num_slots = sum(SLOTS[name] + len(prompt) for name in names)
     assert POOL_SLOTS - SLOTS[LARGEST] < num_slots < 0.7 * POOL_SLOTS

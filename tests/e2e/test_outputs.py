@@ -1,4 +1,4 @@
-"""Greedy outputs equal those of transformers + PEFT, whatever else is in the batch."""
+"""Greedy outputs equal those of transformers + PEFT, for any mix of adapters in the batch."""
 
 from __future__ import annotations
 

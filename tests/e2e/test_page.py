@@ -27,7 +27,7 @@ CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the path")
 
 NAMES = ("qv-r4", "attention-r8", "attention-r24", "mlp-r24", "all-r4", "rslora-r8", "all-r64")
-POOL_SLOTS = 2500  # all seven do not fit beside their KV; all-r64 alone takes 2048
+POOL_SLOTS = 2500  # too few for all seven and their KV; all-r64 takes 2048
 SMALL = ("qv-r4", "attention-r8", "all-r4")  # these fit together
 ADMIN_KEY = "let-me-in"
 WAIT_MS = 20_000
@@ -58,7 +58,7 @@ def browser() -> Iterator[Browser]:
 
 @contextmanager
 def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
-    """The page, which says nothing on its console and asks nobody but its server."""
+    """The page, which logs nothing to its console and contacts only its server."""
     page = browser.new_page(**options)
     said: list[str] = []
     asked: list[str] = []
@@ -104,7 +104,7 @@ def state(url: str) -> dict[str, Any]:
 
 
 def move(url: str, what: str, name: str, tiers: Sequence[str]) -> None:
-    """Give an order, wait until it is done, and then for as long as the page needs to see it."""
+    """Send an order, wait until it is done, and then until the page has refreshed."""
     httpx.post(f"{url}/elora/{what}", json={"lora_name": name}, trust_env=False).raise_for_status()
     deadline = time.monotonic() + 20
     while not any(r["lora_name"] == name and r["tier"] in tiers for r in state(url)["adapters"]):

@@ -50,7 +50,7 @@ _Outputs = Mapping[tuple[int, int], tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run left behind for a variant to look at."""
+    """Results of a run that a variant checks."""
 
     records: Sequence[Record]
     state: Mapping[str, int]  # "elora" of /server_info
@@ -59,7 +59,7 @@ class Outcome:
 
 
 def _anything(outcome: Outcome) -> None:
-    """Nothing is asked of this variant beyond what is asked of all."""
+    """This variant has no extra check."""
 
 
 def _decode_ran_out_of_memory(outcome: Outcome) -> None:
@@ -158,14 +158,14 @@ VARIANTS = {
     ),
     "sessions": Variant(
         ORDERS,
-        share=0.08 if ALL else 0.25,  # so little that KV leaves between two turns
+        share=0.08 if ALL else 0.25,  # so small that KV is evicted between two turns
         flags=(*HOST_TIER, "write_back"),
         names_sessions=True,
         check=_kv_was_prefetched_and_used,
     ),
     "flushes": Variant(
         (_SEEDED,),
-        share=0.08 if ALL else 0.25,  # so little that it is full between two flushes
+        share=0.08 if ALL else 0.25,  # so small that it fills between two flushes
         flags=(*HOST_TIER, "write_back"),
         concurrency=1,
         names_sessions=True,
@@ -187,7 +187,7 @@ VARIANTS = {
     "decode-runs-out": Variant(
         (_EARLIEST,),
         trace=LONG_ANSWERS,
-        share=0.04 if ALL else 0.25,  # so little that what runs does not fit to its end
+        share=0.04 if ALL else 0.25,  # so small that running requests are retracted
         flags=("--schedule-conservativeness", "0.01"),
         concurrency=32,
         env={"SGLANG_RETRACT_DECODE_STEPS": "1", "SGLANG_NEW_TOKEN_RATIO_DECAY_STEPS": "1"},
@@ -313,7 +313,7 @@ def _check_answers(
 
 
 def _check_pressure(outcome: Outcome, variant: Variant) -> None:
-    """The pool was full, adapters left and came back, KV was found again, none of it invalid."""
+    """The pool was full, adapters were evicted and loaded back, KV was hit, none was invalid."""
     state = outcome.state
     assert state["checks"] > 0
     assert state["stream_operations_delayed"] > 0 and state["stream_orders_checked"] > 0

@@ -1,4 +1,4 @@
-"""The example of two replicas behind SGLang's router: a key keeps its requests together."""
+"""The example of two replicas and SGLang's router: requests of one key go to one replica."""
 
 from __future__ import annotations
 

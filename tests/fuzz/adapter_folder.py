@@ -35,7 +35,7 @@ with atheris.instrument_imports(include=["sglang_elora.adapters"]):
     )
     from sglang_elora.adapters.base_shapes import ModuleShape
 
-SECONDS_EACH = 5.0  # of the processor: whoever waits for ever meets libFuzzer's own limit
+SECONDS_EACH = 5.0  # of the processor: an endless wait hits libFuzzer's own limit
 BYTES_EACH = 512 << 20
 CHARS_EACH = 10_000
 COUNTS: Counter[str] = Counter()

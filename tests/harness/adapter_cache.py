@@ -56,7 +56,7 @@ class AdapterCache(Cache):
             self.purge(adapter_id)
 
     def purge(self, adapter_id: str, most_looks: int = 1_000) -> bool:
-        """Whether nothing is left."""
+        """Return whether nothing is left."""
         return self.purge_some(adapter_id, most_looks).is_over
 
     def purge_some(self, adapter_id: str, most_looks: int) -> Any:

@@ -1,4 +1,4 @@
-"""What tests ask of a server's cache, and tell it, over HTTP."""
+"""Queries and orders that tests send to a server's cache over HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens to a server between the turns of a trace: flushes, and adapters that come and go."""
+"""Disturbances between the turns of a trace: flushes, and adapters loaded and unloaded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def flush_often(adapters: Mapping[str, Path]) -> OnRecord:
 
 
 def reload_copies(adapters: Mapping[str, Path]) -> OnRecord:
-    """Load an adapter's folder under a new name, use it twice and unload it, over and over."""
+    """Repeatedly load an adapter's folder under a new name, use it twice and unload it."""
     numbers = itertools.count(1)
 
     async def reload(http: httpx.AsyncClient, record: Record) -> None:

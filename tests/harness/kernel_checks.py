@@ -33,7 +33,7 @@ def check_expand(
     spare_columns: int = 3,
     spare_rows: int = 2,
 ) -> None:
-    """``lora_expand`` and its reference agree where adapters compute; all else keeps every bit."""
+    """``lora_expand`` and its reference agree on adapter rows; all other rows keep every bit."""
     dtype, module = world.planes.weight_dtype, world.modules[shape.name]
     parts, out = len(shape.out_features), sum(shape.out_features)
     num_rows = sum(length for _, length in segments) + spare_rows
@@ -80,7 +80,7 @@ def check_shrink(
     spare_width: int = 5,
     spare_rows: int = 2,
 ) -> torch.Tensor:
-    """``lora_shrink`` and its reference agree, on all that is defined and on nothing else."""
+    """``lora_shrink`` and its reference agree, on every element that is defined."""
     module = world.modules[shape.name]
     num_rows = sum(length for _, length in segments) + spare_rows
     generator = torch.Generator().manual_seed(num_rows)

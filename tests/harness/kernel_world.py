@@ -47,7 +47,7 @@ ORDERS: dict[str, Order] = {
 
 @dataclass
 class KernelWorld:
-    """One layer's planes with adapters in them; everything else in the pool is poison."""
+    """One layer's planes with adapters in them; all other slots hold poison."""
 
     planes: KVPlanes
     modules: dict[str, StackedModule]

@@ -25,9 +25,9 @@ _RANKS = (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64)
 _COVERAGES = tuple(COVERAGE_NAMES)
 _BASE_MODEL_SHARE = 0.1
 _WINDOW = 12  # adapters that are in use around one moment of the trace
-_SESSIONS_A_PASS = 88  # until the window was everywhere; two passes, so what left comes back
+_SESSIONS_A_PASS = 88  # the window passes all adapters; two passes, so evicted ones return
 _ABORT_TAKES_S = 0.5
-_ABORTED_TOKENS = 200  # length of the answers that nobody waits for
+_ABORTED_TOKENS = 200  # length of the answers that are aborted
 _TIMEOUT_S = 600.0
 
 
@@ -139,7 +139,7 @@ def _session(number: int, output_tokens: tuple[int, int]) -> Session:
 
 
 def _popular_adapter(number: int, rng: random.Random) -> str:
-    """Zipf over a window that moves on with every session; who is new in it is most popular."""
+    """Zipf over a window that moves with every session; the newest adapter is most popular."""
     newest = number * len(PRESSURE_SPECS) // _SESSIONS_A_PASS
     age = rng.choices(range(_WINDOW), [1 / (1 + age) for age in range(_WINDOW)])[0]
     return PRESSURE_SPECS[(newest - age) % len(PRESSURE_SPECS)].name

@@ -40,7 +40,7 @@ class Reference:
         base = getattr(transformers, self._auto).from_pretrained(
             self._checkpoint, dtype=torch.float32
         )
-        base.generation_config.eos_token_id = None  # the servers are told to ignore it, too
+        base.generation_config.eos_token_id = None  # the servers ignore it, too
         first, *others = self._adapters.items()
         model = PeftModel.from_pretrained(base, first[1], adapter_name=first[0])
         for name, path in others:

@@ -105,7 +105,7 @@ class SwapperWorld:
         self.residency.register(source)
 
     def step(self, *, is_busy: bool = True) -> None:
-        """What is done before a batch; see ``Swapper.prepare`` for what is done behind it."""
+        """Do the work before a batch; ``Swapper.prepare`` does the work after its launch."""
         self.swapper.step(self.scheduler, is_busy=is_busy)
 
     def arrive(self, name: str, prompt_tokens: int = 1) -> Any:
@@ -117,7 +117,7 @@ class SwapperWorld:
         return self.residency.adapter_table.get(name).resident
 
     def cache_kv(self, name: str, tokens: list[int]) -> None:
-        """As a request with this adapter does, which is there: path held, room made, inserted."""
+        """Cache KV as a request with this resident adapter does: lock, evict for room, insert."""
         namespace = namespace_of(name)
         node = self.core.node_of(name)
         receipt = self.cache.lock(node.id)

@@ -20,11 +20,11 @@ from sglang_elora.kernels.batch_tables import (
 )
 
 Segments = list[tuple[int, int]]
-CPU = torch.device("cpu")  # what the device is matters to no line here
+CPU = torch.device("cpu")  # no test here depends on the device
 
 
 def empty_records(count: int) -> np.ndarray:
-    """Records that say by their rank whose they are."""
+    """Records whose rank identifies their adapter."""
     records = np.zeros((count, record_ints(1)), dtype=np.int32)
     records[:, RANK] = np.arange(count)
     return records
@@ -44,7 +44,7 @@ def tables_for(segments: Segments, num_adapters: int, tile_rows: int) -> BatchTa
 
 
 def read(tables: BatchTables) -> list[tuple[int, list[int]]]:
-    """The tiles: whose, and which rows."""
+    """Return the tiles: adapter and rows of each."""
     used = tables.tiles[: tables.num_tiles, [RANK, FIRST, END]].tolist()
     assert not tables.tiles[tables.num_tiles :].any(), "tiles behind the batch have rows"
     return [(adapter, tables.rows[first:end].tolist()) for adapter, first, end in used]
@@ -86,7 +86,7 @@ def test_max_tiles_is_a_tight_upper_bound(num_rows: int) -> None:
 
 
 def test_batch_tables_keep_their_addresses_and_drop_old_tiles() -> None:
-    """What a captured graph relies on."""
+    """A captured graph relies on both."""
     tables = BatchTables(CPU, num_modules=1, max_rows=8, max_adapters=4, tile_rows=2)
     addresses = [view.data_ptr() for view in (tables.addresses, tables.tiles, tables.rows)]
     tables.load(Batch(empty_records(4), [(3, 5), (0, 3)]))
@@ -122,7 +122,7 @@ def test_adapter_record_holds_slots_rank_scaling_and_offsets() -> None:
 
 
 def test_batch_tables_distinguish_1000_adapters() -> None:
-    """More than a byte counts."""
+    """More adapters than one byte can number."""
     segments = [(adapter, 1) for adapter in reversed(range(1000))]
     assert read(tables_for(segments, 1000, 16)) == [(i, [999 - i]) for i in range(1000)]
 

@@ -1,4 +1,4 @@
-"""The scripts that wait for a GPU run to their end, in tiny sizes under Triton's interpreter."""
+"""The GPU scripts run to completion, in tiny sizes under Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds of both LoRA kernels: each case of ``kernel_cases.py`` is as the reference says."""
+"""Both LoRA kernels equal the reference on each case of ``kernel_cases.py``."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_lora_kernels_equal_the_reference_for_each_kv_pool_layout(
 
 @EACH_KERNEL
 def test_lora_kernels_equal_the_reference_with_a_and_b_in_one_plane(check: Check) -> None:
-    """B behind A in the same plane."""
+    """B follows A in the same plane."""
     check(make_world(SHAPES, [8, 24], num_planes=1), OUT, [(1, 2), (0, 1)])
 
 

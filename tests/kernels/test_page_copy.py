@@ -1,4 +1,4 @@
-"""``page_copy`` against its reference: exact, in both directions, and nothing else touched."""
+"""``page_copy`` against its reference: exact, in both directions, and no other slot is changed."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_page_copy_refuses_wrong_sizes() -> None:
 def test_page_copy_words_are_no_wider_than_the_pool_alignment(
     offset: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kernel that is promised more than the addresses hold writes to others' memory, or traps."""
+    """A kernel compiled for a wider alignment than the addresses have corrupts memory or traps."""
     planes = [
         [unaligned(4 * 64, offset, DEVICE).view(4, 64) for _ in range(LAYERS)] for _ in range(2)
     ]

@@ -1,4 +1,4 @@
-"""Adapters pass to the pool through a staging buffer that never grows, whatever their size."""
+"""Adapters are written to the pool through a staging buffer of fixed size, for any rank."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_staged_write_after_warm_up_allocates_no_device_memory(
         planes.write(table, small)
         planes.write(table, large)
     assert allocations.names == []
-    # On a CPU, host and device memory are told apart by this only.
+    # On a CPU, only this distinguishes host from device memory.
     jobs = {arguments["jobs"].data_ptr() for _, arguments in launches.arguments}
     assert len(jobs) == 1 and len(launches.arguments) > 1 + 9 + 1
     assert len(launches.keys) == 1  # parts of a layer are compiled by warm-up too

@@ -1,4 +1,4 @@
-"""Adapters that pass, what is known of them, and the server's limits."""
+"""Adapters that pass the check, the facts it returns, and the server's limits."""
 
 from __future__ import annotations
 

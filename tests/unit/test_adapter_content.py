@@ -1,4 +1,4 @@
-"""The digest of an adapter's content: equal for equal tensors, whatever holds them."""
+"""The digest of an adapter's content: equal for equal tensors in any file."""
 
 from __future__ import annotations
 

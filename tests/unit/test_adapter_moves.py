@@ -1,4 +1,4 @@
-"""A router hears of an adapter when it is elsewhere, and not when it only was used."""
+"""Adapter moves are reported when an adapter changes its tier, not when it is used."""
 
 from __future__ import annotations
 

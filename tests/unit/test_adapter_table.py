@@ -1,4 +1,4 @@
-"""What is known of adapters: names in namespaces, counts, and what survives a reset."""
+"""The adapter table: ids in namespaces, counts, and state that survives a reset."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_kv_tokens_of_a_nonresident_adapter_are_invalid() -> None:
 
 
 class CountedAdapters(dict[str, Adapter]):
-    """Counts the adapters that somebody looks at one after the other."""
+    """Counts the adapters visited by iteration."""
 
     num_seen = 0
 
@@ -161,7 +161,7 @@ def test_adapter_table_sums_need_no_scan_of_all_adapters() -> None:
     adapter_table.remove("only")
     assert adapter_table.largest_unpinned() == 32
     adapter_table.count_kv(adapter_table.get("1"), device=7, host=0)
-    assert adapter_table.invalid_tokens == 7  # nobody has loaded it
+    assert adapter_table.invalid_tokens == 7  # not loaded
     adapter_table.set_resident(adapter_table.get("1"), True)
     assert adapter_table.invalid_tokens == 0
     assert adapters.num_seen == 0

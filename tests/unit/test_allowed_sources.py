@@ -1,4 +1,4 @@
-"""Adapters of allowed places: found by name, refused, and fetched from URLs."""
+"""Adapters of allowed sources: found by name, refused, and downloaded from URLs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """A place behind a URL: fsspec's own file system in memory."""
+    """A source with a URL: fsspec's in-memory file system."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "PROTOCOLS", remote.PROTOCOLS | {"memory"})
     yield "memory://bucket/adapters"
@@ -50,7 +50,7 @@ def add(folder: Path, text: str = "{}") -> Path:
 
 
 def find(sources: AllowedSources, name: str) -> str | None:
-    """As a server does, one place after the other."""
+    """Search the sources in order, as a server does."""
     path, urls = sources.look(name)
     for url in urls:
         if has_adapter(url):
@@ -220,7 +220,7 @@ def test_download_cache_keeps_adapters_in_use_and_recently_used(
 def test_download_does_not_follow_redirects_to_another_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One to the same host does."""
+    """A redirect to the same host is followed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     add(tmp_path / "served" / "sql")
 

@@ -1,4 +1,4 @@
-"""Announcements never fail, never wait, and stop where nobody wants them."""
+"""Announcements never fail or block, and stop if the server does not accept them."""
 
 from __future__ import annotations
 

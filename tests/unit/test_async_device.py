@@ -1,4 +1,4 @@
-"""The device whose streams run as late, or as early, as CUDA would be allowed to."""
+"""A device whose streams run as late, or as early, as CUDA permits."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_event_query_is_false_a_few_times_then_completes_the_work() -> None:
     world = DeviceWorld(Order.LATEST)
     there = world.copy("copy", 1)
     assert [there.query() for _ in range(PATIENCE + 1)] == [False] * PATIENCE + [True]
-    world.run("batch", 1)  # the host knew that the copy was over when it launched this
+    world.run("batch", 1)  # the host had seen the copy complete before this launch
     assert world.journal == ["copy", "batch"]
 
 

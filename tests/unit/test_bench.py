@@ -1,4 +1,4 @@
-"""The benchmark's pure parts: goodput, what APIs say, plans, endpoints, plots and the page."""
+"""The benchmark's pure parts: goodput, API events, plans, endpoints, plots and the page."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ CARDS = {
 
 @contextmanager
 def answering(status: int, content: Mapping[str, Any]) -> Iterator[str]:
-    """The URL of a server that says this whatever it is asked."""
+    """Yield the URL of a server that answers every request with this."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""The server process: whatever happens, nothing of it is left."""
+"""The demo's server process: it leaves no process in any case."""
 
 from __future__ import annotations
 

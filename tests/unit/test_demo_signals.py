@@ -1,4 +1,4 @@
-"""SIGTERM unwinds whatever runs, as Ctrl-C does; and clean-up is left alone."""
+"""SIGTERM interrupts running code as Ctrl-C does, but not clean-up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The emulated link keeps time like one copy engine, with a clock of the test's own."""
+"""The emulated link takes the time of one copy engine, on the test's own clock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sglang_elora.platforms.emulated_link import Event, Link, Stream, StreamCont
 
 
 class Clock:
-    """Time passes only by sleeping, or when the test says so."""
+    """A clock that advances only by ``sleep`` or when the test sets it."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
@@ -54,7 +54,7 @@ def test_copy_on_a_copy_stream_blocks_waiters_of_its_event(
         event.record()
     assert clock.now_s == 100.0
     assert not event.query()
-    clock.now_s += 1.0  # compute beside the copy
+    clock.now_s += 1.0  # compute while the copy runs
     link.current_stream().wait_event(event)
     assert clock.now_s == pytest.approx(101.5)
     assert event.query()
@@ -65,7 +65,7 @@ def test_copies_on_two_streams_share_one_link(
 ) -> None:
     with StreamContext(copy_stream):
         link.copy(1000)
-    link.copy(0)  # on the compute stream: queues behind the copy above
+    link.copy(0)  # on the compute stream: queued after the copy above
     assert clock.now_s == pytest.approx(102.0)
 
 

@@ -1,4 +1,4 @@
-"""What is learned online, against what it was made from."""
+"""Online estimators recover the parameters of generated data."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_prefill_cost_fit_recovers_the_true_rates() -> None:
         cost.add(batch, seconds * rng.uniform(0.95, 1.05))
     token, batch_alone = cost.rates()
     assert token == pytest.approx(90e-6 + 8e-9 * 2500, rel=0.1)  # half of 1,000 new ones
-    assert batch_alone == pytest.approx(4e-3, abs=4e-3)  # little beside 200 ms
+    assert batch_alone == pytest.approx(4e-3, abs=4e-3)  # small compared with 200 ms
     assert cost.seconds(1000, 500) == pytest.approx(4e-3 + 90e-3 + 8e-6 * 1000, rel=0.05)
 
 
@@ -103,7 +103,7 @@ def test_prefill_cost_fit_follows_a_change() -> None:
 
 
 def test_prefill_cost_fit_is_stable_for_batches_of_one_size() -> None:
-    """Batches that are alike cannot tell a constant from a rate; the sum must still be right."""
+    """Equal batches cannot separate a constant from a rate; the sum must still be right."""
     cost = PrefillCost()
     for _ in range(200):
         cost.add([(256, 0)], 10e-3)

@@ -1,4 +1,4 @@
-"""The leaf order equals sorting all leaves anew, at every step of any history."""
+"""The leaf order equals sorting all leaves again, at every step of any history."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Leaf:
 
 
 def order_of(leaves: EvictionOrder[Leaf]) -> list[int]:
-    """Names in eviction order; takes all and gives them back."""
+    """Return the names in eviction order; take all leaves and return them."""
     names = []
     while (leaf := leaves.take_lowest()) is not None:
         names.append(leaf.name)
@@ -175,7 +175,7 @@ def test_eviction_order_equals_the_model_over_random_histories(seed: int) -> Non
 
 
 def test_eviction_order_does_not_depend_on_string_hashes() -> None:
-    """Tensor-parallel ranks hash strings differently, and ties between kinds are common."""
+    """Tensor-parallel ranks hash strings differently, and ties between classes are common."""
 
     @dataclass(frozen=True)
     class Kind:
@@ -230,7 +230,7 @@ def test_take_lowest_asks_few_class_ranks_when_all_change() -> None:
             leaves.give_back()
             leaves.check_invariants()
             most = max(most, asked - before)
-        assert most <= 2 * 16 + 1  # however many there are
+        assert most <= 2 * 16 + 1  # independent of their number
         leaf = leaves.take_lowest()
         assert leaf is not None and leaf.name == min(worth, key=worth.__getitem__)
         leaves.give_back()

@@ -1,4 +1,4 @@
-"""How much one call of ``EvictionOrder`` does, and how much it keeps, counted with many leaves."""
+"""Work per call and memory of ``EvictionOrder``, counted with many leaves."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_emptied_and_refilled_class_has_one_ranking_entry() -> None:
             order.add(leaf)
         for leaf in leaves:
             order.discard(leaf)
-        assert order.take_lowest() is None  # which forgets the emptied kinds
+        assert order.take_lowest() is None  # which drops the emptied classes
     for leaf in leaves:
         order.add(leaf)
     assert len(order._rotation) == len(leaves)
@@ -122,7 +122,7 @@ def test_class_ranking_is_swept_in_parts_not_rebuilt() -> None:
         order.refresh()
         most_work = max(most_work, work_of(order.take_lowest))
         order.give_back()
-    assert most_work <= 16 * MOST_PER_CALL  # a search ranks 16 kinds again
+    assert most_work <= 16 * MOST_PER_CALL  # a search ranks 16 classes again
     assert len(order._ranking) <= 3 * num_kinds
     order.check_invariants()
 

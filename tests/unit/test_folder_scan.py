@@ -1,4 +1,4 @@
-"""A watched folder: what is new is found once, when it is whole, and only if it lies inside."""
+"""A watched folder: a new adapter is reported once, when complete, and only from inside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arena of host memory: every block once, whatever comes and goes in whatever sizes."""
+"""The host arena: no block is allocated twice, for any sequence and mix of sizes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def resident_bytes() -> int:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_host_arena_churn_of_mixed_ranks_loses_no_block_or_byte(seed: int) -> None:
-    """Images of ranks 8 to 64 come and go 4,000 times; each finds its bytes as it left them."""
+    """Images of ranks 8 to 64 are allocated and freed 4,000 times; each keeps its bytes."""
     rng, rank_bytes = random.Random(seed), 100  # so that no image ends with a block
     made = arena(400)
     images: dict[int, tuple[HostBlocks, int]] = {}

@@ -1,4 +1,4 @@
-"""Adapters between file and host memory: a budget, threads that read, and what may go wrong."""
+"""Adapter images between file and host memory: budget, reader threads, and failures."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Tier(HostTier):
         self.add(adapter_id, 10, lambda chunks: read())
 
     def want(self, *adapter_ids: str) -> None:
-        """These requests wait, in this order, and no others."""
+        """Replace the queue by these requests, in this order."""
         left = self.queue.keys() - set(adapter_ids)
         self.queue = {
             adapter_id: float(position) for position, adapter_id in enumerate(adapter_ids)
@@ -62,7 +62,7 @@ class Tier(HostTier):
             self.lower(adapter_id)
 
     def step(self) -> dict[str, object]:
-        """One step of the scheduler: what waits is requested, reads end."""
+        """Run one scheduler step: request reads for queued adapters, complete reads."""
         for adapter_id in self.queue:
             self.request(adapter_id)
         found = self.finish()
@@ -71,7 +71,7 @@ class Tier(HostTier):
         return found
 
     def bring(self, *adapter_ids: str) -> None:
-        """Have them read, each in its turn, and nobody waiting."""
+        """Read the adapters one by one; the queue is empty afterwards."""
         for adapter_id in adapter_ids:
             self.want(adapter_id)
             self.step()
@@ -116,7 +116,7 @@ def test_read_ahead_reads_files_in_order_while_memory_is_free() -> None:
         assert len(tier.reading) <= 1
         tier.finish()
     assert reads == ["b", "a", "d"] and tier.num_bytes == 30
-    tier.drop("a")  # what was dropped for others is not read again for nobody
+    tier.drop("a")  # read-ahead does not reread dropped images
     tier.read_ahead()
     tier.finish()
     assert reads == ["b", "a", "d", "e"]
@@ -193,7 +193,7 @@ def test_running_reads_count_against_the_host_budget() -> None:
 
 
 def test_earlier_request_takes_host_memory_of_a_later_one() -> None:
-    """Requests change places in the queue: the first must get its adapter whatever came before."""
+    """Requests change places in the queue: the first one gets its adapter in any case."""
     tier = Tier(30)
     for adapter_id in "abcd":
         tier.know(adapter_id)
@@ -208,7 +208,7 @@ def test_earlier_request_takes_host_memory_of_a_later_one() -> None:
 
 
 def test_freed_host_memory_is_reserved_for_the_first_request() -> None:
-    """The first needs more than is free; a small one behind it waits until it has it."""
+    """The first needs more than is free; a small one after it waits until the first is read."""
     tier = Tier(20)
     tier.know("held")
     tier.add("large", 15, lambda chunks: IMAGE)
@@ -322,7 +322,7 @@ def test_image_without_a_file_is_copied_to_the_arena_and_kept() -> None:
 
 
 def test_image_without_a_file_gets_freed_blocks_before_any_read() -> None:
-    """What holds the blocks is copied from; the image is served from where it is."""
+    """The blocks are in use by copies; the image is served from its own memory."""
     tier = Tier(2 * SIZE)
     for adapter_id in "abc":
         tier.add(adapter_id, SIZE, lambda chunks: IMAGE)
@@ -345,7 +345,7 @@ def test_image_without_a_file_gets_freed_blocks_before_any_read() -> None:
 
 
 def test_ranks_with_different_read_speeds_read_and_drop_alike() -> None:
-    """Two ranks act on the least of their codes, in the same steps; each drops what it must."""
+    """Two ranks act on the minimum of their codes in each step, and drop the same images."""
     rng = random.Random(0)
     delays = [0.0, 0.002]
     ranks = [Tier(35) for _ in delays]
@@ -473,7 +473,7 @@ def test_cancelled_read_is_not_started() -> None:
         tier.request(name)
     tier.cancel("c")
     tier.cancel("d")
-    tier.request("d")  # somebody came back
+    tier.request("d")  # requested again
     gate.set()
     found = tier.finish()
     assert sorted(started) == ["a", "b", "d"]

@@ -1,4 +1,4 @@
-"""Who may import what, checked on the syntax tree: imports go one way."""
+"""Which folder may import which, checked on the syntax tree: imports go one way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The archive of raw rows: it depends on its contents only, and none of its rows lies in git."""
+"""The archive of raw rows depends on its contents only; git tracks none of its rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters written into slots and read back: every element in its place, nothing else touched."""
+"""Adapters written into slots and read back: every element in its place, no other slot changed."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_adapter_matrices_are_views_if_slots_are_adjacent(order: Order, is_view:
     adapter = PagedAdapter(image.layout, SlotTable(slots), planes, 1.0)
     a = adapter.a(0, "qkv_proj")
     assert (a.untyped_storage().data_ptr() == pool[0][0].untyped_storage().data_ptr()) == is_view
-    assert (adapter.a(0, "qkv_proj").data_ptr() == a.data_ptr()) == is_view  # kept or made anew
+    assert (adapter.a(0, "qkv_proj").data_ptr() == a.data_ptr()) == is_view  # kept or copied
 
 
 def test_matrix_read_copies_only_if_its_slots_are_scattered() -> None:

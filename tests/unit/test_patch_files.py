@@ -1,4 +1,4 @@
-"""What a diff says of a text, hunk by hunk, and how a folder of them is read."""
+"""Parsing and applying diffs, hunk by hunk, and loading a folder of patches."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_patch_requires_every_context_line(number: int) -> None:
 
 
 def test_patch_ignores_lines_outside_its_context() -> None:
-    """Their part is the hash."""
+    """The hash of the file covers them."""
     patch = _edit(("line 20\n", "new\n"))
     assert "other" in patched_source(patch, NUMBERED.replace("line 2\n", "other\n"))
 

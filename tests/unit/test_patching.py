@@ -1,4 +1,4 @@
-"""Diffs become new code of functions that are already imported; everything else is refused."""
+"""Diffs become new code of functions that are already imported; other changes are refused."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_patched_module_keeps_its_future_flags(folder: Path) -> None:
 
 
 def test_patch_that_shifts_lines_keeps_later_functions(folder: Path) -> None:
-    """A function behind the change keeps its code; its tracebacks point at the file on disk."""
+    """A function after the change keeps its code; its tracebacks point at the file on disk."""
     target = Target(folder, "def f():\n    return 'old'\n\n\ndef g():\n    return 1 / 0\n")
     code = target.module.g.__code__
     apply_patch(target.patch("    return 'old'", "    word = 'new'\n    return word"))

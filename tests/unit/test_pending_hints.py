@@ -1,4 +1,4 @@
-"""Hints are followed as long as they come true; orders are."""
+"""Hints are followed while enough of them are used; orders always."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sglang_elora.swapper.pending_hints import (
 
 
 def follows(expected: PendingHints, adapter_id: str, num_slots: int = 1) -> bool:
-    """Of a hint for an adapter that is not there; it comes if it may."""
+    """Return whether a hint for a non-resident adapter is followed; load the adapter if so."""
     expected.add(adapter_id, ordered=False)
     may_come = expected.is_followed(adapter_id, num_slots, 0, is_there=False)
     if may_come:

@@ -52,7 +52,7 @@ class World:
             adapter_slots=(SLOTS,),
             host_slots=host_slots,
             adapter_host_slots=host_adapters * SLOTS,
-            file_bytes_per_s=SLOTS * CPU.slot_bytes / 1.0,  # a second per file
+            file_bytes_per_s=SLOTS * CPU.slot_bytes / 1.0,  # one second per file
             link_bytes_per_s=SLOTS * CPU.slot_bytes / 0.1,
             link_latency_s=0.0,
         )

@@ -95,7 +95,7 @@ def test_visited_entry_ranks_above_an_equal_unvisited_one(policy: Policy) -> Non
 
 
 def test_new_entry_ranks_finitely_and_above_an_older_equal_one(policy: Policy) -> None:
-    """An item does not know whose it is: a new one ranks finitely, and above an older like it."""
+    """Entries have no owner: a new one ranks finitely, and above an older one of its class."""
     old, new = kv(), kv()
     policy.create(old)
     policy.advance(1)
@@ -131,7 +131,7 @@ def test_lru_ranks_the_deepest_node_of_a_path_highest() -> None:
 
 @dataclass
 class PolicyWorld:
-    """Items that come, are visited and go; the policy's order is kept in a ``EvictionOrder``."""
+    """Entries are created, visited and removed; an ``EvictionOrder`` keeps the policy's order."""
 
     policy: Policy
     items: list[CacheEntry] = field(default_factory=list)
@@ -157,7 +157,7 @@ class PolicyWorld:
         elif action == "visit":
             item = rng.choice(self.items)
             policy.visit([item])
-            self.order.lower(item)  # it may be of another kind now
+            self.order.lower(item)  # its class may have changed
         elif action == "back":
             item = rng.choice(self.items)
             if not item.backed:
@@ -181,7 +181,7 @@ class PolicyWorld:
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_victim_has_the_lowest_rank_of_all_entries(name: str, seed: int) -> None:
-    """After any history: the order kept in heaps is that of ranking every item anew."""
+    """After any history: the order kept in heaps equals ranking every entry again."""
     rng = random.Random(seed)
     world = PolicyWorld(MAKERS[name]())
     for _ in range(80):
@@ -326,7 +326,7 @@ def test_gdsf_priorities_equal_hand_computed_values() -> None:
         policy.create(item)
     policy.visit([text])
     assert [policy.priority(i) for i in (text, copied, weights)] == [20, 2, 2]
-    policy.evict(text)  # all that comes now starts where it was
+    policy.evict(text)  # later entries start at its priority
     late = kv()
     policy.create(late)
     assert policy.priority(late) == 30
@@ -336,7 +336,7 @@ def test_gdsf_priorities_equal_hand_computed_values() -> None:
 
 
 def test_elora_rank_is_proportional_to_seconds_saved_per_slot() -> None:
-    """At equal returns an adapter counts the link, KV its computation, copied KV the lesser."""
+    """At equal returns: an adapter saves a load, KV a recompute, offloaded KV the cheaper one."""
     costs = Costs(recompute=40e-6, load=5e-6, load_latency=0.0)
     policy = Elora(costs)
     text, copied, weights = kv(), kv(backed=True), adapter()
@@ -357,12 +357,12 @@ def test_elora_rank_of_device_kv_includes_the_price_of_a_host_slot() -> None:
     index = rank(policy, weights) / costs.load
 
     def ranks(host_rank: float | None) -> list[float]:
-        """Of the text, its like with a copy and the adapter, per return."""
+        """Ranks per return of KV, of KV with a host copy, and of the adapter."""
         for _ in range(1000):
             policy.price_host(host_rank)
         return [rank(policy, item) / index for item in (text, copied, weights)]
 
-    assert ranks(None) == pytest.approx([7.5e-6, 5e-6, 5e-6])  # the way out counts half
+    assert ranks(None) == pytest.approx([7.5e-6, 5e-6, 5e-6])  # the offload counts half
     saved = 0.1 * 35e-6
     assert ranks(0.1 * index) == pytest.approx([7.5e-6 + saved, 5e-6 + saved, 5e-6])
     assert ranks(9 * index) == pytest.approx([40e-6, 40e-6, 5e-6])  # dropped, not copied
@@ -370,7 +370,7 @@ def test_elora_rank_of_device_kv_includes_the_price_of_a_host_slot() -> None:
 
 
 def test_elora_ranks_a_never_reused_class_low() -> None:
-    """New KV at every turn that nobody uses again, beside adapters used at every turn."""
+    """Each turn adds KV that is never hit; an adapter is hit at every turn."""
     policy = Elora(Costs(recompute=10e-6, load=10e-6, load_latency=0.0))
     popular, sentences = adapter(), []
     for _ in range(400):
@@ -387,7 +387,7 @@ def test_elora_ranks_a_never_reused_class_low() -> None:
 
 
 def test_host_order_keeps_old_kv_that_is_about_to_return() -> None:
-    """All come back after 2 turnovers: who has waited for most of them stays, who left does not."""
+    """All return after 2 turnovers: entries close to their return stay, an ended one is evicted."""
     policy = Elora(Costs())
     chats = [kv() for _ in range(20)]
     gone = kv()
@@ -418,7 +418,7 @@ def test_elora_keeps_a_reused_class_and_drops_it_when_overdue() -> None:
         policy.visit([chats[i % 40]])
         policy.advance(0.02)
     assert policy.worth_host_copy(chats[-1])
-    policy.advance(30)  # nobody ever came back that late
+    policy.advance(30)  # no entry ever returned that late
     assert rank(policy, chats[0]) < rank(policy, chats[-1]) * 1.01
     late = policy.rank(policy.kind(chats[0]), 0.0)
     new = kv()

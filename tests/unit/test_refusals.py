@@ -12,7 +12,7 @@ from sglang_elora.adapters.refusals import MOST
 
 
 class Checked:
-    """A check that refuses until it is told not to, and counts its calls."""
+    """A check that refuses until the test switches it off, and counts its calls."""
 
     def __init__(self) -> None:
         self.num_calls = 0

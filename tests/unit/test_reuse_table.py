@@ -1,4 +1,4 @@
-"""Hit density, by tables whose answer is known."""
+"""Hit density of tables with known answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sglang_elora.policy.reuse_table import ReuseTable
 
 
 def observe(table: ReuseTable, *ages: float, left: float | None = None, times: int = 200) -> None:
-    """Each of the ages is seen ``times`` times, and so is leaving at ``left``."""
+    """Record ``times`` returns at each age, and as many evictions at ``left``."""
     for _ in range(times):
         for age in ages:
             table.end(age, returned=True)
@@ -28,7 +28,7 @@ def test_reuse_table_without_data_decreases_with_age() -> None:
 
 
 def test_hit_density_of_certain_returns_is_one_over_the_wait() -> None:
-    """All come back after half a turnover: keeping costs that time and pays once."""
+    """All return after half a turnover: keeping an entry costs that time and gives one hit."""
     table = ReuseTable()
     observe(table, 0.5)
     assert table.hit_density(0) == pytest.approx(2, rel=0.25)
@@ -36,7 +36,7 @@ def test_hit_density_of_certain_returns_is_one_over_the_wait() -> None:
 
 
 def test_hit_density_halves_if_half_of_the_entries_return() -> None:
-    """Half come back after 0.5, the others left at 0.8: P = 0.5 per 0.5 turnovers."""
+    """Half return after 0.5, the others are evicted at 0.8: P = 0.5 per 0.5 turnovers."""
     table = ReuseTable()
     observe(table, 0.5, left=0.8)
     assert table.hit_density(0) == pytest.approx(1, rel=0.25)
@@ -62,7 +62,7 @@ def test_hit_density_is_highest_just_before_the_expected_return() -> None:
 
 
 def test_early_evictions_do_not_change_the_chance_at_later_ages() -> None:
-    """A cache under pressure evicts all at 0.1, before anybody can have come back."""
+    """A cache under pressure evicts all at 0.1, before any entry can return."""
     table = ReuseTable()
     observe(table, 0.5, times=100)
     before = table.chance(0.2)

@@ -1,4 +1,4 @@
-"""The simulator on cases that can be worked out by hand."""
+"""The simulator on cases computed by hand."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ def test_sim_split_pool_without_a_free_slot_delays_the_request() -> None:
 
 
 def test_sim_offloaded_kv_is_loaded_back_from_the_host() -> None:
-    """Three sessions of 100 tokens in 200 slots: the first one's KV has left by its second turn,
-    with its adapter, and returns in two copies of 104 slots behind that."""
+    """Three sessions of 100 tokens in 200 slots: the first one's KV is evicted by its second turn,
+    with its adapter, and is loaded back in two copies of 104 slots after it."""
     long = (80, 5, 0.0)
     sessions = (
         session("a", 0.0, long, (10, 2, 5.0)),

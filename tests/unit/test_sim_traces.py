@@ -1,4 +1,4 @@
-"""The simulator on generated traces: what holds at every moment, and at the end."""
+"""The simulator on generated traces: invariants at every step, and at the end."""
 
 from __future__ import annotations
 

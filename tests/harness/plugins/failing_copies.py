@@ -1,4 +1,4 @@
-"""A plugin that breaks copies off after their first piece, while the file FAIL_COPIES is there."""
+"""A plugin that fails copies after their first piece, while the file FAIL_COPIES exists."""
 
 from __future__ import annotations
 

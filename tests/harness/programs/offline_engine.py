@@ -1,4 +1,4 @@
-"""SGLang's offline engine with adapters that come and go; prints answers and facts."""
+"""SGLang's offline engine with adapters loaded and unloaded; prints answers and facts."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ def main():
     ask(None, names[0])
     facts["loaded"] = [load(name).success for name in names[1:]]  # more than three in all
     for name in names:
-        ask(name)  # those that had to go come back
+        ask(name)  # evicted ones are loaded again
     ask(None, *names[:2])
     facts["unloaded"] = engine.unload_lora_adapter(names[1]).success
     try:
