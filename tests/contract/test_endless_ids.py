@@ -89,7 +89,7 @@ class Endless:
         self.unload(stray)
 
     def rest(self) -> None:
-        """Return whether no load is running and no request is queued."""
+        """Run idle steps until no load is running and no request is queued."""
         deadline = time.monotonic() + 10
         while self.world.swapper.is_waiting:
             assert time.monotonic() < deadline

@@ -153,7 +153,7 @@ def test_special_cache_kinds_use_sglangs_tree(
 
 
 def test_eviction_asks_priorities_of_few_leaves() -> None:
-    """Counted, not timed: priorities asked for while 5 of 2,000 leaves go."""
+    """Counted, not timed: priorities computed while 5 of 2,000 leaves are evicted."""
     cache = Cache("elora", 30_000)
     for i in range(2_000):
         cache.insert([i, *range(10)])

@@ -51,7 +51,7 @@ async def test_host_tier_and_emulated_link(
     prompts: Sequence[list[int]],
     logs: Path,
 ) -> None:
-    """KV of many prompts overflows a small pool to the host and comes back the same."""
+    """KV of many prompts overflows a small pool to the host and is loaded back unchanged."""
     few = {name: adapters[name] for name in ("qv-r4", "attention-r8", "mlp-r24")}
     flags = [
         *("--elora", "--elora-check", "--elora-policy", "lru"),  # it offloads at any cost

@@ -28,7 +28,7 @@ class EventBatch(msgspec.Struct, array_like=True):
     attn_dp_rank: int | None = None
 
 
-async def test_kv_events_name_the_adapter_and_its_tier(
+async def test_events_report_kv_owners_and_adapter_tiers(
     checkpoint: Path, adapters: dict[str, Path], prompts: Sequence[list[int]], logs: Path
 ) -> None:
     given = {name: adapters[name] for name in NAMES}

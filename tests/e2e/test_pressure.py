@@ -1,4 +1,4 @@
-"""Greedy outputs stay those of an idle device while adapters and KV are evicted and come back.
+"""Greedy outputs stay those of an idle device while adapters and KV are evicted and reloaded.
 
 Every server gets the same chats. The first is SGLang as it is, with room for everything; the others
 have room for at most a quarter of the adapters and KV, and run copies and batches in another order

@@ -18,9 +18,9 @@ def sizes_of(*roots: Any) -> Counter[str]:
     """Sums over all that can be reached: ``Type.attribute`` -> the entries of the containers there,
     ``Type`` -> the number of its objects.
 
-    Containers in containers are told as ``Type.attribute[]``; a deque that is bounded counts as its
-    bound. Closures, bound methods and partial
-    functions are followed too; tensors, modules and classes are not.
+    Containers in containers are reported as ``Type.attribute[]``; a bounded deque counts as its
+    bound. Closures, bound methods and partial functions are followed too; tensors, modules and
+    classes are not.
     """
     sizes: Counter[str] = Counter()
     seen: set[int] = set()

@@ -50,7 +50,7 @@ class Cache:
     Args:
         core: ``elora``, or SGLang's ``python`` or ``rust``.
         policy: Value of --radix-eviction-policy.
-        kv_pool: What the slots are of, for those who copy to them.
+        kv_pool: The KV pool of the slots, for tests that copy to them.
         page_size: Slots of a page; ``num_slots`` is a multiple of it.
     """
 

@@ -345,7 +345,7 @@ def _edited(source: _Source, content: bytes) -> bytes:
 
 
 def _made_program(source: _Source) -> bytes:
-    """A pickle that calls whatever of the known functions with whatever numbers."""
+    """A pickle that calls some of the known functions with arbitrary numbers."""
     program = b"\x80\x02}"
     for name in ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "b"):
         program += b"X" + struct.pack("<I", len(name)) + name.encode()

@@ -51,8 +51,8 @@ def test_chance_is_high_at_unseen_ages_and_low_after_misses() -> None:
 
 
 def test_hit_density_is_highest_just_before_the_expected_return() -> None:
-    """All come back after 2: at 1.5 what is left to wait is a quarter. An index that orders by last
-    use must not rise, so there it is what it was before."""
+    """All return after 2 turnovers: at 1.5 a quarter of the wait is left. An index that orders by
+    last use must not rise, so its value there is the one at age 0.01."""
     table = ReuseTable()
     observe(table, 2.0)
     assert table.hit_density_at(1.5) > 2 * table.hit_density_at(0.01)
