@@ -60,3 +60,12 @@ def test_files_of_sglang_that_pages_name_exist() -> None:
     assert of_sglang
     installed = Path(spec.origin).parents[1]
     assert [name for name in of_sglang if not any(installed.glob(name))] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "patches/README.md"], ids=lambda page: page.name)
+def test_tests_that_a_page_names_exist(page: Path) -> None:
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    known = {path.stem for path in files}
+    for path in files:
+        known |= set(re.findall(r"def (test_\w+)\(", path.read_text()))
+    assert sorted(set(re.findall(r"\btest_[a-z0-9_]+", page.read_text())) - known) == []
