@@ -1,9 +1,9 @@
 """The configuration of ELORA: one frozen object, from flags or environment.
 
 Each field is a flag ``--elora-*`` of ``python -m sglang_elora.launch_server``
-and an environment variable ``SGLANG_ELORA_*``. The environment is also how the
-configuration reaches SGLang's child processes, so flags are written to it
-before the server starts and every process reads it back with ``from_env``.
+and an environment variable ``SGLANG_ELORA_*``. The flags are written to the
+environment before the server starts, so that SGLang's child processes read the
+same configuration with ``from_env``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 SGLANG_PIN = "0.5.23"
-"""The one version of SGLang this package runs on. pyproject.toml repeats it; a test compares."""
+"""The only SGLang version this package runs on. pyproject.toml repeats it; a test compares."""
 
 POLICIES = ("elora", "elora_paper", "gdsf", "lru")
 STREAM_ORDERS = ("latest", "earliest")
@@ -32,7 +32,7 @@ def _option(
 
 @dataclass(frozen=True, slots=True)
 class EloraConfig:
-    """What the user asked for.
+    """All options of ELORA, validated.
 
     Raises:
         ValueError: A value is out of range, or an environment variable does
@@ -162,7 +162,7 @@ class EloraConfig:
 
     @property
     def selects_anything(self) -> bool:
-        """Whether SGLang is to be changed at all."""
+        """Whether any option requires patching SGLang."""
         return self.enabled or self.emulates_link
 
     @property
@@ -175,7 +175,7 @@ class EloraConfig:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> EloraConfig:
-        """Read the ``SGLANG_ELORA*`` variables; a name that is not ours is an error."""
+        """The configuration in the ``SGLANG_ELORA*`` variables; an unknown name is an error."""
         known = {variable_of(item): item for item in fields(cls)}
         unknown = sorted(
             name for name in environ if name.startswith("SGLANG_ELORA") and name not in known
@@ -192,14 +192,14 @@ class EloraConfig:
         return cls(**values)
 
     def to_env(self, environ: MutableMapping[str, str]) -> None:
-        """Write every field, so that child processes read back an equal object."""
+        """Write every field to ``environ``, so that child processes read an equal object."""
         for item in fields(self):
             value = getattr(self, item.name)
             environ[variable_of(item)] = str(int(value)) if isinstance(value, bool) else str(value)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser, defaults: EloraConfig) -> None:
-        """Add one flag per field; a flag that is not given keeps the value of ``defaults``."""
+        """Add one flag per field; an omitted flag keeps the value of ``defaults``."""
         group = parser.add_argument_group("ELORA")
         for item in fields(EloraConfig):
             kind = type(item.default)
@@ -221,13 +221,14 @@ _active: EloraConfig | None = None
 
 
 def activate(config: EloraConfig) -> None:
-    """Make this the configuration of the process, which it keeps to its end."""
+    """Set the configuration of this process until it ends."""
     global _active
     _active = config
 
 
 def active_config() -> EloraConfig:
-    """The configuration of this process: read once, when SGLang loads its plugins."""
+    """The configuration of this process, which SGLang's loading of plugins sets; otherwise that of
+    the environment."""
     return EloraConfig.from_env(os.environ) if _active is None else _active
 
 

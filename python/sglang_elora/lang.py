@@ -11,8 +11,8 @@
 
     answer.run(question="...", backend=sgl.RuntimeEndpoint("http://127.0.0.1:30000"))
 
-The functions here are about what is announced to an ELORA server before it is asked for. The
-language itself works with any server of SGLang's that serves adapters.
+The functions here control which adapters are announced to an ELORA server before their requests
+arrive. The language itself works with any SGLang server that serves adapters.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _Program = TypeVar("_Program")
 
 
 def hint(state: Any, *adapters: str) -> None:
-    """Announce that the program of this state will soon call these adapters: for what only it can
-    know, as the adapter of a branch that is not decided yet. Never fails, never waits."""
+    """Announce that this state's program will soon call these adapters. For calls that only the
+    program can foresee, such as those of a branch not yet decided. Never raises, never blocks."""
     executor = state.stream_executor
     announcer = announcing.announcer_of(getattr(executor, "backend", None))
     if announcer is not None:
@@ -44,21 +44,23 @@ def hint(state: Any, *adapters: str) -> None:
 
 
 def traced(program: _Program) -> _Program:
-    """Let each run of an ``sgl.function`` begin with a trace of it, which finds the adapters of its
-    calls up to where it looks at an answer, and announces them.
+    """The same ``sgl.function``, with a trace before each run. The trace finds the adapters of its
+    calls, up to the first place where the program reads an answer, and announces them.
 
-    For a trace the program's body is executed once more, without the model. So this is for programs
+    A trace executes the program's body once more, without the model. So use this only for programs
     that do nothing but append to their state: no files, no tools, no other program.
     """
     return tracing.mark(program)
 
 
 def prefetch(backend: Any, enabled: bool = True, *, admin_key: str | None = None) -> None:
-    """Whether adapters are announced to the server of a ``RuntimeEndpoint`` or ``Runtime``, and
-    under which key where that is not the endpoint's own.
+    """Turn announcements to the server of a ``RuntimeEndpoint`` or ``Runtime`` on or off.
+
+    Args:
+        admin_key: The key to announce with, if it is not the endpoint's own.
 
     Raises:
-        ValueError: It is another backend.
+        ValueError: The backend is of another type.
     """
     announcer = announcing.announcer_of(backend)
     if announcer is None:

@@ -1,8 +1,8 @@
 """Entry points through which SGLang finds this package.
 
-SGLang only logs an exception raised inside a plugin and goes on without it.
+SGLang only logs an exception raised inside a plugin and continues without the plugin.
 A server that silently runs without what the user asked for is worse than none,
-so everything here that fails ends the process.
+so any failure here ends the process.
 
 This module imports nothing heavy: SGLang would swallow an import error too.
 """
@@ -16,7 +16,8 @@ _WITHOUT_ADAPTERS = ("sglang::detokenizer", "sglang::data_parallel_controller")
 
 
 def left_out(environ: Mapping[str, str]) -> str | None:
-    """Which variable makes SGLang skip this package's plugins, and how; None if none does."""
+    """Why SGLang will skip this package's plugins: the environment variable that excludes them and
+    the remedy. None if no variable does."""
     allowed = environ.get("SGLANG_PLUGINS", "")
     if allowed and not {"elora", "elora_cpu"} <= {name.strip() for name in allowed.split(",")}:
         return f"SGLANG_PLUGINS={allowed!r} leaves out 'elora' or 'elora_cpu': add both"
@@ -30,8 +31,8 @@ def left_out(environ: Mapping[str, str]) -> str | None:
 
 
 def passes_messages_on() -> bool:
-    """Whether this is SGLang's detokenizer or data-parallel controller, by the title that SGLang
-    gives such a process before it loads plugins."""
+    """Whether this process is SGLang's detokenizer or data-parallel controller. SGLang sets the
+    process title, which is read here, before it loads plugins."""
     import setproctitle
 
     return setproctitle.getproctitle().startswith(_WITHOUT_ADAPTERS)
@@ -40,12 +41,12 @@ def passes_messages_on() -> bool:
 def load() -> None:
     """Entry point ``sglang.srt.plugins``: install what the configuration selects.
 
-    Called by SGLang in every process, before the engine is built. A process that only passes
-    messages on gets nothing installed, and so does not import the scheduler.
+    Called by SGLang in every process, before the engine is built. In a process that only forwards
+    messages nothing is installed, so it does not import the scheduler.
 
     Raises:
-        SystemExit: The configuration is invalid, or a seam of SGLang is not as
-            the pinned version has it.
+        SystemExit: The configuration is invalid, or a patched function of SGLang differs from
+            the pinned version's.
     """
     try:
         from sglang_elora.config import EloraConfig, activate
@@ -71,7 +72,7 @@ def load() -> None:
 
 
 def activate_cpu_platform() -> str | None:
-    """Entry point ``sglang.srt.platforms``: the CPU platform, where nothing better is.
+    """Entry point ``sglang.srt.platforms``: the CPU platform, if the machine has no accelerator.
 
     Returns:
         The dotted name of the platform class, or None to decline: an

@@ -1,4 +1,4 @@
-"""LoRA adapters as files: what is in a folder, and whether it can be served.
+"""LoRA adapters as files: finding, downloading, reading and checking them.
 
 Nothing here imports sglang, and torch and transformers are imported only inside functions.
 """

@@ -1,4 +1,4 @@
-"""Shapes of the base model's modules by path, without reading a weight."""
+"""Shapes of the base model's modules by path, computed without reading weights."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Which class of transformers wraps the text model decides where these stand in a path, so the
-# same adapter reaches us as "model.layers.0", "language_model.model.layers.0" or
-# "model.language_model.layers.0".
+# Path components that depend on the transformers class that wraps the text model: the same layer
+# may be "model.layers.0", "language_model.model.layers.0" or "model.language_model.layers.0".
 _WRAPPERS = frozenset({"model", "language_model", "text_model"})
 _TOWER = re.compile(r"(^|_)(visual|vision|audio|speech|image|img|mm|multi_modal)(_|$)")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
-# Auto class -> its table of model types. Asking an auto class for a type it lacks is slow: its
-# error message imports every model of transformers.
+# Auto class -> its table of model types. Checked first, because asking an auto class for a type it
+# lacks is slow: to format its error message it imports every model of transformers.
 _CLASSES = {
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
 }
 
-# What a constructor of some architecture, possibly remote code, is known to raise.
+# Errors that model constructors, possibly remote code, are known to raise.
 _BUILD_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -37,9 +36,9 @@ _BUILD_ERRORS = (
 
 @dataclass(frozen=True, slots=True)
 class ModuleShape:
-    """LoRA sees a module as ``in_size -> out_size``: A is [rank, in_size], B is [out_size, rank].
+    """Input and output size of a module, as LoRA sees it: A is [rank, in_size], B [out_size, rank].
 
-    An embedding is the map from one-hot rows, so its in_size is the number of embeddings.
+    An embedding maps one-hot rows, so its in_size is the number of embeddings.
     """
 
     in_size: int
@@ -51,8 +50,8 @@ class ModuleShape:
 class BaseShapes:
     """Linear and embedding modules of one base model; computed once per process.
 
-    ``reason`` is set where transformers cannot build the model: then ``modules`` is empty and
-    a check compares no shapes (the caller logs the reason).
+    ``reason`` is set if transformers cannot build the model: ``modules`` is then empty and
+    checks compare no shapes (the caller logs the reason).
     """
 
     modules: Mapping[str, ModuleShape]
@@ -80,7 +79,7 @@ class BaseShapes:
     def from_pretrained(
         cls, model_path: str, *, trust_remote_code: bool = False, revision: str | None = None
     ) -> BaseShapes:
-        """Build the model on the meta device and note its shapes (0.2 to 1.2 s, no weights).
+        """The shapes of a model built on the meta device (0.2 to 1.2 s, no weights are read).
 
         Never raises for an architecture it cannot build: see ``reason``.
         """
@@ -122,7 +121,8 @@ class BaseShapes:
         return cls(modules={}, reason="; ".join(failures), **sizes)
 
     def find(self, path: str) -> tuple[str, ModuleShape] | None:
-        """The base module an adapter means by ``path``, whatever wrappers the path names."""
+        """Path and shape of the base module that an adapter calls ``path``, ignoring wrapper
+        components; None if there is none or more than one."""
         shape = self.modules.get(path)
         if shape is not None:
             return path, shape
@@ -136,7 +136,7 @@ class BaseShapes:
 
 
 def names_module(target: str, path: str) -> bool:
-    """PEFT's rule for a list of targets: the whole path or its last components."""
+    """Whether a target matches a path by PEFT's rule: the whole path or its last components."""
     return path == target or path.endswith("." + target)
 
 
@@ -151,7 +151,7 @@ def is_tower(path: str) -> bool:
 
 
 def canonical(path: str) -> str:
-    """One spelling for all paths that mean the same module."""
+    """The path without wrapper components: equal for all spellings of one module."""
     parts = [part for part in path.split(".") if part not in _WRAPPERS]
     # "unembed_tokens" is the output layer in adapters of some trainers; SGLang accepts it.
     return ".".join("lm_head" if part == "unembed_tokens" else part for part in parts)

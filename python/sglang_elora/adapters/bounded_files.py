@@ -1,4 +1,4 @@
-"""Files of strangers, read only as far as their size is known and reasonable."""
+"""Bounded reading of untrusted files: no more bytes or memory than a sane adapter needs."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from typing import BinaryIO, ParamSpec, TypeVar
 from sglang_elora.adapters.errors import AdapterError
 
 MAX_JSON_BYTES = 4 << 20
-"""Of adapter_config.json. PEFT's are a few KiB."""
+"""Size limit of adapter_config.json. PEFT's have a few KiB; raising it lets a larger file be
+parsed."""
 
 MAX_TOKENS_BYTES = 8 << 20
-"""Of added_tokens.json, which may name a whole vocabulary."""
+"""Size limit of added_tokens.json, which may list a whole vocabulary."""
 
 MAX_HEADER_BYTES = 4 << 20
-"""Of a safetensors file; a tensor takes some 150 bytes of it."""
+"""Size limit of a safetensors file's header, which takes about 150 bytes per tensor."""
 
 MAX_PROGRAM_BYTES = 1 << 20
-"""Of the pickle in a file of torch.save; a tensor takes some 250 bytes of it."""
+"""Size limit of the pickle in a torch.save file, which takes about 250 bytes per tensor."""
 
-# All that a dictionary of tensors needs. Of what else torch allows as safe, some calls allocate as
-# much as they are told, such as torch.storage.UntypedStorage(1 << 40).
+# The calls that a pickled dictionary of tensors needs. Other calls that torch considers safe can
+# allocate any amount of memory, such as torch.storage.UntypedStorage(1 << 40).
 _CALLS = frozenset(
     {
         "collections OrderedDict",
@@ -42,7 +43,7 @@ _T = TypeVar("_T")
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading, without waiting for a writer as an open of a pipe does.
+    """Open a regular file for reading; never blocks, as opening a pipe without a writer would.
 
     Raises:
         OSError: It cannot be opened, or is a pipe, a device, a socket or a folder.
@@ -58,7 +59,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_bounded(path: Path, most_bytes: int) -> bytes:
-    """The whole of a file that is not too large.
+    """The content of a file of at most ``most_bytes``.
 
     Raises:
         OSError: As ``open_regular``, or it has more than ``most_bytes``.
@@ -71,14 +72,13 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
 
 
 def check_zip(path: Path) -> None:
-    """See that a file that torch saved takes no more memory than it has bytes.
+    """Check that loading a torch.save file takes no more memory than the file has bytes.
 
-    Torch stores what it saves in a zip archive without compression, and a pickle in it says how to
-    make tensors of it.
+    torch.save writes an uncompressed zip archive; a pickle in it says how to build the tensors.
 
     Raises:
-        OSError: It cannot be read, is no such archive, would be inflated, or its pickle calls what
-            no dictionary of tensors needs.
+        OSError: It cannot be read, is no such archive, is compressed, or its pickle calls a
+            function that a dictionary of tensors does not need.
     """
     with open_regular(path) as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -113,7 +113,7 @@ def _check_program(program: bytes) -> None:
 
 
 def refused_not_raised(check: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Whatever a check of an adapter ``(name, path or content, ...)`` raises is a refusal of it.
+    """Decorator of a check ``(name, path or content, ...)`` that turns every error into a refusal.
 
     Raises:
         AdapterError: In place of any other error.

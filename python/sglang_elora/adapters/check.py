@@ -1,9 +1,9 @@
-"""The one static check of a LoRA adapter, made before anything is sent to the schedulers.
+"""The static check of a LoRA adapter, made before anything is sent to the schedulers.
 
 Stock SGLang accepts most broken adapters at load and fails in the scheduler at their first
 batch, or serves them without part of their weights. ``check_adapter`` reads the configuration,
-the file headers and then the data (NaN ends the sampler), and names file and reason. An adapter
-that has only some of q, k, v or of gate, up passes: SGLang's fused layers get zeros for the rest.
+the file headers and then the data (a NaN crashes the sampler); its errors name file and reason. An
+adapter with only some of q, k, v or gate, up passes: SGLang's fused layers get zeros for the rest.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _DIVERGED = "Training diverged: use an earlier checkpoint"
 
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
-    """What is known of an adapter that passed the check."""
+    """Properties of an adapter that passed the check."""
 
     name: str
     folder: Path
-    """Local, also for an adapter given by its Hugging Face id."""
+    """Local folder, also for an adapter given by its Hugging Face id."""
     files: tuple[Path, ...]
     rank: int
     alpha: float
@@ -59,7 +59,7 @@ class AdapterFacts:
     """Leaf names of the modules that have weights, as in the file ("q_proj")."""
     num_parameters: int
     size_bytes: int
-    """Of the LoRA factors as stored, in the file's dtype."""
+    """Bytes of the LoRA factors as stored, in the file's dtype."""
 
     @property
     def served_modules(self) -> frozenset[str]:
@@ -83,12 +83,13 @@ def check_adapter(
     Args:
         name: The name it is served under.
         path: A local folder, or a Hugging Face id (downloaded if not cached; blocking).
-        base: Shapes of the base model; where unknown, only ranks are compared.
+        base: Shapes of the base model; if unknown, only ranks are compared.
         max_rank: The server's ``--max-lora-rank``.
         target_modules: The server's ``--lora-target-modules``, plain or fused names; "all"
             allows everything.
         refused_modules: Served names of modules that the server cannot adapt at all.
-        read_weights: Look for NaN and for what is beyond float16; else only headers are read.
+        read_weights: Also read the data, and refuse NaN and values beyond float16's range;
+            otherwise only headers are read.
 
     Raises:
         AdapterError: The adapter cannot be served; the text says which file, why, and what
@@ -112,7 +113,7 @@ def read_adapter(name: str, path: str) -> dict[str, Any]:
     """The weights of an adapter that was checked before, as torch tensors by their stored names.
 
     Raises:
-        AdapterError: The folder or a file cannot be read any more, or a weight is NaN or too large.
+        AdapterError: The folder or a file can no longer be read, or a weight is NaN or too large.
     """
     folder = find_folder(name, path)
     tensors = load_tensors(folder)
@@ -121,7 +122,7 @@ def read_adapter(name: str, path: str) -> dict[str, Any]:
 
 
 def content_digest(tensors: Mapping[str, Any]) -> str:
-    """Names what tensors hold, whatever files they came from and in which order.
+    """Hex digest of the tensors' names, dtypes, shapes and data; independent of files and order.
 
     Args:
         tensors: torch tensors in host memory, by their stored names.
@@ -136,7 +137,7 @@ def content_digest(tensors: Mapping[str, Any]) -> str:
 
 @refused_not_raised
 def served_modules(name: str, path: str) -> frozenset[str]:
-    """The modules an adapter has weights for, by SGLang's fused names, from its files' headers.
+    """SGLang's fused names of the modules an adapter has weights for, from its files' headers.
 
     Raises:
         AdapterError: There is no such folder, or no file in it that can be read.
@@ -157,7 +158,7 @@ def check_tensors(
     target_modules: Iterable[str] | None = None,
     refused_modules: Iterable[str] = (),
 ) -> AdapterFacts:
-    """``check_adapter`` for an adapter that comes as tensors in a request.
+    """``check_adapter`` for an adapter whose tensors arrive in a request.
 
     Args:
         config: Content of its adapter_config.json.
@@ -190,7 +191,7 @@ def _check_parts(
     base: BaseShapes,
     stored: Sequence[TensorInfo],
 ) -> AdapterFacts:
-    """What configuration, tensors and base model must agree on."""
+    """Check that configuration, tensors and base model agree; returns the adapter's facts."""
     pairs = pair_tensors(folder, config, base, stored)
     check_patterns(folder, config, (pair.stored_path for pair in pairs))
     check_shapes(folder, config, base, pairs)
@@ -212,7 +213,7 @@ def _check_parts(
 def _check_targets(
     folder: AdapterFolder, config: AdapterConfig, base: BaseShapes, pairs: Sequence[LoraPair]
 ) -> None:
-    """The file and target_modules must agree on what is adapted."""
+    """Check that the weights and target_modules name the same modules."""
     extra = sorted({_leaf(pair) for pair in pairs if not config.targets(pair.stored_path)})
     folder.raise_if_any(
         [Problem(CONFIG_FILE, f"weights of {m!r} are not in target_modules") for m in extra],

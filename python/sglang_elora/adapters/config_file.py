@@ -1,10 +1,10 @@
-"""adapter_config.json: what is read from it, and which of PEFT's options are refused.
+"""adapter_config.json: the fields that are read, and the PEFT options that are refused.
 
-Every field of peft 0.21's LoraConfig was decided. Not refused, because they leave the forward
-``W x + scaling * B A x`` as it is: those of training only (lora_dropout, exclude_modules,
+Covers every field of peft 0.21's LoraConfig. Accepted and ignored, because they do not change the
+forward ``W x + scaling * B A x``: training options (lora_dropout, exclude_modules,
 layers_to_transform, layers_pattern, eva_config, velora_config, ensure_weight_tying,
-runtime_config, megatron_*), and fan_in_fan_out, which tells PEFT how the *base* weight is
-stored and matters when merging. modules_to_save and ``bias`` are refused by their tensors.
+runtime_config, megatron_*), and fan_in_fan_out, which says how the *base* weight is
+stored and matters only for merging. modules_to_save and ``bias`` are refused by their tensors.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from sglang_elora.adapters.errors import MERGE, AdapterFolder, Problem
 from sglang_elora.adapters.weight_files import ADDED_TOKENS_FILE, CONFIG_FILE
 
 MAX_SCALING = 4096.0
-"""alpha / r. Trained adapters have 0.5 to 64; far above, products overflow in 16 bits."""
+"""Largest accepted alpha / r. Trained adapters have 0.5 to 64; with much larger ones, 16-bit
+products overflow."""
 
 _MAX_RANK = 1 << 16
 _MAX_NAMES = 2048  # all linear layers of a 405B model: 882
-_MAX_COMPARED = 1 << 20  # keys of a pattern, each with each module; an expression counts as 32
+_MAX_COMPARED = 1 << 20  # pairs of a pattern's key and a module; an expression counts as 32 keys
 _MAX_PATTERN_CHARS = 512
 _MAX_ALTERNATIVES = 4
-_MAX_BRANCHING = 32  # expressions with repetitions or alternatives, of all in a pattern
-_PLAIN = re.compile(r"[\w.-]+")  # names: what is behind the last dot stands for itself
+_MAX_BRANCHING = 32  # expressions with repetitions or alternatives in one pattern
+_PLAIN = re.compile(r"[\w.-]+")  # names: the part after the last dot matches only itself
 _REPETITION = re.compile(r"[*+?{]")
 _UNREAD = re.compile(r"\)[*+?{]|\(\?|\\[1-9]|\[[^\]]*(\[|--|&&|~~|\|\|)")  # see _check_expressions
 
@@ -37,7 +38,7 @@ ALL_LINEAR = frozenset({"all", "all-linear"})
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 _RESAVE = "Re-save the adapter with PEFT's save_pretrained"
 
-# Refused when truthy: option -> what it does to the forward.
+# Options refused when truthy -> how they change the forward.
 _REFUSED = {
     "use_dora": "DoRA scales the merged weight by a learned magnitude",
     "use_qalora": "QALoRA pools the inputs before A",
@@ -63,7 +64,7 @@ class AdapterConfig:
     alpha: float
     use_rslora: bool
     target_modules: tuple[str, ...] | None
-    """As PEFT saved them; None for "all-linear"."""
+    """As saved by PEFT; None for "all-linear"."""
     modules_to_save: tuple[str, ...]
     rank_pattern: Mapping[str, float]
     alpha_pattern: Mapping[str, float]
@@ -75,7 +76,7 @@ class AdapterConfig:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     def targets(self, path: str) -> bool:
-        """PEFT's rule for a list: the whole path or its last components."""
+        """Whether ``path`` is targeted, by PEFT's rule: the whole path or its last components."""
         if self.target_modules is None:
             return True
         parts = path.split(".")
@@ -134,7 +135,7 @@ def parse_config(folder: AdapterFolder, raw: Mapping[str, Any]) -> AdapterConfig
 
 
 def check_patterns(folder: AdapterFolder, config: AdapterConfig, modules: Iterable[str]) -> None:
-    """Refuse rank_pattern and alpha_pattern where they change a module the adapter has."""
+    """Refuse a rank_pattern or alpha_pattern that changes one of the adapter's modules."""
     paths = sorted(modules)
     for option, pattern, default in (
         ("rank_pattern", config.rank_pattern, config.rank),
@@ -163,7 +164,7 @@ def check_patterns(folder: AdapterFolder, config: AdapterConfig, modules: Iterab
 
 
 def check_added_tokens(folder: AdapterFolder, vocab_size: int | None) -> None:
-    """Refuse tokens outside the base vocabulary; ids inside it are a copy of the tokenizer's."""
+    """Refuse added tokens outside the base vocabulary; those inside it repeat the tokenizer's."""
     added = _read_json(folder, ADDED_TOKENS_FILE)
     if not added or vocab_size is None:
         return
@@ -253,10 +254,10 @@ def _pattern(folder: AdapterFolder, raw: Mapping[str, Any], option: str) -> dict
 def _check_expressions(keys: Collection[str]) -> None:
     """Refuse expressions whose match with a module's path may take long.
 
-    Each way to match is tried before a match fails: the square of the path's length for one
-    repetition of a character or class, twice as many for each alternative. Several repetitions, or
-    one of a group, may take indefinitely. Not read either are extensions, back references and what
-    Python warns of in sets.
+    A failing match tries every way to match: one repetition of a character or class takes the
+    square of the path's length, and each alternative doubles that. Several repetitions, or a
+    repeated group, may take exponential time. Extensions, back references and the set syntax that
+    Python warns about are refused too.
     """
     num_branching = 0
     if len(keys) > _MAX_NAMES:

@@ -1,4 +1,4 @@
-"""The one error for an adapter that cannot be served, and how several reasons become one text."""
+"""The error for an adapter that cannot be served; joins several problems into one text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MERGE = (
 )
 
 SHOWN = 3
-"""Problems whose texts are in an error; the rest are counted."""
+"""Number of problems quoted in an error; further ones are only counted."""
 
 _MAX_PROBLEM_CHARS = 500
 _MAX_REASON_CHARS = 2000
@@ -20,10 +20,10 @@ _MAX_WHERE_CHARS = 4500  # the longest path, and a file in it
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be served: a mistake of the user's, not of ours.
+    """An adapter that cannot be served because of its files, not because of a server error.
 
-    Text: ``LoRA adapter 'NAME' (PATH/FILE): REASON. REMEDY.`` Reasons quote what a stranger wrote,
-    and go into logs and terminals: what cannot be printed is escaped, what is long is cut.
+    Text: ``LoRA adapter 'NAME' (PATH/FILE): REASON. REMEDY.`` Reasons quote untrusted text and go
+    into logs and terminals: unprintable characters are escaped, long texts are cut.
     """
 
     def __init__(self, name: str, where: str, reason: str, remedy: str) -> None:
@@ -57,7 +57,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """A local folder and the name it is served under; it builds the errors about itself."""
+    """An adapter's local folder and served name; builds the errors about this adapter."""
 
     name: str
     path: Path

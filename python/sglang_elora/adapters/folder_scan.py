@@ -1,4 +1,4 @@
-"""New adapters in a folder that is watched: which of its subfolders can be loaded now."""
+"""Scan of a watched folder for new adapters: which of its subfolders can be loaded now."""
 
 from __future__ import annotations
 
@@ -10,42 +10,44 @@ from pathlib import Path
 from sglang_elora.adapters.weight_files import CONFIG_FILE
 
 PATIENT_SCANS = 10
+"""Equal scans in a row after which a subfolder without a config is reported. Raising it allows
+slower copies, and reports an incomplete folder later."""
 
-_Signature = tuple[tuple[str, int, int], ...]  # of each entry: name, bytes, modified at
+_Signature = tuple[tuple[str, int, int], ...]  # of each entry: name, bytes, modification time (ns)
 
 
 @dataclass(frozen=True, slots=True)
 class FoundAdapter:
-    """A subfolder with something new. ``problem`` says why it may not be loaded, or is empty."""
+    """A new or changed subfolder. ``problem`` says why it may not be loaded, or is empty."""
 
-    name: str  # of the folder, and of the adapter
+    name: str  # of the subfolder and the adapter
     path: Path
     problem: str
 
 
 class FolderScan:
-    """Finds each subfolder with something in it once, and again only after it has changed.
+    """Reports each non-empty subfolder once, and again only after it has changed.
 
-    What is still being written is left for later: a subfolder counts when two scans in a row see
-    the same files; one without a config when ``PATIENT_SCANS`` do, as a copy may take its time to
-    come to it. Names that begin with a dot are left out, so that a folder can be filled under such
+    A subfolder that is still being written is skipped: it is reported when two scans in a row see
+    the same files, or ``PATIENT_SCANS`` scans if it has no config, since a slow copy may write the
+    config last. Names that begin with a dot are ignored, so that a folder can be filled under such
     a name and then be renamed.
 
     Nothing outside the folder is served: neither a subfolder nor a file in it may be a link that
     leads out of it.
 
     Args:
-        root: The folder; it may come later.
+        root: The folder; it may be created later.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._seen: dict[str, _Signature] = {}  # as of the last scan
-        self._told: dict[str, _Signature] = {}  # as of when it was returned
-        self._num_same: dict[str, int] = {}  # scans in a row that saw it as it is
+        self._seen: dict[str, _Signature] = {}  # at the last scan
+        self._told: dict[str, _Signature] = {}  # when the subfolder was last reported
+        self._num_same: dict[str, int] = {}  # scans in a row that saw the current signature
 
     def scan(self) -> list[FoundAdapter]:
-        """What is new, in order of names. Blocks for some system calls per subfolder."""
+        """New and changed subfolders by name. Blocks for a few system calls per subfolder."""
         seen = dict(self._subfolders())
         self._num_same = {
             name: self._num_same.get(name, 0) + 1 if signature == self._seen.get(name) else 1
@@ -66,21 +68,21 @@ class FolderScan:
     def _subfolders(self) -> Iterator[tuple[str, _Signature]]:
         try:
             entries = list(os.scandir(self._root))
-        except OSError:  # not there yet, or not any more
+        except OSError:  # not created yet, or removed
             return
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             try:
                 files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in _inner(entry)]
-            except OSError:  # a link to nowhere, or a file that has just gone
+            except OSError:  # a dangling link, or a file removed since
                 continue
             if files:
                 yield entry.name, tuple(sorted(files))
 
 
 def leads_out(root: Path, path: Path) -> str:
-    """Why this adapter's folder, or a file in it, does not lie in ``root``; empty if all do."""
+    """Why an adapter's folder, or a file in it, is not inside ``root``; empty if all are."""
     inside = root.resolve()
     try:
         for inner in (path, *path.iterdir()):

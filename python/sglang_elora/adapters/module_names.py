@@ -1,11 +1,11 @@
-"""Names of modules as the server groups them."""
+"""Module names as SGLang groups them into fused layers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-# SGLang runs these projections as one fused layer, so --lora-target-modules and the memory for
-# adapters know them by the fused name.
+# Checkpoint name -> the name that --lora-target-modules and the adapter memory use: SGLang runs
+# several projections as one fused layer.
 _FUSED = {
     "q_proj": "qkv_proj",
     "k_proj": "qkv_proj",

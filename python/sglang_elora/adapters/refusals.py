@@ -1,4 +1,4 @@
-"""What was found wrong with adapters' folders, so that it is not looked for again and again."""
+"""Cache of refusals of adapter folders, so that an unchanged folder is not checked again."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from typing import TypeVar
 from sglang_elora.adapters.errors import AdapterError
 
 MOST = 1024
-_MOST_FILES = 1000
+"""Number of refusals kept; the oldest is dropped first."""
+_MOST_FILES = 1000  # per folder that make up its stamp
 
 Stamp = tuple[tuple[str, int, int, int], ...]
 T = TypeVar("T")
 
 
 class Refusals:
-    """Of folders that are as they were when they were refused, by the files' sizes and times.
+    """Errors of refused folders, valid while the files' sizes, inodes and change times stay equal.
 
-    What the machine could not do (open another file, find memory) says nothing of the adapter, and
-    is not kept.
+    Errors of the machine (no file descriptor, no memory) say nothing about the adapter and are not
+    kept.
     """
 
     def __init__(self) -> None:
         self._known: OrderedDict[str, tuple[Stamp, AdapterError]] = OrderedDict()
 
     def check(self, name: str, path: str, check: Callable[[], T]) -> T:
-        """``check()``, unless it is known what it will raise.
+        """The result of ``check()``, which is not called if the folder's refusal is known.
 
         Raises:
-            AdapterError: The adapter cannot be served under any name; the text has this one.
+            AdapterError: The adapter cannot be served; the text has this ``name``, also if the
+                refusal was found under another one.
         """
         stamp = _stamp(Path(path))
         known = self._known.get(path)
@@ -50,7 +52,7 @@ class Refusals:
 
 
 def _stamp(folder: Path) -> Stamp:
-    """Changes with the folder's files; empty if it is no folder."""
+    """A value that changes when the folder's files change; empty if the folder cannot be read."""
     try:
         with os.scandir(folder) as entries:
             files = [(entry.name, entry.stat()) for entry in islice(entries, _MOST_FILES)]

@@ -1,8 +1,8 @@
-"""Adapters behind a URL: ``s3://``, ``gs://``, ``hf://``, ``https://`` with a listing, others of
-``PROTOCOLS``, by fsspec's file systems. Their files come to a local folder, once for each version.
-Neither what is fetched of one adapter nor what is kept of all grows without bound.
+"""Adapters at a URL: ``s3://``, ``gs://``, ``hf://``, ``https://`` with a listing, and the others
+of ``PROTOCOLS``, through fsspec's file systems. Each version is downloaded once, to a local folder.
+The size of one adapter and the size of the whole cache are bounded.
 
-Credentials and endpoints are what the file system takes from its environment (``AWS_*``,
+The file system reads credentials and endpoints from its environment (``AWS_*``,
 ``FSSPEC_S3_ENDPOINT_URL``, ...).
 """
 
@@ -28,13 +28,15 @@ from sglang_elora.adapters.weight_files import ADDED_TOKENS_FILE, CONFIG_FILE, w
 PROTOCOLS = frozenset(
     {"s3", "s3a", "gs", "gcs", "hf", "http", "https", "az", "abfs", "abfss", "adl", "oss", "obs"}
 )
-"""fsspec has more: of the local machine, of archives within files, of other file systems."""
+"""Accepted URL schemes. fsspec's others (local files, archives, chained file systems) are not."""
 
 MAX_ADAPTER_BYTES = 8 * 2**30
-"""Of one adapter's files; rank 64 on all modules of a 70B model is 1.7 GB in bfloat16."""
+"""Size limit of one adapter's files; rank 64 on all modules of a 70B model has 1.7 GB in
+bfloat16."""
 
 MAX_CACHE_BYTES = 64 * 2**30
-"""Of all folders in the cache. Those used longest ago go, unless a running server uses them."""
+"""Size of all folders in the cache above which the least recently used ones are removed, except
+those in use by a running server."""
 
 _CHUNK_BYTES = 4 * 2**20
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s:]\S*", re.IGNORECASE)
@@ -47,22 +49,21 @@ def is_url(path: str) -> bool:
 
 
 def has_adapter(url: str) -> bool:
-    """Whether a config lies there. Asks the remote side each time (network, blocking).
+    """Whether there is an adapter config at the URL. Asks the server each time (network, blocking).
 
     Raises:
-        Exception: Of the file system's own kinds, if it cannot be asked.
+        Exception: The file system's own errors, if it cannot be reached.
     """
     fs, root = _open(url)
     return bool(fs.exists(f"{root}/{CONFIG_FILE}"))
 
 
 def download(name: str, url: str) -> Path:
-    """The local folder of the adapter as it is now behind the URL (network, blocking).
+    """Download the adapter's current version and return its local folder (network, blocking).
 
-    A version that is there is not fetched again: the folder's name is a digest of what the file
-    system tells of the files (size, etag, time). It appears whole or not at all, also when several
-    processes fetch it. It stays until ``keep_only`` leaves it out, or the
-    end of this process.
+    A version in the cache is not fetched again: the folder's name is a digest of the URL and of
+    the files' metadata (size, etag, time). The folder appears complete or not at all, also when
+    several processes fetch it. It is kept until ``keep_only`` omits it or this process ends.
 
     Raises:
         AdapterError: It cannot be reached, it is too large, or there is no adapter.
@@ -80,14 +81,17 @@ def download(name: str, url: str) -> Path:
 
 
 def keep_only(paths: Iterable[str]) -> None:
-    """What this process serves adapters from: of the folders of ``download`` these stay in the
-    cache, and others may leave it."""
+    """Keep these folders of ``download`` in the cache, and allow removing this process's others.
+
+    Args:
+        paths: All folders this process serves adapters from; those outside the cache are ignored.
+    """
     cache = str(cache_folder())
     used = {Path(path) for path in paths if os.path.dirname(path) == cache}
     for folder in list(_held):
         if folder not in used:
             os.close(_held.pop(folder))
-    for folder in used - set(_held):  # another load was over before this one was known
+    for folder in used - set(_held):  # a concurrent call without this folder released it
         _hold(folder)
 
 
@@ -102,12 +106,12 @@ def _open(url: str) -> tuple[Any, str]:
         raise ValueError(f"{protocol}:// is none of {', '.join(sorted(PROTOCOLS))}")
     options = {"get_client": _client_on_one_host} if protocol in ("http", "https") else {}
     fs, root = fsspec.url_to_fs(url, **options)
-    fs.invalidate_cache()  # of listings: what is new there counts
+    fs.invalidate_cache()  # cached listings would hide new versions
     return fs, root.rstrip("/")
 
 
 async def _client_on_one_host(**options: Any) -> Any:
-    """A client of aiohttp that follows no redirect to another host."""
+    """An aiohttp client that refuses redirects to another host."""
     aiohttp: Any = importlib.import_module("aiohttp")
 
     async def refuse(session: Any, context: Any, request: Any) -> None:
@@ -121,7 +125,7 @@ async def _client_on_one_host(**options: Any) -> Any:
 
 
 def _wanted(listed: Sequence[_Info]) -> dict[str, str]:
-    """Path of each file to fetch, by its name: the weights in one format only, as they are read."""
+    """Name -> path of the files to fetch: configuration, and weights in the one format read."""
     files = {posixpath.basename(info["name"]): info["name"] for info in listed}
     keep = {CONFIG_FILE, ADDED_TOKENS_FILE, *weight_names(files)}
     return {file: path for file, path in files.items() if file in keep}
@@ -143,7 +147,7 @@ def _fetch(fs: Any, url: str, infos: Mapping[str, _Info]) -> Path:
         try:
             partial.rename(folder)
         except OSError:
-            if not folder.is_dir():  # nobody else was faster
+            if not folder.is_dir():  # otherwise another process has completed the same folder
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -154,7 +158,7 @@ def _fetch(fs: Any, url: str, infos: Mapping[str, _Info]) -> Path:
 
 
 def _copy(fs: Any, infos: Mapping[str, _Info], target: Path) -> None:
-    """What a server says of a size may be missing or wrong: bytes count as they come."""
+    """Copy the files to ``target``. Counts the received bytes, as announced sizes may be wrong."""
     left = MAX_ADAPTER_BYTES
     for file, info in infos.items():
         with fs.open(info["name"], "rb") as source, (target / file).open("wb") as copy:
@@ -166,11 +170,11 @@ def _copy(fs: Any, infos: Mapping[str, _Info], target: Path) -> None:
 
 
 _held: dict[Path, int] = {}
-"""Folders that this process uses, with the descriptor that locks each of them."""
+"""Folders that this process uses, each with the descriptor that holds its lock."""
 
 
 def _hold(folder: Path) -> bool:
-    """Keep a folder from being removed, and note that it is used now. Whether it is there."""
+    """Lock a folder against removal and update its time of use; False if it does not exist."""
     if folder not in _held:
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -186,7 +190,7 @@ def _hold(folder: Path) -> bool:
 
 
 def _make_room(cache: Path) -> None:
-    """Remove folders that no process holds, used longest ago first, until the rest is within
+    """Remove folders that no process holds, least recently used first, until the rest fit in
     ``MAX_CACHE_BYTES``."""
     folders = [entry for entry in cache.iterdir() if entry.is_dir() and entry.name[0] != "."]
     sizes = {folder: sum(f.stat().st_size for f in folder.iterdir()) for folder in folders}
@@ -203,7 +207,7 @@ def _make_room(cache: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where folders of ``download`` are, each by the name of its version."""
+    """The parent of all folders of ``download``, which are named by version."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "sglang_elora" / "adapters"
 

@@ -1,4 +1,4 @@
-"""From what the user gave (a folder, a URL or a Hugging Face id) to a local folder."""
+"""Local folder of an adapter that the user names by folder, URL or Hugging Face id."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GIVE_A_FOLDER = (
 def find_folder(name: str, path: str) -> AdapterFolder:
     """Return the local folder of an adapter, downloading it if ``path`` is a URL or a Hub id.
 
-    As SGLang does, anything that is not a local folder and can be a Hub id is asked for there
+    As in SGLang, anything that is not a local folder and can be a Hub id is requested from the Hub
     (network, blocking; a snapshot already in the cache is used offline).
     """
     if is_url(path):

@@ -1,4 +1,4 @@
-"""Whether the matrices of an adapter can be stacked as SGLang stacks them."""
+"""Check that the matrices of an adapter can be stacked as SGLang stacks them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.")
 
 
 def why_not_stacked(shapes: Mapping[str, tuple[int, ...]], rank: int) -> str | None:
-    """What is wrong with stored shapes, told by the first tensor that has it; None if nothing is.
+    """The first problem that would keep SGLang from stacking the tensors; None if there is none.
 
     Each A must be ``[rank, in_features]`` and each B ``[out_features, rank]``, and projections that
-    become one module must read inputs of one size. Whatever else may be wrong with a shape, SGLang
-    asserts; these would be a RuntimeError of torch, as running out of memory is.
+    become one module must have one input size. SGLang asserts all other properties of a shape;
+    these would raise torch's RuntimeError, which running out of memory raises too.
 
     Args:
-        shapes: Of the tensors by their stored names; names without ``.lora_A.`` or ``.lora_B.`` are
-            not looked at.
+        shapes: Shapes by the tensors' stored names; names without ``.lora_A.`` or ``.lora_B.`` are
+            ignored.
     """
     widths: dict[str, tuple[str, int]] = {}
     for name, shape in shapes.items():

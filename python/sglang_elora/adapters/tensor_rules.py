@@ -1,4 +1,4 @@
-"""From the tensors of a file to pairs A, B of base modules, or the reasons why not."""
+"""Pairing of stored tensors into A and B of base modules, with the reasons for refusing some."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class LoraPair:
     """One adapted module, and its A and B where present."""
 
     stored_path: str
-    """As in the file, which is what PEFT's patterns match."""
+    """As in the file; PEFT's patterns match this path."""
     path: str
     """As in the base model."""
-    shape: ModuleShape | None  # None where the base model's shapes are not known
+    shape: ModuleShape | None  # None if the base model's shapes are unknown
     a: TensorInfo | None
     b: TensorInfo | None
 
@@ -51,7 +51,7 @@ def pair_tensors(
 ) -> list[LoraPair]:
     """Group tensors by base module.
 
-    Raises AdapterError on a tensor that is not a LoRA factor, is not of floats, has no module
+    Raises AdapterError on a tensor that is not a LoRA factor, is not floating-point, has no module
     in the base model, or lacks its other half.
     """
     factors, others = _split(tensors)
@@ -81,7 +81,7 @@ def pair_tensors(
 def check_shapes(
     folder: AdapterFolder, config: AdapterConfig, base: BaseShapes, pairs: Sequence[LoraPair]
 ) -> None:
-    """A must be [rank, in_size] and B [out_size, rank]."""
+    """Check that each A is [rank, in_size] and each B is [out_size, rank]."""
     ranks: list[Problem] = []
     sizes: list[Problem] = []
     vocab: list[Problem] = []
@@ -128,7 +128,7 @@ def _split(
 
 
 def _is_frozen_copy(tensor: TensorInfo, paths: set[str], base: BaseShapes) -> bool:
-    """The base weight of an embedding that PEFT saves beside LoRA factors *of that embedding*.
+    """Whether this is an embedding's base weight, which PEFT saves with LoRA factors *of it*.
 
     It was not trained, so it is skipped. One of another shape was resized: not skipped.
     """

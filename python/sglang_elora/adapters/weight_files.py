@@ -1,4 +1,4 @@
-"""Which files hold an adapter's weights, and what their headers say."""
+"""An adapter's weight files: which they are, their headers and their tensors."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ADDED_TOKENS_FILE = "added_tokens.json"
 WEIGHT_STEM = "adapter_model"
 WEIGHT_FILE = f"{WEIGHT_STEM}.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
-"""In SGLang's order of preference: of an adapter the first that is there is read."""
+"""File formats in SGLang's order of preference: only the first one present is read."""
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 _COPY_AGAIN = "Copy or download the adapter again"
-# safetensors name -> (name in torch, bytes per element); what is not here is not a float.
+# safetensors name -> (name in torch, bytes per element) of the floating-point types.
 _FLOATS = {
     "F8_E4M3": ("float8_e4m3fn", 1),
     "F8_E5M2": ("float8_e5m2", 1),
@@ -40,13 +40,13 @@ _MAX_TENSORS = 16_384  # a factor pair of each linear layer of a 405B model: 176
 _MAX_NAME_CHARS = 256
 
 MAX_WEIGHT = 65_504
-"""The largest number of float16, and far beyond what training gives. Larger ones are finite in the
-file and may not be where they are used."""
+"""Largest accepted weight: float16's maximum, far beyond trained weights. A larger one is finite
+in the file and may become infinite in the serving dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One stored tensor, not its data. ``dtype`` is torch's name where it is a float."""
+    """One stored tensor without its data. ``dtype`` is torch's name if it is floating-point."""
 
     file: str
     name: str
@@ -67,7 +67,7 @@ class TensorInfo:
 
 
 def weight_names(names: Iterable[str]) -> list[str]:
-    """The files of a folder that hold the adapter: PEFT's ``adapter_model.*`` alone if present (a
+    """Names of the files with the adapter's weights: PEFT's ``adapter_model.*`` alone if present (a
     trainer may save a value head or the model in the same folder), otherwise all of one format."""
     found = {name for name in names if name not in _NOT_WEIGHTS}
     for suffix in WEIGHT_SUFFIXES:
@@ -80,7 +80,7 @@ def weight_names(names: Iterable[str]) -> list[str]:
 
 
 def find_weight_files(folder: AdapterFolder) -> list[Path]:
-    """As ``weight_names``.
+    """Paths of the folder's ``weight_names``.
 
     Raises:
         AdapterError: The folder has none.
@@ -132,19 +132,19 @@ def load_tensors(folder: AdapterFolder) -> dict[str, Any]:
 
 
 def unusable_tensors(folder: AdapterFolder, files: Sequence[Path]) -> list[Problem]:
-    """``unusable`` of files. Reads all data: about 0.2 s for 84 MB, from the page cache."""
+    """``unusable`` for files. Reads all data: about 0.2 s for 84 MB from the page cache."""
     return [p for file in files for p in unusable(file.name, _data(folder, file))]
 
 
 def unusable(file: str, tensors: Iterable[tuple[str, Any]]) -> list[Problem]:
-    """Those of the (name, torch tensor) pairs that have NaN or values beyond ``MAX_WEIGHT``."""
+    """One problem per (name, torch tensor) pair that has NaN or values beyond ``MAX_WEIGHT``."""
     torch: Any = importlib.import_module("torch")
     ordered = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     problems = []
     for name, tensor in tensors:
         flat = tensor.flatten() if tensor.dtype in ordered else tensor.flatten().float()
-        # Blocks below torch's grain stay on this thread: waking a pool that shares its
-        # cores with a running server was seen to cost 50 times the work itself.
+        # Blocks below torch's grain size stay on this thread: waking a thread pool that shares
+        # its cores with a running server took 50 times as long as the work itself.
         ends = [end for block in flat.split(_SERIAL_ELEMENTS) for end in torch.aminmax(block)]
         largest = float(torch.stack(ends).abs().amax()) if len(flat) else 0.0  # NaN if one is
         if not math.isfinite(largest):
@@ -225,7 +225,7 @@ def _read_safetensors(folder: AdapterFolder, file: Path, size_bytes: int) -> lis
 
 
 def _open_as_loader_does(folder: AdapterFolder, file: Path) -> None:
-    """Let the library that will load the file have the last word on its header."""
+    """Refuse a file whose header the loading library rejects, although our own check passed."""
     safetensors: Any = importlib.import_module("safetensors")
     try:
         with safetensors.safe_open(str(file), framework="numpy"):
@@ -258,7 +258,7 @@ def _load_pickle(folder: AdapterFolder, file: Path) -> dict[str, Any]:
     try:
         check_zip(file)
         state = load(str(file), map_location="cpu", weights_only=True)
-    except Exception as error:  # of the functions that the file calls with what it likes
+    except Exception as error:  # the pickle calls functions with arbitrary arguments
         first_line = (str(error).splitlines() or [""])[0]
         raise folder.error(
             file.name,
@@ -298,7 +298,7 @@ def _data(folder: AdapterFolder, file: Path) -> Iterator[tuple[str, Any]]:
         return
     safetensors: Any = importlib.import_module("safetensors.torch")
     try:
-        # Read, not mapped: who overwrites a mapped file takes the process that reads it down.
+        # Read, not mapped: truncating a mapped file would kill this process with SIGBUS.
         yield from safetensors.load(_whole(file)).items()
     except (safetensors.SafetensorError, OSError) as error:
         raise folder.error(file.name, f"cannot read it: {error}", _COPY_AGAIN) from error
