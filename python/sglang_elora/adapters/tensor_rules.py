@@ -130,7 +130,7 @@ def _split(
 def _is_frozen_copy(tensor: TensorInfo, paths: set[str], base: BaseShapes) -> bool:
     """Whether this is an embedding's base weight, which PEFT saves with LoRA factors *of it*.
 
-    It was not trained, so it is skipped. One of another shape was resized: not skipped.
+    Such a weight was not trained and is skipped. One of another shape was resized: not skipped.
     """
     path = tensor.name.removeprefix(_PREFIX).removesuffix(".weight").removesuffix(".base_layer")
     if canonical(path) not in paths or path.rsplit(".", 1)[-1] not in _EMBEDDINGS:

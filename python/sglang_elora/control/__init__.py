@@ -1,4 +1,4 @@
-"""Between tokenizer and scheduler processes: hints one way, state the other. No SGLang in here."""
+"""Hints from tokenizer to scheduler processes, and state back. Does not import SGLang."""
 
 from sglang_elora.control.announcer import Announcer
 from sglang_elora.control.counters import Counters

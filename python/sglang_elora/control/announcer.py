@@ -1,4 +1,4 @@
-"""Telling a server which adapters are about to be asked for, without ever waiting for it."""
+"""Non-blocking sender of hints: names the adapters that a server's next requests will use."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from sglang_elora.control.hint_limiter import HintLimiter
 
 logger = logging.getLogger(__name__)
 
-_MOST_QUEUED = 256
-_GAP_S = 0.05  # a program that names an adapter again means it
-_QUIET_S = 5.0  # after a server could not be reached
+_MOST_QUEUED = 256  # names; further ones are dropped
+_GAP_S = 0.05  # a repeated name within this time is dropped, a later one sent
+_QUIET_S = 5.0  # without announcements after a server could not be reached
 _NOT_FOR_US = {401: "it wants an admin key", 403: "it wants an admin key", 404: "it has none"}
 
 
 class Announcer:
-    """Posts names of adapters from a thread of its own, in order; lossy by design.
+    """Posts adapter names from its own thread, in order; lossy by design.
 
-    Nothing that goes wrong reaches the caller. Names beyond what the queue holds are dropped, and
-    so are those of a server that cannot be reached, and names that the server does not know. A
-    server that has no such endpoint, or keeps it for others, is left alone from then on.
+    The caller never sees an error. A name is dropped if the queue is full, the server cannot be
+    reached, or the server does not know it. If the server has no such endpoint or denies access
+    to it, the announcer disables itself.
 
     Args:
-        post: Sends names and returns the HTTP status; raises OSError where there is none.
+        post: Sends names and returns the HTTP status; raises OSError without an HTTP answer.
         clock: Seconds, monotonic.
     """
 
@@ -41,11 +41,12 @@ class Announcer:
         self._thread: threading.Thread | None = None
         self._quiet_until_s = float("-inf")
         self.enabled = True
-        self.num_announced = 0  # of adapters; only manipulated by the thread
+        self.num_announced = 0  # adapter names; only manipulated by the thread
         self.num_dropped = 0
 
     def announce(self, names: Iterable[str | None]) -> None:
-        """Requests with these adapters will follow. Returns at once; the base model is left out."""
+        """Queue hints that requests with these adapters will follow. Never blocks; ignores the
+        base model (None or "")."""
         wanted = [name for name in names if name]
         if not wanted or not self.enabled or self._clock() < self._quiet_until_s:
             return
@@ -89,7 +90,7 @@ class Announcer:
         elif status < 300:
             self.num_announced += len(names)
         elif status == 400 and len(names) > 1:
-            for name in names:  # one that is not known keeps the others from being heard
+            for name in names:  # the server refuses a whole message with one unknown name
                 self._send([name])
         else:
             self.num_dropped += len(names)

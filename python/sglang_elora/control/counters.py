@@ -1,4 +1,4 @@
-"""What a scheduler process counts: the one list behind /server_info, /elora/state and /metrics."""
+"""Counters of a scheduler process, shown by /server_info, /elora/state and /metrics."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def _by(label: str, text: str, *, has_total: bool = False) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Counters:
-    """Events since the start of the process, in slots or tokens where the name says so (one slot
-    holds the KV of one token). A count with a label has a value for each value of the label."""
+    """Counts since the start of the process: events, or slots or tokens if the name says so (one
+    slot holds one token's KV). A labelled counter has one count per label value."""
 
     adapter_loads: int = field(
         default=0, metadata={"text": "Adapters copied from host memory to the device"}
@@ -96,7 +96,8 @@ class Counters:
     )
 
     def flat(self) -> dict[str, int]:
-        """By name; a count with a label as ``name.value``, and with its sum where it has one."""
+        """Counts by name; of a labelled counter each as ``name.value``, and its sum as ``name`` if
+        it has a total."""
         found: dict[str, int] = {}
         for spec in fields(self):
             value = getattr(self, spec.name)
@@ -111,7 +112,7 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A count as a Prometheus metric. ``label`` is empty for a count without one."""
+    """A counter as a Prometheus metric. ``label`` is empty for an unlabelled counter."""
 
     name: str
     text: str
@@ -119,6 +120,6 @@ class Family:
 
 
 def families() -> Iterator[Family]:
-    """All counts of ``Counters``."""
+    """The metric of each field of ``Counters``."""
     for spec in fields(Counters):
         yield Family(spec.name, spec.metadata["text"], spec.metadata.get("label", ""))

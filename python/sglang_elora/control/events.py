@@ -1,7 +1,8 @@
-"""Where adapters are, as events for routers, on the stream of SGLang's KV events.
+"""Events about the tier of each adapter, for routers, on the stream of SGLang's KV events.
 
-A decoder of SGLang's three types refuses a batch with another in it: consumers decode with
-``AdapterMoved`` in the union. ``GET /elora/state`` tells whoever comes later what went before.
+A decoder of SGLang's three event types rejects a batch that contains another type: consumers must
+add ``AdapterMoved`` to the union. A late subscriber gets the current state from
+``GET /elora/state``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ Unloaded = Literal["unloaded"]
 
 
 class AdapterMoved(msgspec.Struct, frozen=True, tag=True):
-    """An adapter's weights are in this tier now. SGLang's events of its KV say ``lora_name``."""
+    """Event: an adapter's weights are in this tier now. SGLang's events for its KV have the same
+    ``lora_name``."""
 
     lora_id: str
     lora_name: str
@@ -25,19 +27,19 @@ class AdapterMoved(msgspec.Struct, frozen=True, tag=True):
 
 
 class Moves:
-    """Which adapters are elsewhere than was told last."""
+    """Detects adapters whose tier has changed since it was last reported."""
 
     def __init__(self) -> None:
-        self._told: dict[str, tuple[str, Tier]] = {}  # name and tier, by id
+        self._told: dict[str, tuple[str, Tier]] = {}  # reported name and tier, by id
 
     def of(
         self, changed: Iterable[tuple[str, str, Tier]], loaded: Mapping[str, str]
     ) -> list[tuple[str, str, Tier | Unloaded]]:
-        """(id, name, tier) of each that moved; O(``changed``), and O(all) when one was unloaded.
+        """(id, name, tier) of each adapter that moved; O(``changed``), O(all) after an unload.
 
         Args:
-            changed: (id, name, tier) of all in which anything has changed since the last call.
-            loaded: Names of all that are loaded, by id.
+            changed: (id, name, tier) of the adapters that changed in any way since the last call.
+            loaded: Names of all loaded adapters, by id.
         """
         moved: list[tuple[str, str, Tier | Unloaded]] = []
         for adapter_id, name, tier in changed:

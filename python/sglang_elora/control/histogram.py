@@ -1,4 +1,4 @@
-"""How often values fell into which range."""
+"""A histogram of durations, with Prometheus's cumulative buckets."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from bisect import bisect_left
 import msgspec
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-"""Upper bounds of ranges; one more has no bound."""
+"""Upper bounds of the buckets; a last bucket is unbounded."""
 
 
 class Histogram(msgspec.Struct, array_like=True):
-    """Counts of each range of ``SECONDS``, and the sum of the values."""
+    """Number of values in each bucket of ``SECONDS``, and the sum of the values."""
 
     counts: list[int] = msgspec.field(default_factory=lambda: [0] * (len(SECONDS) + 1))
     sum_s: float = 0.0
@@ -21,7 +21,7 @@ class Histogram(msgspec.Struct, array_like=True):
         self.sum_s += value_s
 
     def cumulative(self) -> list[tuple[str, int]]:
-        """(upper bound as Prometheus writes it, how many values were no larger)"""
+        """(upper bound as Prometheus writes it, number of values up to it) of each bucket."""
         found, total = [], 0
         for bound, count in zip([*map(str, SECONDS), "+Inf"], self.counts, strict=True):
             total += count

@@ -1,7 +1,7 @@
 """The mirrored state as Prometheus metrics, next to SGLang's own on ``/metrics``.
 
-They are made in the tokenizer process at each scrape, so that the scheduler writes no metric and a
-set of adapters that was running once leaves no series behind.
+They are built in the tokenizer process at each scrape: the scheduler writes no metrics, and no
+series remains for a past set of running adapters.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from sglang_elora.control.state import PoolState, Tier
 
 PREFIX = "sglang:elora_"
 LORA_INFO = "sglang:lora_requests_info"
-"""What the Gateway API inference extension routes by: its protocol for model servers, as vLLM has
-it under ``vllm:lora_requests_info``."""
+"""The metric that the Gateway API inference extension routes by, as its model server protocol
+defines it; vLLM's is ``vllm:lora_requests_info``."""
 
 
 LOAD_SECONDS = "adapter_load_seconds"
@@ -105,12 +105,13 @@ def metric_rows() -> Iterator[MetricRow]:
 
 
 class StateCollector(Collector):
-    """
+    """Prometheus collector of the mirrored state.
+
     Args:
-        mirror: The endpoint that serves a scrape brings it up to date first.
-        names: Of the adapters that are loaded, by id.
-        hints: Counts of this process's hints, by what became of them.
-        model_name: A label of each metric, as SGLang's have it.
+        mirror: Updated before each scrape by the endpoint that serves it.
+        names: Returns the names of the loaded adapters, by id.
+        hints: Returns counts of this process's hints, by outcome.
+        model_name: A label of each metric, as on SGLang's metrics.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class StateCollector(Collector):
         return family
 
     def _counters(self, counts: Mapping[str, int]) -> Iterator[Metric]:
-        """One per count; of a count with a label each value, and not their sum."""
+        """One metric per counter; a labelled one has a sample per label value, without the sum."""
         for family in families():
             text = _since_start(family.text)
             if not family.label:

@@ -1,4 +1,4 @@
-"""The tokenizer process's picture of the scheduler, brought up to date by what changed."""
+"""The tokenizer process's copy of the scheduler's state, updated incrementally."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from sglang_elora.control.state import AdapterState, Changes, PoolState
 
 
 class StateMirror:
-    """``adapters`` by id, as of ``version``: ask for changes since that, and ``apply`` them."""
+    """``adapters`` by id, as of ``version``; request the changes since then and ``apply`` them."""
 
     def __init__(self) -> None:
         self.version = 0
         self.adapters: dict[str, AdapterState] = {}
-        self.pool: PoolState | None = None  # None: nothing has come yet
+        self.pool: PoolState | None = None  # None until the first ``apply``
 
     def apply(self, changes: Changes, loaded: Container[str]) -> None:
-        """Take over what changed, of adapters that are loaded still."""
+        """Apply the changes, and drop adapters that are no longer loaded."""
         self.adapters.update((adapter.id, adapter) for adapter in changes.adapters)
         for adapter_id in [adapter_id for adapter_id in self.adapters if adapter_id not in loaded]:
             del self.adapters[adapter_id]

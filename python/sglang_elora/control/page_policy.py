@@ -1,4 +1,4 @@
-"""What a browser lets the page of ``/elora/ui`` do."""
+"""The Content-Security-Policy of the page at ``/elora/ui``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 
 
 def content_policy(page: str) -> str:
-    """Content-Security-Policy for a page with one script and one style in it: these and no others,
-    requests to its own server, in no frame."""
+    """A Content-Security-Policy that allows only the page's one inline script and style, and
+    requests to its own server, and forbids framing."""
 
     def own(element: str) -> str:
         (text,) = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)

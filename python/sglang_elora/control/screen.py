@@ -1,4 +1,4 @@
-"""The state of a server as rich can show it: for ``sglang-elora top`` and the demo."""
+"""A server's state as rich renderables, for ``sglang-elora top`` and the demo."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 State = Mapping[str, Any]
-"""What ``GET /elora/state`` answers."""
+"""The JSON answer of ``GET /elora/state``."""
 
 TIERS = {
     "device": "green",
@@ -26,14 +26,14 @@ _USES = {
     "kv_of_base": ("KV of the base model", "magenta"),
     "running": ("running", "red"),
 }
-"""Parts of ``pool["uses"]``, and how they are shown; what is left is free."""
+"""Keys of ``pool["uses"]``, with title and colour; the remaining slots are free."""
 
 _RATES = ("adapter_loads", "adapter_evictions", "adapter_churn", "kv_slots_evicted")
 SWAPS_SHOWN = 8
 
 
 def moves(before: State | None, after: State) -> Iterator[str]:
-    """Adapters whose weights are elsewhere than before."""
+    """One text per adapter whose tier differs between the two states."""
     if before is None:
         return
     was = {row["lora_id"]: row["tier"] for row in before["adapters"]}
@@ -44,7 +44,7 @@ def moves(before: State | None, after: State) -> Iterator[str]:
 
 
 def pool_bar(pool: Mapping[str, Any], width: int) -> Text:
-    """The pool as one line, a colour per use and dots for what is free."""
+    """The pool as one line, with a colour per use and dots for free slots."""
     line, total = Text(), 0
     for use, (name, colour) in _USES.items():
         total += pool["uses"][use]
@@ -53,14 +53,14 @@ def pool_bar(pool: Mapping[str, Any], width: int) -> Text:
 
 
 def shares(counts: Mapping[str, int], whole: str) -> dict[str, float]:
-    """Parts of a count as shares of it; none while it is 0."""
+    """Each label value's share of a labelled counter, without zeros."""
     parts = {name: count for name, count in counts.items() if name.startswith(f"{whole}.")}
     total = sum(parts.values())
     return {name.partition(".")[2]: part / total for name, part in parts.items() if part}
 
 
 def hit_rates(counts: Mapping[str, int]) -> str:
-    """Where requests have found their adapters, and the tokens of their prompts."""
+    """Text with the shares of tiers that requests found their adapters and prompt tokens in."""
     return ";  ".join(
         f"{title} found: {', '.join(f'{part} {share:.0%}' for part, share in found.items())}"
         for title, whole in (("adapters", "adapter_lookups"), ("prompts", "prompt_tokens"))
@@ -71,12 +71,13 @@ def hit_rates(counts: Mapping[str, int]) -> str:
 def screen(
     state: State, before: State | None, swaps: Sequence[str], *, width: int, height: int
 ) -> RenderableType:
-    """
+    """The whole screen: pool, counters, adapters and recent moves.
+
     Args:
-        before: The state one refresh ago, for what happened since.
-        swaps: The last ones, newest last.
+        before: The state one refresh ago, to show differences of counters.
+        swaps: Texts of ``moves``, newest last.
         width: Of the terminal, in characters.
-        height: As many adapters are listed as fit.
+        height: Of the terminal, in lines; adapters that do not fit are omitted.
     """
     pool, counts = state["pool"], state["pool"]["counts"]
     earlier = counts if before is None else before["pool"]["counts"]
@@ -102,7 +103,7 @@ def screen(
 
 
 def _listed(values: Iterable[tuple[str, int, str]]) -> Text:
-    """(name, value, colour) each."""
+    """One line of ``name value`` items, from (name, value, colour) each."""
     return Text("  ").join(Text(f"{name} {value}", style=colour) for name, value, colour in values)
 
 

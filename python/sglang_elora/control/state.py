@@ -1,7 +1,7 @@
-"""What the scheduler tells of itself: rows per adapter, totals, and what changed since when.
+"""The state that a scheduler reports: a row per adapter, totals, and changes since a version.
 
-Values only, as they travel between processes. ``*_s`` are seconds of the machine's monotonic clock,
-which its processes share.
+Plain values that are sent between processes. ``*_s`` are seconds of the machine's monotonic clock,
+which all its processes share.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import msgspec
 from sglang_elora.control.histogram import Histogram
 
 Tier = Literal["disk", "reading", "host", "loading", "device"]
-"""Where an adapter's weights are: in its file, on their way to host memory, there, on their way to
-the device, there."""
+"""Location of an adapter's weights: only in its file, being read into host memory, in host memory,
+being copied to the device, on the device."""
 
 
 class AdapterState(msgspec.Struct, frozen=True, array_like=True):
-    """One adapter. New fields go to the end."""
+    """State of one adapter. New fields must be appended."""
 
     id: str
     tier: Tier
@@ -32,7 +32,7 @@ class AdapterState(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PoolState(msgspec.Struct, frozen=True, array_like=True):
-    """Totals, in slots of the pool (one holds one token's KV) where nothing else is said."""
+    """Totals of one scheduler, in slots of the pool (one token's KV each) unless noted."""
 
     slots: int
     free: int
@@ -50,12 +50,12 @@ class PoolState(msgspec.Struct, frozen=True, array_like=True):
     waiting: list[str]  # adapters of the first requests in the queue
     running: list[str]  # adapters of the running batch
     most_in_batch: int  # adapters
-    load_s: Histogram  # how long copies to the device took
-    num_sessions: int  # that are not over
+    load_s: Histogram  # durations of copies to the device
+    num_sessions: int  # open ones
 
     @property
     def uses(self) -> dict[str, int]:
-        """Slots by what they hold. KV that nobody has put into the tree yet is ``running``."""
+        """Slots by content. KV of running requests that is not in the tree yet is ``running``."""
         return {
             "free": self.free,
             "adapters": self.adapters,
@@ -66,9 +66,9 @@ class PoolState(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Changes(msgspec.Struct, frozen=True, array_like=True):
-    """Adapters that changed after the version that was asked for, up to ``version``.
+    """Adapters that changed after the requested version, up to ``version``.
 
-    With ``more`` there are others, to be asked for with this version.
+    If ``more`` is set, there are further changes: request them with this version.
     """
 
     version: int

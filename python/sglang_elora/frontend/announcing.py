@@ -1,4 +1,4 @@
-"""Hook bodies that announce the adapters of calls that a frontend program has not come to yet."""
+"""Hook bodies that announce the adapters of a frontend program's future calls."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _LAST = "elora_last"  # attribute of an executor: the adapter of the call submit
 
 
 def announcer_of(backend: Any) -> Announcer | None:
-    """The one of a ``RuntimeEndpoint``, or of the endpoint of a ``Runtime``; None for others."""
+    """The announcer of a ``RuntimeEndpoint`` or of a ``Runtime``'s endpoint; None for others."""
     endpoint = getattr(backend, "endpoint", backend)
     if not isinstance(endpoint, RuntimeEndpoint):
         return None
     found = vars(endpoint).get("elora")
-    if found is None:  # of two threads that come here at once, both get the first one's
+    if found is None:  # concurrent threads all get the announcer of the first
         found = vars(endpoint).setdefault("elora", Announcer(_Post(endpoint)))
     assert isinstance(found, Announcer)
     return found
@@ -40,9 +40,10 @@ def set_admin_key(announcer: Announcer, key: str) -> None:
 
 
 def announce_queued(self: StreamExecutor, expr: Any) -> None:
-    """Before ``StreamExecutor.submit``: calls that wait for an earlier one, with another adapter
-    than that one's, are announced, and that one's ahead of it: its request may come later than
-    this, and its adapter must not. A call that can run at once announces itself."""
+    """Hook before ``StreamExecutor.submit``: announces a call that must wait for an earlier call
+    with another adapter. The earlier call's adapter is announced first, because its request may
+    arrive after this hint but its adapter is needed sooner. A call that can run immediately is not
+    announced: its request serves as its own hint."""
     names = list(_adapters(expr, self.lora_path))
     if not names or not self.use_thread:
         return
@@ -59,7 +60,8 @@ def announce_queued(self: StreamExecutor, expr: Any) -> None:
 def announce_branches(
     self: StreamExecutor, size: int = 1, position_ids_offset: Any = None, lora_path: Any = None
 ) -> None:
-    """Before ``StreamExecutor.fork``, which waits for what is queued."""
+    """Hook before ``StreamExecutor.fork``, which waits for queued calls: announces the branches'
+    adapters."""
     if lora_path is None:
         return
     announcer = announcer_of(self.backend)
@@ -70,8 +72,8 @@ def announce_branches(
 def announce_traced(
     program: Any, backend: Any, func_args: Any, func_kwargs: Any, *more: Any, **rest: Any
 ) -> None:
-    """Before ``run_program``: of a program that may be traced, all adapters in the order in which
-    they are used. The first one's too: its request comes later than this, its adapter must not."""
+    """Hook before ``run_program``: announces all adapters of a traceable program, in order of use.
+    Includes the first one: its request may arrive after this hint, its adapter is needed first."""
     tracing.refuse_inside()
     if not tracing.is_traced(program):
         return
@@ -82,7 +84,7 @@ def announce_traced(
 
 
 class _Post:
-    """``POST /elora/prefetch`` of an endpoint's server, under its own key or the admin's."""
+    """``POST /elora/prefetch`` to an endpoint's server, with its own key or the admin key."""
 
     def __init__(self, endpoint: RuntimeEndpoint) -> None:
         self._url = f"{endpoint.base_url}/elora/prefetch"
@@ -107,7 +109,7 @@ class _Post:
 
 
 def _adapters(expr: Any, default: str | None) -> Iterator[str | None]:
-    """Of the calls in what a program appends, in order."""
+    """The adapter of each call in an appended expression, in order."""
     if isinstance(expr, SglExprList):
         for part in expr.expr_list:
             yield from _adapters(part, default)

@@ -1,4 +1,4 @@
-"""Every hook this package puts on SGLang's frontend language, in one table."""
+"""Table of all hooks that this package installs on SGLang's frontend language."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turn the frontend language's adapters on: preflight, apply, verify. Once per process."""
+"""Installation of the frontend language's adapters: preflight, apply, verify; once per process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def lang_patches() -> tuple[Patch, ...]:
 
 
 def turn_on() -> None:
-    """Put patches and hooks of the frontend language in effect in this process. Idempotent.
+    """Apply the frontend language's patches and hooks in this process. Idempotent.
 
     Raises:
         SeamError: A target is missing or differs, or another plugin has replaced it.
@@ -32,7 +32,7 @@ def turn_on() -> None:
     _stop_at(problems, "cannot be installed")
     for patch in patches:
         apply_patch(patch)
-    # NOTE: behind the patches, whose functions they wrap and whose parameters they name.
+    # NOTE: imported after patching: hooks wrap the patched functions and name their parameters.
     from sglang_elora.frontend.hooks import HOOKS
 
     if not_in_effect(HOOKS, ()):

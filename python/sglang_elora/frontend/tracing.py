@@ -1,4 +1,4 @@
-"""Which adapters a program will ask for, found by going through it without a call of the model."""
+"""Tracing of a frontend program without model calls, to find the adapters that it will use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Program = TypeVar("_Program", bound=SglFunction)
 
 
 def mark(program: _Program) -> _Program:
-    """Allow the program to be traced at each of its runs."""
+    """Allow tracing the program before each of its runs; returns it."""
     setattr(program, _MARK, True)
     return program
 
@@ -30,8 +30,8 @@ def is_traced(program: SglFunction) -> bool:
 
 
 def refuse_inside() -> None:
-    """Raises StopTracing if this thread is tracing: a program that runs another one in its body
-    would have it run for nothing."""
+    """Raise StopTracing if this thread is tracing, so that a trace never runs another program that
+    the traced body calls."""
     if getattr(_here, "tracing", False):
         raise StopTracing
 
@@ -39,10 +39,10 @@ def refuse_inside() -> None:
 def adapters(
     program: SglFunction, backend: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]
 ) -> list[str | None]:
-    """The adapter of each call, in order, as far as it does not depend on what the model says.
+    """The adapter of each call, in order, up to the first use of a model answer.
 
-    None and "" are the base model. The trace goes on where an answer is only put into the text. It
-    ends where the program looks at one.
+    None and "" are the base model. Inserting an answer into the text is allowed; the trace ends
+    where the program reads an answer in any other way.
     """
     keywords = {**keywords, **program.bind_arguments}
     own = "lora_path" in inspect.signature(program.func).parameters
@@ -54,7 +54,7 @@ def adapters(
         program.func(state, *arguments, **keywords)
     except StopTracing:
         pass
-    except Exception as error:  # noqa: BLE001  # what it raises at its run, it raises there
+    except Exception as error:  # noqa: BLE001  # if it is real, the program's run raises it too
         logger.debug("%s is traced in part: %r", program.func, error)
     finally:
         _here.tracing = False
@@ -62,8 +62,8 @@ def adapters(
 
 
 class _State(TracerProgramState):
-    """SGLang's tracer, which notes calls of itself and of its forks, and stops at any look at an
-    answer. Programs that are called in the body are not traced, so it opens no tracing scope."""
+    """SGLang's tracer, which records its own calls and its forks', and stops when an answer is
+    read. It opens no tracing scope, so that programs called in the body are not traced."""
 
     calls: list[str | None]
     stream_executor: _Executor
@@ -80,7 +80,7 @@ class _State(TracerProgramState):
     @override
     def get_var(self, name: str) -> Any:
         found = self.variables[name]
-        if isinstance(found, list):  # of forks that have joined
+        if isinstance(found, list):  # the variables of joined forks
             return [_Answer(variable.name, variable.source) for variable in found]
         return _Answer(found.name, found.source)
 
@@ -101,14 +101,14 @@ class _State(TracerProgramState):
         super()._execute_select(expr)
 
     def _execute_var_scope_begin(self, expr: SglExpr) -> None:
-        """SGLang's tracer knows the end of a scope only, which makes the variable."""
+        """No operation: SGLang's tracer creates the variable at the end of the scope."""
 
     def _note(self, expr: SglGen | SglSelect) -> None:
         self.calls.append(self.lora_path if expr.lora_path is None else expr.lora_path)
 
 
 class _Executor:
-    """What ``ProgramState`` reaches for beside what the tracer overrides."""
+    """The parts of a ``StreamExecutor`` that ``ProgramState`` uses and the tracer lacks."""
 
     def __init__(self, state: _State) -> None:
         self._state = state
@@ -121,10 +121,10 @@ class _Executor:
         raise StopTracing
 
     def sync(self) -> None:
-        """All that is submitted has been executed."""
+        """No operation: ``submit`` executes immediately."""
 
     def end(self) -> None:
-        """No thread to end."""
+        """No operation: there is no thread to end."""
 
     def text(self) -> NoReturn:
         raise StopTracing
@@ -133,7 +133,8 @@ class _Executor:
 
 
 class _Answer(SglVariable):
-    """What the model will say: it can be appended to a state, and put into a string."""
+    """Placeholder of a model answer: it can be appended to a state or formatted into a string;
+    any other use stops the trace."""
 
     def _look(self, *others: Any) -> NoReturn:
         raise StopTracing
@@ -142,7 +143,7 @@ class _Answer(SglVariable):
     __index__ = __int__ = __iter__ = __le__ = __len__ = __lt__ = __ne__ = _look
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise StopTracing  # a method of strings
+        raise StopTracing  # the program calls a method of str
 
     def __str__(self) -> str:
         return ""

@@ -1,4 +1,4 @@
-"""Adapter weights in the pages of the KV pool. Plain torch, no SGLang."""
+"""Adapter weights in the pages of the KV pool. Uses torch; does not import SGLang."""
 
 from __future__ import annotations
 

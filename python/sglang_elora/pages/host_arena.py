@@ -1,4 +1,4 @@
-"""Host memory for the images of adapters: reserved once, handed out in blocks of one size."""
+"""Host memory for adapter images, reserved once and allocated in blocks of one size."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 
 MOST_BLOCK_BYTES = 2 * 2**20
-"""Upper bound of a block. A larger one saves copies per load and wastes more of a small adapter."""
+"""Largest block size. Raising it saves copies per load and wastes more memory per small adapter."""
 
-LEAST_BLOCK_BYTES = 4096  # a page of the operating system
+LEAST_BLOCK_BYTES = 4096  # smallest block size: a page of the operating system
 
-_NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python's mmap names since 3.13
+_NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python's mmap exposes only since 3.13
 
 
 class HostMemoryFull(RuntimeError):
@@ -22,11 +22,11 @@ class HostMemoryFull(RuntimeError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HostBlocks:
-    """Blocks that one image holds.
+    """Blocks that hold one image.
 
     Args:
-        chunks: uint8 ``[bytes]`` each, in the order of the image's bytes; together as long as it.
-        runs: The blocks as ``(first, after the last)``, one run per chunk.
+        chunks: uint8 ``[bytes]`` each, in the image's byte order; their sizes add up to its size.
+        runs: The blocks as ``(first, last + 1)``, one run per chunk.
     """
 
     chunks: tuple[torch.Tensor, ...]
@@ -38,26 +38,26 @@ class HostBlocks:
 
 
 class HostArena:
-    """One piece of host memory, divided into equal blocks of which an image takes any.
+    """A block allocator for images over one range of host memory.
 
     An image is laid out over its blocks as if they were adjacent, across the borders of layers.
-    Whether it fits depends on the number of free blocks alone, so fragmentation strands nothing,
-    each tensor-parallel rank comes to the same answer, and an image wastes less than one block.
-    The alternative, one extent per image or per piece, is copied in fewer calls, but after some
-    churn of mixed ranks it can be full with half of its bytes free. Blocks are handed out in runs
-    as long as possible, so that a copy takes few calls: an image that is not fragmented takes one
-    per piece (``AdapterImage.pieces``), otherwise one more per run.
+    It fits if enough blocks are free, wherever they are: fragmentation never makes free memory
+    unusable, all tensor-parallel ranks decide alike, and an image wastes less than one block.
+    With one extent per image or per piece, a copy would take fewer calls, but after some churn of
+    mixed ranks the arena could be full with half of its bytes free. Blocks are allocated in runs
+    as long as possible, so that a copy takes few calls: one per piece (``AdapterImage.pieces``) of
+    an unfragmented image, and one more per additional run.
 
-    The arena never allocates. It is not locked: only the scheduler's thread takes blocks and gives
-    them back, and a reader's thread writes into blocks that were taken for it beforehand.
+    The arena never allocates memory. It is not locked: only the scheduler's thread takes and frees
+    blocks, and a reader's thread writes into blocks that were taken for it beforehand.
 
     Args:
-        memory: uint8 ``[bytes]``, page-locked where the device copies from it.
+        memory: uint8 ``[bytes]``, page-locked if a device copies from it.
         block_bytes: Size of a block. Bytes beyond the last whole block are not used.
 
     Attributes:
-        on_freed: Called with the uint8 tensor of each run of blocks that is handed back, before it
-            can be taken again.
+        on_freed: Called with the uint8 tensor of each freed run of blocks, before it can be taken
+            again.
     """
 
     def __init__(self, memory: torch.Tensor, block_bytes: int) -> None:
@@ -72,11 +72,11 @@ class HostArena:
         self._held: dict[int, HostBlocks] = {}  # by identity
 
     def blocks_for(self, num_bytes: int) -> int:
-        """The number of blocks that so many bytes take."""
+        """The number of blocks that an image of ``num_bytes`` takes."""
         return -(-num_bytes // self.block_bytes)
 
     def take(self, num_bytes: int) -> HostBlocks | None:
-        """Blocks for an image, or None if too few are free. Their content is undefined."""
+        """Blocks for ``num_bytes``, with undefined content; None if too few are free."""
         num_blocks = self.blocks_for(num_bytes)
         if num_blocks > self.num_free:
             return None
@@ -97,7 +97,7 @@ class HostArena:
         return blocks
 
     def give_back(self, blocks: HostBlocks) -> None:
-        """Free blocks that ``take`` returned. Nothing may read or write them any more."""
+        """Free blocks that ``take`` returned. The caller must not access them afterwards."""
         assert self._held.pop(id(blocks), None) is blocks, "these blocks are not held"
         if self.on_freed is not None:
             for start, end in blocks.runs:
@@ -128,9 +128,9 @@ class HostArena:
         assert not borders, f"free runs meet at {borders}"
 
     def _choose(self, num_blocks: int) -> list[tuple[int, int]]:
-        """Runs from the free ones, each from the start of its free run, in ascending order.
+        """Runs of ``num_blocks`` in total, each at the start of a free run, in ascending order.
 
-        The shortest run that holds all; without one, the longest runs.
+        Taken from the shortest free run that is long enough, otherwise from the longest ones.
         """
         whole = [run for run in self._free if run[1] - run[0] >= num_blocks]
         if whole and num_blocks:
@@ -150,10 +150,10 @@ class HostArena:
 
 
 def block_bytes_for(rank_bytes: int) -> int:
-    """A good block size for a model: half of what an adapter takes per rank, as a power of two.
+    """A good block size for a model: half of ``rank_bytes``, rounded down to a power of two.
 
-    An adapter of rank 8 then has about 16 blocks: it wastes some 3% of its bytes, and the most
-    fragmented one is copied in 16 calls more than an unfragmented one, one of rank 64 in 128.
+    An adapter of rank 8 then has about 16 blocks: it wastes about 3% of its bytes, and if fully
+    fragmented takes 16 more copy calls than if contiguous (128 more at rank 64).
 
     Args:
         rank_bytes: Bytes of an adapter of rank 1 on all modules, in all layers.
@@ -163,9 +163,9 @@ def block_bytes_for(rank_bytes: int) -> int:
 
 
 def lazy_memory(num_bytes: int) -> torch.Tensor:
-    """uint8 ``[num_bytes]`` of zeros that take memory of the machine once they are written.
+    """uint8 ``[num_bytes]`` of zeros that use physical memory only once they are written.
 
-    The mapping is no promise of the operating system: it may be larger than the machine's memory.
+    The operating system reserves nothing: the mapping may be larger than the machine's memory.
 
     Raises:
         HostMemoryFull: There is no address space for it.
@@ -187,7 +187,7 @@ def memory_outside(arena: HostArena, num_bytes: int) -> torch.Tensor:
     """uint8 ``[num_bytes]`` of ordinary memory, for an image that the arena can never hold.
 
     Raises:
-        HostMemoryFull: The machine has not that much left.
+        HostMemoryFull: The machine does not have enough free memory.
     """
     try:
         return torch.empty(num_bytes, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""An adapter's weights in host memory, laid out to be copied into pages."""
+"""An adapter's weights in host memory, laid out for copying into pages."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import torch
 from sglang_elora.pages.layout import AdapterLayout
 
 PIECE_BYTES = 16 * 2**20
-"""Most of an adapter that is copied at once, and the device memory it passes through. A piece of
-this size takes 0.3 ms over PCIe 5, so that its launches do not show."""
+"""Largest piece copied at once, and size of the device's staging buffer. A piece of this size takes
+0.3 ms over PCIe 5, so that launch overhead is negligible; raising it costs device memory."""
 
 MIN_PIECES = 8
-"""A layer can be computed with once its piece is there: so pieces are no more than this share."""
+"""Pieces per adapter, at least (if it has as many layers). A forward pass can use a layer as soon
+as its piece is copied: raising this lets it start earlier, at more launches per load."""
 
 Matrices = Callable[[int, str], tuple[torch.Tensor, torch.Tensor]]
 """(layer, module) -> A ``[parts * rank, in_features]`` and B ``[sum of out_features, rank]``."""
@@ -24,7 +25,7 @@ Matrices = Callable[[int, str], tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of whole layers of an image. ``parts`` are uint8, in order; several where the image's
+    """A run of whole layers of an image. ``parts`` are uint8, in order; several if the image's
     memory is not contiguous."""
 
     num_layers: int
@@ -40,9 +41,9 @@ class Piece:
         return whole.view(self.num_layers, -1)
 
     def copy_to(self, rows: torch.Tensor, start: int = 0) -> None:
-        """Copy bytes from ``start`` on to uint8 ``[layers, bytes]`` on the device, all of it.
+        """Fill ``rows``, uint8 ``[layers, bytes]`` on the device, with bytes from ``start`` on.
 
-        The call does not wait for the copies: the piece's memory must not change before they ran.
+        The call does not wait for the copies: the piece's memory must not change before they end.
         """
         flat, filled = rows.view(-1), 0
         for part in self.parts:
@@ -54,15 +55,15 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class AdapterImage:
-    """One adapter on one tensor-parallel rank.
+    """One adapter's weights for one tensor-parallel rank.
 
-    ``chunks`` are uint8 and hold, one after the other, ``num_layers`` times the planes of a layer;
+    ``chunks`` are uint8 and hold, one after the other, the planes of each of ``num_layers`` layers;
     their borders may lie anywhere (``HostArena`` says why there are several). ``scaling`` is
     applied between A and B.
 
-    ``pieces`` are runs of layers, of one layer at least, and at most ``PIECE_BYTES`` and a share of
-    ``1 / MIN_PIECES``. They are made here, once, because each start of a copy reads them on the
-    scheduler's time.
+    ``pieces`` are runs of at least one layer, and of at most ``PIECE_BYTES`` and
+    ``num_layers / MIN_PIECES`` layers. They are computed once, here, because the scheduler's thread
+    reads them at each start of a copy.
     """
 
     layout: AdapterLayout
@@ -70,7 +71,7 @@ class AdapterImage:
     num_layers: int
     chunks: tuple[torch.Tensor, ...]
     scaling: float
-    version: str  # names the content
+    version: str  # identifies the content
     plane_bytes: tuple[int, ...] = field(init=False)  # of one layer
     pieces: tuple[Piece, ...] = field(init=False, repr=False)
 
@@ -98,12 +99,12 @@ class AdapterImage:
         chunks: Sequence[torch.Tensor] | None = None,
         version: str | None = None,
     ) -> AdapterImage:
-        """Copy all matrices to their places; padding is zero.
+        """An image with all matrices at their offsets and zeros as padding.
 
         Args:
-            chunks: Where to: uint8 ``[bytes]`` each, together as long as the image. By default
-                ordinary memory.
-            version: Names the content; by default a digest of this image.
+            chunks: Memory to fill: uint8 ``[bytes]`` each, in total the image's size. By default
+                newly allocated ordinary memory.
+            version: Identifies the content; by default a digest of this image.
         """
         layer_bytes = sum(layout.plane_elems) * dtype.itemsize
         if chunks is None:
@@ -127,12 +128,12 @@ class AdapterImage:
         return sum(len(chunk) for chunk in self.chunks)
 
     def layer(self, index: int) -> torch.Tensor:
-        """The planes of one layer, ``[sum of layout.plane_elems]``, as a copy."""
+        """A copy of the planes of one layer, ``[sum of layout.plane_elems]``."""
         size = sum(self.plane_bytes)
         return torch.cat(_split(self.chunks, [index * size, size])[1]).view(self.dtype)
 
     def copied_to(self, chunks: Sequence[torch.Tensor]) -> AdapterImage:
-        """The same image in other memory: uint8 ``[bytes]`` each, together as long as this."""
+        """A copy of the image in ``chunks``: uint8 ``[bytes]`` each, in total the image's size."""
         sizes = [len(chunk) for chunk in chunks]
         for target, parts in zip(chunks, _split(self.chunks, sizes), strict=True):
             for part, place in zip(parts, target.split([len(p) for p in parts]), strict=True):
@@ -147,7 +148,7 @@ def _fill(
     layout: AdapterLayout,
     matrices: Callable[[str], tuple[torch.Tensor, torch.Tensor]],
 ) -> None:
-    """Write the matrices of one layer; what lies between them is left as it is."""
+    """Write the matrices of one layer; the padding between them is not written."""
     planes = one_layer.split(layout.plane_elems)
     a_plane, b_plane = planes[0], planes[-1]
     for name, place in layout.places.items():
@@ -165,7 +166,7 @@ def _put(plane: torch.Tensor, offset: int, stride: int, matrix: torch.Tensor) ->
 
 
 def _split(chunks: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
-    """Views of the chunks, cut into stretches of so many bytes, each of one part or more."""
+    """Views of consecutive ranges of the chunks, of ``sizes`` bytes; each of one or more parts."""
     stretches = []
     index = offset = 0
     for size in sizes:

@@ -1,4 +1,4 @@
-"""Where an adapter's matrices lie in its address spaces. Numbers only."""
+"""Offsets of an adapter's matrices in its planes; computes numbers only."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from types import MappingProxyType
 from sglang_elora.kernels import StackedModule
 
 TILE = 64
-"""Rows and offsets are multiples of this many elements: a kernel's tile of a row never straddles a
-slot when the elements of a slot are a multiple of it too."""
+"""Alignment of rows and offsets, in elements: a kernel's tile of a row never straddles two slots if
+a slot's elements are a multiple of it too. Raising it pads more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +19,10 @@ class ModuleShape:
     """Sizes of one linear layer on one tensor-parallel rank.
 
     Args:
-        name: SGLang's name of the module, as ``qkv_proj``.
+        name: SGLang's name of the module, such as ``qkv_proj``.
         in_features: Elements of an input row.
         out_features: Elements of an output row, per part: three for ``qkv_proj``, two for
-            ``gate_up_proj``, else one.
+            ``gate_up_proj``, otherwise one.
     """
 
     name: str
@@ -36,10 +36,10 @@ class ModuleShape:
 
 @dataclass(frozen=True, slots=True)
 class ModuleOffsets:
-    """Where A and B of one module begin, in elements of their planes.
+    """Start offsets of one module's A and B, in elements of their planes.
 
-    A is ``parts * rank`` rows of ``in_features`` elements. B is kept transposed, so that no row is
-    padded to a tile for a small rank: per part ``rank`` rows of that part's ``out_features``.
+    A is ``parts * rank`` rows of ``in_features`` elements. B is stored transposed, so that a small
+    rank is not padded to a tile: per part ``rank`` rows of that part's ``out_features``.
     """
 
     shape: ModuleShape
@@ -61,10 +61,10 @@ class ModuleOffsets:
 
 @dataclass(frozen=True, slots=True)
 class AdapterLayout:
-    """The places of all modules of one adapter; the same in every layer.
+    """Offsets of all modules of one adapter; the same in every layer.
 
-    ``plane_elems`` are the elements used of each plane: A in the first, B in the second; with one
-    plane (as MLA pools have) B follows A.
+    ``plane_elems`` are the used elements of each plane: A in the first, B in the second; in a
+    single plane (MLA pools) B follows A.
     """
 
     rank: int
@@ -73,7 +73,7 @@ class AdapterLayout:
 
     @classmethod
     def build(cls, rank: int, shapes: Sequence[ModuleShape], num_planes: int = 2) -> AdapterLayout:
-        """Lay out modules in the order given.
+        """The layout of modules in the given order.
 
         Raises:
             ValueError: ``rank`` is not positive, or ``num_planes`` neither 1 nor 2.
@@ -93,13 +93,13 @@ class AdapterLayout:
         return cls(rank, MappingProxyType(places), (a, b) if num_planes == 2 else (b,))
 
     def num_slots(self, slot_elems: int, page_size: int) -> int:
-        """Slots the adapter takes: what its longest plane needs, in whole pages."""
+        """Slots the adapter takes: those of its longest plane, rounded up to whole pages."""
         slots = -(-max(self.plane_elems) // slot_elems)
         return -(-slots // page_size) * page_size
 
 
 def stacked_modules(shapes: Sequence[ModuleShape]) -> dict[str, StackedModule]:
-    """The modules as kernels are compiled for them, numbered in the order given."""
+    """The modules as the kernels' compile-time descriptions, numbered in the given order."""
     strides = {
         shape.name: (padded(shape.in_features), *map(padded, shape.out_features))
         for shape in shapes

@@ -1,4 +1,4 @@
-"""One adapter on the device, as the backend reads it."""
+"""One adapter on the device, as the LoRA backend reads it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sglang_elora.pages.planes import KVPlanes, SlotTable
 class PagedAdapter:
     """Matrices of an adapter whose weights are in its slots.
 
-    Valid until those slots are given to somebody else. Views of the pool are kept; copies, made
-    where slots are scattered, are not.
+    Valid until those slots are freed. Views of the pool are cached; copies, which are made if the
+    slots are scattered, are not.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class PagedAdapter:
         self._views: dict[tuple[int, int, int], torch.Tensor] = {}
 
     def record(self, modules: tuple[str, ...]) -> NDArray[np.int32]:
-        """The adapter as kernels read it, with these modules' offsets in this order."""
+        """The adapter's record for the kernels, with the modules' offsets in the given order."""
         if modules not in self._records:
             offsets = [
                 (place.a_offset, place.b_offsets[0]) if place else (MISSING, MISSING)

@@ -1,4 +1,4 @@
-"""The KV pool's memory, read and written as the pages of adapters."""
+"""Reading and writing adapter weights in the memory of the KV pool."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class SlotTable:
     """The slots of one adapter, in the order of its addresses.
 
     Args:
-        slots: Integers ``[num_slots]`` on the pool's device. They are copied, on the current
-            stream, so that kernels on it may read the table whoever owns the argument.
+        slots: Integers ``[num_slots]`` on the pool's device. They are copied on the current
+            stream, so that the caller may free or change them afterwards.
     """
 
     def __init__(self, slots: torch.Tensor) -> None:
@@ -32,7 +32,7 @@ class SlotTable:
 
     @cached_property
     def _run_ends(self) -> list[int]:
-        """Per index, the end of the run of consecutive numbers that it belongs to."""
+        """Per index, the end (exclusive) of its run of consecutive slot numbers."""
         ends = list(range(1, len(self) + 1))
         for i in reversed(range(len(self) - 1)):
             if self._numbers[i + 1] == self._numbers[i] + 1:
@@ -42,23 +42,23 @@ class SlotTable:
     def run(self, start: int, end: int) -> int | None:
         """The first slot if slots ``start`` to ``end`` (exclusive) are consecutive, else None.
 
-        O(1) but for the first call, which waits for the device. None too where ``end`` is beyond
-        the table: what follows is not the adapter's.
+        O(1) except for the first call, which waits for the device. Also None if ``end`` is beyond
+        the table: the slots that follow are not the adapter's.
         """
         return self._numbers[start] if end <= self._run_ends[start] else None
 
 
 class KVPlanes:
-    """Each plane of each layer as rows of slots, in elements of the weights' dtype.
+    """The KV pool's planes, viewed as rows of slots in elements of the weights' dtype.
 
-    Element ``o`` of an adapter in a plane lies in its slot ``o // slot_elems`` at
-    ``o % slot_elems``. The KV cache may have another dtype: slots are bytes here.
+    Element ``o`` of an adapter in a plane is in its slot ``o // slot_elems`` at offset
+    ``o % slot_elems``. The KV cache may have another dtype: slots are reinterpreted as bytes.
 
     Args:
         planes: Per plane, per layer: a contiguous tensor ``[slots, ...]``.
-        weight_dtype: Of the adapters.
-        use_kernels: Whether ``write`` copies by a kernel, through a staging buffer. None: unless
-            the pool is in a CPU's memory.
+        weight_dtype: The adapters' dtype.
+        use_kernels: Whether ``write`` copies with a kernel, through a staging buffer. None: only
+            if the pool is not in CPU memory.
 
     Raises:
         ValueError: A tensor is not contiguous, slots differ in size, planes differ in layers, or
@@ -98,7 +98,7 @@ class KVPlanes:
         self._use_kernels = self.device.type != "cpu" if use_kernels is None else use_kernels
 
     def plane(self, plane: int, layer: int) -> torch.Tensor:
-        """``[slots, slot_elems]`` of the weights' dtype; plane -1 is B's."""
+        """View ``[slots, slot_elems]`` in the weights' dtype; plane -1 holds B."""
         return self._planes[plane][layer]
 
     def write(
@@ -111,15 +111,15 @@ class KVPlanes:
     ) -> None:
         """Copy an adapter into its slots, all layers and planes, on the current stream.
 
-        What the image leaves of the last slots keeps its content. On a GPU the image passes through
-        a staging buffer of a fixed size. The call does not wait for the copies: the image must not
-        change before they have run, and the next call must be on the same stream or wait for them.
-        After ``warm_up`` no memory is allocated on the device, where the pool may have taken all.
+        Bytes of the last slots beyond the image are not written. On a GPU the image passes through
+        a staging buffer of fixed size. The call does not wait for the copies: the image must not
+        change before they end, and the next call must be on the same stream or wait for them.
+        After ``warm_up`` no device memory is allocated, since the pool may have taken all of it.
 
         Args:
-            before_slots: Called before the first slot is written; what is to be waited for before
-                that is waited for there, with the first piece on its way already.
-            after_piece: Called with the end of the layers that are enqueued, and a piece's bytes.
+            before_slots: Called before the first slot is written, to make the stream wait for the
+                slots' previous users; the first piece is already being copied to staging.
+            after_piece: Called with the number of layers enqueued so far and the piece's bytes.
 
         Raises:
             ValueError: The image does not fit the table or the pool.
@@ -161,7 +161,7 @@ class KVPlanes:
     def _parts(
         self, piece: Piece, table: SlotTable, plane_bytes: tuple[int, ...]
     ) -> Iterator[tuple[int, torch.Tensor, tuple[int, ...]]]:
-        """The piece, in parts that the staging buffer holds: first byte, slots, bytes per plane.
+        """The piece in parts that fit the staging buffer: (first byte, slots, bytes per plane).
 
         Only a single layer can be larger than the buffer. Its parts are runs of one plane's slots.
         """
@@ -183,7 +183,7 @@ class KVPlanes:
         page_copy(pool, [copy], to_pool=True, first_layer=first_layer, jobs=jobs)
 
     def warm_up(self) -> None:
-        """Allocate what ``write`` needs, and compile its kernel for arguments aligned as there."""
+        """Allocate the buffers of ``write``, and compile its kernel for the same alignment."""
         if not self._use_kernels:
             return
         nothing = self._staging[: 16 * self.num_layers].view(self.num_layers, 16)[:, :0]
@@ -210,8 +210,8 @@ class KVPlanes:
     def read(
         self, plane: int, layer: int, table: SlotTable, offset: int, num_rows: int, stride: int
     ) -> torch.Tensor:
-        """A matrix ``[num_rows, stride]``: a view of the pool where its slots are consecutive,
-        else a copy of the slots it touches and no others.
+        """A matrix ``[num_rows, stride]``: a view of the pool if its slots are consecutive,
+        otherwise a copy of only the slots it touches.
         """
         rows = self._planes[plane][layer]
         first, shift = divmod(offset, self.slot_elems)
@@ -224,6 +224,6 @@ class KVPlanes:
         return touched.view(-1)[shift : shift + num_rows * stride].view(num_rows, stride)
 
     def is_view(self, plane: int, layer: int, tensor: torch.Tensor) -> bool:
-        """Whether a tensor that ``read`` returned lies in the pool."""
+        """Whether a tensor that ``read`` returned is a view of the pool."""
         storage = self._planes[plane][layer].untyped_storage()
         return bool(tensor.untyped_storage().data_ptr() == storage.data_ptr())

@@ -1,4 +1,4 @@
-"""What SGLang's LoRA layers hold where they expect a slab."""
+"""Placeholder that SGLang's LoRA layers hold in place of a weight buffer of its LoRA pool."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class WeightRef:
-    """Names A or B of one module of one layer. Layers ask it for shape and device, no more.
+    """Reference to A or B of one module in one layer. Layers only read its shape and device.
 
-    ``shape`` is that of the slab: ``[adapters, parts * largest rank, in]`` for A and
+    ``shape`` is that of SGLang's buffer: ``[adapters, parts * largest rank, in]`` for A and
     ``[adapters, out, largest rank]`` for B.
     """
 
