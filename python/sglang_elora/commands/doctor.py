@@ -31,7 +31,7 @@ class Finding:
 
 
 def findings() -> Iterator[Finding]:
-    """All checks, in the order in which a start would meet them."""
+    """All findings, in the order in which a server start would meet them."""
     yield from _versions()
     yield from _entry_points()
     try:
@@ -145,7 +145,7 @@ def _seams(config: EloraConfig) -> Iterator[Finding]:
 
 def main() -> int:
     """Print the report; 1 if a start with ELORA would fail."""
-    warnings.simplefilter("ignore")  # what SGLang warns of while it imports is not our topic
+    warnings.simplefilter("ignore")  # SGLang's warnings at import are not part of the report
     report = []
     for finding in findings():
         print(finding)

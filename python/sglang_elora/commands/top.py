@@ -1,4 +1,4 @@
-"""``sglang-elora top``: what a running server keeps on the device, live in the terminal."""
+"""``sglang-elora top``: live view of a running server's pool and adapters in the terminal."""
 
 from __future__ import annotations
 

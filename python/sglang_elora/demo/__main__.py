@@ -30,8 +30,8 @@ _SMALL_POOL = (
     *("--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first"),
     *("--hicache-write-policy", "write_back"),
 )
-"""For the chats: fewer slots than the adapters and all KV take, batches that only memory limits,
-and host memory for evicted KV."""
+"""Server flags for the chats: a pool that cannot hold all adapters and KV, batches limited only by
+memory, and a host tier for KV."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 if every turn was answered and no process of the server is left, 1 otherwise, 130 after
-        Ctrl-C or SIGTERM (in ``--serve``, where Ctrl-C is the way out, 0).
+        Ctrl-C or SIGTERM (0 with ``--serve``, which ends by Ctrl-C).
     """
     options, server_flags = parse_arguments(sys.argv[1:] if argv is None else argv)
     terminal = Terminal()
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our options, and the server flags that follow ``--``."""
+    """The demo's options, and the server flags after ``--``."""
     argv = list(argv)
     at = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(
@@ -94,7 +94,7 @@ def _run(terminal: Terminal, options: argparse.Namespace, server_flags: Sequence
     directory: Path = options.dir.resolve()
     terminal.banner("ELORA demo", _introduction(options))
     with terminal.step("libraries") as step:
-        # Here and not at the top: they take seconds, in which the user should see something.
+        # Imported here because it takes seconds, during which the user should see a step.
         import openai  # noqa: F401  (for the chats; with the others to be shown as one step)
 
         from sglang_elora.testbed.adapters import demo_adapters, make_adapters
@@ -163,7 +163,7 @@ def _chat(
         adapters=list(adapters),
         num_sessions=options.sessions,
         num_turns=options.turns,
-        mean_think_s=1.0 if options.short else 2.0,  # so that one can watch it
+        mean_think_s=1.0 if options.short else 2.0,  # slow enough to follow on the screen
     )
     terminal.say_verbatim(f"\nopen {server.url}/elora/ui to see the pool while the chats run\n")
     started = time.perf_counter()
@@ -205,7 +205,7 @@ def _chat(
 def launch_flags(
     checkpoint: Path, adapters: Mapping[str, Path], extra: Sequence[str] = ()
 ) -> list[str]:
-    """The server's command line, without host and port; ``extra`` comes last and so wins."""
+    """The server's flags without host and port; ``extra`` is last and overrides the others."""
     return [
         *("--model-path", str(checkpoint)),
         *("--served-model-name", MODEL),
@@ -237,7 +237,8 @@ def _introduction(options: argparse.Namespace) -> str:
 
 
 def _shown(command: Sequence[str]) -> str:
-    """The command to print and copy: "python" for this interpreter, paths relative to here."""
+    """The command for display: "python" for this interpreter, paths relative to the current
+    folder."""
     here = f"{Path.cwd()}/"
     words = shlex.join(["python", *(argument.replace(here, "") for argument in command[1:])])
     lines = textwrap.wrap(words, 96, break_long_words=False, break_on_hyphens=False)

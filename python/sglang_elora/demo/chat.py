@@ -22,10 +22,10 @@ _USER_SENTENCES = 2
 
 @dataclass(frozen=True, slots=True)
 class ChatPlan:
-    """How many conversations to hold, and how.
+    """Number, shape and adapters of the conversations.
 
-    Before each of their turns users think, for a time drawn from an exponential distribution:
-    without it, sessions that were batched together once would stay in step for ever.
+    Users think before each turn, for an exponentially distributed time: otherwise sessions that
+    were batched together once would stay synchronised.
     """
 
     model: str
@@ -52,7 +52,7 @@ class ChatPlan:
         return self.num_sessions * self.num_turns
 
     def adapter_of(self, session: int) -> str:
-        """The adapter that ``session`` talks to all its life."""
+        """The adapter of all turns of ``session``."""
         return self.adapters[session % len(self.adapters)]
 
 
@@ -72,11 +72,11 @@ class IncompleteAnswerError(RuntimeError):
 async def hold_chats(
     url: str, plan: ChatPlan, on_result: Callable[[TurnResult], None] | None = None
 ) -> list[TurnResult]:
-    """Run all sessions of ``plan`` at once against the server at ``url``.
+    """Run all sessions of ``plan`` concurrently against the server at ``url``; return the results.
 
-    Sessions of an adapter share its system prompt and nothing else. A failed turn is recorded and
-    ends its session; the others go on. Results come in the order in which turns ended, to
-    ``on_result`` as they do.
+    Sessions of one adapter share only its system prompt. A failed turn is recorded and ends its
+    session; the others continue. Results are in order of completion; ``on_result`` receives each
+    one immediately.
     """
     results: list[TurnResult] = []
     started_s = time.perf_counter()
@@ -148,7 +148,7 @@ async def _ask(
     adapter: str,
     history: Sequence[ChatCompletionMessageParam],
 ) -> _Answer:
-    """Stream one answer; the adapter travels in the model name, as SGLang reads it."""
+    """Stream one answer; the model name selects the adapter, as in SGLang's API."""
     started = time.perf_counter()
     stream = await client.chat.completions.create(
         model=f"{plan.model}:{adapter}",
@@ -174,10 +174,10 @@ async def _ask(
 
 
 def system_prompt(adapter: str) -> str:
-    """The instructions that all conversations with ``adapter`` begin with."""
+    """The system prompt of all conversations with ``adapter``."""
     return f"You are the {adapter} assistant. " + paragraph(f"system/{adapter}", _SYSTEM_SENTENCES)
 
 
 def user_message(session: int, turn: int) -> str:
-    """What the user of ``session`` says in ``turn``."""
+    """The user's message in ``turn`` of ``session``."""
     return paragraph(f"user/{session}/{turn}", _USER_SENTENCES)

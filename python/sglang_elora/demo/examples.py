@@ -1,4 +1,4 @@
-"""Requests to paste into another terminal while the demo's server is up."""
+"""Example requests to paste into another terminal while the demo's server runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def example_lines(url: str, model: str, adapters: Mapping[str, Path]) -> list[str]:
-    """Shell and Python lines against a running server; ``adapters`` must not be empty."""
+    """Shell and Python lines for a running server; ``adapters`` must not be empty."""
     name, path = next(iter(adapters.items()))
     chat = {
         "model": f"{model}:{name}",

@@ -1,4 +1,4 @@
-"""How often each adapter was loaded and evicted, counted in a server's log."""
+"""Numbers of loads and evictions of each adapter, from a server's log."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _EVICT_LINE = re.compile(r"\] evict (\S+)$", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class AdapterMoves:
-    """How often one adapter was loaded to the device, and evicted from it."""
+    """Numbers of loads of one adapter to the device, and of its evictions."""
 
-    num_slots: int  # of the pool that its weights take; 0 if it was never loaded
+    num_slots: int  # pool slots that its weights take; 0 if it was never loaded
     num_loads: int
     num_evictions: int
 
 
 def adapter_moves(log_path: Path, adapters: Iterable[str]) -> dict[str, AdapterMoves] | None:
-    """Loads and evictions by adapter; None if the log, of a level above info, mentions none.
+    """Loads and evictions by adapter; None if the log has none, as with a level above info.
 
-    Each rank of a tensor-parallel server logs its own.
+    Each rank of a tensor-parallel server logs its own loads, and all are counted.
     """
     log = log_path.read_text(errors="replace")
     loaded = _LOAD_LINE.findall(log)

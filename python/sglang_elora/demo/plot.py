@@ -1,4 +1,4 @@
-"""A picture of a demo run: latency and reuse, turn by turn."""
+"""Plot of a demo run: latency and cache hits by turn."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _GRID = "#e3e5e8"
 
 
 def save_plot(run: DemoRun, path: Path) -> None:
-    """Write a PNG of two panels: time to first token, and the share of the prompt in the cache.
+    """Write a PNG with two panels: time to first token, and cached share of the prompt.
 
-    Every dot is a request. Needs no display.
+    Each dot is one request. Needs no display.
     """
     import matplotlib
 
@@ -96,7 +96,7 @@ def _draw_reuse(axes: Axes, turns: Sequence[Sequence[TurnRecord]]) -> None:
 
 
 def _draw_dots(axes: Axes, values: Sequence[Sequence[float]], colour: str) -> None:
-    """One dot per value, spread sideways so that equal ones stay visible."""
+    """Draw one dot per value, with horizontal jitter so that equal values stay visible."""
     jitter = random.Random(0)
     for turn, column in enumerate(values):
         places = [turn + jitter.uniform(-0.2, 0.2) for _ in column]

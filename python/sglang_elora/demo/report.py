@@ -15,7 +15,7 @@ _NOT_REPORTED = "—"
 
 
 def turn_table(run: DemoRun) -> Table:
-    """Latency and reuse by turn: later turns find their history in the cache."""
+    """Latency and cache hits by turn; later turns find their history in the cache."""
     table = _table("By turn")
     table.add_column("turn", justify="right")
     table.add_column("requests", justify="right")
@@ -40,7 +40,7 @@ def turn_table(run: DemoRun) -> Table:
 
 
 def adapter_table(run: DemoRun) -> Table:
-    """Requests of each adapter, and how often it was loaded to the device and evicted from it."""
+    """Requests, loads and evictions of each adapter."""
     table = _table("By adapter")
     table.add_column("adapter")
     table.add_column("rank", justify="right")
@@ -77,7 +77,7 @@ def adapter_table(run: DemoRun) -> Table:
 
 
 def cache_table(run: DemoRun) -> Table:
-    """What the cache did with adapters and KV, by the server's own counts since its start."""
+    """The server's counts of adapter and KV cache events since its start."""
     table = _counts_table("What the cache did, as the server counted")
     counts = run.counts
     if not counts:
@@ -109,7 +109,7 @@ def cache_table(run: DemoRun) -> Table:
 
 
 def slot_table(run: DemoRun) -> Table:
-    """What the same turns would have met at a server with fixed adapter slots."""
+    """Waiting of the same turns on a server with a fixed number of adapter slots, computed."""
     demand = slot_demand(run.records)
     table = _counts_table(
         f"With {demand.num_slots} fixed adapter slots (SGLang's default): "

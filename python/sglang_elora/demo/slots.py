@@ -1,4 +1,4 @@
-"""What fixed adapter slots would have meant for the turns of a run: computed, not measured."""
+"""Effect of a fixed number of adapter slots on the turns of a run: computed, not measured."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from dataclasses import dataclass
 from sglang_elora.demo.turns import TurnRecord
 
 SGLANG_SLOTS = 8
-"""SGLang's default of ``--max-loras-per-batch``. More slots: fewer turns wait, less KV fits."""
+"""SGLang's default of ``--max-loras-per-batch``. With more slots, fewer turns wait and less KV
+fits."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlotDemand:
-    """Adapters in flight at once, beside a fixed number of slots.
+    """Concurrently used adapters, compared with a fixed number of slots.
 
     A turn is in flight from its request to the last token of its answer. The times are those of
-    the run that was recorded: that a turn which waits delays the turns after it is not counted.
+    the recorded run: that a waiting turn would delay later turns is not modelled.
     """
 
     num_slots: int
-    most_adapters: int  # in flight at one time
+    most_adapters: int  # largest number of adapters in flight at one time
     num_turns: int
-    num_over: int  # turns sent while as many other adapters as there are slots were in flight
+    num_over: int  # turns sent while ``num_slots`` or more other adapters were in flight
 
     @property
     def share_over(self) -> float:
@@ -31,7 +32,7 @@ class SlotDemand:
 
 
 def slot_demand(records: Sequence[TurnRecord], num_slots: int = SGLANG_SLOTS) -> SlotDemand:
-    """The demand of the answered turns; quadratic in their number."""
+    """The demand of the answered turns; O(n^2) in their number."""
     most, over = 0, 0
     for record in records:
         in_flight = {

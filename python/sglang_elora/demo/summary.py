@@ -1,4 +1,4 @@
-"""Numbers per turn and per adapter, out of raw turn records."""
+"""Statistics per turn and per adapter, from raw turn records."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sglang_elora.testbed.adapters import AdapterSpec
 
 @dataclass(frozen=True, slots=True)
 class TurnSummary:
-    """All sessions' n-th turns together; ``turn`` counts from 0."""
+    """Statistics of the n-th turn of all sessions; ``turn`` counts from 0."""
 
     turn: int
     num_requests: int
@@ -32,13 +32,13 @@ class TurnSummary:
 
     @property
     def cached_share(self) -> float:
-        """Prompt tokens that were not computed again, 0 to 1."""
+        """Share of prompt tokens that came from the cache, 0 to 1."""
         return share(self.cached_tokens, self.prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSummary:
-    """One adapter's requests; ``moves`` is None if the server's log does not mention any."""
+    """Statistics of one adapter's requests; ``moves`` is None if the server's log has none."""
 
     spec: AdapterSpec
     num_requests: int
@@ -49,13 +49,13 @@ class AdapterSummary:
 
 @dataclass(frozen=True, slots=True)
 class DemoRun:
-    """Everything one demo run measured."""
+    """All measurements of one demo run."""
 
     specs: Sequence[AdapterSpec]
     results: Sequence[TurnResult]
     moves: Mapping[str, AdapterMoves] | None
-    counts: Mapping[str, int]  # of the server, since its start; empty if it told none
-    pool_slots: int  # 0 if the server did not tell
+    counts: Mapping[str, int]  # of the server, since its start; empty if it reported none
+    pool_slots: int  # 0 if the server did not report it
     duration_s: float
     server_command: Sequence[str]
 
@@ -86,7 +86,7 @@ class DemoRun:
         return summaries
 
     def by_adapter(self) -> list[AdapterSummary]:
-        """Summaries in the order of ``specs``, adapters without any request included."""
+        """Summaries in the order of ``specs``, including adapters without requests."""
         summaries = []
         for spec in self.specs:
             records = [record for record in self.records if record.adapter == spec.name]
@@ -102,7 +102,7 @@ class DemoRun:
         return summaries
 
     def save(self, path: Path) -> None:
-        """Write raw records and what is needed to read them later, as JSON."""
+        """Write the raw records, with machine, versions and configuration, as JSON."""
         content = {
             "machine": {
                 "system": platform.platform(),
@@ -128,12 +128,12 @@ class DemoRun:
 
 
 def cached_share(records: Sequence[TurnRecord]) -> float:
-    """Prompt tokens of ``records`` that came from the cache, 0 to 1."""
+    """Share of the prompt tokens of ``records`` that came from the cache, 0 to 1."""
     return share(sum(r.cached_tokens for r in records), sum(r.prompt_tokens for r in records))
 
 
 def share(part: int, whole: int) -> float:
-    """``part / whole``, and 0 of nothing is 0."""
+    """``part / whole``, or 0 if ``whole`` is 0."""
     return part / whole if whole else 0.0
 
 

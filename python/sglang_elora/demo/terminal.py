@@ -1,4 +1,4 @@
-"""What the demo shows while it works: live on a terminal, plain lines elsewhere."""
+"""The demo's output while it runs: live on a terminal, otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from sglang_elora.demo.summary import share
 from sglang_elora.demo.turns import TurnFailure, TurnRecord, TurnResult
 from sglang_elora.demo.watch import CacheWatch
 
-_PLAIN_WIDTH = 110  # without a terminal nobody tells the width, and 80 folds the tables
-_PLAIN_LINES = 8  # progress lines per run where there is no terminal
+_PLAIN_WIDTH = 110  # columns without a terminal; rich's default of 80 wraps the tables
+_PLAIN_LINES = 8  # progress lines per run without a terminal
 
 
 class Step:
@@ -38,7 +38,7 @@ class Step:
 
 
 class Terminal:
-    """Prints steps, progress and whatever rich can render."""
+    """Prints steps, progress and rich renderables."""
 
     def __init__(self, console: Console | None = None) -> None:
         console = console or Console(highlight=False)
@@ -48,7 +48,7 @@ class Terminal:
         self.console = console
 
     def banner(self, title: str, text: str) -> None:
-        """A framed introduction."""
+        """Print a framed introduction."""
         self.console.print(
             Panel(text, title=f"[bold]{title}", title_align="left", padding=(1, 2), expand=False)
         )
@@ -58,12 +58,12 @@ class Terminal:
         self.console.print(renderable, style=style)
 
     def say_verbatim(self, line: str, *, style: str | None = None) -> None:
-        """Print text for copying: no markup, no wrapping, no colour of its own."""
+        """Print text for copying, without markup, wrapping or highlighting."""
         self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def step(self, title: str) -> Iterator[Step]:
-        """Spinner while the body runs, then a check mark (or a cross) and the time it took."""
+        """Show a spinner while the body runs, then a check mark (or a cross) and the duration."""
         with self._timed(title) as step:
             if self.live:
                 with self.console.status(f"{title} …"):
@@ -73,9 +73,9 @@ class Terminal:
 
     @contextmanager
     def chats(self, num_turns: int, watch: CacheWatch) -> Iterator[Callable[[TurnResult], None]]:
-        """A step that yields what to call with each result; shows progress, totals and the cache.
+        """A step that yields a callback for results; shows progress, totals and the cache.
 
-        On a terminal the cache is shown as ``sglang-elora top`` does, until the chats are over.
+        On a terminal the cache is shown as by ``sglang-elora top``, until the chats end.
         """
         meter = _Meter(num_turns)
         with self._timed("chats") as step:

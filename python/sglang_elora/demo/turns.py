@@ -1,4 +1,4 @@
-"""What is recorded of each turn of a chat."""
+"""Records of the turns of a chat."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TurnRecord:
-    """What one answered turn took; its times are seconds since its request was sent."""
+    """Measurements of one answered turn; times are seconds since its request was sent."""
 
     session: int
     adapter: str
     turn: int
-    sent_s: float  # since the chats began
+    sent_s: float  # since the start of the chats
     ttft_s: float
     total_s: float
     prompt_tokens: int
@@ -22,7 +22,7 @@ class TurnRecord:
 
 @dataclass(frozen=True, slots=True)
 class TurnFailure:
-    """A turn that got no answer, which ends its session."""
+    """A turn without a complete answer; it ends its session."""
 
     session: int
     adapter: str

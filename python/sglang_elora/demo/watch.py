@@ -1,4 +1,4 @@
-"""The cache of the demo's server while the chats run: its state twice a second, and what moved."""
+"""Polling of the demo server's cache state during the chats, with moves of adapters."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from rich.text import Text
 from sglang_elora.control.screen import SWAPS_SHOWN, State, moves, screen
 
 INTERVAL_S = 0.5
-"""Between two looks at the server. A shorter one sees more moves, at the cost of server time."""
+"""Seconds between polls. Raising it misses more moves and takes less server time."""
 
 _TIMEOUT_S = 30.0
 
 
 class CacheWatch:
-    """Asks ``GET /elora/state`` in a thread of its own while ``running``.
+    """Polls ``GET /elora/state`` in its own thread while ``running``.
 
-    An adapter that comes and goes between two looks is missing in ``moves``, but not in the counts,
-    which are the server's. ``state``, ``before`` and ``moves`` are set by that thread only.
+    An adapter that is loaded and evicted between two polls is missing in ``moves``, but included in
+    the server's counts. ``state``, ``before`` and ``moves`` are set only by that thread.
     """
 
     def __init__(self, url: str) -> None:
@@ -37,7 +37,7 @@ class CacheWatch:
 
     @contextmanager
     def running(self) -> Iterator[CacheWatch]:
-        """Watch while the body runs. The last look is after the body, so the counts are final."""
+        """Poll while the body runs, and once after it, so that the counts are final."""
         thread = threading.Thread(target=self._watch, daemon=True)
         thread.start()
         try:
@@ -56,7 +56,7 @@ class CacheWatch:
         return 0 if self.state is None else int(self.state["pool"]["slots"])
 
     def screen(self, console: Console, lines_taken: int) -> RenderableType:
-        """What ``sglang-elora top`` shows, for the rest of the terminal."""
+        """The screen of ``sglang-elora top``, sized for the terminal's remaining lines."""
         state, height = self.state, console.height - lines_taken
         if state is None:
             return Text("waiting for the server's state", style="dim")
@@ -88,7 +88,7 @@ class CacheWatch:
 
 
 def _ask(http: httpx.Client) -> dict[str, Any] | None:
-    """The state, or None where the server is busy or gone: its chats will say so."""
+    """The state, or None if the server is busy or down, which the chats report."""
     try:
         answer = http.get("/elora/state")
         answer.raise_for_status()

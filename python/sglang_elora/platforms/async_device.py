@@ -1,21 +1,21 @@
-"""A device whose streams run as late, or as early, as CUDA would be allowed to. For tests.
+"""A simulated device that runs stream operations as late, or as early, as CUDA may. For tests.
 
-On the CPU platform an operation is over when it has been ordered, so a wait that is missing shows
-nowhere. Here an operation that is handed to ``AsyncDevice.launch`` is kept, and when it runs is up
-to an ``Order``:
+On the CPU platform an operation completes when it is issued, so a missing wait has no effect.
+Here an operation that is passed to ``AsyncDevice.launch`` is deferred, and an ``Order`` decides
+when it runs:
 
-* ``LATEST``: copies run when something waits for them, and forward passes at once. What a batch
-  reads without having waited for it is poison (NaN) still.
-* ``EARLIEST``: copies run as soon as all that they wait for is over, and forward passes when
-  something waits for them. A copy that does not wait for the batch under way overwrites what that
-  batch reads.
-* ``RANDOM``: a seed draws for each operation which of both it is.
+* ``LATEST``: copies run when something waits for them, and forward passes immediately. A batch that
+  reads the target of a copy without waiting for it reads poison (NaN).
+* ``EARLIEST``: copies run as soon as the operations that they wait for are complete, and forward
+  passes when something waits for them. A copy that does not wait for a running batch overwrites
+  the memory which that batch reads.
+* ``RANDOM``: a seeded generator chooses one of both for each operation.
 
-Every legal order is one that CUDA may choose, so an output that differs, or a ``RaceError``, is a
-missing wait. Operations that are not handed to ``launch`` run at once, as before.
+CUDA may choose any of these orders, so a different output, or a ``RaceError``, shows a missing
+wait. Operations that are not passed to ``launch`` run immediately, as before.
 
-An event may be polled instead of waited for: ``query`` answers False ``PATIENCE`` times and then
-runs what was recorded, so that a loop that only polls comes to its end.
+An event may be polled instead of waited for: ``query`` returns False ``PATIENCE`` times and then
+runs the recorded operations, so that a loop that only polls terminates.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from sglang_elora.platforms.race_check import (
 )
 
 PATIENCE = 3
-"""How often ``Event.query`` answers False before it runs what the event waits for."""
+"""Number of times ``Event.query`` returns False before it runs the event's operations."""
 
 
 class Order(Enum):
-    """When an operation runs, of all moments that the events allow."""
+    """When an operation runs, within the times that the events allow."""
 
     LATEST = "latest"
     EARLIEST = "earliest"
@@ -53,24 +53,24 @@ class Order(Enum):
 
 @dataclass(eq=False, slots=True)
 class Operation:
-    """Work on a stream. ``after`` are the operations that have to be over before it."""
+    """Work on a stream. The operations in ``after`` must complete before it."""
 
     stream: Stream
     run: Callable[[], None]
     footprint: Footprint
     after: list[Operation]
-    eager: bool = False  # runs as soon as it may
+    eager: bool = False  # runs as soon as ``after`` allows
     is_forward: bool = False
     is_over: bool = False
     num_queries: int = 0
 
 
 class AsyncDevice:
-    """Streams, what is under way on them, and the host's clock.
+    """Streams, their pending operations, and the host's vector clock.
 
     Args:
         order: When operations run.
-        seed: Of ``Order.RANDOM``.
+        seed: Seed for ``Order.RANDOM``.
     """
 
     def __init__(self, order: Order, seed: int = 0) -> None:
@@ -78,7 +78,7 @@ class AsyncDevice:
         self.races = RaceCheck()
         self.host_clock: Clock = {}
         self.num_operations = 0
-        self.num_delayed = 0  # were not over when they had been launched
+        self.num_delayed = 0  # operations still pending when ``launch`` returned
         self._random = random.Random(seed)
         self._num_streams = HOST
         self._running: list[Operation] = []
@@ -95,18 +95,18 @@ class AsyncDevice:
         poison: Callable[[], None] | None = None,
         is_forward: bool = False,
     ) -> None:
-        """Put an operation on the current stream.
+        """Enqueue an operation on the current stream.
 
         Args:
-            kind: For texts.
-            run: Does it.
+            kind: Name of the operation in error texts.
+            run: Executes the operation.
             reads: Memory that it reads.
             writes: Memory that it writes.
-            poison: Makes what it writes unusable until it has run.
-            is_forward: A part of a forward pass; otherwise it is a copy.
+            poison: Overwrites its target with unusable values until it has run.
+            is_forward: It is part of a forward pass; otherwise it is a copy.
 
         Raises:
-            RaceError: Nothing orders it after an earlier operation on the same memory.
+            RaceError: It is not ordered after an earlier operation on the same memory.
         """
         stream = self.stream
         join(stream.clock, self.host_clock)
@@ -123,7 +123,7 @@ class AsyncDevice:
         if not stream.asynchronous:
             self.force(operation)
             return
-        is_free = not any(  # an earlier one of its own stream writes other layers of them
+        is_free = not any(  # operations of its own stream are ignored: they write other layers
             other.stream is not stream and other.footprint.touches(name, blocks).any()
             for other in self._pending
             for name, blocks in writes
@@ -137,16 +137,16 @@ class AsyncDevice:
                 poison()
 
     def force(self, operation: Operation | None) -> None:
-        """Run an operation and all that it has to run after."""
+        """Run an operation, and first all operations that must complete before it."""
         if operation is not None:
             self._run_with_what_it_awaits(operation)
             self._run_ready()
 
     def host_writes(self, kind: str, memory: str, blocks: Blocks) -> None:
-        """The host writes these slots now, or hands them to somebody who may.
+        """Record that the host writes these slots now, or frees them for another writer.
 
         Raises:
-            RaceError: An operation reads or writes them that the host has not waited for.
+            RaceError: The host has not waited for an operation that reads or writes them.
         """
         self.host_clock[HOST] = self.host_clock.get(HOST, 0) + 1
         made = self.races.begin(
@@ -155,20 +155,20 @@ class AsyncDevice:
         self.races.end(made)
 
     def idle(self, memory: str, blocks: Blocks) -> Blocks:
-        """Those of ``blocks`` that no operation under way touches."""
+        """Those of ``blocks`` that no pending operation accesses."""
         busy = np.zeros(len(blocks), np.bool_)
         for operation in self._pending:
             busy |= operation.footprint.touches(memory, blocks)
         return blocks[~busy]
 
     def synchronize(self, _device: Any = None) -> None:
-        """The host waits for everything."""
+        """Let the host wait for all pending operations."""
         for operation in list(self._pending):
             self.force(operation)
             join(self.host_clock, operation.footprint.clock)
 
     def install(self, device_module: Any) -> None:
-        """Put these streams and events in the place of ``device_module``'s (torch.cpu)."""
+        """Replace the streams and events of ``device_module`` (torch.cpu) by these."""
         device_module.Stream = functools.partial(Stream, self)
         device_module.Event = functools.partial(Event, self)
         device_module.StreamContext = StreamContext
@@ -181,7 +181,7 @@ class AsyncDevice:
         return self._num_streams
 
     def running_on(self, stream: Stream) -> Operation | None:
-        """The operation that is being run, if it is one of this stream."""
+        """The operation being executed, if it is on this stream; otherwise None."""
         top = self._running[-1] if self._running else None
         return top if top is not None and top.stream is stream else None
 
@@ -191,8 +191,9 @@ class AsyncDevice:
         return is_forward == (self.order is Order.LATEST)
 
     def _run_ready(self) -> None:
-        """Run eager operations: a forward pass with what it waits for, a copy once that is over."""
-        if self._running:  # of a forward pass, which is the only one that waits while it runs
+        """Run eager operations: forward passes with their dependencies, copies without pending
+        ones."""
+        if self._running:  # inside a forward pass: only these wait for events while they run
             return
         for operation in [op for op in self._pending if op.eager]:
             if operation.is_forward:
@@ -217,7 +218,7 @@ class AsyncDevice:
         try:
             operation.run()
         except Exception:
-            self.races.end(operation.footprint)  # what it read may have been poison
+            self.races.end(operation.footprint)  # a race (poisoned input) may have caused the error
             raise
         finally:
             self._running.pop()
@@ -228,7 +229,7 @@ class AsyncDevice:
 
 
 class Stream:
-    """A stream. ``asynchronous`` is set by those who hand all its operations to ``launch``."""
+    """A stream. Its owner sets ``asynchronous`` if all its operations are passed to ``launch``."""
 
     def __init__(self, device: AsyncDevice, _device: Any = None, priority: int = -1) -> None:
         self.device_ = device
@@ -267,7 +268,7 @@ class Stream:
 
 
 class Event:
-    """The moment at which the work put on a stream so far is over."""
+    """The completion of the work enqueued on a stream so far."""
 
     def __init__(self, device: AsyncDevice, enable_timing: bool = False) -> None:
         self.device_ = device
@@ -276,11 +277,11 @@ class Event:
 
     def record(self, stream: Stream | None = None) -> None:
         stream = stream or self.device_.stream
-        if not stream.asynchronous:  # what it runs is run by the host
+        if not stream.asynchronous:  # the host itself executes its operations
             join(stream.clock, self.device_.host_clock)
         self.clock = dict(stream.clock)
         self.operation = stream.last
-        for awaited in stream.awaited:  # waited for by operations that do not exist yet
+        for awaited in stream.awaited:  # the stream's next operation would wait for these
             if self.operation is None or self.operation.is_over:
                 self.operation = awaited
             elif not awaited.is_over:
@@ -304,18 +305,18 @@ class Event:
         join(self.device_.host_clock, self.clock)
 
     def elapsed_time(self, end: Event) -> float:
-        """0: operations take no time of their own here."""
+        """0, since operations have no duration here."""
         return 0.0
 
 
 def _both(device: AsyncDevice, stream: Stream, one: Operation, other: Operation) -> Operation:
-    """Stands for the end of both."""
+    """An empty operation that completes after both."""
     footprint = Footprint(0, stream.number, 0, "", "", {})
     return Operation(stream, lambda: None, footprint, [one, other])
 
 
 class StreamContext:
-    """Makes a stream the current one. Reusable, as SGLang keeps and re-enters them."""
+    """Context that makes a stream the current one. Reusable, as SGLang keeps and re-enters it."""
 
     def __init__(self, stream: Stream | None) -> None:
         self._stream = stream

@@ -1,8 +1,8 @@
-"""Attention of the CPU platform: prefill pays for the new tokens of a request only.
+"""Attention of the CPU platform, whose prefill computes only the new tokens of a request.
 
-SGLang's ``torch_native`` backend fills the queries up to the whole sequence and drops what it
-computed for the cached ones, so that attention over a cached prefix costs as much as over a new
-one. Here each new token attends to what is before it, as on a GPU.
+SGLang's ``torch_native`` backend pads the queries to the whole sequence and drops the outputs of
+cached tokens, so that prefill with a cached prefix costs as much as without. Here only new tokens
+are queries, as on a GPU.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ class CpuAttention(TorchNativeAttnBackend):
         encoder_lens: torch.Tensor | None = None,
         **options: Any,
     ) -> torch.Tensor:
-        """
+        """Prefill attention, written to ``output`` and returned.
+
         Args:
             query: ``[new tokens, heads, head_dim]``, request after request.
-            output: Of the same shape; written.
+            output: Has the same shape; is written.
             k_cache: ``[slots, kv heads, head_dim]``, as ``v_cache``.
             req_to_token: int32 ``[requests, context]``: slots of each row's tokens.
         """
@@ -88,5 +89,5 @@ def _heads_first(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def use_cpu_attention() -> None:
-    """From now on SGLang's ``torch_native`` is this one."""
+    """Register ``CpuAttention`` as SGLang's ``torch_native`` backend in this process."""
     register_attention_backend("torch_native")(CpuAttention)

@@ -30,7 +30,7 @@ class EloraCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     @override
     def get_device(self, device_id: int = 0) -> str:
-        """The device string; SGLang splits it at ':', so a torch.device will not do."""
+        """The device as a string, since SGLang splits it at ':'."""
         return "cpu"
 
     @override
@@ -45,7 +45,7 @@ class EloraCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     @override
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Defaults of the CPU: backends that need no GPU, no CUDA graphs."""
+        """Set defaults for a CPU: backends that need no GPU."""
         if server_args.device is None:
             server_args.device = "cpu"
         if server_args.attention_backend is None:
@@ -56,7 +56,7 @@ class EloraCpuPlatform(CpuDeviceMixin, SRTPlatform):
                 server_args.lora_backend,
             )
             server_args.lora_backend = "torch_native"
-        server_args.sleep_on_idle = True  # an idle scheduler would take a core from the others
+        server_args.sleep_on_idle = True  # otherwise an idle scheduler occupies a core
         if server_args.enable_hierarchical_cache:
             server_args.hicache_io_backend = "direct"
             server_args.hicache_mem_layout = "layer_first"

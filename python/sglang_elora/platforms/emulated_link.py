@@ -1,20 +1,20 @@
 """An emulated host-to-device link for a machine whose device is the host.
 
-On the CPU platform a copy from host to device is a memcpy and costs next to
-nothing, which hides what a cache is for. This module gives copies the duration
-they would have on a link of given bandwidth and latency, and gives CPU streams
-and events the one property of theirs that matters then: work on a copy stream
-takes time of its own, and only who waits for its event waits for it.
+On the CPU platform a copy from host to device is a memcpy and costs almost
+nothing, which hides the benefit of a cache. This module gives copies the duration
+they would have on a link of given bandwidth and latency, and CPU streams and events
+the semantics that this needs: work on a copy stream takes time, and delays only
+streams or threads that wait for its event.
 
-The bytes are moved at once; only the waiting is emulated. Time is kept per
-stream as the moment until which it is busy:
+The bytes are moved immediately; only the waiting is emulated. Each stream has a
+time until which it is busy:
 
-* a copy on an asynchronous stream moves that moment, and does not block;
-* a copy on any other stream blocks, as a copy in front of a kernel would;
-* recording an event notes the stream's moment; an asynchronous stream that waits for it is
+* a copy on an asynchronous stream advances that time, and does not block;
+* a copy on any other stream blocks, as a copy that a kernel depends on would;
+* recording an event stores the stream's time; an asynchronous stream that waits for it is
   busy until then, any other stream and the host block.
 
-One direction, copies in order of issue, as a single copy engine would do them.
+One direction is emulated, with copies in order of issue, as by a single copy engine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Link:
     Args:
         bytes_per_s: Bandwidth, positive.
         latency_s: Seconds added to every copy, not negative.
-        clock: Seconds, monotonic. Tests hand in their own.
+        clock: Seconds, monotonic. Tests pass their own.
         sleep: Blocks for that many seconds.
     """
 
@@ -69,7 +69,7 @@ class Link:
             self._sleep(remaining_s)
 
     def install(self, device_module: Any) -> None:
-        """Put this link's streams and events in the place of ``device_module``'s (torch.cpu)."""
+        """Replace the streams and events of ``device_module`` (torch.cpu) by this link's."""
         device_module.Stream = functools.partial(Stream, self)
         device_module.Event = functools.partial(Event, self)
         device_module.StreamContext = StreamContext
@@ -81,7 +81,7 @@ class Link:
 
 
 class Stream:
-    """A stream that can be busy. ``asynchronous`` is set on copy streams by their makers."""
+    """A stream that is busy until a given time. Creators of copy streams set ``asynchronous``."""
 
     def __init__(self, link: Link, device: Any = None, priority: int = -1) -> None:
         self.link = link
@@ -103,7 +103,7 @@ class Stream:
         self.link.wait_until(self.busy_until_s)
 
     def _wait_until(self, moment_s: float) -> None:
-        """Work put on this stream from now on starts no sooner."""
+        """Let later work on this stream start no earlier than ``moment_s``."""
         if self.asynchronous:
             self.busy_until_s = max(self.busy_until_s, moment_s)
         else:
@@ -111,7 +111,7 @@ class Stream:
 
 
 class Event:
-    """The moment at which the work put on a stream so far is done."""
+    """The time at which the work enqueued on a stream so far is complete."""
 
     def __init__(self, link: Link, enable_timing: bool = False) -> None:
         self.link = link
@@ -131,12 +131,12 @@ class Event:
         self.link.wait_until(self.ready_s)
 
     def elapsed_time(self, end: Event) -> float:
-        """Milliseconds between the two recorded moments."""
+        """Milliseconds between the two recorded times."""
         return (end.ready_s - self.ready_s) * 1e3
 
 
 class StreamContext:
-    """Makes a stream the current one. Reusable, as SGLang keeps and re-enters them."""
+    """Context that makes a stream the current one. Reusable, as SGLang keeps and re-enters it."""
 
     def __init__(self, stream: Stream | None) -> None:
         self._stream = stream

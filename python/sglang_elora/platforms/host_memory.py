@@ -1,9 +1,9 @@
-"""Plain memory and plain copies where SGLang takes an accelerator for granted.
+"""Unpinned memory and torch copies for SGLang code that assumes an accelerator.
 
 SGLang's LoRA code and the HiCache host pool pin memory without asking the
 platform, and HiCache copies with a compiled kernel. Pinning needs an
 accelerator; torch raises without one. On the CPU platform host and device
-memory are the same, so plain memory and torch's indexing serve.
+memory are the same, so unpinned memory and torch's indexing are used instead.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def use_plain_memory() -> None:
 
 
 def use_plain_host_tier() -> None:
-    """Give HiCache's host pools allocation and copies that need no accelerator."""
+    """Let HiCache's host pools allocate and copy without an accelerator."""
     from sglang.srt.mem_cache.pool_host import common, mha, mla
 
     common.ALLOC_MEMORY_FUNCS["cpu"] = common.alloc_with_pin_memory

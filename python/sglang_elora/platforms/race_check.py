@@ -1,9 +1,9 @@
-"""A happens-before check: which operations on which streams touch the same memory unordered.
+"""A happens-before check that finds unordered operations on the same memory.
 
-Each stream and the host has a vector clock, as in ``torch.cuda._sanitizer``: an event carries the
-clock of the stream it was recorded on, waiting for it joins that clock, and launching an operation
-joins the host's. Two operations that touch the same memory, at least one of them writing, race
-unless the clock of the later one covers the earlier one.
+Each stream and the host has a vector clock, as in ``torch.cuda._sanitizer``: an event has the clock
+of the stream it was recorded on, waiting for it joins that clock, and launching an operation joins
+the host's. Two operations on the same memory, of which at least one writes, race unless the clock
+of the later one covers the earlier one.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 HOST = 0
-"""The host's number among streams."""
+"""The host's stream number."""
 
 _SITE_FRAMES = 7
 _OWN_FILES = ("race_check.py", "async_device.py", "stream_check.py")
 
 Clock = dict[int, int]
-"""Stream number -> how many of its operations are known to be over."""
+"""Stream number -> number of its operations that are known to be complete."""
 
 Blocks = NDArray[np.int64]
-"""Numbers of the slots that an operation touches."""
+"""Numbers of the slots that an operation accesses."""
 
 Access = tuple[str, Blocks]
 """(name of a memory, slots of it)"""
 
 
 class RaceError(AssertionError):
-    """Two operations touch the same memory and nothing orders them."""
+    """Two operations access the same memory without an order between them."""
 
 
 @dataclass(slots=True)
 class Footprint:
-    """What one operation touches, and who touched it before.
+    """The memory that one operation accesses, and earlier operations on the same memory.
 
-    ``clock`` is that of its stream when it was launched; what it waits for while it runs is joined
-    to it later.
+    ``clock`` is its stream's at the launch; the clocks of events that it waits for while it runs
+    are joined later.
     """
 
     number: int
@@ -54,7 +54,7 @@ class Footprint:
     earlier: set[tuple[int, str]] = field(default_factory=set)  # (operation, what both did)
 
     def touches(self, memory: str, blocks: Blocks) -> NDArray[np.bool_]:
-        """Which of these slots it reads or writes."""
+        """Mask of those of ``blocks`` that the operation reads or writes."""
         found = np.zeros(len(blocks), np.bool_)
         for name, own in (*self.reads, *self.writes):
             if name == memory:
@@ -64,21 +64,21 @@ class Footprint:
 
 @dataclass(slots=True)
 class _Memory:
-    """Per slot the last operation that wrote it and, per stream, the last that read it."""
+    """Per slot, the last operation that wrote it and, per stream, the last one that read it."""
 
     written_by: Blocks
     read_by: dict[int, Blocks] = field(default_factory=dict)
 
 
 def join(clock: Clock, other: Clock) -> None:
-    """Let ``clock`` cover what ``other`` covers."""
+    """Extend ``clock`` to cover all operations that ``other`` covers."""
     for stream, epoch in other.items():
         if clock.get(stream, 0) < epoch:
             clock[stream] = epoch
 
 
 class RaceCheck:
-    """Footprints of all operations since the start; ``num_checked`` counts compared pairs."""
+    """Checker of all operations since the start; ``num_checked`` counts compared pairs."""
 
     def __init__(self) -> None:
         self._done: list[tuple[int, int, str, str]] = [(HOST, 0, "", "")]  # by number
@@ -94,7 +94,7 @@ class RaceCheck:
         reads: Sequence[Access],
         writes: Sequence[Access],
     ) -> Footprint:
-        """Note an operation that is launched now, and what it must be ordered after."""
+        """Record an operation launched now; returns it with the earlier ones it must follow."""
         site = call_site()
         made = Footprint(len(self._done), stream, epoch, kind, site, dict(clock), reads, writes)
         self._done.append((stream, epoch, kind, site))
@@ -116,10 +116,10 @@ class RaceCheck:
         return made
 
     def end(self, made: Footprint) -> None:
-        """All that the operation waited for is in its clock now.
+        """Check an operation whose clock is final, as it has no more events to wait for.
 
         Raises:
-            RaceError: It touches what an earlier one does, and nothing orders the two. The text
+            RaceError: It is not ordered after an earlier operation on the same memory. The text
                 has the call sites of both.
         """
         for number, both in sorted(made.earlier):
@@ -145,7 +145,7 @@ class RaceCheck:
 
 
 def call_site() -> str:
-    """The innermost frames that are not the check's own, innermost first."""
+    """The innermost SGLang and ELORA frames outside the check itself, innermost first."""
     found: list[str] = []
     frame = sys._getframe(1)
     while frame is not None and len(found) < _SITE_FRAMES:

@@ -1,4 +1,4 @@
-"""When the CPU platform is selected. Imports torch, not sglang."""
+"""Decides whether the CPU platform is selected. Imports torch, not sglang."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def require_cpu_platform(flag: str) -> None:
-    """Raise ValueError if ``flag``, which is for the CPU platform, has no meaning here."""
+    """Raise ValueError if ``flag``, which needs the CPU platform, cannot be used here."""
     declined = cpu_platform_declined()
     if declined is not None:
         raise ValueError(f"{flag} is for the CPU platform only: {declined}")

@@ -1,4 +1,4 @@
-"""Let CPU builds of torch import the torchvision wheel of PyPI.
+"""Stand-in operators that let CPU builds of torch import the torchvision wheel of PyPI.
 
 PyPI ships torchvision for CUDA only. With a CPU build of torch its extension
 library does not load, and the import then fails because it registers fake

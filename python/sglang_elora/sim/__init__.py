@@ -1,4 +1,4 @@
-"""A trace-driven simulator of one server, over the server's own policies, estimators and tree."""
+"""A trace-driven simulator of one server, which uses the server's policies, estimators and tree."""
 
 from __future__ import annotations
 

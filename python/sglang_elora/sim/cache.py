@@ -1,8 +1,7 @@
 """The cache of one simulated server: device pool, host tier, and the tree over both.
 
-What is evicted, and in which order, is decided by ``tree/eviction.py``, as in the server; adapters
-are those of ``tree.AdapterTable``. Where KV hangs under the base model (a static split), there are
-no adapters in the pool.
+``tree/eviction.py`` chooses the victims, as in the server; adapters are those of
+``tree.AdapterTable``. In a static split KV belongs to the base model, and the pool has no adapters.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from sglang_elora.tree import (
 
 
 class Cache:
-    """``free + locked + evictable == pool_slots`` at every moment.
+    """The simulated cache. Invariant: ``free + locked + evictable == pool_slots``.
 
     Args:
-        policy: Of the device, and of the host tier.
-        host_slots: For KV; 0 for no host tier.
+        policy: Policy of both the device and the host tier.
+        host_slots: Size of the host tier for KV; 0 for none.
     """
 
     def __init__(
@@ -42,8 +41,8 @@ class Cache:
         self.free, self.locked, self.host_free = pool_slots, 0, host_slots
         self.counts = Counters()
         self.evicted: deque[Hashable] = deque(maxlen=MAX_REMEMBERED)
-        self.slots_to_host = 0  # copied by evictions since somebody asked last
-        self.orders = TierOrders[Segment](policy, attrgetter("on_host"))
+        self.slots_to_host = 0  # copied by evictions; the engine reads and resets it
+        self.orders = TierOrders[Segment](policy, lambda segment: segment.on_host)
         self.leaves, self.host_leaves = self.orders.device, self.orders.host
         self.sessions = Sessions[Segment](path_of, self.orders.set_session_state)
         self._adapters: dict[str, Segment] = {}
@@ -62,19 +61,19 @@ class Cache:
         return segment
 
     def holds(self, adapter_id: str) -> bool:
-        """Whether an adapter cannot leave, or should not: a request uses it or waits for it."""
+        """Whether a running or waiting request needs the adapter."""
         adapter = self.adapter(adapter_id)
         return adapter.locks > 0 or adapter.entry.queue_position is not None
 
     def segments(self) -> list[Segment]:
-        """Adapters, and all that is cached below them."""
+        """All adapters, and all KV cached below them."""
         found = list(self._adapters.values())
-        for segment in found:  # grows while it is read
+        for segment in found:  # the list grows during the iteration
             found += segment.children
         return found
 
     def lock(self, segment: Segment) -> None:
-        """It is on the device and stays there."""
+        """Protect a segment on the device from eviction, until ``unlock``."""
         assert segment.on_device, segment
         if segment.locks == 0:
             self.locked += segment.num_slots
@@ -88,7 +87,7 @@ class Cache:
             self._update_leaf(segment)
 
     def reserve(self, num_slots: int) -> None:
-        """Slots of a running request, which nobody else sees; they are free."""
+        """Take free slots for one running request; they are not part of the tree."""
         assert num_slots <= self.free, f"{num_slots} slots of {self.free} free"
         self.free -= num_slots
         self.locked += num_slots
@@ -98,7 +97,7 @@ class Cache:
         self.locked -= num_slots
 
     def place(self, segment: Segment) -> None:
-        """It comes to the device, into free slots."""
+        """Put a segment on the device, into free slots."""
         assert not segment.on_device and segment.num_slots <= self.free, segment
         assert segment.parent is None or segment.parent.on_device, segment
         self.free -= segment.num_slots
@@ -125,10 +124,10 @@ class Cache:
         """Evict until ``eviction.num_slots`` more are free.
 
         Args:
-            copies: False: it ends at the first leaf that would have to be copied to the host.
+            copies: If False, stop at the first leaf that must be copied to the host.
 
         Returns:
-            Leaves that were evicted.
+            Number of evicted leaves.
         """
         victims = Victims(self.leaves, eviction)
         target = self.free + eviction.num_slots
@@ -143,7 +142,7 @@ class Cache:
         return victims.num_taken
 
     def copy_ahead(self, most_leaves: int) -> int:
-        """Copy the next victims to the host. Slots that were copied."""
+        """Copy up to ``most_leaves`` next victims to the host; returns the slots copied."""
         found = self.orders.next_victims(
             most_leaves,
             lambda leaf: not (leaf.on_host or leaf.entry.is_adapter) and self._is_worth_copy(leaf),
@@ -193,7 +192,7 @@ class Cache:
         )
 
     def _to_host(self, leaf: Segment) -> bool:
-        """Copy KV to the host, where the least goes for it. Whether there was room."""
+        """Copy KV to the host, evicting the lowest-ranked KV there; False if it does not fit."""
         if self.host_free < leaf.num_slots:
             self._drop_duplicates(leaf.num_slots)
             self.host_leaves.refresh()
@@ -219,8 +218,8 @@ class Cache:
         return True
 
     def _drop_duplicates(self, num_slots: int) -> None:
-        """Host copies of what is on the device go first, those of the next to be evicted last: as
-        SGLang's ``_reclaim_full_host_duplicates``."""
+        """Free ``num_slots`` on the host by dropping copies of KV that is also on the device, those
+        of evictable leaves last: as SGLang's ``_reclaim_full_host_duplicates``."""
         for spares_leaves in (True, False):
             for segment in list(self._duplicates):
                 if self.host_free >= num_slots:
@@ -244,7 +243,7 @@ class Cache:
                 self.host_leaves.lower(segment)
 
     def _drop(self, segment: Segment) -> None:
-        """It is on no tier any more; what is below it on the host is out of reach."""
+        """Remove a segment that is on no tier, and its descendants, which are unreachable now."""
         for child in list(segment.children):
             self._leave_host(child)
             self._drop(child)
@@ -253,19 +252,19 @@ class Cache:
         segment.num_sessions = 0
         segment.entry = CacheEntry(
             False, segment.num_slots, segment.entry.group
-        )  # if it comes back
+        )  # for when it is cached again
         if segment.parent is not None:
             segment.parent.children.pop(segment, None)
             self._update_host_leaf(segment.parent)
 
     def check_invariants(self, reserved: int) -> None:
-        """Recompute sums and leaves from all segments, which hang under adapters.
+        """Recompute sums and leaves from all segments, and compare.
 
         Args:
-            reserved: Slots that running requests hold for themselves.
+            reserved: Slots reserved by running requests.
 
         Raises:
-            AssertionError: One is not what it should be.
+            AssertionError: A sum or the set of leaves differs.
         """
         segments = self.segments()
         device = [segment for segment in segments if segment.on_device]
@@ -286,7 +285,7 @@ class Cache:
 
 
 def path_of(segment: Segment) -> list[Segment]:
-    """From this segment up to its adapter, or to a system prompt without one."""
+    """The path from a segment up to its adapter, or to a system prompt without one."""
     path = [segment]
     while path[-1].parent is not None:
         path.append(path[-1].parent)

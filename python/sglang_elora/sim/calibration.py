@@ -1,4 +1,4 @@
-"""What things take on one machine with one model: the simulator's only numbers."""
+"""Durations and sizes for one machine and model: all constants of the simulation."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ SCALABLE = (
     "adapter_host_slots",
     "file_bytes_per_s",
 )
-"""What a sensitivity analysis multiplies, one at a time."""
+"""Fields that a sensitivity analysis scales, one at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """A slot holds the KV of one token, or as many bytes of an adapter.
+    """The cost model of one machine and model. A slot holds one token's KV or as many bytes of an
+    adapter.
 
     A prefill batch takes ``batch_s + sum over requests of new * (prefill_token_s +
     prefill_context_s * (cached + new / 2))``, a decode step ``decode_step_s + requests *
@@ -37,10 +38,10 @@ class Calibration:
     """
 
     name: str
-    sources: Mapping[str, str]  # of each figure, in words
+    sources: Mapping[str, str]  # field -> where its value comes from
     batch_s: float
     prefill_token_s: float
-    prefill_context_s: float  # per new token and token before it
+    prefill_context_s: float  # per pair of a new token and a preceding token
     decode_step_s: float
     decode_request_s: float
     decode_context_s: float
@@ -48,17 +49,17 @@ class Calibration:
     link_latency_s: float
     to_host_bytes_per_s: float
     slot_bytes: int
-    pool_slots: int  # of the device, for adapters and KV together
-    host_slots: int  # for KV; adapters are all on the host
-    adapter_slots: tuple[int, ...]  # by rank; adapter i takes the i-th, and round again
-    split_slot: int  # slots that one slot of a static split takes: the largest rank's
+    pool_slots: int  # on the device, for adapters and KV together
+    host_slots: int  # for KV; adapters are counted in adapter_host_slots
+    adapter_slots: tuple[int, ...]  # size by rank; adapter i has entry i modulo the length
+    split_slot: int  # pool slots per adapter of a static split: the size of the largest rank
     copies_per_adapter: int
     copies_per_adapter_split: int  # stock copies matrix by matrix
     copies_per_kv_load: int
     max_running: int
     prefill_budget: int  # new tokens per prefill batch
-    adapter_host_slots: int = 0  # host memory for adapters; 0: all are there from the start
-    file_bytes_per_s: float = math.inf  # read from an adapter's file, by each of the readers
+    adapter_host_slots: int = 0  # host memory for adapters; 0: all are in it from the start
+    file_bytes_per_s: float = math.inf  # speed of each reader of adapter files
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -72,7 +73,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
-        """Raises ValueError for a missing or unknown figure."""
+        """The calibration in a JSON file; raises ValueError for a missing or unknown field."""
         content: dict[str, Any] = json.loads(path.read_text())
         required = {field.name for field in fields(cls) if field.default is MISSING}
         unknown = content.keys() - {field.name for field in fields(cls)}
@@ -82,7 +83,7 @@ class Calibration:
         return cls(**{**content, "adapter_slots": tuple(content["adapter_slots"])})
 
     def scaled(self, name: str, factor: float) -> Calibration:
-        """With one of ``SCALABLE`` times ``factor``."""
+        """A copy with one field of ``SCALABLE`` multiplied by ``factor``."""
         if name not in SCALABLE:
             raise ValueError(f"{name!r} must be one of {', '.join(SCALABLE)}")
         value = getattr(self, name)
@@ -90,7 +91,7 @@ class Calibration:
         return replace(self, **{name: scaled})
 
     def prefill_s(self, num_new: int, num_cached: int) -> float:
-        """Of one request, without the batch's own ``batch_s``."""
+        """Seconds of one request's prefill, without the batch's ``batch_s``."""
         context = num_cached + num_new / 2
         return num_new * (self.prefill_token_s + self.prefill_context_s * context)
 
@@ -99,7 +100,7 @@ class Calibration:
         return self.decode_step_s + requests_s + num_context * self.decode_context_s
 
     def decode_steps_s(self, steps: int, num_requests: int, num_context: int) -> float:
-        """Of so many in a row, with one token more per request after each."""
+        """Seconds of ``steps`` decode steps in a row; each adds one token per request."""
         grown = num_requests * steps * (steps - 1) / 2
         return steps * self.decode_s(num_requests, num_context) + grown * self.decode_context_s
 
@@ -109,7 +110,7 @@ class Calibration:
         )
 
     def read_s(self, num_slots: int) -> float:
-        """Of an adapter's file."""
+        """Seconds to read an adapter's file."""
         return num_slots * self.slot_bytes / self.file_bytes_per_s
 
     def to_host_s(self, num_slots: int) -> float:

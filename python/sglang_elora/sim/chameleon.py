@@ -1,4 +1,4 @@
-"""Chameleon's order of adapters, on a server that keeps no KV of the past."""
+"""Chameleon's eviction order for adapters, on a server that caches no KV of ended requests."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Iterable
 from sglang_elora.policy import NEVER, CacheEntry, Costs, Policy, register
 
 FREQUENCY, RECENCY, SIZE = 0.45, 0.10, 0.45
-_WINDOW = 16.0  # turnovers of the pool over which uses are counted, the older the less
+_WINDOW = 16.0  # half-life of counted uses, in pool turnovers
 
 
 @register
 class Chameleon(Policy):
-    """``0.45 frequency + 0.10 recency + 0.45 size``, each over the largest there is; the adapter
-    with the lowest score goes.
+    """Policy with the score ``0.45 frequency + 0.10 recency + 0.45 size``, each normalised by its
+    maximum; the adapter with the lowest score is evicted.
 
     Source: Iliakopoulou et al., "Chameleon: Adaptive Caching and Scheduling for Many-Adapter LLM
-    Inference Environments", MICRO 2025. The weights are as we know them from the paper, whose text
-    was not at hand; how it scales the three, and over which time it counts uses, is our reading.
-    Its scheduler, and how it sizes its cache by predicted load, are not here: adapters stay in
-    whatever room running requests leave.
+    Inference Environments", MICRO 2025. The weights were recalled without access to the paper's
+    text; the normalisation and the period over which uses are counted are our assumptions.
+    Not modelled are its scheduler and the sizing of its cache by predicted load: adapters use all
+    slots that running requests leave.
     """
 
     name = "chameleon"
@@ -37,7 +37,7 @@ class Chameleon(Policy):
             self._largest = max(self._largest, item.num_slots)
 
     def kind(self, item: CacheEntry) -> CacheEntry:
-        """Each its own: with time their scores change at different rates."""
+        """One kind per adapter, since the scores change at different rates over time."""
         return item
 
     def priority(self, item: CacheEntry) -> float:

@@ -1,4 +1,4 @@
-"""The policy that knows the future: what is used again last, per slot and second saved, goes."""
+"""A policy that knows the trace's future uses, as a yardstick for real policies."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ _SOON_S = 1e-3
 
 @register
 class Clairvoyant(Policy):
-    """``seconds saved per slot / seconds until the next use``; what is never used again goes first.
+    """Policy with the rank ``seconds saved per slot / seconds until the next use``; entries that
+    are never used again are evicted first.
 
-    Items of one kind save alike, so the one that is used last goes, as with Belady; kinds are
-    compared by the quotient. An adapter is used no later than its KV, so the order keeps to the
-    dependency by itself. With sizes, two tiers and queues it is a yardstick and no proven bound.
+    Entries of one kind save the same time, so among them the one with the latest next use is
+    evicted, as in Belady's algorithm; kinds are compared by the quotient. An adapter's next use is
+    no later than its KV's, so the order respects that dependency. With different sizes, two tiers
+    and queues this is a yardstick, not a proven bound.
 
-    The next use is the one of the trace's own times. It becomes later when it has been, so that a
-    priority falls: the cache lowers what is unlocked.
+    Next uses are taken from the trace's own times. After a use the next one is later, so a priority
+    falls: the cache reorders unlocked entries by ``lower``.
     """
 
     name = "clairvoyant"
@@ -37,7 +39,8 @@ class Clairvoyant(Policy):
         return cls(context.costs, context.writes_back, **options)
 
     def foresee(self, item: CacheEntry, next_s: float) -> None:
-        """When the item is used next, infinity for never. It is locked, or not on the device."""
+        """Set the time of the entry's next use, infinity for never. The entry must be locked, or
+        not on the device."""
         item.score = -next_s
 
     def visit(self, path: Iterable[CacheEntry]) -> None:

@@ -1,8 +1,8 @@
-"""One server with continuous batching, played over a trace, event by event.
+"""Event-driven simulation of one server with continuous batching, for a trace.
 
-A step is a prefill batch of waiting requests, as many as may enter within the token budget, or
-else decode steps of all running ones: as many at once as pass before somebody arrives, ends, or
-gets his adapter. A request holds slots for its whole prompt and answer from the moment it enters.
+A step is a prefill batch of the waiting requests that can be admitted within the token budget.
+Otherwise it is decode steps of all running requests, up to the next arrival, completion or end of
+an adapter's load. A request holds slots for its whole prompt and answer from its admission on.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from sglang_elora.tree import Eviction
 from sglang_elora.workloads import Session, Trace
 
 MOST_LOOKED_AT = 128
-"""Waiting requests that are asked per batch whether they may enter."""
+"""Waiting requests considered per batch. Raising it admits from deeper in the queue."""
 
 HINT_LEAD_S = 1.0
 """Seconds between a hint and the request that it announces."""
 
 LOAD_BACK_THRESHOLD = 10
-"""Tokens on the host below which computing them is not worth a load: SGLang's."""
+"""SGLang's minimum number of tokens to load back from the host; fewer are recomputed."""
 
 
 class Engine:
-    """
+    """The simulated server.
+
     Args:
-        keeps_kv: False: KV of a request goes with it.
-        touches_at_end: A request's path is used again when it ends, as SGLang dates it.
-        names_sessions: Requests name their session, and the end of its last one closes it.
-        hints: The client announces each further turn ``HINT_LEAD_S`` before it.
+        keeps_kv: Whether the KV of a request stays cached after its end.
+        touches_at_end: The end of a request counts as a use of its path, as in SGLang.
+        names_sessions: Requests name their session, and the end of the last one closes it.
+        hints: The client sends a hint ``HINT_LEAD_S`` before each turn but the first.
     """
 
     def __init__(
@@ -63,19 +64,19 @@ class Engine:
         self._touches_at_end, self._names_sessions = touches_at_end, names_sessions
         self._hints = hints
         self._systems: dict[tuple[str, Sequence[int]], Segment] = {}
-        self._arrivals: list[tuple[float, int, Request | Talk]] = []  # a Talk: a hint
+        self._arrivals: list[tuple[float, int, Request | Talk]] = []  # a Talk stands for a hint
         self._waiting: list[Request] = []
-        self._running: list[tuple[int, int, Request]] = []  # (last step, number, who)
+        self._running: list[tuple[int, int, Request]] = []  # (last step, number, request)
         self._num_context = self._num_steps = self._num_requests = 0
         self._now_s = 0.0
         self._future: Future | None = None
         self.records: list[Record] = []
 
     def play(self, trace: Trace) -> list[Record]:
-        """Records in order of completion.
+        """Simulate the trace; returns its records in order of completion.
 
         Raises:
-            ValueError: A session that the pool cannot hold.
+            ValueError: The pool cannot hold one of the sessions.
         """
         self._duration_s = trace.duration_s
         if isinstance(self._cache.policy, Clairvoyant):
@@ -92,16 +93,16 @@ class Engine:
 
     @property
     def num_loads(self) -> int:
-        """Of adapters."""
+        """Number of adapter loads."""
         return self._residence.num_loads
 
     @property
     def slots_to_device(self) -> int:
-        """Moved over the link: adapters and KV, also what was brought for nobody."""
+        """Slots copied over the link: adapters and KV, including unused prefetches."""
         return self._link.num_slots
 
     def reserved(self) -> int:
-        """Slots that running requests hold for themselves."""
+        """Slots reserved by running requests outside the tree."""
         return sum(request.num_reserved for _, _, request in self._running)
 
     def check_invariants(self) -> None:
@@ -190,7 +191,7 @@ class Engine:
         return bool(batch)
 
     def _enter(self, request: Request, budget: float) -> float | None:
-        """When its KV from the host is there; None if it does not fit."""
+        """Admit a request; returns when its KV is loaded back, None if it does not fit."""
         cache, talk = self._cache, request.talk
         held, loaded, rest = self._find(talk.path)
         num_held = sum(segment.num_slots for segment in held)
@@ -221,7 +222,7 @@ class Engine:
         return self._link.load_kv(self._now_s, num_loaded)
 
     def _make_room(self, num_slots: int) -> bool:
-        """As SGLang does for a request: it evicts if that is enough."""
+        """Evict for a request if that frees enough, as SGLang does; returns whether it did."""
         cache = self._cache
         if cache.free + cache.evictable < num_slots:
             return False
@@ -231,7 +232,7 @@ class Engine:
 
     @staticmethod
     def _find(path: list[Segment]) -> tuple[list[Segment], list[Segment], list[Segment]]:
-        """What is on the device, on the host behind it, and nowhere."""
+        """A path's segments on the device, those after them on the host, and the rest."""
         held = next((i for i, s in enumerate(path) if not s.on_device), len(path))
         end = next((i for i in range(held, len(path)) if not path[i].on_host), len(path))
         return path[:held], path[held:end], path[end:]
@@ -269,12 +270,12 @@ class Engine:
         self._finish()
 
     def _stalled_s(self) -> float:
-        """Evictions that copied to the host held the scheduler up."""
+        """The time at which the scheduler continues after its evictions' copies to the host."""
         num_slots, self._cache.slots_to_host = self._cache.slots_to_host, 0
         return self._now_s + (self._calibration.to_host_s(num_slots) if num_slots else 0.0)
 
     def _insert(self, request: Request, segment: Segment) -> None:
-        """What the request has computed, out of its own slots, unless another was first."""
+        """Cache a computed segment in the request's slots, unless another request cached it."""
         cache = self._cache
         request.num_reserved -= segment.num_slots
         cache.release(segment.num_slots)

@@ -1,4 +1,4 @@
-"""When everything is used next, by the trace's own times: for the clairvoyant policy."""
+"""Times of the next use of all entries, from the trace, for the clairvoyant policy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Turn = tuple[int, int]
 
 
 class _Uses:
-    """Turns that use something, by when they are due, without those that have been."""
+    """The turns that use one adapter or system prompt, by due time, without those that began."""
 
     def __init__(self) -> None:
         self._turns: list[tuple[float, _Turn]] = []
@@ -27,7 +27,7 @@ class _Uses:
         self._turns.sort()
 
     def next_s(self, begun: set[_Turn]) -> float:
-        """O(1) amortised: turns begin almost in this order."""
+        """Due time of the next use, or infinity. O(1) amortised: turns begin almost in order."""
         while self._position < len(self._turns) and self._turns[self._position][1] in begun:
             self._position += 1
         left = self._position < len(self._turns)
@@ -35,6 +35,8 @@ class _Uses:
 
 
 class Future:
+    """Informs the clairvoyant policy of each entry's next use."""
+
     def __init__(self, trace: Trace, policy: Clairvoyant) -> None:
         self._policy = policy
         self._due: list[list[float]] = []
@@ -52,7 +54,7 @@ class Future:
             uses.sort()
 
     def used(self, request: Request, path: Sequence[Segment]) -> None:
-        """A request uses this path, the deepest first."""
+        """Update the next uses of a path (deepest segment first) that a request uses now."""
         session = request.talk.session
         self._begun.add((session.number, request.turn))
         self._policy.now_s = max(self._policy.now_s, request.due_s)
@@ -64,7 +66,7 @@ class Future:
             self._policy.foresee(segment.entry, next_s)
 
     def made(self, request: Request, segment: Segment) -> None:
-        """A request ends with this turn of its own."""
+        """Set the next use of the segment that a request adds at its end."""
         self._policy.foresee(segment.entry, self._next(request))
 
     def _shared(self, session: Session) -> tuple[_Uses, _Uses]:

@@ -11,17 +11,17 @@ from sglang_elora.swapper.idle_images import NUM_READERS, IdleImages
 
 
 class Images:
-    """Which adapters are in host memory; as ``swapper/host_tier.py``, in slots instead of blocks.
+    """The adapters in host memory; like ``swapper/host_tier.py``, in slots instead of blocks.
 
-    With ``calibration.adapter_host_slots`` 0 all adapters are there from the start.
+    If ``calibration.adapter_host_slots`` is 0, all adapters are in host memory from the start.
     """
 
     def __init__(self, cache: Cache, calibration: Calibration) -> None:
         self._cache, self._calibration = cache, calibration
         self._free = calibration.adapter_host_slots
         self._holds_all = calibration.adapter_host_slots == 0
-        self._present: dict[str, int] = {}  # adapter -> holders
-        self._reads: dict[str, float] = {}  # adapter -> when its read is over
+        self._present: dict[str, int] = {}  # adapter -> number of copies that read from it
+        self._reads: dict[str, float] = {}  # adapter -> end of its read
         self._readers_free_s = [0.0] * NUM_READERS
         self._never_read = {str(adapter.adapter_id): None for adapter in cache.adapter_table}
         self._is_denied = False  # an adapter had to wait for memory in this step
@@ -36,11 +36,11 @@ class Images:
 
     @property
     def next_s(self) -> float:
-        """When the next read ends."""
+        """The time at which the next read ends."""
         return min(self._reads.values(), default=math.inf)
 
     def settle(self, now_s: float) -> None:
-        """Reads that have ended by now are over; a step of the scheduler begins."""
+        """Complete the reads that have ended by now; called at the start of a scheduler step."""
         self._is_denied = False
         for adapter_id in [a for a, end_s in self._reads.items() if end_s <= now_s]:
             del self._reads[adapter_id]
@@ -48,7 +48,7 @@ class Images:
             self._idle.add(adapter_id, self._cache.adapter(adapter_id).num_slots)
 
     def read(self, adapter_id: str, now_s: float) -> None:
-        """Begin to read a file, if there is room for it, made by dropping idle adapters."""
+        """Start reading an adapter's file, if it fits after dropping idle adapters."""
         if adapter_id in self._present or adapter_id in self._reads or self._is_denied:
             return
         num_slots = self._cache.adapter(adapter_id).num_slots
@@ -64,26 +64,26 @@ class Images:
         self._reads[adapter_id] = self._readers_free_s[reader]
 
     def read_ahead(self, now_s: float) -> None:
-        """Read one file that never was, while there is room."""
+        """Start reading one file that has never been read, if it fits."""
         adapter_id = None if self._holds_all else next(iter(self._never_read), None)
         if adapter_id is not None:
             self.read(adapter_id, now_s)
 
     def hold(self, adapter_id: str) -> None:
-        """It is copied from."""
+        """Keep an adapter in host memory while it is copied to the device."""
         if not self._holds_all:
             self._present[adapter_id] += 1
             self._idle.discard(adapter_id)
 
     def release(self, adapter_id: str) -> None:
-        """The copy is over."""
+        """End ``hold``: the copy is complete."""
         if not self._holds_all:
             self._present[adapter_id] -= 1
             if not self._present[adapter_id]:
                 self._idle.add(adapter_id, self._cache.adapter(adapter_id).num_slots)
 
     def lower(self, adapter_id: str) -> None:
-        """No queued request needs it any more."""
+        """Lower the adapter's priority, as no queued request needs it any longer."""
         self._idle.lower(adapter_id)
 
     def _make_room(self, num_slots: int, position: float) -> bool:

@@ -1,4 +1,4 @@
-"""The link from host to device: one direction, transfers in order."""
+"""The simulated link from host to device: one direction, transfers in order."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ class Link:
     def __init__(self, calibration: Calibration) -> None:
         self._calibration = calibration
         self.free_s = 0.0
-        self.kv_free_s = 0.0  # when the last transfer of KV is over
-        self.num_slots = 0  # moved
+        self.kv_free_s = 0.0  # end of the last transfer of KV
+        self.num_slots = 0  # transferred
 
     def load_kv(self, now_s: float, num_slots: int) -> float:
-        """When KV of so many slots is there, if its transfer is handed in now."""
+        """Start a transfer of KV; returns when it ends."""
         self.kv_free_s = self.copy(now_s, num_slots, self._calibration.copies_per_kv_load)
         return self.kv_free_s
 
     def copy(self, now_s: float, num_slots: int, num_copies: int) -> float:
-        """When a transfer that is handed in now is over."""
+        """Start a transfer of ``num_copies`` copies; returns when it ends."""
         self.num_slots += num_slots
         took_s = self._calibration.to_device_s(num_slots, num_copies)
         self.free_s = max(now_s, self.free_s) + took_s

@@ -1,4 +1,4 @@
-"""The planner's view of a simulated server: its pool, host memory and link, in numbers."""
+"""The planner's interface to a simulated server's pool, host memory and link."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sglang_elora.tree import Eviction
 
 @dataclass(slots=True)
 class _Copy:
-    """Under way; every rank has queued it at once."""
+    """A running copy of an adapter; in the simulation every rank confirms it immediately."""
 
     num_slots: int
     launches_before: int
@@ -28,12 +28,12 @@ class _Copy:
 
 
 class PoolMemory:
-    """Implements ``swapper.memory.Memory``. Keys of nodes are the segments themselves.
+    """Simulated ``swapper.memory.Memory``. Keys of nodes are the segments themselves.
 
     Args:
         cache: Pool, host tier for KV, and tree.
-        link: To the device.
-        costs: Learns what copies take.
+        link: Link to the device.
+        costs: Receives the durations of copies.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class PoolMemory:
 
     @property
     def next_s(self) -> float:
-        """When the next copy or read ends."""
+        """The time at which the next copy or read ends."""
         copied_s = min((copy.end_s for copy in self.copies.values()), default=math.inf)
         return min(copied_s, self._images.next_s)
 
     def settle(self, now_s: float) -> None:
-        """Copies and reads that have ended by now are over."""
+        """Complete the copies and reads that have ended by now."""
         self.now_s = now_s
         for adapter_id in [a for a, copy in self.copies.items() if copy.end_s <= now_s]:
             del self.copies[adapter_id]
@@ -67,11 +67,11 @@ class PoolMemory:
         self.cache.leaves.refresh()
 
     def is_there(self, adapter: Segment) -> bool:
-        """Whether an adapter is on the device, and its copy over."""
+        """Whether an adapter is on the device and its copy is complete."""
         return adapter.on_device and str(adapter.entry.group) not in self.copies
 
     def copied_s(self, adapter_id: str, now_s: float) -> float:
-        """When an adapter's copy is over."""
+        """The time at which an adapter's copy ends; ``now_s`` if none is running."""
         copy = self.copies.get(adapter_id)
         return now_s if copy is None else copy.end_s
 

@@ -1,4 +1,4 @@
-"""Sessions as they go on, and one request of them."""
+"""Running sessions and their requests, with the records of ended requests."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from sglang_elora.workloads import Session
 
 @dataclass(slots=True, eq=False)
 class Talk:
-    """``path`` is what the next prompt begins with: the system prompt and one segment per turn."""
+    """A running session. ``path`` is the prefix of its next prompt: the system prompt and one
+    segment per turn."""
 
     session: Session
     adapter: Segment
     path: list[Segment]
-    num_tokens: int  # of the history, the last answer's last token included
+    num_tokens: int  # of the history, including the last answer's last token
 
     @property
     def name(self) -> str:
-        """``session_id`` of its requests."""
+        """The ``session_id`` of its requests."""
         return f"session-{self.session.number}"
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """``num_reserved`` slots are its own: of what it computes, and of its answer."""
+    """One request. It has ``num_reserved`` slots outside the tree: for the tokens that it computes
+    and for its answer."""
 
     talk: Talk
     turn: int
@@ -36,24 +38,24 @@ class Request:
     num_from_host: int = 0
     num_reserved: int = 0
     locked: list[Segment] = field(default_factory=list)
-    missing: list[Segment] = field(default_factory=list)  # of the path, to be computed again
-    was_cold: bool = False  # its adapter was not there when it came
+    missing: list[Segment] = field(default_factory=list)  # segments of the path to compute
+    was_cold: bool = False  # its adapter was not on the device at its arrival
     first_s: float = 0.0
 
     @property
     def lora_id(self) -> str:
-        """Its adapter, by SGLang's name for it."""
+        """The request's adapter; SGLang's name of the field."""
         return self.talk.session.adapter
 
     @property
     def origin_input_ids(self) -> range:
-        """Stands for the tokens of its prompt, by SGLang's name for them."""
+        """A range as long as the prompt; SGLang's name of the field."""
         return range(self.num_prompt)
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What happened to a request; seconds since the start of the trace."""
+    """Outcome of one request; times are seconds since the start of the trace."""
 
     session: int
     turn: int

@@ -1,4 +1,4 @@
-"""How adapters reach the device of a simulated server: while batches run, or before each batch."""
+"""Loading of adapters in a simulated server: concurrently with batches, or before each batch."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from sglang_elora.sim.segment import Segment
 from sglang_elora.swapper.planner import Planner
 
 PREPARES_PER_STEP = 4
-"""Of the many decode steps that are taken at once, so many are followed by a ``prepare``."""
+"""Largest number of planner steps simulated for one run of decode steps. Raising it prefetches more
+and takes longer to simulate."""
 
 
 class Residence(ABC):
-    """Who has its adapter, and when."""
+    """Decides when requests have their adapters on the device."""
 
     num_loads = 0
     next_s = math.inf
-    """When a copy or a read ends that a waiting request may need."""
+    """The time at which the next copy or read ends that a waiting request may need."""
 
     def step(self, now_s: float, waiting: Sequence[Request], *, is_busy: bool) -> None:
-        """Before a batch is chosen: start what waiting requests need."""
+        """Start the loads that waiting requests need; called before a batch is chosen."""
         return
 
     def expect(self, talk: Talk) -> None:
-        """The client says that the next turn of this session is about to come."""
+        """Receive the client's hint that the next turn of this session will follow."""
         return
 
     def prepare(self, now_s: float, num_steps: int) -> None:
-        """While a batch, or so many decode steps, run: what makes later steps shorter."""
+        """Prefetch and evict in advance, while a batch or ``num_steps`` decode steps run."""
         return
 
     @abstractmethod
@@ -44,31 +45,33 @@ class Residence(ABC):
 
     @abstractmethod
     def may_enter(self, request: Request, batch: Sequence[Request], is_idle: bool) -> bool:
-        """Whether the request's adapter lets it run now."""
+        """Whether the state of the request's adapter allows admitting it now."""
 
     @abstractmethod
     def enter(self, request: Request) -> None:
-        """It is in the batch, and its adapter stays."""
+        """Hold the adapter of a request that joins the batch."""
 
     def used(self, request: Request) -> None:
-        """Its prompt has been found and its slots reserved."""
+        """Called when the request's prefix has been matched and its slots reserved."""
         return
 
     @abstractmethod
     def ready_s(self, now_s: float, batch: Sequence[Request]) -> float:
-        """When the adapters of a batch that starts now are all there; the batch ends no sooner."""
+        """The time at which all adapters of a batch that starts now are loaded; a lower bound of
+        the batch's end."""
 
     def blocked_s(self, now_s: float, batch: Sequence[Request]) -> float:
-        """When the computation of a batch can begin."""
+        """The time at which the computation of a batch can begin."""
         return now_s
 
     @abstractmethod
     def leave(self, request: Request) -> None:
-        """It has ended."""
+        """Release the adapter of a request that has ended."""
 
 
 class SplitResidence(Residence):
-    """SGLang's own: so many slots, least recently used first, loaded in front of the batch."""
+    """SGLang's static split: a fixed number of adapter slots with LRU eviction; loads block the
+    batch."""
 
     def __init__(self, num_slots: int, calibration: Calibration, link: Link) -> None:
         self.num_loads = 0
@@ -111,7 +114,7 @@ class SplitResidence(Residence):
 
 
 class PoolResidence(Residence):
-    """ELORA's: slots of the pool, and copies while batches run, as the server's planner decides."""
+    """ELORA's adapters in the pool, copied concurrently with batches by the server's planner."""
 
     def __init__(
         self, cache: Cache, calibration: Calibration, link: Link, costs: OnlineCosts
@@ -125,7 +128,7 @@ class PoolResidence(Residence):
 
     @property
     def next_s(self) -> float:  # type: ignore[override]
-        """When a copy or a read ends, or now if the last step's work was limited."""
+        """The time at which a copy or read ends, or now if the last step's work was limited."""
         return self._memory.now_s if self._planner.is_limited else self._memory.next_s
 
     def step(self, now_s: float, waiting: Sequence[Request], *, is_busy: bool) -> None:

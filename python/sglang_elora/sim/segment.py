@@ -11,16 +11,15 @@ from sglang_elora.tree import NOBODY, Adapter
 
 @dataclass(slots=True, eq=False)
 class Segment:
-    """An adapter; or KV that comes and goes as a whole: a system prompt, or a turn with its answer.
-
-    Its state is the cache's to change.
+    """An adapter, or KV that is cached and evicted as a whole: a system prompt, or a turn with its
+    answer. Only the cache changes its state.
     """
 
     entry: CacheEntry
-    adapter: Adapter  # that it is, or hangs under; the base model where KV needs no adapter
-    parent: Segment | None = None  # an adapter has none, nor has a system prompt without one
+    adapter: Adapter  # itself or its ancestor; the base model if KV needs no adapter
+    parent: Segment | None = None  # None for adapters and for system prompts without an adapter
     on_device: bool = False
-    on_host: bool = False  # KV only: all adapters are
+    on_host: bool = False  # KV only; ``Images`` tracks adapters
     locks: int = 0
     device_children: int = 0
     children: dict[Segment, None] = field(default_factory=dict)  # on any tier

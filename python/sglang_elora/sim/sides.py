@@ -1,13 +1,13 @@
-"""The servers that are simulated, by the names of the serving benchmark and some more.
+"""The simulated servers, by the names of the serving benchmark and some more.
 
-``elora:POLICY`` and ``elora:POLICY-TERM,TERM``: one pool, host tier, adapters beside the batches.
-``stock-default``: eight adapter slots, no host tier for KV. ``stock-tuned:N``: N slots and the host
-tier. Two LRUs, loads in front of the batch. ``slora``: one pool, adapters as in ``elora:lru``, and
-KV goes with its request (Sheng et al., "S-LoRA", MLSys 2024). ``chameleon``: ``slora`` with
-another order of adapters. ``clairvoyant``: ``elora`` with a
-policy that knows the trace. With ``elora:POLICY+sessions`` requests name their session, and the
-last of it closes it; with ``+hints`` (or ``+sessions+hints``) the client announces each further
-turn one second before it.
+``elora:POLICY`` and ``elora:POLICY-TERM,TERM`` (without these terms): one pool, a host tier, and
+loads of adapters concurrent with batches. ``stock-default``: eight adapter slots, no host tier for
+KV. ``stock-tuned:N``: N adapter slots and the host tier. Both stock sides have two LRUs, and loads
+block the batch. ``slora``: one pool, adapters as in ``elora:lru``, no KV of ended requests (Sheng
+et al., "S-LoRA", MLSys 2024). ``chameleon``: ``slora`` with another eviction order of adapters.
+``clairvoyant``: ``elora`` with a policy that knows the trace. With ``elora:POLICY+sessions``
+requests name their session, and the last one closes it; with ``+hints`` (or ``+sessions+hints``)
+the client sends a hint one second before each turn but the first.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ STOCK_DEFAULT_SLOTS = 8  # SGLang's --max-loras-per-batch
 
 
 def make_engine(side: str, calibration: Calibration, adapters: list[str]) -> Engine:
-    """A server without anything in it.
+    """The engine of a server with an empty cache.
 
     Args:
-        adapters: By rank in ``adapter_slots``, in turns.
+        adapters: Ids; adapter i has the i-th size of ``adapter_slots``, cyclically.
 
     Raises:
         ValueError: No such side, or a split that leaves no room for KV.
@@ -65,7 +65,7 @@ def make_engine(side: str, calibration: Calibration, adapters: list[str]) -> Eng
 
 
 def kv_slots(calibration: Calibration, num_adapter_slots: int) -> int:
-    """What a static split leaves for KV; not positive if nothing."""
+    """Slots that a static split leaves for KV; zero or negative if none."""
     return calibration.pool_slots - num_adapter_slots * calibration.split_slot
 
 
@@ -100,7 +100,7 @@ def _pool(
 ) -> Engine:
     costs, link = OnlineCosts(), Link(calibration)
     host_slots = calibration.host_slots if keeps_kv else 0
-    held: list[Cache] = []  # the policy asks the cache that it orders
+    held: list[Cache] = []  # filled below: the policy queries the cache, which needs the policy
     context = PolicyContext(
         costs.costs,
         needed_adapters=lambda: costs.needed_adapters,

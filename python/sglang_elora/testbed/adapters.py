@@ -28,7 +28,7 @@ COVERAGE_NAMES: Mapping[tuple[Module, ...], str] = {
     ALL_LINEAR: "all linear",
 }
 
-_FORMAT = 1  # raise it when the same spec would give other bytes
+_FORMAT = 1  # increment when the same spec yields different bytes
 _STRENGTH = 0.6  # std of the adapter's output for unit-variance input; the base's is 1 to 2
 _RANKS = (8, 16, 24, 32, 48, 64)
 _NAMES = (
@@ -39,7 +39,7 @@ _NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """What determines an adapter, down to the last bit of its weights."""
+    """All parameters of a random adapter; with the base's shapes they determine every bit of it."""
 
     name: str
     rank: int
@@ -67,7 +67,7 @@ class AdapterSpec:
 
     @property
     def coverage(self) -> str:
-        """The target modules in a word or two, for tables."""
+        """Short name of the target modules, for tables."""
         return COVERAGE_NAMES.get(self.target_modules) or ", ".join(self.target_modules)
 
 
@@ -83,7 +83,7 @@ def demo_adapters(count: int = 16) -> list[AdapterSpec]:
                 name=_NAMES[position] + (f"-{round_trip + 1}" if round_trip else ""),
                 rank=rank,
                 alpha=(rank, 2 * rank, 16)[i % 3],
-                # The extra i // 4 keeps rank and coverage from cycling in step.
+                # i // 4 is added so that rank and coverage do not cycle together.
                 target_modules=coverages[(i + i // 4) % len(coverages)],
                 seed=i,
             )
@@ -92,12 +92,12 @@ def demo_adapters(count: int = 16) -> list[AdapterSpec]:
 
 
 def make_adapters(base: Path, directory: Path, specs: Sequence[AdapterSpec]) -> dict[str, Path]:
-    """Write each adapter to ``directory/<name>`` unless it is there; return the paths by name.
+    """Write each missing adapter to ``directory/<name>``; return all paths by name.
 
     An adapter's tensors depend only on its spec and on the shapes of the checkpoint ``base``.
 
     Raises:
-        ValueError: Two specs share a name, or a target directory holds something else.
+        ValueError: Two specs share a name, or a target directory has other content.
     """
     names = [spec.name for spec in specs]
     if len(set(names)) != len(names):
@@ -151,8 +151,8 @@ class _Factory:
 def _randomise(adapted: PeftModel, spec: AdapterSpec) -> None:
     """Fill A and B in place so that scaling * B A x has std ``_STRENGTH`` for unit-variance x.
 
-    ``lora_A``: [rank, in_features], ``lora_B``: [out_features, rank]. Each tensor has a generator
-    of its own, seeded by spec and name.
+    ``lora_A``: [rank, in_features], ``lora_B``: [out_features, rank]. Each tensor has its
+    own generator, seeded by spec and name.
     """
     import torch
 
@@ -169,7 +169,7 @@ def _randomise(adapted: PeftModel, spec: AdapterSpec) -> None:
 
 
 def _sort_target_modules(config_path: Path) -> None:
-    """Make the file reproducible: peft keeps the names in a set and writes them in hash order."""
+    """Sort the names for reproducible files: peft writes them from a set, in hash order."""
     config = json.loads(config_path.read_text())
     config["target_modules"] = sorted(config["target_modules"])
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

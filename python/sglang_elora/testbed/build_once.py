@@ -1,4 +1,4 @@
-"""Build a directory once: atomic, and rebuilt when the parameters it was made from change."""
+"""Atomic building of a directory, which is rebuilt only when its parameters change."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 MANIFEST_NAME = "demo_manifest.json"
-"""File that records what a directory was made from, and that the demo may replace it."""
+"""File with the parameters of a built directory; marks it as replaceable by the demo."""
 
 
 def build_once(
     directory: Path, parameters: Mapping[str, object], build: Callable[[Path], None]
 ) -> Path:
-    """Make ``directory`` hold what ``build`` writes for ``parameters``, and return it.
+    """Fill ``directory`` with the output of ``build`` for ``parameters``, and return it.
 
-    ``build`` fills a temporary directory beside the final one, which a rename then puts in place:
-    a reader never sees half a directory, and a crash leaves the old state. Nothing is written if
-    the manifest in ``directory`` already equals ``parameters`` (plain JSON values).
+    ``build`` fills a temporary directory with the same parent, which is then renamed: a reader
+    never sees half a directory, and a crash leaves the old state. Nothing is written if the
+    manifest in ``directory`` already equals ``parameters`` (plain JSON values).
 
     Raises:
         ValueError: ``directory`` exists, is not empty, and was not made by this function; it is
-            left alone.
+            not changed.
     """
     wanted = json.loads(json.dumps(parameters))
     if _manifest(directory) == wanted:
@@ -43,7 +43,7 @@ def build_once(
 
 
 def _manifest(directory: Path) -> object:
-    """What ``directory`` was built from, or None if it has no manifest."""
+    """The parameters that ``directory`` was built with, or None if it has no manifest."""
     path = directory / MANIFEST_NAME
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -57,7 +57,7 @@ def _refuse_foreign(directory: Path) -> None:
 
 
 def _put_in_place(draft: Path, directory: Path, wanted: object) -> None:
-    """Rename ``draft`` to ``directory``; whoever finishes second of two equal builds yields."""
+    """Rename ``draft`` to ``directory``; of two equal concurrent builds the second is discarded."""
     if directory.exists():
         retired = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
         try:

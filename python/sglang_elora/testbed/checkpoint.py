@@ -1,4 +1,4 @@
-"""A small random-weight model in Hugging Face format whose greedy output is worth looking at."""
+"""A small random-weight model in Hugging Face format with varied greedy output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Architecture = Literal["llama", "qwen2", "qwen3"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-_FORMAT = 1  # raise it when the same parameters would give other bytes
+_FORMAT = 1  # increment when the same parameters yield different bytes
 _GAIN = {  # weight std = gain / sqrt(fan_in); tuned for varied greedy output, see _random_weight
     "q_proj": 1.5,
     "k_proj": 1.5,
@@ -66,13 +66,13 @@ def make_checkpoint(
     dtype: Dtype = "float32",
     shape: ModelShape | None = None,
 ) -> Path:
-    """Write the checkpoint to ``directory`` unless it is already there, and return its path.
+    """Write the checkpoint to ``directory`` unless it exists there, and return its path.
 
-    Holds config, safetensors weights, tokenizer with chat template, and a generation config
-    without sampling. The same arguments give the same bytes.
+    It has a config, safetensors weights, a tokenizer with chat template, and a generation config
+    without sampling. The same arguments yield the same bytes.
 
     Raises:
-        ValueError: ``directory`` holds something the demo did not make.
+        ValueError: ``directory`` has content that the demo did not write.
     """
     resolved = shape or ModelShape()
     parameters = {
@@ -91,7 +91,7 @@ def make_checkpoint(
 
 
 def silence_progress_bars() -> None:
-    """Keep transformers from drawing a bar for each model it loads in this process."""
+    """Disable transformers' progress bars for loading models in this process."""
     ensure_torchvision_importable()
     from transformers.utils.logging import disable_progress_bar
 
@@ -159,11 +159,11 @@ def _config(
 
 
 def _random_weight(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
-    """Initial value of one parameter, from a generator of its own, so order does not matter.
+    """Initial value of one parameter, from its own generator, so that order does not matter.
 
-    Projections keep the variance of their input times gain squared. With gains near 1, attention
-    and MLP outputs are as large as the residual stream: every generated token then depends on the
-    whole context, not on the last token alone, which is what makes small random models repeat.
+    Projections scale the variance of their input by gain squared. With gains near 1, attention
+    and MLP outputs are as large as the residual stream: each generated token then depends on the
+    whole context. If it depended on the last token alone, the output would soon repeat.
     """
     if name.endswith("norm.weight"):
         return torch.ones(shape)
@@ -176,10 +176,11 @@ def _random_weight(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
 
 
 def _silence(lm_head: torch.Tensor, keep: list[int]) -> None:
-    """Zero the rows of all tokens but ``keep``: their logit 0 never beats the best of hundreds.
+    """Zero the rows of all tokens except ``keep``, so that greedy decoding never chooses them:
+    their logit is 0, and the maximum of hundreds of random logits is larger.
 
-    ``lm_head``: [vocab_size, hidden_size], changed in place. Silencing the end token makes every
-    answer as long as asked for.
+    ``lm_head``: [vocab_size, hidden_size], changed in place. As the end token is silenced too,
+    every answer has the requested length.
     """
     silent = torch.ones(lm_head.shape[0], dtype=torch.bool)
     silent[keep] = False

@@ -1,4 +1,4 @@
-"""Seeded template sentences: what the tokenizer is trained on and what the demo's users say."""
+"""Seeded template sentences, for training the tokenizer and as the demo's user messages."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ _BLANK = re.compile(r"\{(noun|verb|adjective|number)\}(s|ed|ing|ly)?")
 
 
 def sentence(rng: random.Random) -> str:
-    """One sentence; equal generators in equal states give equal sentences."""
+    """One random sentence; depends only on the generator's state."""
     words = {"noun": NOUNS, "verb": VERBS, "adjective": ADJECTIVES}
 
     def fill(blank: re.Match[str]) -> str:
@@ -93,7 +93,7 @@ def sentence(rng: random.Random) -> str:
 
 
 def paragraph(seed: str, num_sentences: int) -> str:
-    """``num_sentences`` sentences that depend on nothing but ``seed``."""
+    """``num_sentences`` sentences that depend only on ``seed``."""
     rng = random.Random(seed)
     return " ".join(sentence(rng) for _ in range(num_sentences))
 

@@ -1,4 +1,4 @@
-"""Random numbers that depend on a text only."""
+"""Random numbers that depend only on a text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def noise(text: str, shape: Sequence[int]) -> torch.Tensor:
-    """Normal numbers, float32 of this shape, from a generator of their own that the text seeds."""
+    """Normally distributed float32 tensor of this shape, from a generator seeded by ``text``."""
     digest = hashlib.sha256(text.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     return torch.randn(tuple(shape), generator=generator)

@@ -1,4 +1,4 @@
-"""All processes that descend from one, including those whose parent is already gone."""
+"""All descendants of a process, including those whose parent has already ended."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class ProcessTree:
         self._processes: set[psutil.Process] = set()  # grows in collect, never shrinks
 
     def collect(self) -> None:
-        """Remember who belongs to the tree now."""
+        """Add the processes that belong to the tree now."""
         for pid in psutil.pids():
             try:
                 if pid == self._leader_pid or os.getsid(pid) == self._leader_pid:
                     self._processes.add(psutil.Process(pid))
             except (psutil.NoSuchProcess, ProcessLookupError, PermissionError):
-                continue  # gone meanwhile, or another user's
+                continue  # has ended, or belongs to another user
         for process in list(self._processes):
             try:
                 self._processes.update(process.children(recursive=True))
@@ -37,14 +37,15 @@ class ProcessTree:
                 continue
 
     def alive(self) -> list[psutil.Process]:
-        """Collected processes that still run. A zombie does not: it waits for its parent only."""
+        """Collected processes that still run. Zombies, which only wait for their parent, do not."""
         return [process for process in self._processes if _runs(process)]
 
     def end(self, patience_s: float) -> None:
-        """SIGTERM to the leader; when it is gone, or after ``patience_s``, SIGKILL to the rest.
+        """Send SIGTERM to the leader, and SIGKILL to the rest when it has ended or after
+        ``patience_s``.
 
-        Only the leader is asked: it knows the order in which its children have to go, and takes a
-        child that dies by itself for a crash.
+        Only the leader gets SIGTERM: it ends its children in order, and would take a child that
+        ends by itself for a crash.
 
         Raises:
             RuntimeError: A process outlived SIGKILL by ``patience_s``.
@@ -60,7 +61,7 @@ class ProcessTree:
                 _send(process, signal.SIGKILL)
             if not _gone_within(patience_s, alive):
                 raise RuntimeError(f"processes survived SIGKILL: {self.alive()}")
-            self.collect()  # a child may have been born while its parent was dying
+            self.collect()  # a child may have been started while its parent was ending
 
 
 def _gone_within(patience_s: float, processes: list[psutil.Process]) -> bool:
@@ -83,4 +84,4 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
     try:
         process.send_signal(number)
     except psutil.NoSuchProcess:
-        return  # which is what the signal was for
+        return  # already ended, as intended

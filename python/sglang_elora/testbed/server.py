@@ -1,4 +1,4 @@
-"""A server as a subprocess that leaves nothing behind, however its caller ends."""
+"""A server as a subprocess that is ended with all its children, however its caller ends."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from sglang_elora.testbed.signals import signals_ignored, sigterm_acts_as_ctrl_c
 HOST = "127.0.0.1"
 LOG_TAIL_LINES = 40
 SMALL_MODEL_ENV: Mapping[str, str] = {"OMP_NUM_THREADS": "1"}
-"""For models as small as the demo's on a CPU: a second thread costs more in waiting than it
-computes, several times more when other processes want the cores too."""
+"""Environment for models as small as the demo's on a CPU: synchronising a second thread takes
+longer than the work it saves, several times longer when other processes use the cores too."""
 
 _POLL_S = 0.1
-_HEALTH_TIMEOUT_S = 25.0  # above the 20 s in which SGLang's own /health gives up
+_HEALTH_TIMEOUT_S = 25.0  # above the 20 s timeout of SGLang's /health
 
 
 def python_module(name: str) -> tuple[str, ...]:
@@ -36,25 +36,25 @@ ELORA_SERVER = python_module("sglang_elora.launch_server")
 
 
 class ServerStartError(RuntimeError):
-    """The server exited or stayed silent during start-up; the text ends with its last log lines."""
+    """The server exited or was not healthy in time at start; the text ends with its last log
+    lines."""
 
 
 class ServerProcess:
-    """Context manager: a healthy server inside, no process of it outside.
+    """Context manager that starts a server, waits until it is healthy, and ends all its processes.
 
-    ``<program> <flags> --host 127.0.0.1 --port <port>`` runs in a session of its own, so
+    ``<program> <flags> --host 127.0.0.1 --port <port>`` runs in its own session, so that
     a terminal's Ctrl-C reaches only the caller, who then stops the server in order. Leaving the
-    context stops the server's whole process tree, after an exception, KeyboardInterrupt or
-    SIGTERM too (inside the context, SIGTERM acts as Ctrl-C unless somebody else handles it).
+    context stops the server's whole process tree, also after an exception, KeyboardInterrupt or
+    SIGTERM (inside the context, SIGTERM acts as Ctrl-C unless it already has a handler).
 
     Args:
         flags: Command line of the server, without host and port.
         log_path: File that receives stdout and stderr; overwritten.
         env: Variables added to this process's environment.
-        program: What to run; it must answer ``GET /health`` with 200 once it can serve.
+        program: Command to run; it must answer ``GET /health`` with 200 once it can serve.
         startup_timeout_s: Seconds to wait for that answer.
-        stop_timeout_s: Seconds between SIGTERM and SIGKILL; SGLang itself looks for a SIGTERM
-            every 5 s.
+        stop_timeout_s: Seconds between SIGTERM and SIGKILL; SGLang checks for SIGTERM every 5 s.
         port: Port to listen on; a free one by default.
     """
 
@@ -119,7 +119,7 @@ class ServerProcess:
             self._signals.close()
 
     def start(self) -> None:
-        """Start and return when healthy; on any failure stop everything first.
+        """Start the server and wait until it is healthy; on failure end all its processes.
 
         Raises:
             ServerStartError: The server exited early, or was not healthy in time.
@@ -142,10 +142,10 @@ class ServerProcess:
             raise
 
     def stop(self) -> None:
-        """End every process of the server. Idempotent; Ctrl-C and SIGTERM wait until it is done.
+        """End every process of the server. Idempotent; ignores Ctrl-C and SIGTERM meanwhile.
 
         Raises:
-            RuntimeError: Something outlived SIGKILL.
+            RuntimeError: A process outlived SIGKILL.
         """
         if self._popen is None or self._tree is None:
             return
@@ -158,7 +158,7 @@ class ServerProcess:
         return self._started().wait()
 
     def alive(self) -> list[int]:
-        """Ids of the server's processes, at any depth, that still run."""
+        """Ids of the server's processes that still run, at any depth."""
         return [process.pid for process in self._tree.alive()] if self._tree else []
 
     def log_tail(self, num_lines: int = LOG_TAIL_LINES) -> str:
@@ -174,7 +174,7 @@ class ServerProcess:
     def _wait_until_healthy(self, tree: ProcessTree) -> None:
         started = time.monotonic()
         while (elapsed_s := time.monotonic() - started) < self._startup_timeout_s:
-            tree.collect()  # so that children are found even if the main process crashes
+            tree.collect()  # to find the children even if the main process crashes
             if self.returncode is not None:
                 raise self._start_error(f"exited with status {self.returncode}", elapsed_s)
             remaining_s = self._startup_timeout_s - elapsed_s
@@ -200,7 +200,7 @@ class ServerProcess:
 
 
 def free_port() -> int:
-    """A TCP port on 127.0.0.1 that was free a moment ago."""
+    """A TCP port on 127.0.0.1 that was free just now."""
     with socket.socket() as listener:
         listener.bind((HOST, 0))
         port: int = listener.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What SIGINT and SIGTERM do while a server is up, and while it is being stopped."""
+"""Handling of SIGINT and SIGTERM while a server runs, and while it is being stopped."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from types import FrameType
 
 @contextmanager
 def sigterm_acts_as_ctrl_c() -> Iterator[None]:
-    """Unwind the stack on SIGTERM as KeyboardInterrupt does, instead of dying on the spot.
+    """Context in which SIGTERM unwinds the stack as Ctrl-C does, instead of killing the process.
 
-    It is handed to whoever handles Ctrl-C at that moment: inside ``asyncio.run`` that cancels the
-    main task, where an exception out of nowhere would leave the other tasks behind. Does nothing
-    outside the main thread (Python sets handlers only there), or if SIGTERM already has a handler.
+    SIGTERM calls the current SIGINT handler: inside ``asyncio.run`` that cancels the main task,
+    whereas raising an exception directly would leave other tasks running. Does nothing outside the
+    main thread (Python sets handlers only there), or if SIGTERM already has a handler.
     """
     if not _in_main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -23,7 +23,7 @@ def sigterm_acts_as_ctrl_c() -> Iterator[None]:
 
     def leave(signum: int, frame: FrameType | None) -> None:
         interrupt = signal.getsignal(signal.SIGINT)
-        if not callable(interrupt):  # ignored, as in a job that a shell put in the background
+        if not callable(interrupt):  # SIGINT is ignored, as in a background job of a shell
             raise KeyboardInterrupt
         interrupt(signum, frame)
 
@@ -36,7 +36,8 @@ def sigterm_acts_as_ctrl_c() -> Iterator[None]:
 
 @contextmanager
 def signals_ignored() -> Iterator[None]:
-    """For clean-up that takes seconds at most: a second Ctrl-C must not cut it short."""
+    """Context that ignores SIGINT and SIGTERM, for clean-up of a few seconds that a second Ctrl-C
+    must not interrupt."""
     if not _in_main_thread():
         yield
         return

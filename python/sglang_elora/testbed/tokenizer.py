@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer trained on the spot, with a chat template."""
+"""A byte-level BPE tokenizer with a chat template, trained on the seeded corpus."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
-"""Renders content verbatim, so a conversation's next prompt starts with exactly the tokens that
-the server has already processed and its cached KV can be reused."""
+"""Template that renders content verbatim, so that a conversation's next prompt starts with exactly
+the tokens that the server has already processed, and reuses their cached KV."""
 
 _CORPUS_PARAGRAPHS = 1500
 
@@ -33,7 +33,7 @@ def train_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
 
     Raises:
         ValueError: The corpus has too few distinct words for that many tokens, or ``vocab_size``
-            leaves no room beside the 256 bytes and the special tokens.
+            is less than the 256 bytes and the special tokens need.
     """
     ensure_torchvision_importable()
     from tokenizers import (  # type: ignore[import-untyped, unused-ignore]
@@ -73,11 +73,11 @@ def train_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
 
 
 def speakable_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Ids of tokens that are a space and a whole word, and that survive decoding and encoding.
+    """Ids of tokens that are a space and a whole word, and that decode and encode to themselves.
 
-    A model restricted to these says words, never ends early, and, because words split at spaces,
-    any sequence of them encodes back to itself: an assistant turn put back into the history gives
-    the same tokens again, as it would with the text of a trained model.
+    A model restricted to these generates words, never ends early, and, because words split at
+    spaces, any sequence of them encodes back to itself: an assistant turn in the history yields
+    the same tokens again, as does the text of a trained model.
     """
     words = vocabulary()
     speakable = []

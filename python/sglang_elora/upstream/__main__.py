@@ -1,4 +1,4 @@
-"""``sglang-elora check-sglang``: what another SGLang has of what this package relies on."""
+"""``sglang-elora check-sglang``: check another SGLang for the code that this package relies on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sglang_elora.upstream.sources import Files, Sources
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 1 if something is gone or changed."""
+    """Print the report; returns 1 if a place is gone or changed."""
     parser = argparse.ArgumentParser(prog="sglang-elora check-sglang", description=__doc__)
     parser.add_argument("wheel", type=Path, help="SGLang's wheel, or a folder with sglang/ in it")
     parser.add_argument(
@@ -39,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(wheel: Path, pinned: Path, also: Iterable[Path] = ()) -> list[Finding]:
-    """Compare two SGLangs, each a wheel or a folder with ``sglang/`` in it."""
+    """Findings for ``wheel``, compared with ``pinned``: each a wheel or a folder with ``sglang/``.
+
+    Args:
+        also: Folders of further scripts whose imports count too.
+    """
     ours = Files(_folder_of(OURS))
     before, after = (Sources({"sglang": Files(path), OURS: ours}) for path in (pinned, wheel))
     patches = {
@@ -52,7 +56,7 @@ def check(wheel: Path, pinned: Path, also: Iterable[Path] = ()) -> list[Finding]
 
 
 def report(findings: Iterable[Finding], *, shows_all: bool = False) -> list[str]:
-    """Lines for people: the worst first, what concerns one place together."""
+    """Lines of a readable report, worst verdict first, grouped by place."""
     findings = list(findings)
     lines = []
     for verdict in Verdict:

@@ -1,4 +1,4 @@
-"""What another SGLang has of the places that this package relies on."""
+"""Comparison of the places in SGLang that this package relies on, between two versions."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sglang_elora.upstream.seams import OURS, Kind, Seam, member_names
 from sglang_elora.upstream.sources import SERVER_ARGS, Class, Definition, Files, Function, Sources
 
 _LOOKED_INTO = ("sglang/srt/", "sglang/lang/")
-"""For what is known by a name or a word only."""
+"""Folders that are searched for names without a known class, and for words."""
 
 
 class Verdict(Enum):
-    """What became of a place, the worst first."""
+    """Result of comparing one place, worst first."""
 
     GONE = "gone"
     CHANGED = "changed"
@@ -27,7 +27,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """A place and what became of it, with lines that say what differs."""
+    """The verdict on one place, with lines that describe the differences."""
 
     seam: Seam
     verdict: Verdict
@@ -36,23 +36,24 @@ class Finding:
 
 @dataclass(frozen=True)
 class _Facts:
-    """``outside`` is what a caller, a reader or an override depends on, part by part."""
+    """Comparable properties of one place. ``outside`` is its interface, part by part: what callers,
+    readers and overrides depend on. ``inside`` is its implementation."""
 
     outside: tuple[str, ...]
     inside: tuple[str, ...] = ()
-    parts: Mapping[str, str] | None = None  # of which a change is worth a line of its own
+    parts: Mapping[str, str] | None = None  # parts whose changes are listed by name
 
 
 class UnknownSeam(LookupError):
-    """A place is not where our sources say, in the SGLang that they are for."""
+    """The pinned SGLang lacks a place that our sources refer to."""
 
 
 def compare(
     seams: Sequence[Seam], pinned: Sources, other: Sources, patches: Mapping[str, str]
 ) -> list[Finding]:
-    """What ``other`` has of each place.
+    """The finding for each place in ``other``.
 
-    A name whose class is not known counts only if no class of ours has it too.
+    A name of an unknown class is compared only if no class of ours has it too.
 
     Raises:
         UnknownSeam: ``pinned`` does not have a place.
@@ -143,7 +144,7 @@ def _facts(seam: Seam, sources: Sources, patches: Mapping[str, str]) -> _Facts |
 
 
 def _of(found: Definition, *, is_called: bool) -> _Facts:
-    """Of a function: what it is, then its parameters."""
+    """The facts of a definition; a function's interface is its kind, then its parameters."""
     if not found.nodes:  # a module, or an attribute that methods set
         return _Facts(("attribute" if found.owner is not None else "module",))
     of_class = found.as_class
@@ -166,7 +167,7 @@ def _of(found: Definition, *, is_called: bool) -> _Facts:
 
 
 def _parameters(node: Function) -> Iterator[str]:
-    """Names and defaults. How types are written concerns nobody at run time."""
+    """Parameters' names and defaults, without annotations, which have no effect at run time."""
     arguments = ast.parse(f"def f({ast.unparse(node.args)}): pass").body[0]
     assert isinstance(arguments, ast.FunctionDef)
     for each in ast.walk(arguments.args):
@@ -176,7 +177,7 @@ def _parameters(node: Function) -> Iterator[str]:
 
 
 def _split(text: str) -> Iterator[str]:
-    """At the commas that are in no bracket."""
+    """Parts of the text between commas outside brackets."""
     depth, part = 0, ""
     for character in text:
         depth += (character in "([{") - (character in ")]}")
@@ -195,7 +196,7 @@ def _body(node: Function) -> str:
 
 
 def _constructor(of_class: Class) -> Iterator[str]:
-    """The parameters of ``__init__``, or the fields from which it is made."""
+    """The parameters of ``__init__``, or the annotated fields that generate it."""
     made = of_class.find("__init__")
     if made is not None and made.nodes and isinstance(made.nodes[0], ast.FunctionDef):
         yield from _parameters(made.nodes[0])
@@ -207,7 +208,7 @@ def _constructor(of_class: Class) -> Iterator[str]:
 
 
 def _methods(base: Class, overridden: set[str]) -> Iterator[tuple[str, str]]:
-    """Methods that a subclass of ours inherits, each with its parameters and body."""
+    """(name, parameters and body) of each method that a subclass of ours inherits."""
     seen = set(overridden)
     for each in base.lineage():
         for name, nodes in each.own.items():
@@ -220,7 +221,8 @@ def _methods(base: Class, overridden: set[str]) -> Iterator[tuple[str, str]]:
 
 
 def _field(found: Definition) -> _Facts:
-    """Type, default, and whether a flag sets it; choices and texts are inside."""
+    """The facts of a configuration field. Interface: type, default, and whether a flag sets it;
+    implementation: choices and texts."""
     node = found.nodes[0] if found.nodes else None
     if not isinstance(node, ast.AnnAssign):
         return _Facts(("no field",))
@@ -231,7 +233,7 @@ def _field(found: Definition) -> _Facts:
 
 
 def _places_of(word: str, files: Files) -> Iterator[tuple[str, str]]:
-    """The files that have the word, and how often."""
+    """(file, number of occurrences) of a word."""
     for folder in _LOOKED_INTO:
         for file in files.below(folder):
             text = files.read(file) or ""
@@ -244,7 +246,7 @@ def _names(files: Files) -> set[str]:
 
 
 def patch_fits(patch: str, text: str) -> bool:
-    """Whether the lines that each hunk expects are in the text once, wherever."""
+    """Whether the lines that each hunk expects occur exactly once in the text, at any place."""
     for hunk in re.split(r"^@@.*@@.*\n", patch, flags=re.MULTILINE)[1:]:
         lines = hunk.splitlines(keepends=True)
         old = "".join(line[1:] for line in lines if line[:1] in (" ", "-"))

@@ -26,7 +26,7 @@ from sglang_elora.upstream.sources import (
 
 OURS = "sglang_elora"
 WORDS = ("extra_key", "load_plugins")
-"""Names that SGLang passes around as plain values. Where it uses them concerns us."""
+"""Names of plain values that SGLang passes on; changes in where it uses them are reported."""
 _SERVER_ARGS_NAMES = {"server_args", "cfg"}
 
 
@@ -48,12 +48,12 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Seam:
-    """One place, and where in our sources it is relied on."""
+    """One place in SGLang, and where our sources rely on it."""
 
     kind: Kind
-    name: str  # dotted, in SGLang; of a NAME the attribute, of a PATCH the file
+    name: str  # dotted name in SGLang; for NAME the attribute, for PATCH the file
     used_in: str = field(compare=False)
-    detail: str = ""  # a hook's leading parameters; which members of a base are overridden
+    detail: str = ""  # a hook's leading parameters; the overridden members of a base
 
 
 def find_seams(
@@ -62,13 +62,13 @@ def find_seams(
     """All places that our sources rely on.
 
     Args:
-        sources: Of ``sglang`` as pinned, and of ``sglang_elora``.
-        patches: Texts of the patches, by their names.
-        scripts: Texts of other files, by their paths, for what they import.
+        sources: Sources of the pinned ``sglang`` and of ``sglang_elora``.
+        patches: Texts of the patches, by name.
+        scripts: Texts of other files, by path, of which only imports count.
     """
     found: dict[Seam, None] = {}
     modules = [m for m in sources.modules_of(OURS) if not _is_about_itself(m)]
-    bodies: dict[int, Class] = {}  # of what class the ``self`` of a hook's body is, by its node
+    bodies: dict[int, Class] = {}  # id of a hook body's node -> class of its ``self``
     for module in modules:
         for seam, body in _hooks(module, sources):
             found[seam] = None
@@ -98,7 +98,7 @@ def _is_about_itself(module: Module) -> bool:
 
 
 def _hooks(module: Module, sources: Sources) -> Iterator[tuple[Seam, Definition | None]]:
-    """Rows of the tables of hooks, also those that a comprehension makes."""
+    """(place, body) of each row in the tables of hooks, including rows of comprehensions."""
     rows: list[tuple[ast.Call, list[ast.comprehension]]] = []
 
     def visit(node: ast.AST, loops: list[ast.comprehension]) -> None:
@@ -124,7 +124,7 @@ def _hooks(module: Module, sources: Sources) -> Iterator[tuple[Seam, Definition 
 
 
 def _rounds(loops: list[ast.comprehension]) -> Iterator[dict[str, ast.expr]]:
-    """The values of a comprehension's names in each of its rounds, as they are written."""
+    """The expressions that a comprehension's names have in each iteration."""
     choices = []
     for loop in loops:
         if not isinstance(loop.iter, (ast.Tuple, ast.List)):
@@ -141,7 +141,7 @@ def _named(target: ast.expr, value: ast.expr) -> dict[str, ast.expr]:
 
 
 def _text(node: ast.expr, values: Mapping[str, ast.expr]) -> str | None:
-    """A string as it is when the program runs, if that can be told."""
+    """The run-time value of a string expression, or None if it is not known statically."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.FormattedValue):
@@ -155,7 +155,7 @@ def _text(node: ast.expr, values: Mapping[str, ast.expr]) -> str | None:
 
 
 class _Reader:
-    """Reads one of our files."""
+    """Finds the places that one of our files relies on."""
 
     def __init__(self, module: Module, sources: Sources, bodies: Mapping[int, Class]) -> None:
         self.module, self.sources, self.bodies = module, sources, bodies
@@ -166,7 +166,7 @@ class _Reader:
         yield from self._read(self.module.tree, {})
 
     def imports(self) -> Iterator[Seam]:
-        """What is imported, anywhere in the file, and what is named by a string."""
+        """Places that the file imports, anywhere in it, or names in a string."""
         for node in ast.walk(self.module.tree):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 for name, dotted in imported(node, self.module.name, self.module.is_package):
@@ -178,7 +178,7 @@ class _Reader:
                     yield self._seam(Kind.IMPORT, str(node.value), node)
 
     def _read(self, node: ast.AST, known: Mapping[str, Class]) -> Iterator[Seam]:
-        """Uses in one node; ``known`` are the classes of its variables."""
+        """Places used in one node; ``known`` are the classes of its variables."""
         if isinstance(node, ast.ClassDef):
             yield from self._subclass(self.module.class_of(node))
         for child in ast.iter_child_nodes(node):
@@ -273,8 +273,8 @@ class _Reader:
 
 
 def _upstream(ours: Class, name: str, with_own: bool = False) -> Definition | None:
-    """A member as a class of SGLang above ours has it; with our own, only if none of ours has it
-    first."""
+    """The member in the nearest SGLang base class of ``ours``. With ``with_own``, None if one of
+    our classes defines it first."""
     for each in ours.lineage():
         if each.name.startswith("sglang."):
             return each.find(name)
@@ -288,8 +288,7 @@ def _is_dotted(value: object) -> bool:
 
 
 def member_names(files: Files, below: str) -> set[str]:
-    """All names that classes give to their members, functions or fields, roughly: a name that is
-    not among them exists nowhere."""
+    """A superset of the names of all members of classes: a name outside it is not defined."""
     found: set[str] = set()
     for file in files.below(below):
         text = files.read(file) or ""

@@ -1,4 +1,4 @@
-"""Python sources read as syntax trees: names, classes, members. Nothing is imported."""
+"""Names, classes and members of Python sources, from syntax trees. Nothing is imported."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _FIELDS = "sglang/srt/arg_groups/fields/"
-"""The classes from which SGLang assembles the fields of ``ServerArgs``."""
+"""Folder of the classes from which SGLang assembles the fields of ``ServerArgs``."""
 
 
 class Files:
-    """The Python files of a wheel, or of a folder that packages lie in."""
+    """The Python files of a wheel, or of a folder that contains packages."""
 
     def __init__(self, path: Path) -> None:
         self._texts: dict[str, str] = {}
@@ -42,7 +42,7 @@ class Files:
         return self._texts.get(name)
 
     def below(self, prefix: str) -> Iterator[str]:
-        """Paths of the files whose path begins so."""
+        """Paths of the files that start with ``prefix``."""
         if self._folder is None:
             yield from (name for name in self._texts if name.startswith(prefix))
             return
@@ -52,9 +52,9 @@ class Files:
 
 @dataclass(frozen=True)
 class Definition:
-    """What a dotted name stands for: all places that define it, as the branches of an ``if`` do.
+    """All definitions of a dotted name (for example one per branch of an ``if``).
 
-    ``owner`` is the class of which it is a member; there are no nodes for a module.
+    ``owner`` is its class if it is a member; a module has no nodes.
     """
 
     module: Module
@@ -69,15 +69,15 @@ class Definition:
 
 
 class Module:
-    """One file: what it defines at its top, and what it imports."""
+    """One file, with its top-level definitions and imports."""
 
     def __init__(self, sources: Sources, name: str, file: str, text: str) -> None:
         self.sources, self.name, self.file = sources, name, file
         self.tree = ast.parse(text)
         self.is_package = file.endswith("/__init__.py")
         self.definitions: dict[str, list[ast.AST]] = {}
-        self.imports: dict[str, str] = {}  # dotted, by the name they have here
-        self.stars: list[str] = []  # modules of which all names are here
+        self.imports: dict[str, str] = {}  # local name -> dotted name
+        self.stars: list[str] = []  # modules imported with *
         self._classes: dict[ast.ClassDef, Class] = {}
         self._read(self.tree.body)
 
@@ -109,7 +109,7 @@ class Module:
                 self.imports.setdefault(name, dotted)
 
     def resolve(self, dotted: str) -> Definition | None:
-        """What a name stands for in this file."""
+        """The definition that a dotted name has in this file."""
         first, _, rest = dotted.partition(".")
         if first in self.definitions:
             return self.sources.resolve(f"{self.name}.{dotted}")
@@ -124,7 +124,7 @@ class Module:
 
 
 class Class:
-    """A class with the members that its own body and its methods give it."""
+    """A class, with the members that its body and its methods define."""
 
     def __init__(self, module: Module, node: ast.ClassDef) -> None:
         self.module, self.node = module, node
@@ -148,18 +148,18 @@ class Class:
 
     @cached_property
     def bases(self) -> list[Class]:
-        """Those whose source is at hand."""
+        """Direct base classes whose source is available."""
         found = [self.module.resolve(ast.unparse(base)) for base in self.node.bases]
         return [each.as_class for each in found if each is not None and each.as_class is not None]
 
     def lineage(self) -> Iterator[Class]:
-        """The class, and all above it."""
+        """The class and all its base classes, depth first."""
         yield self
         for base in self.bases:
             yield from base.lineage()
 
     def find(self, name: str) -> Definition | None:
-        """A member, of the class or of the first above it that has it."""
+        """A member of the class, or of its first base class that has it."""
         for each in self.lineage():
             if name in each.own:
                 return Definition(each.module, f"{each.name}.{name}", each.own[name], each)
@@ -169,10 +169,10 @@ class Class:
 
 
 class Sources:
-    """Packages by their first name, looked into by dotted names.
+    """Packages whose definitions are looked up by dotted names.
 
     Args:
-        packages: E.g. ``{"sglang": Files(wheel)}``.
+        packages: Files by top-level package, for example ``{"sglang": Files(wheel)}``.
     """
 
     def __init__(self, packages: Mapping[str, Files]) -> None:
@@ -222,14 +222,14 @@ class Sources:
         return None
 
     def server_field(self, name: str) -> Definition | None:
-        """A field of ``ServerArgs``, which SGLang assembles while it runs."""
+        """A field of ``ServerArgs``, which SGLang assembles at run time."""
         for each in self._field_classes():
             if name in each.own:
                 return Definition(each.module, f"{SERVER_ARGS}.{name}", each.own[name], each)
         return None
 
     def server_fields(self) -> dict[str, str]:
-        """All of them; the values are empty."""
+        """Names of all fields of ``ServerArgs``, with empty values."""
         return {name: "" for each in self._field_classes() for name in each.own}
 
     def _field_classes(self) -> Iterator[Class]:
@@ -241,7 +241,7 @@ class Sources:
 
 
 def assigned(node: ast.AST) -> Iterator[ast.expr]:
-    """What an assignment assigns to."""
+    """The targets of an assignment."""
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     for target in targets:
         if isinstance(target, (ast.Tuple, ast.List)):
@@ -253,7 +253,7 @@ def assigned(node: ast.AST) -> Iterator[ast.expr]:
 def imported(
     node: ast.Import | ast.ImportFrom, module: str, is_package: bool
 ) -> Iterator[tuple[str, str]]:
-    """The names that an import makes, and the dotted names that they stand for."""
+    """(local name, dotted name) of each name that an import defines."""
     if isinstance(node, ast.Import):
         for alias in node.names:
             name = alias.asname or alias.name.partition(".")[0]

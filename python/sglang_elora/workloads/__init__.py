@@ -1,4 +1,4 @@
-"""Traces: generated, or read from files of public formats. Nothing but the standard library."""
+"""Traces: generated, or read from files of public formats. Uses only the standard library."""
 
 from __future__ import annotations
 

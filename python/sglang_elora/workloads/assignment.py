@@ -1,4 +1,4 @@
-"""What recorded traces lack: who asks for which adapter, tokens, times."""
+"""Completion of recorded traces with adapters and token ids, which their files lack."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from sglang_elora.workloads.workload import Recorded
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Adapters for the sessions of a file that names none; tokens of this vocabulary."""
+    """Rule that assigns adapters to the sessions of a file without any; ``vocab_size`` bounds the
+    drawn token ids."""
 
     num_adapters: int = 64
     law: Law = Law.ZIPF
@@ -24,15 +25,15 @@ class Assignment:
     vocab_size: int = 2048
 
     def adapter(self, number: int) -> str:
-        """Of the session of this number."""
+        """The adapter of session ``number``."""
         rng = random.Random(f"adapter/{self.seed}/{number}")
         return adapter_name(draw(self.law, self.skew, self.num_adapters, number, rng))
 
     def trace(self, name: str, path: Path, sessions: Iterable[Session]) -> Trace:
-        """Sessions of a file, from its first one on.
+        """A trace of the sessions of a file, in order of their starts.
 
         Raises:
-            ValueError: There are none.
+            ValueError: There are no sessions.
         """
         ordered = in_order(sessions)
         if not ordered:

@@ -1,4 +1,4 @@
-"""Azure's public traces: LLM inference (lengths and times), Functions (who is called when).
+"""Azure's public traces: LLM inference (lengths and times), Functions (calls per minute).
 
 Source: github.com/Azure/AzurePublicDataset.
 """
@@ -23,10 +23,10 @@ _MINUTES = 1440
 
 
 def azure_llm(path: Path, assignment: Assignment = DEFAULT) -> Trace:
-    """``AzureLLMInferenceTrace``: each request by itself, adapters by the assignment.
+    """The trace of an ``AzureLLMInferenceTrace`` file; each request is a session of one turn.
 
     Raises:
-        ValueError: Not such a file; names the line.
+        ValueError: The file has another format; names the line.
     """
     sessions: list[Session] = []
     first_s: float | None = None
@@ -51,14 +51,14 @@ def azure_functions(
     *,
     minutes: tuple[int, int] = (0, _MINUTES),
 ) -> Trace:
-    """``invocations_per_function_md`` (2019): a function is an adapter, a call a session.
+    """The trace of an ``invocations_per_function_md`` file (2019): each function is an adapter,
+    each call a session of one turn.
 
-    The functions called most often within the minutes are taken, as many as there are adapters.
-    Calls are spread evenly over their minute at random; what is said is the workload's, in single
-    turns.
+    The ``num_adapters`` functions called most often within ``minutes`` are used. Calls are placed
+    uniformly at random within their minute; lengths are drawn from ``workload``.
 
     Raises:
-        ValueError: Not such a file; names the line.
+        ValueError: The file has another format; names the line.
     """
     begin, end = minutes
     if not 0 <= begin < end <= _MINUTES:
@@ -112,7 +112,7 @@ def _count(path: Path, line: int, text: str, least: int) -> int:
 
 
 def _seconds(path: Path, line: int, text: str) -> float:
-    """Fractions have seven digits, of which ``datetime`` keeps six."""
+    """The time in seconds (UTC). Fractions have seven digits, of which ``datetime`` keeps six."""
     try:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:

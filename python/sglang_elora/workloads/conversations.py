@@ -1,4 +1,4 @@
-"""Conversations of people with models, as LMSYS-Chat-1M and ShareGPT publish them."""
+"""Traces from chat datasets in the formats of LMSYS-Chat-1M and ShareGPT."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def conversations(
     think_shape: float = 2.0,
     tokenize: Tokenize | None = None,
 ) -> Trace:
-    """JSON array or JSON lines of ``{conversation_id, conversation: [{role, content}]}`` (LMSYS)
-    or ``{id, conversations: [{from, value}]}`` (ShareGPT).
+    """The trace of a JSON array or JSON lines of ``{conversation_id, conversation: [{role,
+    content}]}`` (LMSYS) or ``{id, conversations: [{from, value}]}`` (ShareGPT).
 
-    The files have no times: sessions start as a Poisson process that brings ``turns_per_s``, and
-    thinking times are Gamma. Answers count by their length only.
+    The files have no times: session starts are a Poisson process with ``turns_per_s`` on average,
+    and thinking times are Gamma-distributed. Of answers only the length is used.
 
     Args:
-        tokenize: Text to ids; without it, one token drawn for every four characters.
+        tokenize: Text to ids; by default, one random token for every four characters.
 
     Raises:
-        ValueError: A conversation of neither form; names file and line.
+        ValueError: A conversation has another format; names file and line.
     """
     rng = random.Random(f"conversations/{assignment.seed}")
     to_ids = tokenize or (lambda text: _drawn(text, assignment))
@@ -91,8 +91,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _pairs(path: Path, line: int, row: Any) -> tuple[str, list[tuple[str, str]]]:
-    """(system prompt, [(said, answered)]); what is said twice in a row is one, a last question
-    without an answer is left out."""
+    """(system prompt, [(user text, answer)]); consecutive user messages are joined, and a last one
+    without an answer is dropped."""
     said = row.get("conversation", row.get("conversations")) if isinstance(row, dict) else None
     if not isinstance(said, list):
         raise bad_row(path, line, "an object with 'conversation' or 'conversations' is expected")

@@ -1,8 +1,7 @@
-"""Seeded sessions of a workload.
+"""Generator of seeded traces of a workload.
 
-A trace begins in the middle of things: sessions that started before it are there at time 0, and
-what they said by then comes as one long first turn. Without that, a trace shorter than a few
-sessions would be all ramp-up.
+A trace starts in a steady state: sessions that began before it exist at time 0, with their history
+as one long first turn. Otherwise a trace shorter than a few sessions would be all ramp-up.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from sglang_elora.workloads.popularity import draw
 from sglang_elora.workloads.trace import NOMINAL_ANSWER_S, Session, Trace, Turn, due_s
 from sglang_elora.workloads.workload import GROWS_AT, Workload
 
-FIRST_TOKEN = 3  # below are the special ones
-_LEAD_SESSIONS = 3  # mean session lives before the trace, after which few are left
+FIRST_TOKEN = 3  # lowest generated token id; special tokens are below
+_LEAD_SESSIONS = 3  # generate sessions that start up to this many mean session lives before time 0
 
 
 def make_trace(
@@ -29,11 +28,11 @@ def make_trace(
     seed: int = 0,
     with_tokens: bool = True,
 ) -> Trace:
-    """``turns_per_s`` on average, from the beginning.
+    """A trace with ``turns_per_s`` turns per second on average, from time 0 on.
 
     Args:
-        with_tokens: False for whoever looks at lengths alone: tokens are ranges, which take no
-            memory. The lengths are other ones then, of the same distribution.
+        with_tokens: If False, tokens are ranges, which take no memory, for callers that need only
+            lengths. The lengths then differ, but have the same distribution.
     """
     rng = random.Random(f"{workload.name}/{seed}")
     mean_gap_s = workload.mean_turns / turns_per_s
@@ -53,7 +52,7 @@ def make_trace(
 
 
 def in_order(sessions: Iterable[Session]) -> tuple[Session, ...]:
-    """Numbered by their starts."""
+    """The sessions sorted and numbered by start."""
     ordered = sorted(sessions, key=lambda session: session.start_s)
     return tuple(replace(session, number=i) for i, session in enumerate(ordered))
 
@@ -65,7 +64,7 @@ def adapter_name(index: int) -> str:
 def popular_adapter(
     workload: Workload, time_s: float, duration_s: float, rng: random.Random, number: int = 0
 ) -> int:
-    """Who is asked for by the session of this number, that starts then."""
+    """Index of the adapter of session ``number``, which starts at ``time_s``."""
     grown = time_s >= GROWS_AT * duration_s
     num_active = max(1, round(workload.active[grown] * workload.num_adapters))
     rank = draw(workload.law, workload.skew, num_active, number, rng)
@@ -101,9 +100,10 @@ def _session(
 
 
 def _from_zero(session: Session, rng: random.Random) -> Session | None:
-    """The session with all that came before time 0 in its first turn; None if all of it did.
+    """The session with its turns before time 0 merged into the first later one; None if there is
+    no later one.
 
-    Answers that were given by then are random tokens.
+    Answers before time 0 become random tokens.
     """
     moments_s = due_s(session)
     first = next((i for i, moment_s in enumerate(moments_s) if moment_s >= 0), None)
@@ -126,7 +126,7 @@ def _said(before: Sequence[Turn], turn: Turn, rng: random.Random) -> Sequence[in
 
 
 def lognormal(rng: random.Random, mean: float, spread: float) -> int:
-    """A length, 1 at least; ``spread`` is the standard deviation of its logarithm."""
+    """A random length of at least 1; ``spread`` is the standard deviation of its logarithm."""
     return max(1, round(rng.lognormvariate(math.log(mean) - spread**2 / 2, spread)))
 
 

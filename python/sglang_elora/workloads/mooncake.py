@@ -31,12 +31,14 @@ class _Row:
 
 
 def mooncake(path: Path, assignment: Assignment = DEFAULT) -> Trace:
-    """A request whose prompt begins with all whole blocks of an earlier one's, and is longer than
-    it with its answer, is that session's next turn. What the first prompts of several sessions
-    have in common, in whole blocks, is their system prompt.
+    """The trace of a Mooncake file, with sessions reconstructed from the hashes.
+
+    A request is the next turn of an earlier one's session if its prompt starts with all whole
+    blocks of the earlier prompt and is longer than that prompt and its answer. The common prefix
+    of several sessions' first prompts, in whole blocks, is their system prompt.
 
     Raises:
-        ValueError: A line that is none of the format's; names it.
+        ValueError: A line has another format; names it.
     """
     rows = _read(path)
     firsts = _chained(rows)
@@ -45,7 +47,7 @@ def mooncake(path: Path, assignment: Assignment = DEFAULT) -> Trace:
     adapters: dict[tuple[int, ...], str] = {}
     for number, first in enumerate(firsts):
         system = systems[first.hashes[0]]
-        # Sessions that share a system prompt share its adapter: other KV is not theirs to share.
+        # Sessions with one system prompt get one adapter, as KV is not shared between adapters.
         adapter = adapters.setdefault(system or (-1, number), assignment.adapter(len(adapters)))
         tokens = _tokens(system, BLOCK * len(system), assignment)
         turns = _turns(first, BLOCK * len(system), assignment)
@@ -77,7 +79,7 @@ def _read(path: Path) -> list[_Row]:
 
 
 def _chained(rows: Sequence[_Row]) -> list[_Row]:
-    """First requests of sessions; the others follow one of them."""
+    """The first request of each session; later ones are linked by ``following``."""
     open_: dict[tuple[int, ...], _Row] = {}  # whole blocks of the last request of each session
     firsts = []
     for row in rows:
@@ -96,7 +98,8 @@ def _chained(rows: Sequence[_Row]) -> list[_Row]:
 
 
 def _systems(firsts: Sequence[_Row]) -> dict[int, tuple[int, ...]]:
-    """By the first hash: the longest common beginning of whole blocks that leaves a token."""
+    """First hash -> the system prompt: the longest common prefix of whole blocks that leaves each
+    prompt at least one more token; empty for a single session."""
     found: dict[int, tuple[int, ...]] = {}
     counts = Counter(row.hashes[0] for row in firsts)
     for row in firsts:

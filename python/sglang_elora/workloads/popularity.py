@@ -1,4 +1,4 @@
-"""Who is asked for: laws of adapter popularity, by rank."""
+"""Distributions of adapter popularity, by rank."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from itertools import accumulate, pairwise
 
 
 class Law(StrEnum):
-    """Shares of the adapters by rank r = 0, 1, ..., n - 1; ``skew`` is the law's one number."""
+    """Distribution of requests over adapters of rank r = 0, 1, ..., n - 1, with parameter
+    ``skew``."""
 
     ZIPF = "zipf"  # (1 + r) ** -skew
-    POWER = "power"  # x ** skew uniform in 0 to 1, x * n the adapter: S-LoRA's, less even below 1
-    GEOMETRIC = "geometric"  # (1 - skew) ** r: the first has the share skew
-    DISTINCT = "distinct"  # everyone in turns, nobody twice in a round; no skew
+    POWER = "power"  # r = x * n with x ** skew uniform in 0 to 1 (S-LoRA); less even below 1
+    GEOMETRIC = "geometric"  # (1 - skew) ** r: the first adapter has the share skew
+    DISTINCT = "distinct"  # round-robin over all adapters; ignores skew
     GAUSSIAN = "gaussian"  # exp(-(r / (skew * n)) ** 2 / 2): half of a bell
 
 
 def shares(law: Law, skew: float, count: int) -> list[float]:
-    """Of ``count`` adapters, most popular first; in proportion, of any sum.
+    """Unnormalised weights of ``count`` adapters, most popular first.
 
     Raises:
-        ValueError: A skew that the law does not know.
+        ValueError: The skew is outside the law's range.
     """
     if count < 1:
         raise ValueError(f"popularity is of at least one adapter, got {count}")
@@ -46,7 +47,7 @@ def shares(law: Law, skew: float, count: int) -> list[float]:
 
 
 def draw(law: Law, skew: float, count: int, number: int, rng: random.Random) -> int:
-    """The rank of the adapter that draw ``number`` asks for; O(log adapters)."""
+    """The rank of a random adapter; ``number`` counts draws, for ``DISTINCT``. O(log adapters)."""
     if law is Law.DISTINCT:
         return number % count
     return rng.choices(range(count), cum_weights=_cumulative(law, skew, count))[0]

@@ -1,4 +1,4 @@
-"""Chat, translation and personal agent, in the sizes of a tiny model on a CPU and of an LLM."""
+"""Workloads chat, translation and agent, sized for a tiny model on a CPU and for an LLM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TRANSLATION = Workload(
 AGENT = Workload("agent", (300, 600), 70, 12, (6, 12), 8.0, moves=4)
 WORKLOADS: Mapping[str, Workload] = {w.name: w for w in (CHAT, TRANSLATION, AGENT)}
 TURNS_PER_S: Mapping[str, float] = {"chat": 6.0, "translation": 9.0, "agent": 7.0}
-"""What makes stock SGLang, well tuned, take about 200 ms to the first token on two cores."""
+"""Rates at which well tuned stock SGLang has a TTFT of about 200 ms on two cores."""
 
 FULL_SIZE: Mapping[str, Workload] = {
     w.name: w
@@ -57,7 +57,7 @@ FULL_SIZE: Mapping[str, Workload] = {
         ),
     )
 }
-"""For the simulator, at the lengths of an LLM's users. Chat's mean prompt and answer (70 and 215
-tokens) are those of LMSYS-Chat-1M (Zheng et al., arXiv 2309.11998, table 1: 69.5 and 214.5); chosen
-are its turns, its spreads, and all of the other two, after the CPU presets: system prompts are 2.5
-times as long, as adapters take 2.5 times as many slots."""
+"""Workloads for the simulator, with the lengths of real chats. Chat's mean prompt and answer (70
+and 215 tokens) are LMSYS-Chat-1M's (Zheng et al., arXiv 2309.11998, table 1: 69.5 and 214.5).
+Its turns and spreads, and all of the other two, are our choice, after the CPU presets: system
+prompts are 2.5 times as long, as adapters take 2.5 times as many slots."""

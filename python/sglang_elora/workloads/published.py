@@ -1,4 +1,4 @@
-"""Generators that others published, as our traces."""
+"""Published workload generators, reimplemented to produce our traces."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def shared_prefix(
     seed: int = 0,
     vocab_size: int = VOCAB_SIZE,
 ) -> Trace:
-    """The shape of ``generated-shared-prefix``: groups of prompts over one system prompt each.
+    """A trace like ``generated-shared-prefix``: groups of prompts with one system prompt each.
 
-    Source: SGLang's ``bench_serving``, whose defaults these are. A group has one adapter, of
-    several groups in turns. Prompts come in random order, Poisson, as sessions of ``turns``
+    Source: SGLang's ``bench_serving``, with its defaults. Groups are assigned to adapters
+    round-robin. Prompts arrive in random order as a Poisson process, each as a session of ``turns``
     questions. ``spread`` is the standard deviation of the logarithm of lengths.
     """
     rng = random.Random(f"shared_prefix/{seed}")

@@ -1,4 +1,4 @@
-"""A trace that becomes faster and faster."""
+"""Time transformation that speeds a trace up progressively."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Rise:
-    """How a trace of ``duration_s`` is made faster: by a factor that rises from ``low`` to
-    ``high``, by equal ratios in equal times of that trace.
+    """Speed-up of a trace of ``duration_s``, by a factor that rises from ``low`` to ``high``
+    exponentially in the time of that trace.
 
     Raises:
         ValueError: Unless 0 < low < high.
@@ -32,18 +32,19 @@ class Rise:
         return self.new_time(self.duration_s)
 
     def factor(self, time_s: float) -> float:
-        """At a time of the trace that is made faster."""
+        """The speed-up factor at a time of the original trace."""
         return self.low * math.exp(self._growth * min(time_s, self.duration_s))
 
     def new_time(self, time_s: float) -> float:
-        """Where a moment of that trace is in the new one."""
+        """The time in the new trace of a time of the original one."""
         return (1 - math.exp(-self._growth * time_s)) / (self.low * self._growth)
 
     def share_at(self, new_time_s: float) -> float:
-        """How much of the rise is behind at a time of the new trace, 0 to 1, by ratios."""
+        """The completed share of the rise at a time of the new trace: 0 to 1, logarithmic in the
+        factor."""
         factor = self.low / (1 - self.low * self._growth * min(new_time_s, self.new_duration_s))
         return math.log(factor / self.low) / math.log(self.high / self.low)
 
     def factor_behind(self, share: float) -> float:
-        """Inverse of ``share_at``, as a factor."""
+        """The factor at a share of the rise."""
         return self.low * math.pow(self.high / self.low, share)

@@ -1,7 +1,7 @@
-"""Traces: sessions of one adapter each, that start, say things, think, and come back.
+"""Traces: multi-turn sessions, each with one adapter.
 
-Open-loop in the starts of sessions, closed-loop within one: a turn is sent ``think_s`` after the
-answer before it ended.
+Open-loop in the starts of sessions, closed-loop within a session: a turn is sent ``think_s`` after
+the end of the previous answer.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from sglang_elora.workloads.popularity import Law
 from sglang_elora.workloads.rise import Rise
 from sglang_elora.workloads.workload import Recorded, Workload
 
-NOMINAL_ANSWER_S = 0.5  # assumed only to say what a session has done before a moment
+NOMINAL_ANSWER_S = 0.5  # assumed duration of an answer, only to estimate when turns are due
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What a turn adds to its session; it is sent ``think_s`` after the answer before it."""
+    """One turn's new tokens and answer length; sent ``think_s`` after the previous answer."""
 
     new_tokens: Sequence[int]
     num_output: int
@@ -42,7 +42,7 @@ class Session:
         return len(self.system) + said
 
     def tokens_at(self, time_s: float) -> int:
-        """Length of its history then, system prompt left out; 0 before its start and when over."""
+        """Tokens of its history at ``time_s``, without the system prompt; 0 outside its life."""
         moment_s, tokens, last_s = self.start_s, 0, self.start_s
         for turn in self.turns:
             last_s = moment_s = moment_s + turn.think_s
@@ -70,7 +70,7 @@ class Trace:
         )
 
     def live_kv_tokens(self, time_s: float) -> int:
-        """KV of all sessions that will come back, with system prompts counted once."""
+        """Tokens of KV of all sessions with a later turn; each system prompt counts once."""
         lengths = {session: session.tokens_at(time_s) for session in self.sessions}
         alive = {session.adapter: len(session.system) for session, n in lengths.items() if n}
         return sum(lengths.values()) + sum(alive.values())
@@ -81,8 +81,8 @@ class Trace:
         return sum(map(self.live_kv_tokens, moments)) / len(moments)
 
     def rising(self, low: float, high: float) -> Trace:
-        """The same sessions, ever faster: what takes time on the client's side is divided by a
-        factor that rises from ``low`` to ``high`` (``Rise``)."""
+        """The same sessions, progressively faster: times between starts and thinking times are
+        divided by a factor that rises from ``low`` to ``high`` (``Rise``)."""
         rise = Rise(low, high, self.duration_s)
         sessions = tuple(
             replace(
@@ -106,7 +106,7 @@ class Trace:
         }
 
     def save(self, path: Path) -> None:
-        """One session a line, behind a line of facts."""
+        """Write JSON lines: first the trace's facts, then one line per session."""
         rows = [self.facts(), *map(asdict, self.sessions)]
         path.write_text("".join(json.dumps(row, default=list) + "\n" for row in rows))
 
@@ -123,7 +123,7 @@ class Trace:
 
 
 def due_s(session: Session) -> list[float]:
-    """When each turn is due if every answer takes ``NOMINAL_ANSWER_S``."""
+    """Due time of each turn if every answer takes ``NOMINAL_ANSWER_S``."""
     moment_s, found = session.start_s - NOMINAL_ANSWER_S, []
     for turn in session.turns:
         moment_s += NOMINAL_ANSWER_S + turn.think_s
@@ -136,7 +136,7 @@ def _workload(about: dict[str, Any]) -> Workload:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples they were."""
+    """The value with lists converted back to tuples."""
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""What sessions are like: parameters of the generator, or where a recorded trace comes from."""
+"""Description of a trace: parameters of the generator, or the source of a recorded trace."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 
 from sglang_elora.workloads.popularity import Law
 
-GROWS_AT = 2 / 3  # of the duration
+GROWS_AT = 2 / 3  # share of the duration after which the second value of ``active`` applies
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What sessions are like.
+    """Parameters of generated sessions.
 
     Lengths are lognormal (``*_spread``: standard deviation of the logarithm), thinking times Gamma
     of shape ``think_shape``, gaps between session starts Gamma with coefficient of variation
-    ``start_cv``. Popularity is of the ``active`` share of the adapters (before and after
-    ``GROWS_AT``), and the ranking moves on by one adapter ``moves`` times per trace.
+    ``start_cv``. Only the ``active`` share of the adapters is used (before and after ``GROWS_AT``),
+    and the popularity ranking shifts by one adapter ``moves`` times per trace.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Workload:
         return sum(self.turns) / 2
 
     def scaled_tokens(self, factor: float) -> Workload:
-        """Prompts ``factor`` times as long, for a larger model."""
+        """A copy with prompts ``factor`` times as long, for a larger model."""
         low, high = self.system_tokens
         return replace(
             self,
@@ -55,7 +55,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What of a trace was not generated: its format, the file, and how it was completed."""
+    """Source of a recorded trace: format, file, and options of its completion."""
 
     name: str
     path: str
