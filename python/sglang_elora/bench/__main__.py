@@ -4,8 +4,8 @@
     sglang-elora bench --runs 3 --duration 75 --out DIR
     sglang-elora bench --url http://127.0.0.1:30000 --api openai
 
-Without --url checkpoint, adapters and servers are made here. Files, tables, plots and the page
-report.html go to --out.
+Without --url, the benchmark creates a checkpoint and adapters and starts the servers. Rows, tables,
+plots and the page report.html are written to --out.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ QUICK = Plan(
     duration_s=35.0,
     shares_servers=True,
 )
-"""Below the rates at which stock is overloaded. 8 was the best split of most workloads."""
+"""Numbers of stock adapter slots to sweep, for rates at which stock is not overloaded. 8 was the
+best split of most workloads."""
 
 QUICK_ROUNDS = 3  # of calibration
 ROUNDS = 9
@@ -178,7 +179,7 @@ def _matrix(options: argparse.Namespace, terminal: Terminal) -> list[Row]:
 
 
 def _conclude(rows: Sequence[Row], out: Path) -> int:
-    """Tables, plots and page. 1 if a request was not answered."""
+    """Write tables, plots and page; returns 1 if a request was not answered."""
     risen = [row for row in rows if "rise" in row]
     if risen:
         print(peaks(risen))

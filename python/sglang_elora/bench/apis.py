@@ -1,8 +1,8 @@
-"""The three ways to ask: SGLang's ``/generate``, and the two of the OpenAI API that complete text.
+"""Clients of three APIs: SGLang's ``/generate``, and the OpenAI API's completions and chat.
 
-A conversation is one session over one API: it makes the body of the next request out of what was
-said before, and reads the events that come back. The OpenAI API takes text, so a trace's token is a
-word there; lengths in tokens are then what the server counts.
+A conversation is one session over one API: it builds the body of the next request from the history,
+and parses the streamed events. The OpenAI API takes text, so each token of a trace is sent as a
+word; token counts are then the server's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WORDS = (*NOUNS, *VERBS, *ADJECTIVES)
 
 @dataclass(slots=True)
 class Answer:
-    """What the events of one answer have said so far; set by its conversation."""
+    """State of one answer, accumulated from its events by its conversation."""
 
     output: tuple[int, ...] = ()
     num_answered: int | None = None
@@ -36,27 +36,27 @@ class Answer:
 
 
 class Conversation(Protocol):
-    """One session. Calls come in turns: ``ask``, ``read`` per event, ``said`` if all went well."""
+    """One session. Per turn: ``ask`` once, ``read`` per event, ``said`` if the turn succeeded."""
 
     path: str
 
     def ask(self, turn: Turn) -> dict[str, Any]:
-        """The body of the request of the session's next turn."""
+        """The request body of the session's next turn."""
 
     def read(self, event: Mapping[str, Any], answer: Answer) -> bool:
-        """Take an event into the answer; whether it brought tokens."""
+        """Add an event to the answer; returns whether it contained tokens."""
 
     def said(self, answer: Answer) -> None:
-        """The answer is part of what the next turn begins with."""
+        """Append the answer to the history of the next turn."""
 
 
 Open = Callable[[Session], Conversation]
-"""Begins a session."""
+"""Function that starts the conversation of a session."""
 
 
 @dataclass(slots=True)
 class Native:
-    """Prompts as ids: what is sent, and what is cached, is exact."""
+    """``/generate`` with token ids, so that prompt and cached lengths are exact."""
 
     session: Session
     path: str = "/generate"
@@ -96,7 +96,7 @@ class Native:
 
 @dataclass(slots=True)
 class Completions:
-    """One growing text."""
+    """``/v1/completions``, with the history as one text."""
 
     session: Session
     model: str
@@ -119,7 +119,7 @@ class Completions:
 
 @dataclass(slots=True)
 class ChatCompletions:
-    """Messages, which the server puts together with the model's chat template."""
+    """``/v1/chat/completions``; the server applies the model's chat template to the messages."""
 
     session: Session
     model: str
@@ -146,7 +146,7 @@ def words(tokens: Sequence[int]) -> str:
 
 
 def _options(model: str, turn: Turn) -> dict[str, Any]:
-    """``ignore_eos`` is an extension that SGLang and vLLM share: answers as long as asked for."""
+    """Common request options. ``ignore_eos`` (SGLang and vLLM) makes answers of the full length."""
     return {
         "model": model,
         "temperature": 0,

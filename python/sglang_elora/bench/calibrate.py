@@ -1,8 +1,8 @@
-"""The emulated link: as slow beside this machine's prefill as a GPU's link is beside the GPU's.
+"""Calibration of the emulated link: its speed relative to prefill is that of a GPU.
 
     python -m sglang_elora.bench.calibrate --out calibration.json
 
-On a CPU a copy from host to device costs next to nothing. The link's bandwidth is chosen so that
+On a CPU a copy from host to device costs almost nothing. The link's bandwidth is chosen so that
 one adapter of rank 32 loads in the same share of the prefill time of 1,000 tokens as on an H200.
 """
 
@@ -39,7 +39,7 @@ LENGTHS = (128, 256, 512, 768, 1024, 1536)
 
 
 def ttft_s(http: httpx.Client, prompt: Sequence[int]) -> float:
-    """Of the only request on the server, with its adapter on the device."""
+    """TTFT of a single request on an idle server, with its adapter on the device."""
     body = {
         "input_ids": list(prompt),
         "sampling_params": {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True},
@@ -54,7 +54,7 @@ def ttft_s(http: httpx.Client, prompt: Sequence[int]) -> float:
 
 
 def measure(bench: Bench, side: Side, log_path: Path, rounds: int) -> dict[int, list[float]]:
-    """Seconds to the first token by prompt length, lengths taken in turns."""
+    """Seconds to the first token by prompt length; lengths alternate."""
     samples: dict[int, list[float]] = {length: [] for length in LENGTHS}
     with (
         bench.server(side, log_path) as server,
@@ -71,7 +71,7 @@ def measure(bench: Bench, side: Side, log_path: Path, rounds: int) -> dict[int, 
 
 
 def fit(samples: Mapping[int, Sequence[float]]) -> tuple[float, float]:
-    """Least squares a + b * tokens through the medians, in seconds."""
+    """(a, b) in seconds of the least-squares fit a + b * tokens to the medians."""
     fitted = statistics.linear_regression(
         list(samples), [statistics.median(found) for found in samples.values()]
     )
@@ -79,9 +79,9 @@ def fit(samples: Mapping[int, Sequence[float]]) -> tuple[float, float]:
 
 
 def link(token_s: float, adapter_bytes: int) -> dict[str, float]:
-    """Bandwidth and latency for a machine that takes ``token_s`` for one more token of prefill.
+    """Bandwidth and latency for a machine that takes ``token_s`` per additional prefill token.
 
-    The slope alone counts: the GPU's rate is one of full batches, without the cost of a step.
+    Only the slope is used: the GPU's rate is that of full batches, without the cost of a step.
     """
     prefill_1000_s = 1000 * token_s
     return {
@@ -91,7 +91,7 @@ def link(token_s: float, adapter_bytes: int) -> dict[str, float]:
 
 
 def calibrate(sizes: Sizes, folder: Path, rounds: int) -> dict[str, Any]:
-    """Starts a server of its own, with its files in ``folder``; about 40 s on two cores."""
+    """Calibrate with a new server, whose files are in ``folder``; takes about 40 s on two cores."""
     num_adapters = len(RANKS)
     bench = Bench(folder, num_adapters, sizes, link=None)
     side = make_side("stock-default", sizes, num_adapters, max(LENGTHS))

@@ -1,8 +1,8 @@
-"""Plays a trace against a server and notes what happened to each request.
+"""Replay of a trace against a server, with a record of each request.
 
-Any SGLang server over its native API, any server at all over the OpenAI one (``apis``). A session's
-next prompt holds the server's own answers, so sides with other outputs have other prompts of equal
-lengths.
+Works with SGLang over its native API, and with any server over the OpenAI API (``apis``). A
+session's next prompt contains the server's own answers, so servers with different outputs get
+different prompts of equal lengths.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _TIMEOUT_S = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How a trace is played."""
+    """Options of a replay."""
 
     open: Open = Native
-    names_sessions: bool = False  # requests name their session, and its last answer closes it
-    sample_s: float | None = None  # seconds between looks at the pool; None for none
-    on_record: Callable[[Record], None] | None = None  # called with each as it ends
+    names_sessions: bool = False  # requests name their session, which is closed at its end
+    sample_s: float | None = None  # seconds between samples of the pool; None for no samples
+    on_record: Callable[[Record], None] | None = None  # called with each record when it is complete
 
 
 PLAIN = Manner()
 
 
 def play(url: str, trace: Trace, manner: Manner = PLAIN) -> Played:
-    """Records are in order of completion. A session ends with its first error.
+    """Replay a trace; the records are in order of completion. A session ends at its first error.
 
     Turns that are due after the trace's end are not sent.
     """
@@ -50,7 +50,8 @@ def play(url: str, trace: Trace, manner: Manner = PLAIN) -> Played:
 def play_closed(
     url: str, sessions: Sequence[Session], num_clients: int, manner: Manner = PLAIN
 ) -> Played:
-    """Each client takes the next session when its last one has ended, whatever their starts say."""
+    """Replay sessions in a closed loop: each client starts the next one when its last one has
+    ended; the sessions' start times are ignored."""
     return asyncio.run(_play_closed(url, sessions, num_clients, manner))
 
 
@@ -100,7 +101,7 @@ class _Player:
         watching.cancel()
         await asyncio.wait([watching])
         if not watching.cancelled():
-            watching.result()  # for its error
+            watching.result()  # raises the task's error
         after = await _statistics(self._http)
         return Played(tuple(self._records), wall_s, before, after, tuple(self._pool))
 
@@ -181,7 +182,7 @@ def _name(session: Session) -> str:
 
 
 async def _statistics(http: httpx.AsyncClient) -> dict[str, Any] | None:
-    """None where the server is not SGLang, or without ELORA."""
+    """ELORA's counters from ``/server_info``; None if the server has none."""
     answer = await http.get("/server_info")
     if answer.status_code != httpx.codes.OK:
         return None

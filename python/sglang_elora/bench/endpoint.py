@@ -1,4 +1,4 @@
-"""A server that somebody else runs: is it there, does it know these adapters, how is it asked."""
+"""A running server that the benchmark did not start: its model, adapters and API."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _TIMEOUT_S = 30.0
 
 
 class EndpointError(ValueError):
-    """The server cannot be measured like this; the text says why and what to do."""
+    """The server cannot be measured with these options; the text says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """How requests reach a model and its adapters."""
+    """URL, API, model and adapters for the requests."""
 
     url: str
     api: Api
     model: str
-    adapters: tuple[str, ...]  # empty: only the base model is asked
+    adapters: tuple[str, ...]  # empty: all requests use the base model
     is_sglang: bool
 
     def open(self, session: Session) -> Conversation:
@@ -42,13 +42,13 @@ class Endpoint:
         )
 
     def model_name(self, adapter: str) -> str:
-        """SGLang reads ``model:adapter``; elsewhere an adapter is a model of its own name."""
+        """The ``model`` field of a request: ``model:adapter`` for SGLang, otherwise the adapter."""
         if not adapter:
             return self.model
         return f"{self.model}:{adapter}" if self.is_sglang else adapter
 
     def assigned(self, trace: Trace) -> Trace:
-        """The trace with this server's adapters, in turns where it has fewer."""
+        """The trace with this server's adapters, assigned cyclically if there are fewer."""
         names = {name: i for i, name in enumerate(sorted({s.adapter for s in trace.sessions}))}
 
         def adapter(name: str) -> str:
@@ -58,10 +58,10 @@ class Endpoint:
         return replace(trace, sessions=tuple(sessions))
 
     def try_out(self) -> None:
-        """A short request to each adapter, which also warms it up.
+        """Send a short request for each adapter, which also loads it.
 
         Raises:
-            EndpointError: One was not answered.
+            EndpointError: A request was not answered.
         """
         turn = Turn((FIRST_TOKEN,) * 8, 4, 0.0)
         names = self.adapters or ("",)
@@ -76,14 +76,14 @@ class Endpoint:
 
 
 def find(url: str, api: Api, model: str | None, adapters: Sequence[str] | None) -> Endpoint:
-    """What ``GET /v1/models`` of a running server says.
+    """The endpoint of a running server, from its ``GET /v1/models``.
 
     Args:
-        model: Its only base model by default.
-        adapters: All that it names as children of the model by default.
+        model: By default the server's only base model.
+        adapters: By default all models with a parent.
 
     Raises:
-        EndpointError: No server, no such API, model or adapter.
+        EndpointError: There is no server, or it lacks the API, the model or an adapter.
     """
     cards = _models(url)
     served = {card["id"]: card for card in cards}

@@ -1,4 +1,4 @@
-"""One row of figures per run, ratios of runs, and tables of both."""
+"""Metrics per run, ratios between runs, and tables of both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from sglang_elora.bench.plain_table import plain_table
 from sglang_elora.bench.record import Record
 
-WARM_UP = 0.2  # of the trace's duration, at its beginning
+WARM_UP = 0.2  # share of the trace's duration, at its beginning, whose requests are not counted
 COLUMNS = (
     "requests",
     "errors",
@@ -35,13 +35,13 @@ _RATIOS = ("ttft_mean_ms", "ttft_p95_ms", "tpot_mean_ms", "requests_per_s")
 
 @dataclass(frozen=True, slots=True)
 class Bars:
-    """What a request must stay under to count for goodput."""
+    """Largest TTFT and TPOT, in ms, of a request that counts for goodput."""
 
     ttft_ms: float = TTFT_BAR_MS
     tpot_ms: float = TPOT_BAR_MS
 
     def met(self, record: Record) -> bool:
-        """An answer of one token has no TPOT, and meets that bar."""
+        """Whether a request meets both bars; an answer of one token meets the bar for TPOT."""
         if record.error is not None or record.ttft_s is None:
             return False
         return 1e3 * record.ttft_s <= self.ttft_ms and 1e3 * (record.tpot_s or 0) <= self.tpot_ms
@@ -51,7 +51,7 @@ BARS = Bars()
 
 
 def counted(records: Sequence[Record], duration_s: float) -> list[Record]:
-    """Those that were due after the warm-up."""
+    """The records that were due after the warm-up."""
     return [record for record in records if record.due_s >= WARM_UP * duration_s]
 
 
@@ -62,11 +62,11 @@ def figures(
     after: Mapping[str, Any] | None = None,
     bars: Bars = BARS,
 ) -> dict[str, float | None]:
-    """Figures of the counted requests; adapter loads are of the whole run, None if not known.
+    """Metrics of the counted requests; adapter loads are of the whole run, None if unknown.
 
     ``requests_per_s`` is answers over the time from the end of the warm-up to the last of them,
-    ``goodput`` the share of the requests that met both bars; those without an answer did not.
-    ``late`` is how long after it was due the client sent a request.
+    ``goodput`` the share of the requests that met both bars (unanswered ones do not). ``late`` is
+    the client's delay in sending a request after it was due.
     """
     mine = counted(records, duration_s)
     good = [record for record in mine if record.error is None]
@@ -97,7 +97,7 @@ def figures(
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Of one figure over several runs; of a single run all three are the same."""
+    """Minimum, median and maximum of one metric over runs; all equal for a single run."""
 
     low: float
     median: float
@@ -114,9 +114,9 @@ def ratios(
     theirs: Mapping[int, Sequence[Record]],
     duration_s: float,
 ) -> dict[str, Spread]:
-    """Ours over theirs per run, for each run that both have; below 1 is less.
+    """Ratio ours / theirs of each metric, over the runs that both have.
 
-    Only requests that both sides answered count: the slower side reaches fewer late turns.
+    Only requests that both sides answered count, as the slower side reaches fewer late turns.
     """
     values: dict[str, list[float]] = {name: [] for name in _RATIOS}
     for run in sorted(ours.keys() & theirs.keys()):
@@ -136,13 +136,13 @@ def ratios(
 
 
 def table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
-    """A line per row under the names of ``COLUMNS``."""
+    """A text table with one line per row and the columns ``COLUMNS``."""
     cells = ([label, *(cell(row[name]) for name in COLUMNS)] for label, row in rows.items())
     return plain_table(["", *COLUMNS], cells)
 
 
 def medians(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Of several runs, column by column."""
+    """The median of each column over several runs."""
     columns = {name: [row[name] for row in rows] for name in COLUMNS}
     known = {name: [v for v in column if v is not None] for name, column in columns.items()}
     return {name: statistics.median(found) if found else None for name, found in known.items()}
@@ -159,5 +159,5 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _percentile(values: Sequence[float], percent: int) -> float | None:
-    """With linear interpolation between the two nearest values."""
+    """A percentile, with linear interpolation between the two nearest values."""
     return float(np.percentile(values, percent)) if values else None

@@ -1,4 +1,4 @@
-"""Where and with what a row was measured."""
+"""Facts of the machine and versions that a row was measured with."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """Of the checkout that this file is in; "unknown" for one that was installed."""
+    """The commit of the checkout with this file; "unknown" outside a checkout."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty"],

@@ -1,9 +1,9 @@
-"""The same traces on stock SGLang and on ELORA, with the same bytes on the device and on the host.
+"""Runs of the same traces on stock SGLang and ELORA, with equal bytes on device and host.
 
 A server is started for each (run, workload, side), or for each (run, side) to save time; the sides
-of a run follow each other, and their order rotates from run to run. A server plays one trace after
-the other, from an empty cache each. A file per trace holds all requests and what the pool held
-meanwhile.
+of a run are measured one after the other, in an order that rotates from run to run. A server
+replays its traces in sequence, each from an empty cache. One file per trace has the records of all
+requests and samples of the pool.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be played."""
+    """Workloads, sides and parameters of a benchmark."""
 
     workloads: Sequence[str]
     sides: Sequence[str]
-    swept_sides: Sequence[str] = ()  # left out where they leave no room for KV
+    swept_sides: Sequence[str] = ()  # skipped if their split leaves too little KV
     runs: int = 3
-    loads: Sequence[float] = (1.0,)  # times workloads.TURNS_PER_S
+    loads: Sequence[float] = (1.0,)  # factors of workloads.TURNS_PER_S
     duration_s: float = 75.0
-    seed: int = 0  # and number of the first run
+    seed: int = 0  # also the number of the first run
     num_adapters: int = 64
     bars: Bars = BARS
-    rise: tuple[float, float] | None = None  # the first and the last rate factor
-    shares_servers: bool = False  # one plays all workloads
+    rise: tuple[float, float] | None = None  # first and last rate factor
+    shares_servers: bool = False  # one server replays all workloads
 
     def traces(self, workloads: Sequence[str], number: int) -> list[tuple[float, Trace]]:
-        """With their loads, which rise within a workload."""
+        """(load, trace) pairs of the workloads, by increasing load within a workload."""
         return [
             (
                 load,
@@ -63,12 +63,12 @@ class Plan:
 
     @property
     def groups(self) -> Sequence[Sequence[str]]:
-        """Workloads that one server plays."""
+        """Groups of workloads that one server replays."""
         return [self.workloads] if self.shares_servers else [[name] for name in self.workloads]
 
     @property
     def numbers(self) -> range:
-        """Of the runs, which are the seeds of their traces."""
+        """Numbers of the runs, which are also the seeds of their traces."""
         return range(self.seed, self.seed + self.runs)
 
     @property
@@ -78,16 +78,16 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Watcher:
-    """Told how far the matrix is."""
+    """Callbacks that report the progress of the matrix."""
 
-    starts: Callable[[str], None]  # what comes next
+    starts: Callable[[str], None]  # with a description of the next step
     answered: Callable[[Record], None]
-    ended: Callable[[], None]  # with a server
-    left_out: Callable[[str], None]  # a swept side, and why
+    ended: Callable[[], None]  # after each server
+    left_out: Callable[[str], None]  # with a skipped side and the reason
 
     @classmethod
     def plain(cls) -> Watcher:
-        """Writes lines to stderr."""
+        """A watcher that writes lines to stderr."""
 
         def write(what: str) -> None:
             print(what, file=sys.stderr, flush=True)
@@ -96,7 +96,7 @@ class Watcher:
 
 
 class Matrix:
-    """Plays a plan and writes what came of it to ``out``."""
+    """Runs a plan and writes its rows to ``out``."""
 
     def __init__(self, bench: Bench, plan: Plan, out: Path, watcher: Watcher) -> None:
         self._bench = bench
@@ -109,7 +109,7 @@ class Matrix:
         """All rows, in the order in which they were measured.
 
         Raises:
-            ValueError: A side that was named does not exist, or does not fit.
+            ValueError: A named side does not exist, or does not fit.
         """
         rows: list[Row] = []
         for number in self._plan.numbers:
@@ -148,7 +148,7 @@ class Matrix:
         return rows
 
     def _stem(self, side: Side, load: float, trace: Trace, number: int) -> str:
-        """Of file names."""
+        """The stem of a row's file name."""
         peak = "" if self._plan.rise is None else "peak-"
         at = "" if len(self._plan.loads) == 1 else f"-load-{load:g}"
         return f"{peak}{trace.workload.name}-{side.name.replace(':', '_')}-{number}{at}"

@@ -1,4 +1,4 @@
-"""A report in one HTML file: tables, pictures, how it was measured. Nothing is fetched."""
+"""Report as one self-contained HTML file, with tables, plots and the conditions of measurement."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Table:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """One workload at one rate; no ratios where there is nothing to compare."""
+    """One workload at one rate; ``ratios`` is None if there is nothing to compare."""
 
     name: str
     figures: _Table
@@ -43,7 +43,7 @@ def page(title: str, results: Sequence[Result], facts: Facts, plots: Mapping[str
     """The report as HTML, from ``page.html.j2``.
 
     Args:
-        facts: Of the first row: machine, versions, sizes.
+        facts: Facts of the first row: machine, versions, sizes.
         plots: PNG files by title.
     """
     templates = Environment(

@@ -1,4 +1,4 @@
-"""The largest rate that a side bears: one run of a trace that becomes faster and faster."""
+"""Largest sustainable rate of a server, from one run of a trace with a rising rate."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from collections.abc import Sequence
 from sglang_elora.workloads import Rise
 
 WINDOWS = 20
-"""Of a rise, by equal ratios: from half to five times the rate, each ends 12% above its start."""
+"""Windows of a rise, with equal rate ratios: for a rise from 0.5 to 5, each ends 12% above its
+start. Raising it makes the result finer and noisier."""
 
 
 def peak_factor(
     ttft: Sequence[tuple[float, float]], rise: Rise, bar_s: float, num_windows: int = WINDOWS
 ) -> float | None:
-    """The factor up to which mean TTFT stays under the bar, for all windows behind are above it.
+    """The rate factor at the end of the last window whose mean TTFT is below the bar.
 
     Args:
-        ttft: (when it was due, seconds to the first token) of each request; infinity for an error.
-        num_windows: Parts of the rise by equal ratios: about as many requests fall into each.
+        ttft: (due time, seconds to the first token) of each request; infinity for an error.
+        num_windows: Number of windows with equal rate ratios, and about equally many requests.
 
     Returns:
-        At the end of the last window whose mean is below the bar; None if there is none.
+        None if no window is below the bar.
     """
     windows: dict[int, list[float]] = {}
     for due_s, ttft_s in ttft:

@@ -1,4 +1,4 @@
-"""Tables for files and pipes: text only, never folded or cut at the width of a terminal."""
+"""Plain text tables for files and pipes, never wrapped or cut at the width of a terminal."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_WIDTH = 10_000  # wider than any table: rich folds cells of a table that does not fit
+_WIDTH = 10_000  # wider than any table, since rich wraps cells of a table that does not fit
 
 
 def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns under ``head``, the first one to the left and numbers to the right; no rules."""
+    """Text table without rules; the first column is left-aligned, the others right-aligned."""
     return _rendered(head, rows, None)
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The same as a table of Markdown."""
+    """The same table in Markdown."""
     return _rendered(head, rows, box.MARKDOWN)
 
 

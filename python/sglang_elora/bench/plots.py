@@ -1,4 +1,4 @@
-"""Pictures of results: PNG files, in the order of a page."""
+"""Plots of results as PNG files, in the order of the report page."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _USES = {
     "kv_of_base": ("cached KV of the base model", "#8a5aa8"),
     "running": ("held by running requests", "#d98032"),
 }
-"""Parts of a sample's ``uses``, from the bottom up; what is left is free, or cached by stock."""
+"""Keys of a sample's ``uses``, from the bottom up; other slots are free, or stock's cache."""
 
 Rows = Mapping[str, float | None]
 Draw = Callable[["Axes", Sequence[Result], Mapping[str, str]], None]
-"""One block of results on one axes, with a colour by side."""
+"""Function that draws one block of results on one axes, with a colour per side."""
 
 
 def save_plots(results: Sequence[Result], folder: Path) -> dict[str, Path]:
-    """Titles and files of all plots that these results have something for. Needs no display."""
+    """Write all plots that the results have data for; returns files by title. Needs no display."""
     names = sorted({result.side for result in results}, key=_stock_first)
     colours = {side: COLOURS[i % len(COLOURS)] for i, side in enumerate(names)}
     blocks, busiest = by_block(results), _busiest(results)
@@ -70,7 +70,7 @@ def _stock_first(side: str) -> tuple[bool, str]:
 
 
 def _busiest(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Of each workload the block of its highest rate."""
+    """The block of the highest rate of each workload."""
     found: dict[str, tuple[float, str, list[Result]]] = {}
     for name, block in by_block(results).items():
         workload, rate = block[0].workload, block[0].turns_per_s
@@ -170,7 +170,7 @@ def _rates(axes: Axes, block: Sequence[Result], colours: Mapping[str, str]) -> N
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """1, 2, 5, 10, ... along an axis of logarithms."""
+    """Label a logarithmic axis at 1, 2, 5, 10, ..."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -1,8 +1,8 @@
-"""What the device holds while a trace is played, from what the server itself says.
+"""Samples of the pool's content during a replay, from the server's endpoints.
 
-ELORA tells slots by use and KV by adapter (``GET /elora/state``). Stock SGLang tells how many
-tokens its running requests hold (``GET /v1/loads``), but neither what is cached beside them nor
-whose it is: what of that is invalid takes a probe in its scheduler (``benchmarks/invalid_kv``).
+ELORA reports slots by use and KV by adapter (``GET /elora/state``). Stock SGLang reports the tokens
+of its running requests (``GET /v1/loads``), but not the other cached KV or its adapters: its
+invalid KV is only measured by a probe in its scheduler (``benchmarks/invalid_kv``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ON_DEVICE = ("device", "loading")
 
 
 async def pool_sample(http: httpx.AsyncClient, at_s: float) -> PoolSample | None:
-    """None where the server has neither of the endpoints."""
+    """A sample at time ``at_s``; None if the server has neither of the endpoints."""
     answer = await http.get("/elora/state")
     if answer.status_code == httpx.codes.OK:
         return of_elora(at_s, answer.json())

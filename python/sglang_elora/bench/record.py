@@ -1,4 +1,4 @@
-"""What happened to each request, and to the pool meanwhile."""
+"""Records of requests, and samples of the pool, of a replay."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One request. Times are seconds since the start of the trace."""
+    """Outcome of one request. Times are seconds since the start of the trace."""
 
     session: int
     turn: int
@@ -19,11 +19,11 @@ class Record:
     first_s: float | None  # first token
     last_s: float | None  # last token
     num_prompt: int
-    num_cached: int  # of the prompt, from any tier
-    num_from_host: int  # of those
-    output: tuple[int, ...]  # empty where the API gives no ids
+    num_cached: int  # prompt tokens from any tier
+    num_from_host: int  # those of ``num_cached`` from the host
+    output: tuple[int, ...]  # token ids; empty if the API has none
     error: str | None = None
-    num_answered: int | None = None  # tokens, where it gives none
+    num_answered: int | None = None  # output tokens, if the API has no ids
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Record:
@@ -39,7 +39,7 @@ class Record:
 
     @property
     def ttft_s(self) -> float | None:
-        """From the moment at which it was due, so that a late client does not flatter."""
+        """Seconds from due time to first token, so that a late client does not improve it."""
         return None if self.first_s is None else self.first_s - self.due_s
 
     @property
@@ -51,11 +51,11 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class PoolSample:
-    """What the device held at a moment, as far as the server says it.
+    """Content of the device at one time, as reported by the server.
 
-    ``uses`` are slots of the pool by what they hold (ELORA), or tokens that requests hold
-    (stock: ``running`` alone). ``kv`` and ``invalid_kv`` are cached tokens, and those whose adapter
-    is not there; None where nobody says.
+    ``uses`` are slots of the pool by content (ELORA), or tokens of running requests
+    (stock: only ``running``). ``kv`` and ``invalid_kv`` are cached tokens, and those whose adapter
+    is not on the device; None if the server does not report them.
     """
 
     at_s: float
@@ -69,7 +69,7 @@ class PoolSample:
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """``before`` and ``after`` are ELORA's own counts, None on a stock server."""
+    """Result of a replay. ``before`` and ``after`` are ELORA's counters, None on a stock server."""
 
     records: tuple[Record, ...]
     wall_s: float

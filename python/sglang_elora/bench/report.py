@@ -2,10 +2,10 @@
 
     python -m sglang_elora.bench.report DIR [--window 5] [--relative-to SIDE]
 
-Per workload: a row per side, medians over its runs; then each side of ELORA over each stock one,
-run by run. Of several static splits the one with the lowest mean TTFT is named the best. With
---window also the mean TTFT over time, of all runs together, in windows of so many seconds, and how
-long a side takes to get over a step in the number of active adapters.
+Per workload: a row per side with medians over its runs; then ratios of each ELORA side to each
+stock side, per run. The static split with the lowest mean TTFT is named the best. With --window
+also the mean TTFT over time, over all runs, in windows of that many seconds, and how long a side
+takes to recover from a step in the number of active adapters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RECOVERED = 1.5
 
 
 def peaks(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Of runs with --peak: the rate up to which mean TTFT stays under the bar, by workload."""
+    """For runs with --peak, the rate up to which mean TTFT stays below the bar, by workload."""
     lines = []
     for row in rows:
         workload, factor = row["trace"]["workload"]["name"], peak_of(row)
@@ -40,7 +40,7 @@ def peaks(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """Of one workload, all sides and what ELORA's are beside stock's."""
+    """Tables of one workload: all sides, and ratios of ELORA's sides to stock's."""
     runs = by_side(results)
     lines = [table(_rows(runs))]
     best = best_split(runs)
@@ -53,7 +53,7 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def compared(results: Sequence[Result]) -> dict[tuple[str, str], dict[str, Spread]]:
-    """Of one workload, the ratios of each side of ELORA to stock's default and best split."""
+    """For one workload, the ratios of each ELORA side to stock's default and best split."""
     runs = by_side(results)
     stocks = {side: side for side in runs if not side.startswith(("elora", TUNED))}
     best = best_split(runs)
@@ -68,7 +68,7 @@ def compared(results: Sequence[Result]) -> dict[tuple[str, str], dict[str, Sprea
 
 
 def across(blocks: Mapping[str, Sequence[Result]]) -> str:
-    """Mean over the workloads of their median ratios; only what all workloads have."""
+    """Mean of the workloads' median ratios, for the pairs of sides that all workloads have."""
     found = [compared(results) for results in blocks.values()]
     lines = [f"mean of the ratios of {', '.join(blocks)}"]
     for pair in found[0]:
@@ -82,9 +82,9 @@ def across(blocks: Mapping[str, Sequence[Result]]) -> str:
 
 
 def relative(blocks: Mapping[str, Sequence[Result]], base: str) -> str:
-    """Mean TTFT of each side over that of ``base``, by workload, and the mean over workloads.
+    """Mean TTFT of each side relative to ``base``, by workload, and the mean over workloads.
 
-    Medians over the runs that both have.
+    Ratios are medians over the runs that both sides have.
     """
     found: dict[str, dict[str, float]] = {}
     for name, results in blocks.items():
@@ -103,7 +103,7 @@ def relative(blocks: Mapping[str, Sequence[Result]], base: str) -> str:
 
 
 def best_split(runs: Mapping[str, Mapping[int, Result]]) -> str | None:
-    """The stock-tuned side with the lowest mean TTFT of those with most runs, None if none is."""
+    """The stock-tuned side with the lowest mean TTFT among those with most runs, or None."""
     splits = {side: by_run for side, by_run in runs.items() if side.startswith(TUNED)}
     most = max(map(len, splits.values()), default=0)
     rows = _rows({side: by_run for side, by_run in splits.items() if len(by_run) == most})
@@ -113,14 +113,14 @@ def best_split(runs: Mapping[str, Mapping[int, Result]]) -> str | None:
 
 
 def report(results: Sequence[Result]) -> str:
-    """Of each workload and rate, and their mean."""
+    """The tables of each workload and rate, and their mean."""
     blocks = by_block(results)
     texts = [f"{name}\n{summary(block)}" for name, block in blocks.items()]
     return "\n\n".join([*texts, *([across(blocks)] if len(blocks) > 1 else [])])
 
 
 def over_time(results: Sequence[Result], window_s: float) -> str:
-    """Of one workload: a column per window of due times, a row per side, milliseconds."""
+    """Table of mean TTFT in ms of one workload, by window of due times (columns) and side."""
     num_windows = math.ceil(results[0].duration_s / window_s)
     rows: dict[str, list[list[float]]] = {}
     for result in results:
@@ -137,8 +137,8 @@ def over_time(results: Sequence[Result], window_s: float) -> str:
 
 
 def after_growth(results: Sequence[Result], window_s: float) -> str:
-    """Of one workload whose active adapters grow in number: how each side takes that, all runs
-    together. It has recovered behind the last window above ``RECOVERED`` times the mean before."""
+    """How each side copes with the growth of the active adapters in one workload, over all runs.
+    It has recovered after the last window above ``RECOVERED`` times the mean before the growth."""
     duration_s = results[0].duration_s
     grows_s = GROWS_AT * duration_s
     lines = [f"active adapters grow at {grows_s:.0f} s: mean TTFT in ms"]

@@ -1,4 +1,4 @@
-"""One run of one side, as it was written to a file."""
+"""Results of runs, read from their files."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from sglang_elora.workloads import Rise
 
 @dataclass(frozen=True, slots=True)
 class Result:
+    """One run of one trace on one side."""
+
     workload: str
     side: str
     run: int
@@ -50,7 +52,7 @@ class Result:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All files of runs in the folder, packed ones too."""
+    """The rows of all run files in the folder, including gzipped ones."""
     plain = (path.read_bytes() for path in sorted(folder.glob("*.json")))
     packed = (gzip.decompress(path.read_bytes()) for path in sorted(folder.glob("*.json.gz")))
     rows = map(json.loads, itertools.chain(plain, packed))
@@ -58,14 +60,14 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def peak_of(row: Mapping[str, Any]) -> float | None:
-    """The rate factor up to which mean TTFT stays under the bar."""
+    """The rate factor up to which mean TTFT stays below the bar."""
     records = Result.from_row(row).records
     ttft = [(r.due_s, math.inf if r.ttft_s is None else r.ttft_s) for r in records]
     return peak_factor(ttft, Rise(**row["rise"]), row["bar_ms"] / 1e3)
 
 
 def by_block(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """What may be compared: of one workload, and of one rate where it has several."""
+    """Comparable results: by workload, and by rate if a workload has several."""
     rates: dict[str, set[float]] = {}
     for result in results:
         rates.setdefault(result.workload, set()).add(result.turns_per_s)
@@ -79,7 +81,7 @@ def by_block(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def by_side(results: Sequence[Result]) -> dict[str, dict[int, Result]]:
-    """By side and run, of one block."""
+    """The results of one block by side and run."""
     runs: dict[str, dict[int, Result]] = {}
     for result in results:
         runs.setdefault(result.side, {})[result.run] = result

@@ -1,4 +1,4 @@
-"""The traces on one server that is already there."""
+"""Replay of the traces on one running server."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def play_running(
     out: Path,
     watcher: Watcher,
 ) -> list[Row]:
-    """All rows, with a file each.
+    """All rows; each is also written to a file.
 
     Args:
-        where: URL, API, model and adapters, as ``endpoint.find`` takes them.
+        where: URL, API, model and adapters: the arguments of ``endpoint.find``.
 
     Raises:
-        EndpointError: The server is not there, or cannot be asked like this.
+        EndpointError: The server cannot be reached, or not measured with these options.
     """
     endpoint = find(*where)
     watcher.starts(f"trying out {endpoint.model} with {len(endpoint.adapters)} adapters")

@@ -1,4 +1,4 @@
-"""Checkpoint and adapters of the benchmark, and a server over them for each side."""
+"""Checkpoint and adapters of the benchmark, and a server with them for each side."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sglang_elora.workloads import Trace
 
 @dataclass(frozen=True, slots=True)
 class EmulatedLink:
-    """Host to device, for all sides. ``calibrate`` says where the figures come from."""
+    """Bandwidth and latency of the emulated host-to-device link of all sides, by ``calibrate``."""
 
     gbytes_per_s: float
     latency_us: float
@@ -37,9 +37,9 @@ class EmulatedLink:
 
 
 class Bench:
-    """Servers over one checkpoint and ``num_adapters`` adapters, which are kept in ``folder``.
+    """Creates servers with one checkpoint and ``num_adapters`` adapters, written to ``folder``.
 
-    ``variants`` is the file that the variants of sides are in, for those that have one.
+    ``variants`` is the Python file with the functions of the sides' variants.
     """
 
     def __init__(
@@ -61,15 +61,15 @@ class Bench:
         self.link = link
 
     def side(self, name: str, trace: Trace) -> Side:
-        """Raises ValueError where ``make_side`` does."""
+        """The side of that name for a trace; raises ValueError as ``make_side`` does."""
         longest = max(session.num_tokens for session in trace.sessions)
         return make_side(name, self.sizes, len(self._adapters), longest)
 
     def server(self, side: Side, log_path: Path) -> ServerProcess:
-        """Not started yet.
+        """The server of a side, not started yet.
 
         Raises:
-            ValueError: The side's variant is not there.
+            ValueError: The side's variant does not exist.
         """
         env: dict[str, str] = dict(self.link.env) if self.link is not None else {}
         if side.variant is not None:

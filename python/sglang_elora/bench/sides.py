@@ -1,13 +1,13 @@
-"""The servers that are compared, each with the same bytes on the device and on the host.
+"""The compared servers ("sides"), all with the same bytes on the device and on the host.
 
-``stock-default``: SGLang as it comes, with its 8 adapter slots. ``stock-tuned:N``: N slots, a host
-tier for KV, and adapters loaded beside the batches where stock allows it; with ``+write_through``
-KV is copied to that tier when it is made and not when it is evicted. ``elora:POLICY``: one pool,
-the same host tier. ``elora:POLICY+VARIANT`` changes one thing of ELORA by a plugin (``variant``),
-for example leaves out a term of the paper's policy. With
-``elora:POLICY+sessions`` requests name their session, and the last of it closes it.
+``stock-default``: SGLang's defaults, with 8 adapter slots. ``stock-tuned:N``: N adapter slots, a
+host tier for KV, and adapters loaded concurrently with batches if stock allows it; with
+``+write_through`` KV is copied to that tier when it is computed, not when it is evicted.
+``elora:POLICY``: one pool, the same host tier. ``elora:POLICY+VARIANT`` changes one thing in ELORA
+by a plugin (``variant``), for example disables a term of the paper's policy. With
+``elora:POLICY+sessions`` requests name their session, and the last one closes it.
 
-Stock's slots have room for the largest rank. What N of them leave of the bytes is its KV pool.
+Stock's adapter slots have the size of the largest rank; the remaining bytes are its KV pool.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from sglang_elora.workloads import adapter_name
 STOCK_DEFAULT_SLOTS = 8  # SGLang's --max-loras-per-batch
 RANKS = (8, 16, 24, 32, 48, 64)
 SHAPE = ModelShape(num_kv_heads=4)
-"""1,000 tokens of prefill take about 150 ms on one core, six times what an empty step takes. With
-four KV heads an adapter of rank 32 takes as many slots as a short chat has tokens (512), as one
-of an 8B model does (1,280) beside chats that are as much longer."""
+"""Shape of the measured model. 1,000 tokens of prefill take about 150 ms on one core, six times as
+long as an empty step. With four KV heads an adapter of rank 32 takes as many slots (512) as a short
+chat has tokens; for an 8B model (1,280 slots) and its longer chats the proportion is the same."""
 
 _FLOAT32 = 4
 _STOCK = python_module("sglang.launch_server")
 
 
 def adapter_specs(count: int) -> list[AdapterSpec]:
-    """Ranks in turns, so that popular adapters have all of them. All linear layers."""
+    """Adapters on all linear layers with cyclic ranks, so that popular ones have every rank."""
     return [
         AdapterSpec(adapter_name(i), rank, rank, ALL_LINEAR, seed=i)
         for i, rank in zip(range(count), RANKS * count, strict=False)
@@ -42,7 +42,7 @@ def adapter_specs(count: int) -> list[AdapterSpec]:
 
 
 def adapter_bytes(rank: int, shape: ModelShape) -> int:
-    """Weights of an adapter of all linear layers, which is also what a slot of stock's takes."""
+    """Bytes of an adapter on all linear layers; also of one of stock's slots for that rank."""
     heads, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     hidden, mlp = shape.hidden_size, shape.intermediate_size
     a_rows = 3 * hidden + heads + 2 * hidden + mlp
@@ -52,9 +52,10 @@ def adapter_bytes(rank: int, shape: ModelShape) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Device bytes are those of stock's default; ``host_share`` is host KV over all of them."""
+    """Memory sizes of all sides: device bytes are those of stock's default; ``host_share`` is the
+    size of the host tier relative to the device bytes."""
 
-    stock_kv_tokens: int = 6_144  # beside STOCK_DEFAULT_SLOTS adapter slots
+    stock_kv_tokens: int = 6_144  # in addition to STOCK_DEFAULT_SLOTS adapter slots
     host_share: float = 2.0
     num_layers: int = SHAPE.num_layers
 
@@ -64,12 +65,12 @@ class Sizes:
 
     @property
     def adapter_slot_bytes(self) -> int:
-        """Of stock's slots, which all have room for the largest rank."""
+        """Bytes of one of stock's adapter slots, which have the size of the largest rank."""
         return adapter_bytes(max(RANKS), self.shape)
 
     @property
     def slot_bytes(self) -> int:
-        """KV of one token."""
+        """Bytes of one token's KV."""
         return 2 * self.num_layers * SHAPE.num_kv_heads * SHAPE.head_dim * _FLOAT32
 
     @property
@@ -79,7 +80,7 @@ class Sizes:
 
     @property
     def pool_slots(self) -> int:
-        """Of the one pool."""
+        """Slots of ELORA's pool."""
         return self.total_bytes // self.slot_bytes
 
     @property
@@ -87,7 +88,7 @@ class Sizes:
         return round(self.host_share * self.pool_slots)
 
     def kv_tokens(self, num_slots: int) -> int:
-        """What ``num_slots`` adapter slots leave for KV; not positive if nothing."""
+        """Tokens of KV that ``num_slots`` adapter slots leave; zero or negative if none."""
         return (self.total_bytes - num_slots * self.adapter_slot_bytes) // self.slot_bytes
 
     def facts(self) -> dict[str, Any]:
@@ -105,7 +106,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """A server to start: ``program`` with ``flags`` beside the common ones, and a plugin."""
+    """A server to start: ``program`` with ``flags`` added to the common ones, and a plugin."""
 
     name: str
     program: Sequence[str]
@@ -138,7 +139,7 @@ def make_side(name: str, sizes: Sizes, num_adapters: int, longest: int) -> Side:
         num_slots = int(slots)
         split = _split(num_slots, sizes, longest)
         host = _host_tier(sizes, sizes.kv_tokens(num_slots), write_policy or "write_back")
-        # Stock pins what it loads beside the batches, and asks for a slot per two of those.
+        # Stock pins adapters for overlapped loading, and requires a slot per two loaded adapters.
         overlap = ("--enable-lora-overlap-loading", "--max-loaded-loras", str(num_adapters))
         return Side(
             name, _STOCK, (*split, *host, *(overlap if 2 * num_slots >= num_adapters else ()))

@@ -1,4 +1,4 @@
-"""How far a benchmark is: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a benchmark: a bar on a terminal, otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Terminal:
 
     @contextmanager
     def progress(self, num_parts: int) -> Iterator[Watcher]:
-        """Shows what is going on, and answers so far with their mean time to first token."""
+        """Context with a watcher that shows the current step, number of answers and mean TTFT."""
         bar = Progress(
             BarColumn(bar_width=30),
             MofNCompleteColumn(),

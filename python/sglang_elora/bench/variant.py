@@ -1,4 +1,4 @@
-"""A measured server with one thing changed: a plugin of SGLang's that is made for the run."""
+"""Variants of a measured server: an SGLang plugin, written for the run, that changes one thing."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def write_plugin(folder: Path, source: Path, variant: str) -> tuple[Path, Path]:
-    """A distribution whose plugin calls the function ``variant`` of the file ``source``.
+    """Write a distribution whose plugin calls the function ``variant`` of the file ``source``.
 
     Returns:
-        What has to be on PYTHONPATH: its folder, and the one of the file.
+        Folders for PYTHONPATH: the distribution's and the file's.
 
     Raises:
-        ValueError: The file has no such function. SGLang would only log that.
+        ValueError: The file has no such function; SGLang would only log that.
     """
     body = ast.parse(source.read_text()).body
     known = [node.name for node in body if isinstance(node, ast.FunctionDef)]
