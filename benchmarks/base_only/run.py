@@ -1,10 +1,10 @@
-"""Traffic of the base model alone: what --elora costs those who do not use an adapter.
+"""Base-model traffic only: the overhead of --elora for requests without an adapter.
 
     python -m benchmarks.base_only.run [--rounds 20] [--out FILE]
 
-A stock server and one with --elora are up at once, with the same adapters loaded and the same
-bytes of KV pool and adapters; they answer the same requests in turns, one idle while the other
-works. Ratios are of neighbouring rounds.
+A stock server and one with --elora run at the same time, with the same adapters loaded and the same
+bytes for KV and adapters. They answer the same requests alternately, one idle while the other
+works. Ratios are between adjacent rounds.
 """
 
 from __future__ import annotations

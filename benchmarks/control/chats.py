@@ -1,4 +1,4 @@
-"""Chats over the OpenAI API, timed by who holds them."""
+"""Timed chat requests over the OpenAI API, for the benchmarks of hints."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""What hints are good for: how soon after its arrival a request's adapter begins to move.
+"""Benefit of hints: time from a request's arrival to the start of its adapter's load.
 
     python -m benchmarks.control.hints --link calibration.json --out FILE
 
-Two servers, with hints and without, take turns. On each some clients chat without a pause, with
-adapters that stay; beside them a chat arrives now and then whose adapter is not on the device. Of
-these: the time from arrival to the start of the copy, and the share whose copy had begun, or was
-not needed any more, when the scheduler received the request, and when it took it into a batch.
+Two servers, with and without hints, are measured alternately. On each, some clients chat without a
+pause, with adapters that stay on the device; occasionally a chat arrives whose adapter is not on
+the device. Reported for these: the time from arrival to the start of the copy, and the share whose
+copy had begun, or was no longer needed, when the scheduler received the request and admitted it.
 """
 
 from __future__ import annotations

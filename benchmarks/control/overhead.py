@@ -1,12 +1,11 @@
-"""What hints cost requests that need none: their adapters are on the device and stay.
+"""Overhead of hints for requests that need none: their adapters stay on the device.
 
     python -m benchmarks.control.overhead --link calibration.json --out FILE
 
-One server changes its mode from block to block of chats (``switched`` of variants.py):
-nothing is announced, each request is, and 10,000 others per second are as well. What it takes to
-come up with so many is a mode of its own, for it is the server's own thread that does it here. Of
-each round the ratio of the median times in two modes; the interval of the ratios' median is of a
-bootstrap over rounds.
+One server changes its mode between blocks of chats (``switched`` of variants.py): no hints, a hint
+per request, and 10,000 further hints per second. Generating that many is a mode of its own, since
+the server's own thread does it here. Reported is each round's ratio of the median times in two
+modes; the interval of the ratios' median is from a bootstrap over rounds.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
-"""Adapters copied beside a batch on a GPU, in one call: are slots safe, and how fast.
+"""Adapter copies concurrent with a batch on a GPU: correctness and speed, in one call.
 
     python -m benchmarks.gpu.copies --out OUT_DIR [--dry-run]
 
-The server's own ``Residency`` over a pool of Llama-3-8B's shape, adapters of rank 32 on all linear
-layers, and a stand-in for a batch: a long run of matrix products on the forward stream. Shown:
+The server's own ``Residency`` with a pool of Llama-3-8B's shape, adapters of rank 32 on all linear
+layers, and in place of a batch a long run of matrix products on the forward stream. Checked and
+measured:
 
-* a batch that still reads what lay in the slots reads the old bytes, although the copy into them
-  was asked for before it ran;
-* what waits for a layer finds this layer's weights, layer by layer;
-* what a copy takes on the scheduler's thread, on the link, until the first layer is there, and what
-  it takes from the batch beside it.
+* a running batch that reads slots reads their old bytes, although a copy into them was issued
+  before it ran;
+* work that waits for a layer finds this layer's weights, layer by layer;
+* the time of a copy on the scheduler's thread, on the link, and until the first layer is loaded,
+  and the slowdown of a concurrent batch.
 
---dry-run goes through it on a CPU with tiny sizes; its times say nothing.
+--dry-run runs everything on a CPU with tiny sizes; its times are meaningless.
 """
 
 from __future__ import annotations

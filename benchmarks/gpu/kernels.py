@@ -1,11 +1,11 @@
-"""The kernels on a GPU, in one call: are they right, and how fast.
+"""Correctness and speed of the kernels on a GPU, in one call.
 
     python -m benchmarks.gpu.kernels --out OUT_DIR [--site SITE_DIR] [--budget-s 540] [--dry-run]
 
-Parts, each written as soon as it is measured: facts and bandwidths, results on the device
-(tests/kernels, if pytest is there), CUDA graphs replayed with other adapters, times, page_copy,
+Parts, each written as soon as it is measured: facts and bandwidths, correctness on the device
+(tests/kernels, if pytest is installed), CUDA graphs replayed with other adapters, times, page_copy,
 summary. SITE_DIR has SGLang for its kernels (bundle.sh, unpacked). Runs in a bare checkout.
---dry-run goes through all of it on a CPU with tiny sizes, without times.
+--dry-run runs everything on a CPU with tiny sizes, without times.
 """
 
 from __future__ import annotations

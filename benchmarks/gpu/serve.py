@@ -1,17 +1,17 @@
-"""The real server at the size of Llama-3-8B with 100 adapters: stock and ELORA on the same traces.
+"""Stock and ELORA servers at the size of Llama-3-8B with 100 adapters, on the same traces.
 
     python -m benchmarks.gpu.serve --out OUT_DIR [--workloads chat] [--sides ...] [--dry-run]
 
 Weights are random, with the shapes of Llama-3-8B; 100 adapters of rank 32 and 64 on all linear
-layers, of which those of a rank share one file (what they say means nothing here, what they weigh
-does). Traces are those of the simulator's H200 (``sim/h200.py``), at its pool of 32 GB. One call of
-one workload and the four sides takes some 8 minutes: a server each, started and played for
---duration. Rows are those of ``sglang-elora bench``, which shows them:
+layers; those of one rank share one file, as only their size matters here. Traces are those of the
+simulator's H200 (``sim/h200.py``), with its pool of 32 GB. One call for one workload and the four
+sides takes about 8 minutes: a server per side is started and measured for --duration. Rows have the
+format of ``sglang-elora bench``, whose report shows them:
 
     python -m sglang_elora.bench.report OUT_DIR
 
-Needs what bundle.sh packs. --dry-run goes through it on a CPU with a tiny
-model; its figures say nothing.
+Needs the bundle of bundle.sh. --dry-run runs everything on a CPU with a tiny
+model; its figures are meaningless.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Size of what a call to the GPU machine takes along: the tracked tree and the bundle.
+"""Size of the files that a call to the GPU machine transfers: the tracked tree and the bundle.
 
     python -m benchmarks.gpu.travel [BUNDLE_DIR]
 
 Prints each top folder's size and the sum, and exits with status 1 if the sum exceeds ``LIMIT_MIB``.
-Git's history does not travel; untracked files that git does not ignore do, and are counted.
+Git's history is not transferred; untracked files that git does not ignore are, and are counted.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Find launch configurations of the LoRA kernels for this GPU, in one call.
+"""Search for launch configurations of the LoRA kernels for this GPU, in one call.
 
     python -m benchmarks.gpu.tune --out OUT_DIR [--budget-s 560] [--dry-run]
 
-Writes OUT_DIR/<GPU>.json in the form of kernels/launch_configs/default.json, after each shape: the
-fastest configuration of those that compute the same as the default one. Copy it to
-kernels/launch_configs/. Candidates of one shape take turns. Samples go to OUT_DIR/tuning.json.
+Writes OUT_DIR/<GPU>.json in the format of kernels/launch_configs/default.json, after each shape:
+the fastest configuration among those with the default's results. Copy it to
+kernels/launch_configs/. Candidates of one shape are timed alternately. Samples are written to
+OUT_DIR/tuning.json.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""An SGLang plugin that writes down, every few steps, what KV on the device is of use.
+"""An SGLang plugin that records, every few steps, how much KV on the device is valid and invalid.
 
-It runs in the scheduler process of an otherwise unchanged server. KV is invalid when its adapter
-is not on the device: a request cannot use it before the adapter has been loaded again. The tree is
-walked node by node, so SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND has to be ``python``; nothing the
-server says of itself is believed. The trace sends no ``extra_key``, so a node's namespace names
-its adapter and nothing else.
+It runs in the scheduler process of an otherwise unchanged server. KV is invalid if its adapter
+is not on the device: a request cannot use it before the adapter has been loaded again. The probe
+walks the tree node by node, so SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND must be ``python``; it does
+not rely on the server's own counts. The trace sends no ``extra_key``, so a node's namespace is its
+adapter.
 """
 
 from __future__ import annotations

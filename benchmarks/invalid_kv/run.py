@@ -1,10 +1,10 @@
-"""How much KV on the device is of no use because its adapter is not there, stock against ELORA.
+"""Share of invalid KV on the device, whose adapter is not on the device: stock and ELORA.
 
     python -m benchmarks.invalid_kv.run [--sides stock elora] [--runs 3] [--out DIR]
 
-Both sides hold the same chats (tests/e2e/pressure.py) with the same number of bytes for adapters
-and KV: stock splits them into a slab of --stock-adapters slots and a KV pool, ELORA has one pool.
-Runs of the sides take turns. probe.py samples inside the scheduler.
+Both sides serve the same chats (tests/e2e/pressure.py) with the same number of bytes for adapters
+and KV: stock splits them into --stock-adapters adapter slots and a KV pool, ELORA has one pool.
+Runs of the sides alternate. probe.py samples inside the scheduler.
 """
 
 from __future__ import annotations

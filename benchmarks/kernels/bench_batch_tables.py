@@ -1,8 +1,8 @@
-"""Time of the host to describe a batch to the kernels, as the backend does before each pass.
+"""Host time to build the kernels' tables of a batch, as the backend does before each pass.
 
     python -m benchmarks.kernels.bench_batch_tables [--out DIR]
 
-Runs without a GPU: the tables are in host memory, so the copy to a device is missing.
+Runs without a GPU: the tables are in host memory, so the copy to a device is not included.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Both halves, and SGLang's kernels on padded slabs."""
+"""``lora_shrink`` followed by ``lora_expand``, and SGLang's kernels on padded buffers."""
 
 from __future__ import annotations
 

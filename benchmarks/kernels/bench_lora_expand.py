@@ -1,4 +1,4 @@
-"""``lora_expand`` over scattered and over contiguous slots."""
+"""``lora_expand`` with adapters in scattered and in contiguous slots."""
 
 from __future__ import annotations
 

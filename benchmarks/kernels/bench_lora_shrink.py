@@ -1,4 +1,4 @@
-"""``lora_shrink`` over scattered and over contiguous slots."""
+"""``lora_shrink`` with adapters in scattered and in contiguous slots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``page_copy``: adapters from host memory to their slots, KV pages out of theirs."""
+"""``page_copy``: copies of adapters from host memory to their slots, and of KV out of its slots."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Bytes and operations of the LoRA kernels per batch, and the time below which no GPU can do them.
+"""Bytes and operations of the LoRA kernels per batch, and the resulting lower bounds of their time.
 
     python -m benchmarks.kernels.floor [--out DIR]
 
-Counts, no times: nothing runs on a device here.
+Computes counts only: nothing runs on a device.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A CUDA graph of both kernels, replayed with other adapters, other ranks, fewer rows, none."""
+"""Check of a CUDA graph of both kernels, replayed with other adapters, ranks, and fewer or no
+rows."""
 
 from __future__ import annotations
 

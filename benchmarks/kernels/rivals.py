@@ -1,4 +1,4 @@
-"""SGLang's own LoRA kernels, csgmv and triton, on slabs padded to the largest rank."""
+"""SGLang's own LoRA kernels, csgmv and triton, on buffers padded to the largest rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernel benchmarks run over: Llama-3-8B's linear layers; decode and prefill batches."""
+"""Cases of the kernel benchmarks: Llama-3-8B's linear layers; decode and prefill batches."""
 
 from __future__ import annotations
 

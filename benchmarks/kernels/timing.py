@@ -1,4 +1,4 @@
-"""Times of device work without the host's part, and the bandwidths to compare them with."""
+"""Measurement of device time without host overhead, and of the bandwidths for comparison."""
 
 from __future__ import annotations
 

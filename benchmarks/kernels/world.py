@@ -1,4 +1,4 @@
-"""Adapters in the slots of a pool, over so many layers that their weights miss the cache."""
+"""Adapters in the slots of a pool, with enough layers that their weights miss the L2 cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of what three_steps.py measured.
+"""Tables of the measurements of three_steps.py.
 
 Run it by ``python -m benchmarks.lang.report FILE...``.
 """

@@ -1,12 +1,12 @@
-"""Chats of ten turns: how much of what was said before comes from the cache, turn by turn.
+"""Chats of ten turns: share of the history that is found in the cache, by turn.
 
     python -m benchmarks.lang.ten_turns --link calibration.json --runs 2 --out FOLDER
     python -m benchmarks.lang.ten_turns --report FOLDER
 
-40 adapters, at equal device bytes; live chats and adapters together do not fit. A server per side
-and run, all sides play the same trace. ``chat``: over /v1/chat/completions, where a turn's history
-is text again; ``ids``: over /generate, with token ids. Counted are chats of which all ten turns
-fell into the trace.
+40 adapters, at equal device bytes; live chats and adapters together do not fit. There is a server
+per side and run, and all sides replay the same trace. ``chat``: over /v1/chat/completions, where
+the history is sent as text; ``ids``: over /generate, with token ids. Only chats with all ten turns
+within the trace count.
 """
 
 from __future__ import annotations

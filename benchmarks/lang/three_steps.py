@@ -1,12 +1,12 @@
-"""What it is worth to know a program: three steps with three adapters that are not on the device.
+"""Benefit of tracing a program: three steps with three adapters that are not on the device.
 
     python -m benchmarks.lang.three_steps --link calibration.json --out FILE
 
-A frontend program of three calls, each with an adapter of its own, each prompt with the answer
-before it. Three ways take turns on one server, program by program: ``program`` announces the
-adapters of all steps at its start (``sglang_elora.lang.traced``), ``arrival`` leaves it to the
-server's hints at the arrival of each request, and with ``none`` the server gives none of those
-either. Measured is the time to finish, alone and beside clients that chat without a pause.
+A frontend program makes three calls, each with its own adapter and with the previous answer in its
+prompt. Three modes alternate on one server, program by program: ``program`` announces the adapters
+of all steps at its start (``sglang_elora.lang.traced``), ``arrival`` relies on the server's hints
+at the arrival of each request, and ``none`` disables these too. Measured is the time to finish,
+alone and concurrently with clients that chat without a pause.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Policies on one cache tree, without a server: the seconds that each loses to what it gave up.
+"""Policies on one cache tree, without a server: the seconds that each loses by its evictions.
 
     python -m benchmarks.replay.policies [--workloads chat translation agent] [--share 0.3]
 
-The trace is played in its own time, each request for itself: what of its prompt is cached is free,
-the rest costs ``--recompute-us`` per token, an adapter that is not there costs ``--load-us`` per
-slot. Tree, policies and their learning are the server's own; queues, batches and a host tier for KV
-are not in it.
+The trace is replayed by its own times, each request by itself: cached prompt tokens are free, each
+other token costs ``--recompute-us``, and an adapter that is not on the device costs ``--load-us``
+per slot. Tree, policies and estimators are the server's own; queues, batches and a host tier for
+KV are not modelled.
 """
 
 from __future__ import annotations

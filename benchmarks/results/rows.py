@@ -4,12 +4,12 @@
     python benchmarks/results/rows.py pack
     python benchmarks/results/rows.py list
 
-Tables, texts and plots lie in the folders; the rows they were made of are in the archive. `unpack`
-writes them where the texts name them (git ignores them there), of all folders or of those given,
-for example `serving/load-1`. `pack` puts what lies there into the archive: a file that is there
-replaces the archive's, a file of the archive that is not there is kept. The same rows make the same
-archive, byte for byte, with the same xz. Files that end in `.gz` lie in the archive uncompressed,
-which xz makes 40% smaller; `unpack` compresses them again.
+Tables, texts and plots are in the folders; the rows that they were computed from are in the
+archive. `unpack` writes rows to the paths that the texts name (git ignores them), for all folders
+or only those given, for example `serving/load-1`. `pack` adds unpacked files to the archive: they
+replace files of the same name; other files of the archive are kept. With the same version of xz,
+the same rows yield the same archive, byte for byte. Files that end in `.gz` are uncompressed in the
+archive, which makes it 40% smaller; `unpack` compresses them again.
 """
 
 from __future__ import annotations

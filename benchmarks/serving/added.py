@@ -1,6 +1,6 @@
-"""What loads of adapters add to the time to first token, from rounds on three servers.
+"""Time that adapter loads add to TTFT, computed from rounds on three servers.
 
-python -m benchmarks.serving.added FILE  # that cold.py wrote
+python -m benchmarks.serving.added FILE  # written by cold.py
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What the load of an adapter adds to the time to first token of the request that needs it.
+"""Time that the load of an adapter adds to the TTFT of the request that needs it.
 
     python -m benchmarks.serving.cold --link calibration-8-layers.json --layers 8 --out FILE
 
-Three servers that differ in loads only: ELORA's, loads that hold the scheduler up, and loads that
-take no time on the link (variants.py). Clients ask without a pause, each request for an adapter
-that is not on the device. The servers take turns, block by block of the same requests, so that what
-happens to the machine happens to all three; the intervals are of a bootstrap over these rounds.
-``added.py FILE`` reports again.
+Three servers that differ only in adapter loads: ELORA's loads, loads that block the scheduler, and
+loads that take no time on the link (variants.py). Clients send requests without a pause, each for
+an adapter that is not on the device. The servers alternate, with the same block of requests, so
+that disturbances of the machine affect all three; intervals are from a bootstrap over these rounds.
+``added.py FILE`` prints the report again.
 """
 
 from __future__ import annotations

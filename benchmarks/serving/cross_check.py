@@ -1,11 +1,11 @@
-"""SGLang's own benchmark and ours on one server and the same requests: do they measure the same?
+"""Comparison of SGLang's own benchmark with ours, on one server and the same requests.
 
     python -m benchmarks.serving.cross_check --out FILE
 
-A stock server and one adapter. Both send the same texts to ``/v1/completions``, each answer as long
-as the other's, taking turns; the cache is emptied before each turn. First as many clients as
-``--clients`` without a pause (closed loop), then at ``--rate`` with Poisson arrivals of each one's
-own. Lengths of prompts are drawn, the seed is in the file.
+A stock server and one adapter. Both benchmarks alternately send the same texts to
+``/v1/completions``, with answers of equal length; the cache is emptied each time. First with
+``--clients`` clients without a pause (closed loop), then at ``--rate`` with each benchmark's own
+Poisson arrivals. Lengths of prompts are random; the seed is in the file.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Where one pool has little to gain, or nothing: is stock as good there, or better?
+"""Cases in which one pool gains little or nothing, where stock may be as good or better.
 
     python -m benchmarks.serving.unfavourable --link calibration.json --out DIR [--runs 2]
 
 ``one``: one adapter. ``fits``: eight adapters, which fit into stock's slots, and chats which fit
-into its pool. ``new``: every prompt is new, so that no KV is ever used again. ``tiny``: a pool of
-three and a half times the largest adapter. A server per case, side and run; the tables are those of
+into its pool. ``new``: every prompt is new, so that no KV is reused. ``tiny``: a pool of 3.5 times
+the largest adapter. There is a server per case, side and run; the tables are those of
 ``sglang-elora bench``, with the case in place of the workload.
 """
 

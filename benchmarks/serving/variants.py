@@ -1,13 +1,14 @@
-"""ELORA changed in one respect, to see what that is good for: plugins for a measured server.
+"""Ablations of ELORA, each a plugin for a measured server that changes one thing.
 
-``blocking``: a copy of an adapter holds the scheduler up until it is over, as loads without a
-swapper do. ``free``: such copies take no time on the emulated link. What lies between the two is
-all that loads can cost. ``branch``: an adapter leaves with all of its KV, whatever else is less
-worth (the paper's "whole-branch" case). ``late``: KV is copied to the host when it is evicted and
-not beforehand. ``timed``: as it is, with moments written to a file; ``timed_without_hints``:
-adapters are not announced. ``switched``: announced or not, or far too many, as a file says.
-``without_...``: the policy elora_paper without one of its terms; ``without_dependency``: adapters
-are evicted before their KV, which stays on the device without them.
+``blocking``: a copy of an adapter blocks the scheduler until it is complete, as loads without a
+swapper do. ``free``: such copies take no time on the emulated link; the difference between the two
+bounds the cost of loads. ``branch``: an adapter is evicted with all of its KV, even if other
+entries have a lower rank (the paper's "whole-branch" case). ``late``: KV is copied to the host when
+it is evicted, not in advance. ``timed``: unchanged, with times of events written to a file;
+``timed_without_hints``: the same without hints. ``switched``: with hints, without, or with far too
+many, as a file says. ``without_...``: the policy elora_paper without one of its terms;
+``without_dependency``: adapters are evicted before their KV, which stays on the device without
+them.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""The CPU server's calibration, fitted to what its own runs in results/serving have recorded.
+"""Fit of the simulator's calibration of the CPU server to the runs in results/serving.
 
     python benchmarks/results/rows.py unpack serving
     python -m benchmarks.sim.fit
 
-How long an answer takes from its first token to its last is made up of its decode steps and of the
-prefill batches that came between. Both are fitted at once, with errors weighed by absolute value;
-batches are told by first tokens that came together, and the time that stock's loads took in front
-of them, which follows from the order of requests, is taken off. TTFT of single requests on an idle
-server, as calibrate.py measured it, is added, for it tells tokens from batches. Stock and ELORA
-have different LoRA kernels on a CPU, so each has its own file. Everything else is what the runs'
-files say of sizes and link.
+The time from an answer's first token to its last consists of its decode steps and of prefill
+batches between them. Both are fitted together, with absolute errors. Batches are recognised by
+simultaneous first tokens; the time of stock's blocking loads before them, which follows from the
+order of requests, is subtracted. TTFT of single requests on an idle server, measured by
+calibrate.py, is added, because it separates the costs per token and per batch. Stock and ELORA
+have different LoRA kernels on a CPU, so each has its own file. Sizes and link are taken from the
+runs' files.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Simulated: all sides at the costs of H200s, from 20 to 1000 adapters.
+"""Simulation of all sides with the costs of H200s, with 20 to 1000 adapters.
 
     python -m benchmarks.sim.h200 table [--adapters 20 50 100 1000] [--model h200-8b] --out FILE
     python -m benchmarks.sim.h200 peak  [--adapters 100] ... --out FILE
     python -m benchmarks.sim.h200 sensitivity [--adapters 100] ... --out FILE
 
 ``table``: TTFT, TPOT, hit rates and hit value of each side at ``RATES``; static splits at several
-shares. ``peak``: the highest rate whose mean TTFT stays below 500 ms, found by doubling and halving
-intervals. ``sensitivity``: mean TTFT with each constant of the calibration halved and doubled. A
-row per result, appended to FILE; tables.py shows them.
+shares. ``peak``: the highest rate with a mean TTFT below 500 ms, found by doubling and bisection.
+``sensitivity``: mean TTFT with each constant of the calibration halved and doubled. One row per
+result is appended to FILE; tables.py shows them.
 """
 
 from __future__ import annotations

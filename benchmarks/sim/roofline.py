@@ -1,4 +1,4 @@
-"""Calibrations of H200s with Llama 3, from data sheets and sizes: nothing was measured on one.
+"""Calibrations for H200s with Llama 3, from data sheets and sizes, without measurements.
 
 python -m benchmarks.sim.roofline [--out benchmarks/sim]
 """

@@ -1,4 +1,4 @@
-"""Tables of what h200.py wrote.
+"""Tables of the results of h200.py.
 
 python -m benchmarks.sim.tables benchmarks/results/sim/h200.jsonl [...]
 """

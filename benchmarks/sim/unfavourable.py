@@ -1,11 +1,11 @@
-"""Simulated: where one pool has little to gain, at the costs of an H200 and 32 GB.
+"""Simulation of cases in which one pool gains little, with the costs of an H200 and 32 GB.
 
     python -m benchmarks.sim.unfavourable --out FILE
 
-The cases of ``serving/unfavourable.py`` at full size. Both sides compute LoRA alike here, so what
-is left between them is the cache alone. ``one``: one adapter. ``fits``: eight adapters, as many
-slots, and chats that fit into what these leave. ``new``: no KV is ever used again. ``tiny``: a pool
-of three and a half of the largest adapters. A row per result, appended to FILE.
+The cases of ``serving/unfavourable.py`` at full size. LoRA has the same cost on all sides here, so
+that only the cache differs. ``one``: one adapter. ``fits``: eight adapters, as many adapter slots,
+and chats that fit into the remaining KV pool. ``new``: no KV is reused. ``tiny``: a pool of 3.5
+times the largest adapter. One row per result is appended to FILE.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The simulator beside the real CPU server: the same traces, what both found and how long it took.
+"""Comparison of the simulator with the real CPU server: cache hits and TTFT on the same traces.
 
     python benchmarks/results/rows.py unpack serving
     python -m benchmarks.sim.validate [--folders load-1 load-0.7] [--out FILE]
 
-Per workload and side, means over the runs of results/serving: tokens of the prompts found on the
-device and on the host, and mean TTFT. Below each workload, the sides by mean TTFT as the server and
-as the simulator order them. Requests count that the real side answered, after the warm-up.
+Per workload and side, means over the runs of results/serving: prompt tokens found on the device and
+on the host, and mean TTFT. Below each workload, the order of the sides by mean TTFT, on the server
+and in the simulator. Only requests that the real server answered after the warm-up count.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Mixed traffic for an hour: does a server's memory, or anything else that it holds, grow?
+"""Soak test: mixed traffic for an hour, to detect growth of a server's memory and other resources.
 
     python -m benchmarks.soak.run [--minutes 60] [--out FOLDER]
 
-One server with --elora, a host tier of KV and a pool that holds a quarter of the adapters and KV
-of a trace. The trace is answered again and again, 8 sessions at a time, by name and with their next
-turns announced. In between: streams that are cut off or aborted, adapters loaded under new names,
+One server with --elora, a host tier for KV and a pool that holds a quarter of the adapters and KV
+of a trace. The trace is replayed repeatedly, 8 sessions at a time, with session names and hints for
+their next turns. In between: streams that are cut off or aborted, adapters loaded under new names,
 used and unloaded, adapters that cannot be loaded, malformed requests, and a flush per round. Each
-answer must be the first round's. ``samples.json.gz`` and ``soak.png`` are written to FOLDER.
+answer must equal the first round's. ``samples.json.gz`` and ``soak.png`` are written to FOLDER.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Time that the swapper and admission take of a scheduler iteration, by the number of cached nodes.
+"""Time of the swapper and of admission per scheduler iteration, by the number of cached nodes.
 
     python -m benchmarks.swapper.step [--nodes 1000 10000 100000] [--waiting 2000]
         [--adapters 2000] [--gc server] [--out FILE]
@@ -10,16 +10,16 @@ the first admitted one leaves the queue; its KV takes room in the full pool; ``S
 Now and then an adapter is unloaded (``retire``) and another is loaded under a new id
 (``register``).
 
-On a CPU the bytes of a copy are moved by the step itself, where a GPU moves them concurrently: here
-that is put off until the step is over, and timed by itself (``copies``).
+On a CPU the step itself would move the bytes of a copy, which a GPU moves concurrently: here
+that is deferred until after the step, and timed separately (``copies``).
 
-Each call is timed by the wall clock and by the thread's processor time: on a machine that others
-use, only the latter says something of the calls.
+Each call is timed by the wall clock and by the thread's processor time: on a shared machine, only
+the latter is meaningful.
 
-Garbage collection interrupts whatever runs. ``--gc server`` leaves it as SGLang does: on, with
+Garbage collection interrupts any call. ``--gc server`` leaves it as in SGLang: enabled, with
 Python's thresholds, nothing frozen (SGLang freezes objects while it captures CUDA graphs, and
 afterwards only when a client posts to ``/freeze_gc``, which is ``--gc frozen``). The processor
-time that collections took is recorded for each call; the tables show calls with and without it.
+time of collections is recorded for each call; the tables show calls with and without it.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python -m benchmarks.tree.bench_radix_cache [--leaves 1000 10000 100000] [--out FILE]
 
-Ours and both of SGLang's tree cores hold the same conversations and do the same operation in
-turn, so that a change of the machine's speed meets all three. Times are of one call, in
-microseconds; the pool is full, as in a busy server, and what an eviction frees is cached anew
-before the next. Raw samples go to the file.
+Our tree core and both of SGLang's hold the same conversations and alternate in each operation, so
+that changes of the machine's speed affect all three. Times are microseconds per call; the pool is
+full, as in a busy server, and evicted entries are cached again before the next eviction. Raw
+samples are written to the file.
 """
 
 from __future__ import annotations

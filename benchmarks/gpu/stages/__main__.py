@@ -1,11 +1,11 @@
-"""Entry of the stages that a borrowed GPU machine runs, one per call.
+"""Runs one stage of the checks on a borrowed GPU machine per call.
 
     python -m benchmarks.gpu.stages N --out OUT [--site SITE_DIR] [--dry-run] [--set NAME=VALUE ...]
 
-N is 1 to 10 (``../TODO.md`` says what each answers). SITE_DIR holds the unpacked bundle. OUT gets
-``stage-N.jsonl``, a row per step, and ``stage-N.tar.gz``, logs and details, both after every step.
-Exits with status 1 if anything was wrong. --dry-run takes tiny sizes on a CPU: its figures say
-nothing.
+N is 1 to 10 (``../TODO.md`` describes them). SITE_DIR is the unpacked bundle. After every step,
+``stage-N.jsonl`` (a row per step) and ``stage-N.tar.gz`` (logs and details) are written to OUT.
+Exits with status 1 if a check failed. --dry-run uses tiny sizes on a CPU; its figures are
+meaningless.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Stage 7: KV that a session's hint loads back is not read before it has arrived.
+"""Stage 7: KV that a session's hint loads back is not read before its copy is complete.
 
-The KV of a chat is offloaded, its session is announced, and its next request follows at once. The
-answer must be that of a cold cache.
+The KV of a chat is offloaded, a hint for its session is sent, and its next request immediately
+after it. The answer must equal that of a cold cache.
 """
 
 from __future__ import annotations

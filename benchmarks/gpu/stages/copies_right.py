@@ -1,4 +1,4 @@
-"""Stage 3: adapters copied while a batch runs, by ``copies.py``."""
+"""Stage 3: correctness of adapter copies while a batch runs, by ``copies.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 5: the server with decode graphs, none of prefill."""
+"""Stage 5: the server with CUDA graphs for decode, but not for prefill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 4: the server without CUDA graphs, its tokens against those of ``elora_torch``."""
+"""Stage 4: the server without CUDA graphs; its tokens are compared with ``elora_torch``'s."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 1: imports, memory, and one launch of each kernel."""
+"""Stage 1: checks of imports and memory, and one launch of each kernel."""
 
 from __future__ import annotations
 

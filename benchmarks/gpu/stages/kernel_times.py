@@ -1,6 +1,6 @@
-"""Stage 9: times of the kernels against SGLang's csgmv, and of stock's loads, by rank.
+"""Stage 9: times of the kernels and of SGLang's csgmv, and of stock's adapter loads, by rank.
 
-Needs the bundle's SGLang for csgmv. A dry run times nothing.
+Needs the bundle's SGLang for csgmv. A dry run measures no times.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Stage 2: the kernels against their references, in graphs replayed with other adapters."""
+"""Stage 2: the kernels compared with their references, also in graphs replayed with other
+adapters."""
 
 from __future__ import annotations
 

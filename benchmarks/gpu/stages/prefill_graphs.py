@@ -1,4 +1,4 @@
-"""Stage 6: the server with decode and prefill graphs, SGLang's default on CUDA."""
+"""Stage 6: the server with CUDA graphs for decode and prefill, SGLang's default on CUDA."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Stage 8: PyTorch's CUDA sanitizer over a server whose pool is too small for what it serves.
+"""Stage 8: PyTorch's CUDA sanitizer on a server whose pool is too small for its adapters and KV.
 
-The sanitizer sees PyTorch's own operators, not what Triton's kernels read and write.
+The sanitizer checks PyTorch's own operators, not the memory accesses of Triton kernels.
 """
 
 from __future__ import annotations

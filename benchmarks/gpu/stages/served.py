@@ -1,4 +1,4 @@
-"""Servers of a small model in bfloat16, and how near the answers of two of them are."""
+"""Servers with a small model in bfloat16, and comparison of two servers' answers."""
 
 from __future__ import annotations
 

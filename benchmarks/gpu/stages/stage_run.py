@@ -1,4 +1,4 @@
-"""One stage's steps, each a process with a time-out, and what is left when the call is cut off."""
+"""Runner of one stage's steps, each a process with a time-out; results survive a cut-off call."""
 
 from __future__ import annotations
 
