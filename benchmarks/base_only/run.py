@@ -43,7 +43,7 @@ SHARED_TOKENS, OWN_TOKENS, OUTPUT_TOKENS = 64, 128, 32
 
 
 def prompts(round_number: int) -> list[list[int]]:
-    """A third of each prompt is shared with all others of all rounds; the rest is new."""
+    """Prompts of one round; a third of each is shared by all rounds, the rest is new."""
     rng = random.Random(round_number)
     vocab = ModelShape().vocab_size
     shared = random.Random("shared").choices(range(3, vocab), k=SHARED_TOKENS)
@@ -51,7 +51,7 @@ def prompts(round_number: int) -> list[list[int]]:
 
 
 async def answer(http: httpx.AsyncClient, prompt: list[int]) -> tuple[float, tuple[int, ...]]:
-    """Seconds to the first token, and the tokens."""
+    """(seconds to the first token, output tokens) of one request."""
     sampling = {"temperature": 0, "max_new_tokens": OUTPUT_TOKENS, "ignore_eos": True}
     body = {"input_ids": prompt, "sampling_params": sampling, "stream": True}
     started, ttft, last = time.perf_counter(), 0.0, ""
@@ -95,7 +95,7 @@ def measure(urls: dict[str, str], num_rounds: int) -> dict[str, list[dict[str, A
 
 
 def ratios(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
-    """ELORA over stock, per pair of rounds: above 1 is more."""
+    """Ratios of ELORA to stock, per pair of rounds."""
     pairs = list(zip(rounds["elora"], rounds["stock"], strict=True))
     return {
         "throughput": [ours["tokens_per_s"] / theirs["tokens_per_s"] for ours, theirs in pairs],

@@ -13,7 +13,7 @@ _WORDS = ("harbour", "letter", "noon", "recipe", "compare", "train", "soup", "wr
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Seconds from sending it: to the first token, and to the end of the answer."""
+    """Seconds from sending a chat to its first token, and to the end of its answer."""
 
     ttft_s: float
     latency_s: float
@@ -24,7 +24,7 @@ def text(rng: random.Random, num_words: int) -> str:
 
 
 async def chat(http: httpx.AsyncClient, adapter: str, content: str, num_tokens: int) -> Chat:
-    """One turn, whose answer has ``num_tokens``.
+    """Send one turn, whose answer has ``num_tokens``; returns its times.
 
     Raises:
         RuntimeError: The server does not answer with a stream of tokens.

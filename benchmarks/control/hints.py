@@ -47,11 +47,11 @@ GAP_S = (0.05, 0.35)  # between an answer's end and the next cold chat, uniform
 
 @dataclass(frozen=True, slots=True)
 class Cold:
-    """One cold chat; seconds since its arrival."""
+    """Times of one chat whose adapter was not on the device, in seconds since its arrival."""
 
-    copied_s: float  # its adapter began to move
+    copied_s: float  # start of its adapter's copy
     received_s: float  # by the scheduler
-    taken_s: float  # into a batch
+    taken_s: float  # admitted to a batch
     ttft_s: float
 
 
@@ -79,7 +79,7 @@ async def play_block(url: str, number: int, num_words: int, seed: int) -> list[t
 
 
 def moments(path: Path, start: int) -> tuple[list[tuple[str, str, float]], int]:
-    """What was noted behind this place of the file, and where it ends now."""
+    """The events written to the file after offset ``start``, and the offset of its end."""
     with path.open() as lines:
         lines.seek(start)
         found = [line.split() for line in lines.read().splitlines()]
@@ -87,10 +87,10 @@ def moments(path: Path, start: int) -> tuple[list[tuple[str, str, float]], int]:
 
 
 def cold_chats(noted: Sequence[tuple[str, str, float]], ttft_s: Sequence[float]) -> list[Cold]:
-    """The chats in the order of the ``ttft_s``: those adapters that were copied, by arrival.
+    """The cold chats, in the order of ``ttft_s``: those whose adapters were copied, by arrival.
 
     Raises:
-        RuntimeError: There are not as many of them.
+        RuntimeError: Their number differs from that of ``ttft_s``.
     """
     copied = {adapter_id for what, adapter_id, _ in noted if what == "copied"}
     by_adapter: dict[str, dict[str, float]] = {}

@@ -42,23 +42,23 @@ from sglang_elora.workloads import adapter_name  # noqa: E402
 
 SIDE = "elora:lru+switched"
 COMPARED = (("on", "off", 1), ("flood", "idle", 1), ("flood", "idle", 3))
-"""Two modes, and clients."""
+"""(mode, compared mode, number of clients) of each comparison."""
 
 NUM_ADAPTERS = 64
-WARM = 4  # adapters that are asked for
+WARM = 4  # adapters that requests use
 BLOCK = 16  # chats of each client
-SETTLING = 4  # before them, which do not count: what the mode before has left behind
+SETTLING = 4  # chats before a block, not counted, to end effects of the previous mode
 NUM_WORDS = 60
-SETTLE_S = 0.1  # for the server to look at its mode
+SETTLE_S = 0.1  # wait for the server to read its mode
 NUM_TOKENS = 16
 
 
 def keep_apart(cpus: Sequence[int]) -> None:
-    """The scheduler on the last processor and all others on the first ones."""
+    """Pin the scheduler to the last processor, and all other processes to the others."""
     own = psutil.Process()
     for process in (own, *own.children(recursive=True)):
         is_scheduler = process.name().startswith("sglang::sched")
-        for thread in process.threads():  # an affinity is a thread's
+        for thread in process.threads():  # affinity is set per thread
             os.sched_setaffinity(thread.id, cpus[-1:] if is_scheduler else cpus[:-1])
 
 
@@ -77,7 +77,7 @@ async def play_block(url: str, number: str, clients: int, seed: int, length: int
 
 
 async def hints(url: str) -> dict[str, int]:
-    """What became of hints so far, in the tokenizer process and in the scheduler."""
+    """Counts of hints by outcome so far, in the tokenizer process and in the scheduler."""
     async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as http:
         state = (await http.get("/elora/state")).json()
     counts = {n: count for n, count in state["pool"]["counts"].items() if n.startswith("hints")}
@@ -85,7 +85,7 @@ async def hints(url: str) -> dict[str, int]:
 
 
 def interval(ratios: Sequence[float], rng: random.Random) -> tuple[float, float]:
-    """In which the median lies with 95%."""
+    """95% bootstrap interval of the median."""
     medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(4_000))
     return medians[100], medians[-101]
 

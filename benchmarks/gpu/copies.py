@@ -100,7 +100,7 @@ class Bench:
         return f"{i:08}"
 
     def bring(self, adapter_id: str) -> tuple[Any, float]:
-        """The copy, under way, and seconds of the scheduler's thread."""
+        """Start a copy; returns it and the seconds that this took on the scheduler's thread."""
         started = time.perf_counter()
         assert self.residency.start_copy(adapter_id)
         return self.residency.copies[adapter_id], time.perf_counter() - started
@@ -111,14 +111,14 @@ class Bench:
         assert self.residency.settle(adapter_id, code) is None
 
     def evict(self, adapter_id: str) -> torch.Tensor:
-        """Its slots, which are free then."""
+        """Evict an adapter; returns its slots, which are free now."""
         slots = self.residency.core.node_of(adapter_id).slots
         result = self.residency.core.displace(adapter_id)
         self.residency.cache._apply_eviction_result(result)
         return slots
 
     def in_slots(self, slots: torch.Tensor, layer: int) -> torch.Tensor:
-        """What lies there in both planes, ``[2, slots * elements]``."""
+        """A copy of the slots' content in both planes, ``[2, slots * elements]``."""
         return torch.stack([plane[layer][slots].reshape(-1) for plane in self.planes])
 
     def is_there(self, adapter_id: str, found: torch.Tensor, layer: int) -> bool:
@@ -130,13 +130,13 @@ class Bench:
         )
 
     def batch(self, rounds: int) -> None:
-        """Matrix products on the current stream."""
+        """Enqueue matrix products on the current stream."""
         x = torch.ones(self.work, self.work, dtype=self.dtype, device=self.device)
         for _ in range(rounds):
             x = (x @ x) * 0.0
 
     def old_bytes_are_read(self, rounds: int = 40) -> bool:
-        """A batch under way reads slots that are given to another adapter while it runs."""
+        """Check that a running batch reads the old bytes of slots reassigned while it runs."""
         old, new = self.images_uid(0), self.images_uid(1)
         self.bring(old)
         self.settle(old)
@@ -168,7 +168,7 @@ class Bench:
         return all(self.is_there(adapter_id, found, layer) for layer, found in enumerate(read))
 
     def times(self, rounds: int) -> dict[str, list[float]]:
-        """Seconds, a sample per copy: launch, whole copy, until the first layer is there."""
+        """Seconds per copy: its launch, the whole copy, and until the first layer is loaded."""
         adapter_id = self.images_uid(0)
         took: dict[str, list[float]] = {"launch_s": [], "copy_s": [], "first_layer_s": []}
         for _ in range(rounds):
@@ -184,7 +184,7 @@ class Bench:
         return took
 
     def beside_a_batch(self, rounds: int) -> dict[str, list[float]]:
-        """Seconds of the same batch, alone and with a copy beside it, in turns."""
+        """Seconds of the same batch, alternately alone and with a concurrent copy."""
         took: dict[str, list[float]] = {"alone_s": [], "with_copy_s": []}
         adapter_id = self.images_uid(0)
         for i in range(2 * rounds):

@@ -49,7 +49,7 @@ TINY = (ModuleShape("qkv_proj", 128, (128, 64, 64)), ModuleShape("o_proj", 128, 
 
 
 class Results:
-    """Files of one run, and the time that is left."""
+    """Result files and remaining time of one run."""
 
     def __init__(self, out: Path, budget_s: float) -> None:
         self.out, self._end = out, time.monotonic() + budget_s
@@ -64,9 +64,9 @@ class Results:
 
 
 def device_tests(log: Path, timeout_s: float) -> dict[str, Any]:
-    """Whether tests/kernels pass on this device, in a process of its own.
+    """Result of tests/kernels on this device, run in their own process.
 
-    pytest writes to ``log`` as it goes, so that a time-out keeps what was done until then.
+    pytest writes to ``log`` continuously, so that its output survives a time-out.
     """
     code = "import benchmarks.kernels.shapes, sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     folder = ROOT / "tests" / "kernels"
@@ -89,7 +89,7 @@ def device_tests(log: Path, timeout_s: float) -> dict[str, Any]:
 
 
 def measure(case: Case, device: torch.device, rivals: bool) -> dict[str, Any]:
-    """All four modules of a case; with --dry-run each work runs once, untimed."""
+    """Times of all four modules of a case; with --dry-run each work runs once, untimed."""
     shapes = TINY if DRY_RUN else MODULES
     world = CaseWorld.build(case, device, shapes)
     if DRY_RUN:
@@ -115,7 +115,7 @@ def measure(case: Case, device: torch.device, rivals: bool) -> dict[str, Any]:
 
 
 def condensed(row: dict[str, Any], bytes_per_s: float) -> dict[str, Any]:
-    """A case in a line: medians summed over the modules, and ratios."""
+    """Summary of a case: medians summed over the modules, and ratios."""
     modules = row["modules"].values()
     names = next(iter(modules))["times"]
     totals = {name: sum(m["times"][name]["median_us"] for m in modules) for name in names}
@@ -170,7 +170,7 @@ def times(
 
 
 def targets(lines: list[Any], copies: list[Any], graphs: list[Any]) -> dict[str, Any]:
-    """What the issue asks for, as measured."""
+    """Measured values of the performance targets."""
     decode = [line for line in lines if line["case"].startswith("decode") and _rows_of(line) >= 64]
     mixed = [line for line in lines if line["case"].endswith("mixed")]
     loads = [row for row in copies if row["case"].startswith("load")]

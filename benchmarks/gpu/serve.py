@@ -54,7 +54,7 @@ BYTES = 2  # of bfloat16
 
 
 class GpuSizes(Sizes):
-    """``stock_kv_tokens`` beside stock's default slots, of this model."""
+    """Sizes for this model; ``stock_kv_tokens`` is in addition to stock's default adapter slots."""
 
     tiny = False
 
@@ -140,7 +140,7 @@ def random(rows: int, columns: int) -> torch.Tensor:
 
 
 def write_adapters(folder: Path, shape: ModelShape) -> dict[str, Path]:
-    """In PEFT's format; one file of weights per rank, which the adapters of that rank link to."""
+    """Write adapters in PEFT's format; those of one rank link to one file of weights."""
     modules = projections(shape)
     for rank in RANKS:
         weights = {}
@@ -170,7 +170,7 @@ def write_adapters(folder: Path, shape: ModelShape) -> dict[str, Path]:
 
 
 class GpuBench:
-    """What ``Matrix`` asks of a bench."""
+    """Bench for ``Matrix`` with servers on a GPU."""
 
     def __init__(self, folder: Path, sizes: GpuSizes, flags: Sequence[str]) -> None:
         self.sizes, self._flags = sizes, flags

@@ -20,7 +20,7 @@ EVERY = "INVALID_KV_PROBE_EVERY"
 
 
 class Probe:
-    """Samples of one scheduler. A row also has what happened in the steps since the last one."""
+    """Sampler in one scheduler. A row also has the events of the steps since the previous row."""
 
     def __init__(self, path: Path, every: int) -> None:
         self._path = path
@@ -46,7 +46,7 @@ class Probe:
 
 
 def sample(scheduler: Any) -> dict[str, int]:
-    """Slots of the KV pool by what is in them, and how many adapters are on the device."""
+    """Slots of the KV pool by content, and the number of adapters on the device."""
     kv, adapters = contents(scheduler.tree_cache.tree_core.root_node)
     slab = _lora_pool(scheduler).uid_to_buffer_id
     resident = set(adapters) or {adapter_id for adapter_id in slab if adapter_id is not None}
@@ -89,7 +89,7 @@ def adapter_of(namespace: str | None) -> str | None:
 
 
 def device_bytes(scheduler: Any) -> dict[str, int]:
-    """What was allocated on the device for KV and for adapters."""
+    """Bytes allocated on the device for KV and for adapters."""
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     lora = _lora_pool(scheduler)
     matrices = [

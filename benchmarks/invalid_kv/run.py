@@ -65,7 +65,7 @@ class Sizes:
 
     @property
     def slab_slot_bytes(self) -> int:
-        """One slot of stock's slab: the largest rank, on every module that any adapter targets."""
+        """Bytes of one of stock's adapter slots: the largest rank on every targeted module."""
         rank = max(spec.rank for spec in PRESSURE_SPECS)
         largest = replace(PRESSURE_SPECS[0], rank=rank, target_modules=ALL_LINEAR)
         return ModelShape().num_layers * sum(plane_elements(largest)) * _FLOAT32
@@ -92,7 +92,7 @@ class Sizes:
 
 
 class Bench:
-    """Servers over one checkpoint in ``folder``, with the probe beside them."""
+    """Creates servers with one checkpoint in ``folder`` and with the probe plugin."""
 
     def __init__(self, folder: Path, sizes: Sizes, trace: Trace) -> None:
         self._folder = folder
@@ -155,7 +155,7 @@ class Bench:
 
 
 async def burst(url: str) -> None:
-    """All adapters at once, for answers long enough to meet in one batch."""
+    """Send requests for all adapters at once, with answers long enough to be in one batch."""
     sampling = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
     async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False) as http:
         bodies = [
@@ -172,7 +172,7 @@ def outputs_digest(records: Sequence[Record]) -> int:
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Of all samples of one side."""
+    """Statistics of all samples of one side."""
     rows = [row for run in runs for row in run["rows"] if row["kv_tokens_device"] > 0]
     of_cached = [row["kv_tokens_invalid"] / row["kv_tokens_device"] for row in rows]
     of_all = [

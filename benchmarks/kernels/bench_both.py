@@ -29,7 +29,7 @@ def competitors(world: CaseWorld, shape: ModuleShape, rivals: bool) -> dict[str,
 def works(
     world: CaseWorld, shape: ModuleShape, rivals: bool
 ) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
-    """What to time, and how far each one's result is from the reference.
+    """The work to time, and the error of each competitor's result.
 
     Returns:
         Work that computes the module once per layer, and per competitor the share of elements of

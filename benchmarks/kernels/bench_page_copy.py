@@ -66,7 +66,7 @@ class Pool:
 
 
 def cases(pool: Pool) -> Iterator[tuple[str, str, int, Callable[[], object]]]:
-    """Name, the bandwidth that bounds it, bytes at that bandwidth, and what to time."""
+    """(name, name of the limiting bandwidth, bytes, work to time) of each case."""
     for rank in pool.ranks:
         host = pool.adapter(rank, 0, on_host=True)
         staging = torch.empty_like(host.memory, device=pool.device)
@@ -102,7 +102,7 @@ def cases(pool: Pool) -> Iterator[tuple[str, str, int, Callable[[], object]]]:
 
 
 def check(pool: Pool) -> bool:
-    """A load lands: read back, it is what it was."""
+    """Whether an adapter that was written to its slots is read back unchanged."""
     for rank in pool.ranks:
         host = pool.adapter(rank, 1, on_host=False)
         page_copy(pool.planes, [host], to_pool=True)

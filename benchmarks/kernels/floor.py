@@ -24,7 +24,7 @@ H200_FLOPS = 989e12  # bfloat16 dense, NVIDIA's data sheet
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one kernel has to move and compute; each byte once."""
+    """Bytes and operations of one kernel; each byte is counted once."""
 
     weight_bytes: int = 0
     row_bytes: int = 0  # inputs, outputs, and what lies between the halves

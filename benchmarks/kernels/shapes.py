@@ -73,7 +73,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Those that the targets are about come first."""
+    """All cases; those with performance targets are first."""
     decode = [
         Case("decode", rows, adapters, mix)
         for mix in ("mixed", "16", "64")

@@ -19,7 +19,7 @@ ROUND_S = 1.5e-3  # of device work per sample, at least
 
 
 def facts() -> dict[str, Any]:
-    """The machine, as far as it can be asked."""
+    """Facts of the machine and versions, as far as available."""
 
     def output_of(*command: str) -> str:
         try:
@@ -50,7 +50,7 @@ class Timer:
 
     Args:
         work: Launches kernels, the same at every call.
-        units: How often ``work`` does what a sample is per.
+        units: Number of timed units in one call of ``work``; samples are per unit.
     """
 
     def __init__(self, work: Callable[[], Any], units: int = 1) -> None:
@@ -103,7 +103,7 @@ def summary(samples: list[float]) -> dict[str, Any]:
 
 
 def event_samples(work: Callable[[], Any], rounds: int = ROUNDS) -> list[float]:
-    """Seconds of work that is too large for launches to matter, and is not captured."""
+    """Samples in seconds of work without a graph, for which launch overhead is negligible."""
     samples = []
     for i in range(rounds + 2):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -146,7 +146,7 @@ class Ours:
 def expected(
     world: CaseWorld, shape: ModuleShape, layer: int, x: torch.Tensor, base: torch.Tensor
 ) -> torch.Tensor:
-    """What both halves make of a base output, in float32, adapter by adapter."""
+    """Reference result of both kernels added to a base output, in float32, per adapter."""
     output = base.to(torch.float32, copy=True)
     owners = torch.tensor(
         [adapter for adapter, rows in world.case.segments for _ in range(rows)], device=x.device

@@ -18,13 +18,13 @@ DRAWS = 4_000  # of the bootstrap
 
 
 def saved_ms(rows: Sequence[dict[str, Any]], way: str) -> list[float]:
-    """Of each round, against the program without any hints in it."""
+    """Milliseconds saved in each round, relative to the program without hints."""
     none = {row["round"]: row["total_s"] for row in rows if row["way"] == "none"}
     return [1e3 * (none[row["round"]] - row["total_s"]) for row in rows if row["way"] == way]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Of the median, 95%, by a bootstrap."""
+    """95% bootstrap interval of the median."""
     rng = random.Random(0)
     medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(DRAWS))
     return medians[round(0.025 * DRAWS)], medians[round(0.975 * DRAWS)]

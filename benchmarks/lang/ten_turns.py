@@ -71,7 +71,7 @@ def play_side(bench: Bench, side: Side, trace: Trace, api: str, log: Path) -> di
 
 
 def by_turn(row: dict[str, Any]) -> list[list[tuple[Record, float]]]:
-    """Each turn's records, of whole chats, with the turn before in tokens: prompt and answer."""
+    """Records of complete chats by turn, each with the previous turn's number of tokens."""
     chats: dict[int, list[Record]] = {}
     for record in map(Record.from_row, row["records"]):
         chats.setdefault(record.session, []).append(record)

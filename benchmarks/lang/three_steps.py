@@ -54,7 +54,7 @@ WORDS = ("harbour", "letter", "noon", "recipe", "compare", "train", "soup", "wri
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One program; seconds."""
+    """Times of one program run, in seconds."""
 
     way: str
     clients: int
@@ -87,7 +87,7 @@ def num_loads(url: str) -> int:
 def run_program(
     way: str, endpoint: sgl.RuntimeEndpoint, number: int, question: str
 ) -> dict[str, Any]:
-    """Program ``number`` of a server: adapters in turns, so that none is there at its turn."""
+    """Run program ``number`` of a server; adapters are cyclic, so that none is on the device."""
     names = [COLD[(number * STEPS + i) % len(COLD)] for i in range(STEPS)]
     elora.prefetch(endpoint, way == "program")
     before = num_loads(endpoint.base_url)
@@ -111,7 +111,8 @@ def run_program(
 
 @contextmanager
 def chatting(url: str, clients: int, number: int) -> Iterator[None]:
-    """Clients that ask without a pause, with an adapter that stays on the device."""
+    """Context with clients that send requests without a pause, for an adapter that stays on the
+    device."""
     over = threading.Event()
 
     def chat(i: int) -> None:
@@ -144,7 +145,7 @@ def summary(samples: Sequence[Sample]) -> str:
 
 
 def report(samples: Sequence[Sample], clients: int) -> None:
-    """By way, and of the rounds' differences to ``none``, which take turns with it."""
+    """Print times by mode, and the differences to ``none`` per round."""
     by_way = {way: [s for s in samples if (s.way, s.clients) == (way, clients)] for way in WAYS}
     for way, found in by_way.items():
         saved_ms = [

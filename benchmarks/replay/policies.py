@@ -40,7 +40,7 @@ class Outcome:
 
 
 class Replay:
-    """One policy over one trace."""
+    """Replay of one trace with one policy."""
 
     def __init__(self, name: str, costs: Costs, num_slots: int) -> None:
         name, _, told = name.partition("+")
@@ -123,7 +123,7 @@ class Replay:
         return loaded, hit, len(tokens)
 
     def _tell(self, session: Session, i: int, end: Any) -> None:
-        """That the session is alive, and with its last answer that it is over."""
+        """Report the session's turn to the tree, and its end after the last answer."""
         self.core.sessions.turn(str(session.number), self.core.node_by_id(end))
         if i + 1 == len(session.turns):
             self.core.sessions.over(str(session.number))
@@ -134,7 +134,7 @@ class Replay:
 
 
 def _answer(session: Session, num_tokens: int) -> list[int]:
-    """Tokens nobody else says."""
+    """Token ids of an answer, which no other session's tokens equal."""
     return [10_000 + session.number] * num_tokens
 
 
@@ -143,7 +143,7 @@ def adapter_slots(name: str) -> int:
 
 
 def live_slots(trace: Trace) -> float:
-    """A yardstick for the pool: all adapters used, and the KV of the sessions that will go on."""
+    """Reference size for the pool, in slots: all used adapters, and the KV of live sessions."""
     names = {session.adapter for session in trace.sessions}
     return sum(map(adapter_slots, names)) + trace.mean_live_kv_tokens
 

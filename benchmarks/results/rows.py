@@ -57,14 +57,14 @@ def write(rows: Mapping[str, bytes], archive: Path) -> None:
 
 
 def lying(folder: Path) -> dict[str, bytes]:
-    """The rows that lie unpacked below a folder, by their path below it."""
+    """The unpacked rows in a folder, by their path relative to it."""
     paths = (path for path in folder.rglob("*") if path.name.endswith(SUFFIXES))
     names = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
     return {name: path.read_bytes() for name, path in names.items() if name not in TABLES}
 
 
 def chosen(rows: Mapping[str, bytes], folders: Sequence[str]) -> dict[str, bytes]:
-    """The rows below the folders that were named; all of them where none was.
+    """The rows in the named folders, or all rows if none is named.
 
     Raises:
         SystemExit: The archive has no rows below a folder.

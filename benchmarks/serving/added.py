@@ -46,7 +46,7 @@ class Added:
 
 
 def added(rounds: Sequence[Round], seed: int = 0) -> Added:
-    """The interval is a percentile bootstrap over rounds (Efron and Tibshirani 1993, ch. 13)."""
+    """Estimate with a percentile bootstrap over rounds (Efron and Tibshirani 1993, ch. 13)."""
     rng = random.Random(seed)
     resampled = sorted(_less(rng.choices(rounds, k=len(rounds))) for _ in range(RESAMPLES))
     low, high = resampled[round(0.025 * RESAMPLES)], resampled[round(0.975 * RESAMPLES) - 1]
@@ -65,7 +65,7 @@ def _less(rounds: Sequence[Round]) -> float:
 
 
 def rounds_of(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[Round]]:
-    """From one row per request, with its side, round and number of clients: by clients."""
+    """Rounds by number of clients, from one row per request with side, round and clients."""
     ttft_ms: dict[tuple[int, int], dict[str, list[float]]] = {}
     for row in rows:
         by_side = ttft_ms.setdefault((row["clients"], row["round"]), {})

@@ -46,7 +46,7 @@ BLOCK = 32  # requests
 
 
 def requests(number: int, seed: int) -> list[Session]:
-    """Block ``number``: one turn each, nothing in common, adapters in turns."""
+    """Sessions of block ``number``: one turn each, no common prefix, cyclic adapters."""
     rng = random.Random(f"cold/{seed}/{number}")
     return [
         Session(i, adapter_name(i % NUM_ADAPTERS), 0.0, (), (_turn(rng),))
@@ -60,10 +60,10 @@ def _turn(rng: random.Random) -> Turn:
 
 
 def play_round(urls: Sequence[str], number: int, clients: int, seed: int) -> list[Played]:
-    """A block on each server, in the order of ``SIDES``; who is first rotates.
+    """Results of one block on each server, in the order of ``SIDES``; the first server rotates.
 
     Raises:
-        RuntimeError: A request failed, or found its adapter there.
+        RuntimeError: A request failed, or its adapter was already on the device.
     """
     played: dict[int, Played] = {}
     for i in range(len(urls)):

@@ -42,7 +42,7 @@ MODEL = f"demo:{ADAPTER}"
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is sent, and when: by ``clients`` without a pause, or at ``rate`` per second."""
+    """Requests and their arrivals: from ``clients`` without a pause, or at ``rate`` per second."""
 
     sessions: tuple[Session, ...]
     clients: int
@@ -72,7 +72,7 @@ def loads(count: int, clients: int, rate: float, seed: int) -> list[Load]:
 
 
 def ours(url: str, load: Load, seed: int) -> list[dict[str, float]]:
-    """Milliseconds of each request."""
+    """Times of each request in milliseconds, measured by our benchmark."""
     manner = Manner(partial(Completions, model=MODEL))
     if load.rate is None:
         played = play_closed(url, load.sessions, load.clients, manner)
@@ -89,7 +89,7 @@ def ours(url: str, load: Load, seed: int) -> list[dict[str, float]]:
 
 
 def theirs(url: str, load: Load, seed: int, tokenizer: Path) -> list[dict[str, float]]:
-    """Of ``sglang.bench_serving``, from its own file of details."""
+    """Times of each request in ms, from the output file of ``sglang.bench_serving``."""
     data, out = (tokenizer.parent / name for name in ("prompts.jsonl", "details.jsonl"))
     turns = [{"content": words(session.turns[0].new_tokens)} for session in load.sessions]
     answer = {"content": words(range(OUTPUT_TOKENS))}

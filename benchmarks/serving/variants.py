@@ -176,7 +176,7 @@ def branch() -> None:
 
 
 class _Branches:
-    """Victims of one eviction, of which each first leaf brings the rest of its adapter's branch."""
+    """Victims of one eviction; each first leaf is followed by the rest of its adapter's branch."""
 
     def __init__(self, component: Any, victims: Any, num_tokens: int) -> None:
         self._component, self._victims, self._num_tokens = component, victims, num_tokens
@@ -202,7 +202,7 @@ class _Branches:
 
 
 def _leaf_under(core: Any, adapter_id: str) -> Any:
-    """Of the adapter's part of the tree, the adapter itself last; None if what is left is held."""
+    """Next evictable leaf of the adapter's branch, the adapter itself last, or None."""
     nodes = [core.node_of(adapter_id)]
     for node in nodes:  # grows while it is read
         nodes += node.children.values()

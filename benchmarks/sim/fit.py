@@ -38,7 +38,7 @@ RUNS = {
     "cpu": ("load-0.7/*elora_elora-3.json.gz", "load-1/*elora_*-2.json.gz"),
     "cpu-stock": ("load-0.7/*stock-*-3.json.gz", "load-1/*stock-*-2.json.gz"),
 }
-"""Those in which nobody was overloaded, of the last commits."""
+"""Patterns of the run files to fit: runs of the last commits in which no side was overloaded."""
 
 TOGETHER_S = 0.004
 LAYERS = 4
@@ -102,7 +102,7 @@ def observations(row: Mapping[str, Any]) -> list[tuple[list[float], float]]:
 
 
 def stock_loads_s(row: Mapping[str, Any], batches: Sequence[Sequence[Record]]) -> list[float]:
-    """Seconds of loads in front of each batch; its slots are least recently used ones."""
+    """Seconds of stock's blocking loads before each batch, with LRU eviction of its slots."""
     side, sizes, link = row["side"], row["sizes"], row["link"]
     if not side.startswith("stock"):
         return [0.0] * len(batches)
@@ -136,7 +136,7 @@ def single_requests() -> list[tuple[list[float], float]]:
 
 
 def fit(found: Sequence[tuple[list[float], float]]) -> tuple[dict[str, float], float]:
-    """Seconds per unit of each feature, and the median error as a share of what was observed."""
+    """Seconds per unit of each feature, and the median relative error."""
     single = single_requests()
     x: NDArray[np.float64] = np.array([features for features, _ in (*found, *single)])
     y: NDArray[np.float64] = np.array([seconds for _, seconds in (*found, *single)])

@@ -34,12 +34,12 @@ RATES = {
     "h200-8b-32gb": {"chat": 8.0, "translation": 24.0, "agent": 12.0},
     "h200-70b": {"chat": 12.0, "translation": 20.0, "agent": 15.0},
 }
-"""Turns per second of the tables."""
+"""Rates of the tables, in turns per second."""
 
 OURS = ("elora:lru", "elora:elora_paper", "elora:elora", "elora:elora+sessions")
 SIDES = ("stock-default", "slora", "chameleon", *OURS, "clairvoyant")
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6)
-"""Of the device's bytes, that adapter slots take in a static split."""
+"""Shares of the device bytes that adapter slots take in a static split."""
 
 BAR_S = 0.5
 WARM_UP = 0.2
@@ -98,7 +98,7 @@ def figures(case: Case) -> dict[str, Any]:
 
 
 def hit_value_s(records: Iterable[Record], slots_to_device: int, calibration: Calibration) -> float:
-    """Of a whole run: seconds of computation that cached KV saved, less those of the link."""
+    """Hit value of a run: seconds of prefill saved by cached KV, minus seconds of transfers."""
     saved_s = sum(calibration.prefill_s(record.num_cached, 0) for record in records)
     return saved_s - calibration.to_device_s(slots_to_device, 0)
 

@@ -93,7 +93,7 @@ def calibration(
 
 
 def with_memory(found: Calibration, name: str, memory_bytes: float, weights: float) -> Calibration:
-    """As if so much of the GPU's memory were there."""
+    """A copy of the calibration for a GPU with ``memory_bytes`` of memory."""
     pool_slots = int((STATIC_SHARE * memory_bytes - weights) / found.slot_bytes)
     source = (
         f"as if {memory_bytes:.0f} bytes of the GPU were there: 88% less the weights; otherwise "

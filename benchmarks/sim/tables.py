@@ -57,7 +57,7 @@ def sensitivity(rows: Sequence[Row]) -> str:
 
 
 def peaks(rows: Sequence[Row]) -> str:
-    """Turns per second, by workload and side."""
+    """Table of peak rates in turns per second, by workload and side."""
     workloads = list(dict.fromkeys(row["workload"] for row in rows))
     lines = []
     for side in dict.fromkeys(row["side"] for row in rows):

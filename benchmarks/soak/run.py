@@ -60,14 +60,14 @@ MALFORMED: Sequence[dict[str, Any]] = (
     {"input_ids": list(range(3, 1003)) * 10},
     {"text": "x", "session_id": "s" * 5000},
 )
-"""Bodies of /generate, each of which is HTTP 400."""
+"""Bodies of /generate requests that must be answered with HTTP 400."""
 QUANTITIES = ("rss_mb", "descriptors", "threads", "shm_mb", "log_kb_per_min", "adapters_known")
 
 Sample = dict[str, float]
 
 
 def disturb(adapters: Mapping[str, Path], broken: Sequence[Path], counts: Counter[str]) -> OnRecord:
-    """What is done between a turn's answer and the session's next turn."""
+    """Callback that disturbs the server between a turn's answer and the session's next turn."""
     reload, numbers = reload_copies(adapters), itertools.count(1)
     malformed, unloadable = itertools.cycle(MALFORMED), itertools.cycle(broken)
 
@@ -86,7 +86,7 @@ def disturb(adapters: Mapping[str, Path], broken: Sequence[Path], counts: Counte
 
 
 def sample(server: ServerProcess, since: float) -> Sample:
-    """What all processes of the server hold now."""
+    """Current resource use of all processes of the server."""
     leader, held = psutil.Process(server.pid), Counter[str]()
     for process in [leader, *leader.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):  # some run for a moment only
@@ -109,7 +109,7 @@ def sample(server: ServerProcess, since: float) -> Sample:
 def soak(
     server: ServerProcess, minutes: float, on_record: OnRecord, counts: Counter[str]
 ) -> list[Sample]:
-    """Answer the trace until the time is over; a sample every few seconds."""
+    """Replay the trace until the time is over; returns a sample every few seconds."""
     begun, samples, is_over = time.monotonic(), [], threading.Event()
 
     def take_samples() -> None:

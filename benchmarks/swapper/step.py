@@ -114,7 +114,7 @@ class Bench:
             self._cache_kv(adapter_id(self._rng.randrange(RESIDENT)))
 
     def run(self, num_steps: int, gc_mode: str, clock: Clock) -> None:
-        """Run so many scheduler iterations, each call of which ``clock`` times."""
+        """Run ``num_steps`` scheduler iterations; ``clock`` times each call."""
         world = self.world
         gc.collect()
         if gc_mode == "frozen":
@@ -161,7 +161,7 @@ class Bench:
         return [req for req in self.world.waiting if self.admission.admit(req, set())]
 
     def _take(self, req: Any) -> None:
-        """The batch takes the request, and its KV is cached."""
+        """Remove an admitted request from the queue, and cache its KV."""
         self.world.waiting.remove(req)
         node = self.world.core.node_of(req.lora_id)
         req.retracted_stain, req.prefix_len, req.last_node = False, 0, node.id

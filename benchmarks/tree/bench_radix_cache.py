@@ -81,7 +81,7 @@ class Bench:
         return samples
 
     def _evict_adapter(self, rounds: int) -> list[float]:
-        """An adapter of 1,000 slots leaves; SGLang's caches hold none."""
+        """Times of evicting an adapter of 1,000 slots; SGLang's caches hold no adapters."""
         cache = self.caches["elora"]
         core = cache.tree.tree_core
         core.adapter_table.register("adapter", num_slots=EVICT_TOKENS, pinned=False, version="")

@@ -59,7 +59,7 @@ def parsed() -> argparse.Namespace:
 
 
 def environment(options: argparse.Namespace, step: Step) -> dict[str, str]:
-    """Variables that a step's process gets beside this one's."""
+    """Variables of a step's process in addition to this process's."""
     paths = [str(options.site.resolve())] if options.site else []
     paths += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     env = {**ENV, "PYTHONPATH": os.pathsep.join(paths)}

@@ -47,7 +47,7 @@ def stale_files(installed: Path) -> list[str]:
 
 
 def memory(context: Context) -> Verdict:
-    """A pattern written to the device comes back through pinned memory."""
+    """Check that a pattern written to the device is read back through pinned memory."""
     import torch
 
     device = "cpu" if context.dry_run else "cuda"

@@ -93,7 +93,7 @@ async def tokens(
 
 
 def serve_and_ask(context: Context, name: str, lora: str, flags: Sequence[str]) -> Verdict:
-    """Every prompt with every adapter in one batch, then again from the cache."""
+    """Send every prompt with every adapter in one batch, then again with cached KV."""
     asked = (None, *(NAMES if not context.dry_run else NAMES[2:3]))
     number = 3 if context.dry_run else 16
 
@@ -120,10 +120,10 @@ def graphs_in(log: str) -> dict[str, Any]:
 
 
 def agreement(one: list[Any], other: list[Any], tolerance: float = TOLERANCE) -> dict[str, Any]:
-    """How far two lists of answers agree.
+    """Measures of agreement between two lists of answers.
 
-    Tokens of a pair are compared up to the first that differs; there the two log-probabilities must
-    be near, because only a near tie may turn by rounding.
+    Tokens of a pair are compared up to the first difference; there the two log-probabilities must
+    be close, because rounding can only change the order of near ties.
     """
     equal = compared = 0
     worst = 0.0
@@ -146,7 +146,7 @@ def agreement(one: list[Any], other: list[Any], tolerance: float = TOLERANCE) ->
 
 
 def compare(context: Context, one: str, other: str) -> Verdict:
-    """The answers that two steps left in ``work``."""
+    """Compare the answers that two steps wrote to ``work``."""
     answers = [json.loads((context.work / f"{n}.answers.json").read_text()) for n in (one, other)]
     found = agreement(*answers)
     return Verdict({f"{one} answers as {other}": found["agree"]}, found)

@@ -25,7 +25,7 @@ STOP_S = 20
 
 @dataclass(slots=True)
 class Verdict:
-    """What a step found: by name what was right or wrong, and figures."""
+    """Result of a step: passed or failed checks by name, and measured values."""
 
     right: dict[str, bool] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -117,7 +117,7 @@ class StageRun:
         return all(self.right.values())
 
     def _process(self, step: Step, env: Mapping[str, str]) -> str:
-        """How the step's process ended. Its output goes to a file and to stdout as it comes."""
+        """Run the step's process, with its output to a file and stdout; returns how it ended."""
         process = subprocess.Popen(
             [*self._command, "--step", step.name],
             stdout=subprocess.PIPE,
@@ -151,6 +151,6 @@ class StageRun:
 
 
 def write_verdict(context: Context, step: str, verdict: Verdict) -> None:
-    """Leave a step's verdict where the stage's process looks for it."""
+    """Write a step's verdict to the file that the stage's process reads."""
     content = {"right": verdict.right, "facts": verdict.facts}
     (context.work / f"{step}.verdict.json").write_text(json.dumps(content, default=str))

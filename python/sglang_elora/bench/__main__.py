@@ -107,10 +107,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
-    """What is given, else the quick plan's or the whole one's.
+    """The plan from the options, with defaults of the quick or of the full plan.
 
     Raises:
-        ValueError: A number that nothing can be measured with.
+        ValueError: A number that must be positive is not.
     """
     swept: Sequence[int] = options.sweep_slots or ()
     if options.sweep_slots is None and options.sides is None and not options.quick:

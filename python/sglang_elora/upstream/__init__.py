@@ -1,1 +1,1 @@
-"""What of SGLang this package relies on, and what another SGLang has of it. Nothing is imported."""
+"""Places in SGLang that this package relies on, compared with another SGLang, without imports."""
