@@ -227,8 +227,7 @@ def activate(config: EloraConfig) -> None:
 
 
 def active_config() -> EloraConfig:
-    """The configuration of this process, which SGLang's loading of plugins sets; otherwise that of
-    the environment."""
+    """The configuration that ``activate`` has set; otherwise that of the environment."""
     return EloraConfig.from_env(os.environ) if _active is None else _active
 
 

@@ -94,7 +94,7 @@ class BaseShapes:
 
     @classmethod
     def from_config(cls, config: Any, *, trust_remote_code: bool = False) -> BaseShapes:
-        """As ``from_pretrained``, from a transformers configuration."""
+        """The shapes as by ``from_pretrained``, for a transformers configuration."""
         torch: Any = importlib.import_module("torch")
         transformers: Any = importlib.import_module("transformers")
         text = config.get_text_config()

@@ -25,7 +25,7 @@ MAX_SCALING = 4096.0
 products overflow."""
 
 _MAX_RANK = 1 << 16
-_MAX_NAMES = 2048  # all linear layers of a 405B model: 882
+_MAX_NAMES = 2048  # names in a list; a 405B model has 882 linear layers
 _MAX_COMPARED = 1 << 20  # pairs of a pattern's key and a module; an expression counts as 32 keys
 _MAX_PATTERN_CHARS = 512
 _MAX_ALTERNATIVES = 4
@@ -58,7 +58,7 @@ _ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """The part of adapter_config.json that serving needs, validated."""
+    """The validated fields of adapter_config.json that serving needs."""
 
     rank: int
     alpha: float

@@ -16,7 +16,7 @@ SHOWN = 3
 
 _MAX_PROBLEM_CHARS = 500
 _MAX_REASON_CHARS = 2000
-_MAX_WHERE_CHARS = 4500  # the longest path, and a file in it
+_MAX_WHERE_CHARS = 4500  # longer than the longest Linux path (4096) and a file name in it
 
 
 class AdapterError(ValueError):
@@ -49,7 +49,7 @@ def _closed(sentence: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong with one tensor or key of ``file``."""
+    """A problem with one tensor or key of ``file``."""
 
     file: str
     reason: str

@@ -22,7 +22,7 @@ _FUSED = {
 }
 
 EMBEDDING_MODULES = frozenset({"embed_tokens", "lm_head"})
-"""Served names of the modules outside the layers."""
+"""Served names of the modules outside the decoder layers."""
 
 
 def served_name(path: str) -> str:

@@ -75,7 +75,7 @@ def download(name: str, url: str) -> Path:
             return _fetch(fs, url, {file: fs.info(path) for file, path in wanted.items()})
     except _TooLarge as error:
         raise AdapterError(name, url, str(error), "Serve a smaller one") from None
-    except Exception as error:  # each file system has errors of its own
+    except Exception as error:  # each file system has its own error types
         raise AdapterError(name, url, f"fetching it failed: {_short(error)}", _REMEDY) from error
     raise AdapterError(name, url, f"there is no {CONFIG_FILE}", _REMEDY)
 

@@ -36,7 +36,7 @@ def why_not_stacked(shapes: Mapping[str, tuple[int, ...]], rank: int) -> str | N
 
 
 def _fused(module: str) -> str:
-    """One name for the projections of a layer that are stacked into one module."""
+    """A common name for the projections of a layer that are stacked into one module."""
     parent, _, leaf = module.rpartition(".")
     for group in _FUSED:
         if leaf in group:

@@ -28,12 +28,12 @@ _RETRAIN = f"Train the adapter without it. Or: {MERGE}"
 
 @dataclass(frozen=True, slots=True)
 class LoraPair:
-    """One adapted module, and its A and B where present."""
+    """One adapted module, with its A and B if present."""
 
     stored_path: str
     """As in the file; PEFT's patterns match this path."""
     path: str
-    """As in the base model."""
+    """As in the base model; as in the file if the base model's modules are unknown."""
     shape: ModuleShape | None  # None if the base model's shapes are unknown
     a: TensorInfo | None
     b: TensorInfo | None
@@ -114,7 +114,7 @@ def check_shapes(
 def _split(
     tensors: Sequence[TensorInfo],
 ) -> tuple[list[tuple[TensorInfo, str, str]], list[TensorInfo]]:
-    """LoRA factors as (tensor, module path, "A" or "B"), and the rest."""
+    """Split tensors into LoRA factors, as (tensor, module path, "A" or "B"), and all others."""
     factors, others = [], []
     for tensor in tensors:
         match = _LORA_KEY.fullmatch(tensor.name.removeprefix(_PREFIX))

@@ -96,7 +96,11 @@ def find_weight_files(folder: AdapterFolder) -> list[Path]:
 
 
 def read_tensors(folder: AdapterFolder, files: Sequence[Path]) -> list[TensorInfo]:
-    """Headers of all files; a broken file or a tensor stored twice is an AdapterError."""
+    """Tensors in the headers of all files.
+
+    Raises:
+        AdapterError: A file is broken, or a tensor is stored twice.
+    """
     tensors = [info for file in files for info in _read_file(folder, file)]
     if len(tensors) > _MAX_TENSORS:
         text = f"the adapter has {len(tensors)} tensors, of at most {_MAX_TENSORS}"
@@ -125,9 +129,9 @@ def read_tensors(folder: AdapterFolder, files: Sequence[Path]) -> list[TensorInf
 
 
 def load_tensors(folder: AdapterFolder) -> dict[str, Any]:
-    """All tensors of the adapter as torch tensors in memory; raises as ``read_tensors``."""
+    """All tensors of the adapter as torch tensors by name; raises as ``read_tensors``."""
     files = find_weight_files(folder)
-    read_tensors(folder, files)  # for the texts of its errors
+    read_tensors(folder, files)  # raises errors that name file and remedy
     return {name: tensor for file in files for name, tensor in _data(folder, file)}
 
 
@@ -179,7 +183,7 @@ def _read_file(folder: AdapterFolder, file: Path) -> list[TensorInfo]:
 
 
 def _read_safetensors(folder: AdapterFolder, file: Path, size_bytes: int) -> list[TensorInfo]:
-    """Read the header: 8 bytes of length, then JSON with dtype, shape and data offsets."""
+    """Tensors in a safetensors header: 8 bytes of length, then JSON (dtype, shape, offsets)."""
     with open_regular(file) as stream:
         prefix = stream.read(8)
         header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size_bytes
@@ -252,7 +256,7 @@ def _dtype(code: str) -> str:
 
 
 def _load_pickle(folder: AdapterFolder, file: Path) -> dict[str, Any]:
-    """Load a .bin or .pt on the CPU, tensors only (``weights_only``: no code is run)."""
+    """Tensors of a .bin or .pt file, loaded on the CPU with ``weights_only`` (runs no code)."""
     torch: Any = importlib.import_module("torch")
     load: Callable[..., Any] = torch.load
     try:

@@ -50,7 +50,7 @@ QUICK = Plan(
 """Numbers of stock adapter slots to sweep, for rates at which stock is not overloaded. 8 was the
 best split of most workloads."""
 
-QUICK_ROUNDS = 3  # of calibration
+QUICK_ROUNDS = 3  # rounds of calibration with --quick
 ROUNDS = 9
 
 

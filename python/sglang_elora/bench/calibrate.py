@@ -60,7 +60,7 @@ def measure(bench: Bench, side: Side, log_path: Path, rounds: int) -> dict[int, 
         bench.server(side, log_path) as server,
         httpx.Client(base_url=server.url, timeout=120, trust_env=False) as http,
     ):
-        for number in range(-1, rounds):  # one to warm up
+        for number in range(-1, rounds):  # round -1 is a warm-up
             for length in LENGTHS:
                 rng = random.Random(f"{number}/{length}")
                 prompt = rng.choices(range(FIRST_TOKEN, SHAPE.vocab_size), k=length)

@@ -13,7 +13,7 @@ from sglang_elora.bench.driver import Manner, play_closed
 from sglang_elora.workloads import FIRST_TOKEN, Session, Trace, Turn
 
 Api = Literal["native", "openai", "openai-completions"]
-"""``openai`` is ``/v1/chat/completions``."""
+"""Names of the APIs; ``openai`` is ``/v1/chat/completions``."""
 
 APIS: tuple[Api, ...] = get_args(Api)
 _TIMEOUT_S = 30.0

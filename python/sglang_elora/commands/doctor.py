@@ -1,4 +1,4 @@
-"""``sglang-elora doctor``: is this machine ready, and what would a start select?"""
+"""``sglang-elora doctor``: report whether this machine is ready, and what a start would select."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GROUPS = {"sglang.srt.plugins": "elora", "sglang.srt.platforms": "elora_cpu"}
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report. ``remedy`` says what to do; empty means nothing is wrong."""
+    """One line of the report. ``remedy`` says what to do; it is empty if there is no problem."""
 
     topic: str
     text: str

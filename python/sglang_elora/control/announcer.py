@@ -63,7 +63,7 @@ class Announcer:
                 self._thread.start()
 
     def drain(self) -> None:
-        """Wait until all that was queued has been sent or dropped."""
+        """Wait until all queued names have been sent or dropped."""
         self._queue.join()
 
     def _run(self) -> None:

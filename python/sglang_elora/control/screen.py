@@ -60,7 +60,7 @@ def shares(counts: Mapping[str, int], whole: str) -> dict[str, float]:
 
 
 def hit_rates(counts: Mapping[str, int]) -> str:
-    """Text with the shares of tiers that requests found their adapters and prompt tokens in."""
+    """Hit rates as one line: shares of adapter lookups and of prompt tokens, by tier."""
     return ";  ".join(
         f"{title} found: {', '.join(f'{part} {share:.0%}' for part, share in found.items())}"
         for title, whole in (("adapters", "adapter_lookups"), ("prompts", "prompt_tokens"))

@@ -23,8 +23,8 @@ class AdapterState(msgspec.Struct, frozen=True, array_like=True):
     id: str
     tier: Tier
     pinned: bool
-    slots: int  # of the KV pool, while it is on the device
-    host_bytes: int  # of its image in host memory
+    slots: int  # that its weights take in the KV pool; 0 unless on the device
+    host_bytes: int  # size of its image in host memory
     kv_tokens_device: int
     kv_tokens_host: int
     visits: int  # requests that ran with it
@@ -37,7 +37,7 @@ class PoolState(msgspec.Struct, frozen=True, array_like=True):
     slots: int
     free: int
     adapters: int
-    kv: int  # cached, of adapters and of the base model
+    kv: int  # cached KV of adapters and of the base model
     kv_base: int
     kv_host: int
     num_adapters: int
@@ -49,7 +49,7 @@ class PoolState(msgspec.Struct, frozen=True, array_like=True):
     counts: dict[str, int]
     waiting: list[str]  # adapters of the first requests in the queue
     running: list[str]  # adapters of the running batch
-    most_in_batch: int  # adapters
+    most_in_batch: int  # largest number of adapters in one batch
     load_s: Histogram  # durations of copies to the device
     num_sessions: int  # open ones
 

@@ -59,7 +59,7 @@ class ChatPlan:
 @dataclass(frozen=True, slots=True)
 class _Answer:
     text: str
-    sent_s: float  # of time.perf_counter
+    sent_s: float  # time.perf_counter() when the request was sent
     ttft_s: float
     total_s: float
     usage: CompletionUsage

@@ -10,7 +10,7 @@ from pathlib import Path
 
 _LOAD_LINE = re.compile(r"\] load (\S+) into (\d+) slots$", re.MULTILINE)
 _EVICT_LINE = re.compile(r"\] evict (\S+)$", re.MULTILINE)
-"""Logged at level info by srt/mem_cache/residency.py, with the name of the adapter."""
+"""Patterns of the lines that srt/mem_cache/residency.py logs at level info."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,7 +125,7 @@ def slot_table(run: DemoRun) -> Table:
 
 
 def milliseconds(seconds: float) -> str:
-    """A duration for a table cell."""
+    """A duration in milliseconds, formatted for a table cell."""
     return f"{seconds * 1000:,.0f} ms"
 
 

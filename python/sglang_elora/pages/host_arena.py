@@ -69,7 +69,7 @@ class HostArena:
         self._memory = memory
         # Free runs in ascending order, no two of them adjacent.
         self._free = [(0, self.num_blocks)] if self.num_blocks else []
-        self._held: dict[int, HostBlocks] = {}  # by identity
+        self._held: dict[int, HostBlocks] = {}  # by id() of the blocks
 
     def blocks_for(self, num_bytes: int) -> int:
         """The number of blocks that an image of ``num_bytes`` takes."""
@@ -81,7 +81,7 @@ class HostArena:
         if num_blocks > self.num_free:
             return None
         runs = self._choose(num_blocks)
-        taken = dict(runs)  # both by their start
+        taken = dict(runs)  # start -> end
         self._free = [
             (taken.get(start, start), end)
             for start, end in self._free
@@ -112,9 +112,10 @@ class HostArena:
         self._free = merged
 
     def check_invariants(self) -> None:
-        """Raises:
-        AssertionError: Free and held blocks are not each block once, or adjacent free runs are
-            not merged.
+        """Check that each block is either free or held once, and that free runs are merged.
+
+        Raises:
+            AssertionError: A block is lost or held twice, or adjacent free runs are not merged.
         """
         held = [run for blocks in self._held.values() for run in blocks.runs]
         runs = sorted([*self._free, *held])

@@ -20,7 +20,8 @@ MIN_PIECES = 8
 as its piece is copied: raising this lets it start earlier, at more launches per load."""
 
 Matrices = Callable[[int, str], tuple[torch.Tensor, torch.Tensor]]
-"""(layer, module) -> A ``[parts * rank, in_features]`` and B ``[sum of out_features, rank]``."""
+"""Function (layer, module) -> (A ``[parts * rank, in_features]``,
+B ``[sum of out_features, rank]``)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 
 class CpuAttention(TorchNativeAttnBackend):
-    """``torch_native`` with another prefill, for causal attention without a window."""
+    """``torch_native`` with its own prefill for causal attention without a sliding window."""
 
     @override
     def _run_sdpa_forward_extend(
@@ -84,7 +84,7 @@ class CpuAttention(TorchNativeAttnBackend):
 
 
 def _heads_first(tokens: torch.Tensor) -> torch.Tensor:
-    """``[tokens, heads, head_dim]`` to ``[1, heads, tokens, head_dim]``."""
+    """A view of ``[tokens, heads, head_dim]`` as ``[1, heads, tokens, head_dim]``."""
     return tokens.movedim(0, 1).unsqueeze(0)
 
 

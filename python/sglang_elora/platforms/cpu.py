@@ -35,7 +35,8 @@ class EloraCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     @override
     def init_backend(self) -> None:
-        """Called once in each worker, when SGLang's model runner is imported."""
+        """Install the CPU replacements; SGLang calls this once per worker, when it imports its
+        model runner."""
         from sglang_elora.platforms.attention import use_cpu_attention
         from sglang_elora.platforms.host_memory import use_plain_host_tier, use_plain_memory
 

@@ -28,7 +28,7 @@ Blocks = NDArray[np.int64]
 """Numbers of the slots that an operation accesses."""
 
 Access = tuple[str, Blocks]
-"""(name of a memory, slots of it)"""
+"""An access: (name of a memory, slots in it)."""
 
 
 class RaceError(AssertionError):

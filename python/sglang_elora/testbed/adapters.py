@@ -107,7 +107,7 @@ def make_adapters(base: Path, directory: Path, specs: Sequence[AdapterSpec]) -> 
 
 
 class _Factory:
-    """Writes adapters for one checkpoint, and loads it only if there is something to write."""
+    """Writes adapters for one checkpoint, which is loaded only if an adapter is missing."""
 
     def __init__(self, base: Path) -> None:
         self._base = base

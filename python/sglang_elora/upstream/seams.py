@@ -1,4 +1,4 @@
-"""The places of SGLang that this package relies on, found in its own sources.
+"""Search of this package's sources for the places in SGLang that they rely on ("seams").
 
 A name whose class is known from an import, a base class, an annotation or a hook's target is
 looked up in that class; any other attribute is known by its name only.
@@ -31,7 +31,7 @@ _SERVER_ARGS_NAMES = {"server_args", "cfg"}
 
 
 class Kind(Enum):
-    """How this package relies on a place."""
+    """The way in which this package relies on a place."""
 
     HOOK = "hooked"
     PATCH = "patched file"

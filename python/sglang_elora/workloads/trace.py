@@ -54,7 +54,7 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Sessions in order of their starts. A turn that is due after ``duration_s`` is not sent."""
+    """Sessions by increasing start. Turns that are due after ``duration_s`` are not sent."""
 
     workload: Workload | Recorded
     seed: int
@@ -64,7 +64,7 @@ class Trace:
 
     @property
     def num_turns(self) -> int:
-        """Turns that are due before the end if answers take ``NOMINAL_ANSWER_S``."""
+        """Number of turns due before the end if answers take ``NOMINAL_ANSWER_S``."""
         return sum(
             moment_s < self.duration_s for session in self.sessions for moment_s in due_s(session)
         )
