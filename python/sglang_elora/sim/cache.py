@@ -42,7 +42,7 @@ class Cache:
         self.counts = Counters()
         self.evicted: deque[Hashable] = deque(maxlen=MAX_REMEMBERED)
         self.slots_to_host = 0  # copied by evictions; the engine reads and resets it
-        self.orders = TierOrders[Segment](policy, lambda segment: segment.on_host)
+        self.orders = TierOrders[Segment](policy, attrgetter("on_host"))
         self.leaves, self.host_leaves = self.orders.device, self.orders.host
         self.sessions = Sessions[Segment](path_of, self.orders.set_session_state)
         self._adapters: dict[str, Segment] = {}
