@@ -1,4 +1,4 @@
-"""What goes first when the cache needs room. Pure: numbers in, an order out."""
+"""Eviction policies: which cache entry is the next victim. Pure functions of numbers."""
 
 from __future__ import annotations
 

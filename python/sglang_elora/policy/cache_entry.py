@@ -1,4 +1,4 @@
-"""What a policy knows of one node of the cache tree."""
+"""The state of one cache entry (a node of the cache tree) that eviction policies read and keep."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ NEVER = float("-inf")
 
 
 class SessionState(IntEnum):
-    """What those who use an item have said of themselves."""
+    """State of the sessions that use a cache entry, as far as requests name sessions."""
 
     UNKNOWN = 0
-    ALIVE = 1  # a session that is not over has used it last
-    OVER = 2  # the one session that used it is over
-    BEGINNING = 3  # so it is, and others may begin in the same way, with the same system prompt
+    ALIVE = 1  # an open session used it last
+    OVER = 2  # the only session that used it is closed
+    BEGINNING = 3  # as OVER, but at the start of a prompt: other sessions may share it
 
 
 @dataclass(slots=True, eq=False)
 class CacheEntry:
-    """An adapter, or a run of KV tokens.
+    """An adapter, or the KV of a run of consecutive tokens.
 
-    ``visits`` and what follows is set by the policy that owns the item, the rest by the tree. A
-    slot holds one token's KV, or as many bytes of an adapter.
+    The policy that owns the entry sets ``visits`` and the fields below it; the tree sets the rest.
+    A slot holds one token's KV, or the same number of bytes of an adapter.
     """
 
     is_adapter: bool
     num_slots: int
-    group: str | None = None  # the adapter it is, or belongs to; None is the base model
-    backed: bool = False  # a copy of it is on the host: an adapter's always is
+    group: str | None = None  # id of the adapter that it is or belongs to; None: base model
+    backed: bool = False  # it has a copy on the host; always true for an adapter
     queue_position: int | None = None  # of the first queued request that needs it
-    prefetched: bool = False  # brought to the device for nobody, and not used since
-    session_state: SessionState = SessionState.UNKNOWN  # set by the policy when it is told
-    visits: int = 0  # requests that used it, the one that made it included
-    last: float = NEVER  # of its last visit
+    prefetched: bool = False  # loaded without a request that needs it, and not used since
+    session_state: SessionState = SessionState.UNKNOWN  # set by ``Policy.set_session_state``
+    visits: int = 0  # requests that used it, including the one that created it
+    last: float = NEVER  # policy clock (turnovers) at its last visit
     score: float = NEVER
-    counted: tuple[int, int, int] | None = None  # as what it is counted in its group
+    counted: tuple[int, int, int] | None = None  # key under which its group counts its slots
 
     def split(self, num_slots: int) -> CacheEntry:
-        """The first ``num_slots`` of this run as an item of their own; they share a past."""
+        """Split off the first ``num_slots`` as a new entry with the same history; returns it."""
         assert not self.is_adapter and 0 < num_slots < self.num_slots, (self, num_slots)
         first = replace(self, num_slots=num_slots, queue_position=None, prefetched=False)
         self.num_slots -= num_slots

@@ -1,22 +1,21 @@
-"""ELORA's default: seconds saved per slot and turnover, by what is learned and what is measured.
+"""The default policy: rank = seconds that keeping an entry saves, per slot and turnover.
 
 ``value = hit density * seconds saved by a hit, per slot``. Hit density (``reuse_table.py``) is
-learned for adapters and for KV by itself, and apart for what living sessions use and for what only
-a session used that is over (where requests name sessions). What a return saves is the time to bring
-an adapter, or KV with a copy on the host, over the link, or to compute other KV anew, at measured
-rates. KV that leaves the device takes room on the host, where adapters are in any case; while that
-is full, other KV leaves it for good, and what that was worth is saved too by KV that stays.
+learned separately for adapters and for KV, and for each ``SessionState``. A hit saves the load from
+the host (adapters, and KV with a host copy) or the recompute (other KV), at measured rates. Evicted
+KV is copied to the host, where adapters have a copy in any case. While the host tier is full, each
+such copy drops another one; KV that stays on the device saves the value of that copy, too.
 
-An adapter cannot leave before its KV. So a little KV that is worth much can keep an adapter that is
-worth little and takes much space: what has to be compared with others is then not the leaf but the
-whole, its values over its slots, as in a knapsack with precedences. A leaf counts what it is worth
-itself or what the whole is worth, whichever is less; where the whole is least, its leaves go one
-after the other until the adapter is free. An adapter that is in use stays anyhow, and its leaves
-count for themselves.
+An adapter cannot be evicted before its KV. A few KV slots of high value could therefore keep a
+large adapter of low value. To prevent that, an adapter and its KV are also valued together (total
+value over total slots, as in a knapsack with precedence constraints), and the rank of a leaf is the
+lower of its own value and that of its group. When the group is the lowest, its leaves are evicted
+one after the other until the adapter itself can be evicted. If a request holds the adapter, it
+cannot be evicted, and leaves keep their own value.
 
-Against the paper's model: value is per byte, so that a large item has to earn its place; rates are
-measured, not configured; how fast worth fades with time is learned, not chosen; and the order of
-two items of a kind changes only when one is visited, so that nothing is rescanned.
+Differences from the paper's model: value is per slot, so size counts; rates are measured, not
+configured; how value falls with age is learned, not configured; and two entries of one kind change
+their order only when one is visited, so nothing is rescanned.
 """
 
 from __future__ import annotations
@@ -34,34 +33,39 @@ from sglang_elora.policy.reuse_table import ReuseTable
 
 ADAPTER, KV, KV_ON_HOST = range(3)
 Kind = tuple[str | None, int, int]
-"""(the adapter, one of the above, an ``SessionState``)"""
+"""(adapter id, one of the above, ``SessionState``)"""
 
 _COPY_OUT = 0.5
-"""Of a load: it takes the link's other direction, most often beside a batch."""
-_PRICE_WEIGHT = 0.02  # of one copy, in the price of a host slot
+"""Cost of a copy to the host, as a share of the cost of a load. It is below 1 because the copy uses
+the other direction of the link, mostly while a batch runs."""
+_PRICE_WEIGHT = 0.02
+"""Weight of one copy in the moving average of the host price; higher follows changes faster."""
 
 _ERAS_PER_TURNOVER = 8
+"""Age classes per pool turnover. More of them value groups more exactly, at more work per era."""
 NO_ERA = -1
+"""Era of entries that were never visited."""
 
 
 @dataclass(slots=True)
 class _Group:
-    """An adapter on the device and its KV there, by the era of its last visit."""
+    """An adapter on the device, and its KV slots there by era of their last visit."""
 
     adapter: CacheEntry | None = None
     slots: dict[tuple[int, int, int], int] = field(default_factory=dict)
-    """Of KV, by (era, family, session_state)."""
-    num_slots: int = 0  # their sum
-    value: float = 0.0  # of all KV together, summed up in ``valued_in`` and kept up since
+    """KV slots by (era, family, session_state)."""
+    num_slots: int = 0  # sum of ``slots``
+    value: float = 0.0  # total of the KV: computed in era ``valued_in``, then updated
     valued_in: int = -1
 
 
 @register
 class Elora(Policy):
-    """
+    """The default policy: lowest seconds saved per slot and turnover first (module docstring).
+
     Args:
-        is_held: Whether an adapter cannot leave now, because a request uses it or waits for it.
-        writes_back: Whether KV that leaves the device is copied to the host if that is worth it.
+        is_held: Whether an adapter cannot be evicted now: a running or queued request needs it.
+        writes_back: Whether evicted KV is copied to the host if that is worth the transfer.
     """
 
     name = "elora"
@@ -76,7 +80,7 @@ class Elora(Policy):
         self._writes_back = writes_back
         self._adapters, self._kv = ([ReuseTable() for _ in SessionState] for _ in range(2))
         self._is_held = is_held
-        self._host_price = 0.0  # hit density of what is dropped there for a new copy
+        self._host_price = 0.0  # mean hit density of the host copies dropped for new ones
         self._groups: dict[str, _Group] = {}
 
     @classmethod
@@ -95,8 +99,8 @@ class Elora(Policy):
                 self.place(item)
 
     def set_session_state(self, item: CacheEntry, session_state: SessionState) -> None:
-        """How it ends is learned of what it is then. To count it as an end of what it was would
-        fill the life tables with items that were that for a moment only."""
+        """Set the session state. The outcome is credited to the entry's new state only: to also
+        count an end for the old one would fill its life table with short-lived entries."""
         was_counted = item.counted is not None
         self.displace(item)
         item.session_state = session_state
@@ -148,20 +152,25 @@ class Elora(Policy):
         return any(table.learn() for table in (*self._adapters, *self._kv))
 
     def host_kind(self, item: CacheEntry) -> tuple[int, int]:
-        """By age: on the host it is not always the oldest that goes, so that long pauses between
-        turns are kept through, even where there is no room for all."""
+        """Age class and session state of a host copy.
+
+        On the host the oldest copy is not always the victim, so that KV can outlast long pauses
+        between turns even if the host tier cannot hold that of all sessions.
+        """
         era = NO_ERA if item.last == NEVER else int(item.last * _ERAS_PER_TURNOVER)
         return era, item.session_state
 
     def host_rank(self, kind: tuple[int, int], priority: float) -> float:
-        """A copy on the host saves what computing costs more than loading; all slots alike."""
+        """Hit density of a host copy. A hit saves the same (recompute - load) for every slot, so
+        that factor is left out."""
         era, session_state = kind
         return (
             0.0 if era == NO_ERA else self._kv[session_state].hit_density_at(self.clock - priority)
         )
 
     def worth_host_copy(self, item: CacheEntry) -> bool:
-        """Copying it there takes the link as long as one load; a later visit saves the rest."""
+        """Whether the expected saving (recompute - load, times the chance of a hit) exceeds the
+        cost of the copy, taken as that of one load."""
         load = self.costs.load_of(item)
         chance = self._kv[item.session_state].chance(self.clock - item.last)
         return chance * (self.costs.recompute - load) > load
@@ -171,7 +180,7 @@ class Elora(Policy):
 
     def check_invariants(self, on_device: Iterable[CacheEntry]) -> None:
         """Raises:
-        AssertionError: The slots counted per adapter are not those of the items on the device.
+        AssertionError: The slots counted per adapter are not those of the entries on the device.
         """
         slots: dict[str, int] = {}
         adapters: dict[str, CacheEntry] = {}
@@ -192,7 +201,7 @@ class Elora(Policy):
         assert held == adapters, (held, adapters)
 
     def _value(self, family: int, session_state: int, last: float) -> float:
-        """Seconds saved, per slot and turnover."""
+        """Seconds that keeping an entry saves, per slot and turnover."""
         if last == NEVER:
             return 0.0
         costs, age = self.costs, self.clock - last
@@ -206,7 +215,8 @@ class Elora(Policy):
         return min(dropped, copied + self._host_price * max(costs.recompute - costs.load, 0.0))
 
     def _value_of_whole(self, adapter_id: str) -> float:
-        """Per slot, of an adapter and its KV on the device. O(eras) once per era, else O(1)."""
+        """Mean value per slot of an adapter with its KV on the device. O(eras) once per era,
+        otherwise O(1)."""
         group = self._groups[adapter_id]
         if group.valued_in != self._era:
             group.valued_in = self._era
@@ -219,7 +229,7 @@ class Elora(Policy):
         return total / num_slots
 
     def _value_in(self, era: int, family: int, session_state: int) -> float:
-        """Per slot, of KV that was last used in this era."""
+        """Value per slot of KV whose last visit was in this era."""
         middle = (era + 0.5) / _ERAS_PER_TURNOVER
         return self._value(family, session_state, min(middle, self.clock))
 

@@ -1,20 +1,20 @@
-"""The paper's cost model, each term with a switch.
+"""The cost model of the ELORA paper. Each term can be switched off.
 
 Source: ELORA (HPCA 2026), section on the performance-driven cache swapper:
 ``Eval = LoRA_Eval * Retain_Eval`` with ``LoRA_Eval = min(1, Now_LoRA / Low_lora)`` and
-``Retain_Eval = cost * visit * (1 - sigmoid(t))``; what has the lowest Eval goes first.
+``Retain_Eval = cost * visit * (1 - sigmoid(t))``; the entry of lowest Eval is the victim.
 
-Where the paper leaves something open:
+Choices where the paper is ambiguous:
 
-* ``t`` has no unit, and ``sigmoid`` of seconds is 1 for everything old. Here ``t`` is in units of
-  ``time_constant`` turnovers, and all is compared as logarithms, where nothing saturates.
-* Read literally, ``LoRA_Eval`` makes everything cheaper to evict while too few adapters are
-  resident. It is meant to keep adapters then, so here it divides, and only adapters: they are
-  dearer by ``Low / Now`` while fewer are resident than a batch is expected to need.
-* ``cost`` is bytes over the link's bandwidth, which is the same for all items and left out.
-* ``visit`` is an item's share of all visits. The total is the same for all items and left out.
-  An item has at least the visit of the request that made it; an adapter that was registered and
-  never asked for has none and goes first.
+* ``t`` has no unit, and ``sigmoid`` of seconds is 1 for every old entry. Here ``t`` is in units of
+  ``time_constant`` turnovers, and logarithms are compared, which do not saturate.
+* Taken literally, ``LoRA_Eval`` lowers the Eval of every entry while too few adapters are resident.
+  It is meant to keep adapters then, so here it divides, and only for adapters: their Eval rises by
+  ``Low / Now`` while fewer are resident than a batch is expected to need.
+* ``cost`` is bytes over the link's bandwidth, which is the same for all entries and left out.
+* ``visit`` is an entry's share of all visits. The total is the same for all entries and left out.
+  The request that creates an entry counts as a visit; an adapter that was registered but never
+  used has none and is evicted first.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from sglang_elora.policy.registry import register
 
 KV, ADAPTER = 0, 1
 TIME_CONSTANT = 0.03
-"""The best of 0.03 to 1 over the workloads of benchmarks/replay/policies.py."""
+"""Turnovers; raising it makes recency count less. 0.03 was the best of 0.03 to 1 over the workloads
+of benchmarks/replay/policies.py."""
 
 
 class Term(Enum):
-    """What the paper switches off, one at a time, to see what it is good for."""
+    """Terms of the model that the paper's ablation switches off, one at a time."""
 
     ADAPTER_COUNT = "adapter_count"
     SWAP_COST = "swap_cost"
@@ -46,11 +47,13 @@ class Term(Enum):
 
 @register
 class EloraPaper(Policy):
-    """Args:
-    needed_adapters: ``Low_lora``: adapters that a batch is expected to use.
-    resident_adapters: ``Now_LoRA``.
-    off: Terms that are left out.
-    time_constant: Turnovers in which the weight of a visit falls to 1/e.
+    """The paper's order: lowest Eval first (module docstring).
+
+    Args:
+        needed_adapters: ``Low_lora``: adapters that a batch is expected to use.
+        resident_adapters: ``Now_LoRA``: adapters on the device.
+        off: Terms that are left out.
+        time_constant: Turnovers in which the weight of a visit falls to 1/e.
     """
 
     name = "elora_paper"
@@ -89,7 +92,7 @@ class EloraPaper(Policy):
         return priority - math.log(lora_eval(self._resident_adapters(), self._needed_adapters()))
 
     def priority(self, item: CacheEntry) -> float:
-        """``log Retain_Eval`` plus what it loses everywhere alike as time passes.
+        """``log Retain_Eval`` plus a term of the clock that is equal for all entries.
 
         ``1 - sigmoid(t) = 1 / (1 + exp(t))``. With ``clock`` added, its logarithm is
         ``-log(exp(-clock) + exp(-last))``, which rises a little with the clock and never falls.
@@ -108,7 +111,7 @@ class EloraPaper(Policy):
 
 
 def lora_eval(num_resident: int, num_needed: float) -> float:
-    """``min(1, Now_LoRA / Low_lora)``; one resident at least, so that it is never zero."""
+    """``min(1, Now_LoRA / Low_lora)``, with at least one resident, so that it is never zero."""
     return min(1.0, max(num_resident, 1) / max(num_needed, 1.0))
 
 

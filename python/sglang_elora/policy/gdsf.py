@@ -1,4 +1,4 @@
-"""Greedy-Dual-Size-Frequency: a rival from web caches that is still hard to beat."""
+"""Greedy-Dual-Size-Frequency: a strong baseline from web caching."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sglang_elora.policy.registry import register
 
 @register
 class GDSF(Policy):
-    """``L + visits * cost / size``, where L is the rank of what was last given up.
+    """Order by ``L + visits * cost / size``, where L is the highest rank evicted so far.
 
     Source: Cherkasova, "Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Caching
-    Policy", HP Labs HPL-98-69R1. Cost is the seconds to get an item back, size its slots.
+    Policy", HP Labs HPL-98-69R1. Cost is the seconds to load or recompute an entry, size its slots.
     """
 
     name = "gdsf"
@@ -27,7 +27,7 @@ class GDSF(Policy):
         for item in path:
             item.visits += 1
             rank = self._inflation + item.visits * self._seconds_per_slot(item)
-            item.score = max(item.score, rank)  # a copy on the host that came since makes it less
+            item.score = max(item.score, rank)  # a new host copy lowers ``rank``; scores never fall
 
     def evict(self, item: CacheEntry) -> None:
         self._inflation = max(self._inflation, item.score)

@@ -13,7 +13,7 @@ _STEP = 2.0**-20
 
 @register
 class LRU(Policy):
-    """By the time of the last visit. On a path the deepest item is the youngest, as in SGLang."""
+    """Order by last visit. On a path the deepest entry counts as the most recent, as in SGLang."""
 
     name = "lru"
 

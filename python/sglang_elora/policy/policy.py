@@ -1,11 +1,10 @@
-"""What every policy answers: which node of the cache goes first when room is needed.
+"""The contract of an eviction policy: in which order cache entries become victims.
 
-A policy is pure. It sees numbers and gives an order; it touches no tree, page, wall clock or
-socket, so that all tensor-parallel ranks, which tell it the same things, come to the same order.
+A policy is pure. It maps numbers to an order and uses no tree, page, wall clock or socket. All
+tensor-parallel ranks call it with the same values and so get the same order.
 
-Time is counted in turnovers of the pool: one unit has passed when as many slots have been filled as
-the pool has. It stands still while nothing is written, and means the same for a pool of a thousand
-tokens and one of a million.
+Time is counted in turnovers of the pool: one turnover has passed when as many slots have been
+filled as the pool has. Time stops while nothing is written, and does not depend on the pool's size.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from sglang_elora.policy.cache_entry import CacheEntry, SessionState
 
 @dataclass(slots=True)
 class Costs:
-    """Seconds, per slot where nothing else is said, as measured so far. Set by their owner.
+    """Measured rates, in seconds per slot unless noted. Set by their owner.
 
-    The values to start with are those of an 8B model on an H200: 25,000 tokens per second of
-    prefill, and 128 KiB of KV per token over a PCIe 5 link of 55 GB/s.
+    The defaults are for an 8B model on an H200: 25,000 tokens per second of prefill, and 128 KiB of
+    KV per token over a PCIe 5 link of 55 GB/s.
     """
 
     recompute: float = 40e-6
     load: float = 2.4e-6
     load_latency: float = 10e-6  # per copy
-    batch: float = 1e-3  # per batch of prefill, beside what its tokens take
+    batch: float = 1e-3  # per prefill batch, in addition to its tokens
 
     def load_of(self, item: CacheEntry) -> float:
-        """Seconds per slot to bring an item back from the host."""
+        """Seconds per slot to load an entry from the host."""
         return self.load + self.load_latency / max(item.num_slots, 1)
 
 
@@ -44,9 +43,9 @@ class PolicyContext:
         costs: Measured rates, kept up to date by their owner.
         needed_adapters: Adapters that a batch is expected to use.
         resident_adapters: Adapters on the device.
-        is_held: Whether an adapter cannot be evicted, or should not be, because a request uses it
-            or waits for it.
-        writes_back: Whether KV that is evicted is copied to the host if that is worth it.
+        is_held: Whether an adapter cannot or should not be evicted: a running or queued request
+            needs it.
+        writes_back: Whether evicted KV is copied to the host if that is worth the transfer.
     """
 
     costs: Costs
@@ -57,14 +56,14 @@ class PolicyContext:
 
 
 class Policy(ABC):
-    """The order in which nodes are given up.
+    """The order in which cache entries are evicted.
 
-    Items of one ``kind`` are ordered by ``priority``, lowest first, and a priority never falls
-    unless the item changes kind. The lowest of each kind are compared by ``rank``, which may change
-    at any time. So the owner finds the lowest of all in O(kinds + log items).
+    Entries of one ``kind`` are ordered by ``priority``, lowest first. A priority never falls unless
+    the entry changes kind. The lowest entries of all kinds are compared by ``rank``, which may
+    change at any time. So the owner finds the victim in O(kinds + log entries).
 
     Args:
-        costs: Read at every visit; the owner keeps it up to date.
+        costs: Measured rates; their owner keeps them up to date.
     """
 
     name: ClassVar[str]
@@ -75,71 +74,75 @@ class Policy(ABC):
 
     @classmethod
     def build(cls, context: PolicyContext, **options: Any) -> Self:
-        """For a cache; ``options`` are arguments of the policy's own."""
+        """Build the policy for a cache; ``options`` are arguments specific to the policy."""
         return cls(context.costs, **options)
 
     def advance(self, turnovers: float) -> None:
-        """So much of the pool was filled anew."""
+        """Advance the clock: slots were filled, as a share of the pool's slots."""
         self.clock += turnovers
 
     def create(self, item: CacheEntry) -> None:
-        """An item enters the cache; the request that made it is its first visit."""
+        """Add an entry to the cache; the request that created it is its first visit."""
         self.visit((item,))
 
     @abstractmethod
     def visit(self, path: Iterable[CacheEntry]) -> None:
-        """A request uses these items, the deepest first."""
+        """Record that a request uses these entries, the deepest first."""
 
     def set_session_state(self, item: CacheEntry, session_state: SessionState) -> None:
-        """Those who use the item have said something else of themselves than before."""
+        """Set the state of the sessions that use the entry."""
         item.session_state = session_state
 
     def split(self, item: CacheEntry, num_slots: int) -> CacheEntry:
-        """The first ``num_slots`` of a run of KV become an item of their own."""
+        """Split off the first ``num_slots`` of a run of KV as a new entry; returns it."""
         return item.split(num_slots)
 
     def remove(self, item: CacheEntry) -> None:
-        """An item left the cache, device and host; it may come back as a new one."""
+        """Record that an entry left both device and host. Its content may return as a new one."""
         return
 
     def place(self, item: CacheEntry) -> None:
-        """The item is on the device from now on."""
+        """Record that the entry is on the device from now on."""
         return
 
     def displace(self, item: CacheEntry) -> None:
-        """The item is on the device no longer."""
+        """Record that the entry is no longer on the device."""
         return
 
     def evict(self, item: CacheEntry) -> None:
-        """An item leaves the device because it came first in this order."""
+        """Record that the entry was chosen as a victim by this order and leaves the device."""
         return
 
     def kind(self, item: CacheEntry) -> Hashable:
+        """The class of entries within which ``priority`` alone decides."""
         return None
 
     @abstractmethod
     def priority(self, item: CacheEntry) -> float:
-        """Rank among items of its kind: what is lowest goes first."""
+        """Position among entries of the same kind; the lowest is evicted first."""
 
     def rank(self, kind: Any, priority: float) -> float:
-        """Where an item of this kind and priority stands among items of other kinds."""
+        """Value by which an entry is compared with those of other kinds; lowest first."""
         return priority
 
     def host_kind(self, item: CacheEntry) -> Hashable:
-        """``kind`` of a copy on the host."""
+        """As ``kind``, for a copy on the host."""
         return None
 
     def host_rank(self, kind: Any, priority: float) -> float:
-        """``rank`` of copies on the host."""
+        """As ``rank``, for copies on the host."""
         return priority
 
     def price_host(self, rank: Any) -> None:
-        """KV is to be copied to the host: ``host_rank`` of what goes first there, if something has
-        to go for it, else None."""
+        """Note the cost of a host slot, before KV is copied to the host.
+
+        Args:
+            rank: ``host_rank`` of the copy that is dropped for it; None if the host has room.
+        """
         return
 
     def learn(self) -> bool:
-        """Called when there is time for work that would be too long for ``visit`` or ``evict``.
+        """Do work that takes too long for ``visit`` or ``evict``; called when there is time.
 
         Returns:
             Whether there was any.
@@ -147,9 +150,9 @@ class Policy(ABC):
         return False
 
     def check_invariants(self, on_device: Iterable[CacheEntry]) -> None:
-        """Recompute what the policy counts from the items on the device."""
+        """Check the policy's counters against the entries on the device."""
         return
 
     def worth_host_copy(self, item: CacheEntry) -> bool:
-        """Whether KV that leaves the device should be copied to the host, not dropped."""
+        """Whether evicted KV should be copied to the host rather than dropped."""
         return True

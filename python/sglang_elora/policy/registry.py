@@ -1,5 +1,5 @@
-"""Policies by name. A new one is a module of this folder, named like the policy, with a class under
-``@register``, and its name in ``config.POLICIES``."""
+"""Registry of policies by name. To add one, put a class with ``@register`` into a module of this
+folder that is named like the policy, and add the name to ``config.POLICIES``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _REGISTERED: dict[str, type[Policy]] = {}
 
 
 def register(policy: P) -> P:
-    """Class decorator: make a policy known by its ``name``."""
+    """Class decorator: register a policy under its ``name``."""
     assert _REGISTERED.setdefault(policy.name, policy) is policy, f"two policies {policy.name!r}"
     return policy
 
@@ -24,8 +24,8 @@ def make_policy(name: str, context: PolicyContext, **options: Any) -> Policy:
     """Build the policy of this name.
 
     Args:
-        context: What it reads of the cache that it orders.
-        options: Of this policy, for measurements.
+        context: What it may read of the cache that it orders.
+        options: Arguments of this policy, for measurements.
 
     Raises:
         ValueError: No policy has this name.

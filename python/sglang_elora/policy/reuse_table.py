@@ -1,15 +1,15 @@
-"""When items come back, learned per kind: hit density.
+"""Hit density as a function of age, learned from the reuse of entries.
 
-An item that was used ``age`` turnovers ago may come back soon, later, or never. What it is worth to
-keep is the chance that it comes back within some time, per turnover that it would take space for:
+An entry last used ``age`` turnovers ago may be used again soon, later, or never. The value of
+keeping it is its chance of a hit within some time, per turnover during which it takes space:
 
-    ``hit_density(age) = max over T of P(back within T) / E[time until it is back, T at most]``
+    ``hit_density(age) = max over T of P(hit within T) / E[min(time until the hit, T)]``
 
-the Gittins index of a bandit that pays once, which for caches is known as hit density (Beckmann,
-Chen, Cidon: "LHD", NSDI 2018). It is computed from a life table: per bin of ages, how many items
-came back in it, of those that reached it. An item that was evicted counts as seen until then
-and not as one that never came back; so a cache under pressure does not teach itself that nothing
-returns.
+This is the Gittins index of a bandit that pays once, known for caches as hit density (Beckmann,
+Chen, Cidon: "LHD", NSDI 2018). It is computed from a life table: per bin of ages, the share of
+entries that were hit in it, of those that reached it. Evicted entries are censored observations
+(seen until their eviction, outcome unknown), so a cache under pressure does not learn that nothing
+is ever reused.
 """
 
 from __future__ import annotations
@@ -27,33 +27,35 @@ _WIDTHS = np.diff(_EDGES)
 _LAST = float(_LOWER[-1])
 _BEGIN, _END = np.triu_indices(_BINS)
 
-_FIT_AFTER, _FIT_AT_LATEST = 64, 128  # ends of a kind
-_FORGET_EVERY, _KEPT = 512, 0.7
+_FIT_AFTER, _FIT_AT_LATEST = 64, 128  # new ends: ``learn`` fits after 64, ``end`` after 128
+_FORGET_EVERY, _KEPT = 512, 0.7  # every 512 ends, older observations are scaled by 0.7
 _PRIOR_RATE = 0.02 / (_LOWER + _FIRST) ** 1.5
 _PRIOR_WEIGHT = 0.5
-"""Returns per turnover assumed before anything is seen, and the items that counts as: they become
-rarer with age, so that items are ordered by their last use, and after the last age seen are few."""
+"""Hits per turnover that are assumed without observations, and the number of entries which that
+prior counts as. The rate falls with age: without observations the order is by last use."""
 
 _HOPE, _HOPE_WEIGHT = 0.06, 2.0
-"""Share assumed to come back within each bin that few have reached, for ``chance``: what was never
-kept for so long has to be kept for once before anybody knows. 0.06 in each is 0.5 in ten bins."""
+"""Prior of ``chance``: share of hits assumed per bin, and the entries which that counts as. It is
+optimistic, so that entries are kept to ages which none has reached yet, and their reuse is
+observed. 0.06 per bin is about 0.5 over ten bins."""
 
 
 class ReuseTable:
-    """The life table of one kind. ``hit_density`` is a lookup; ``end`` is O(1) amortised.
+    """The life table of one class of entries. ``hit_density`` is a lookup; ``end`` is O(1)
+    amortised.
 
-    What was learned takes effect with ``learn``, which takes 0.1 ms where there is something new:
-    whoever has a moment to spare calls it. Without that it is done now and then by ``end``.
+    Observations take effect at the next fit, which takes 0.1 ms. The owner calls ``learn`` when it
+    is idle; otherwise ``end`` fits after ``_FIT_AT_LATEST`` observations.
     """
 
     def __init__(self) -> None:
-        self._returned: NDArray[np.float64] = np.zeros(_BINS)  # ends by a return, per bin
-        self._ended: NDArray[np.float64] = np.zeros(_BINS)  # all ends
+        self._returned: NDArray[np.float64] = np.zeros(_BINS)  # hits per bin of ages
+        self._ended: NDArray[np.float64] = np.zeros(_BINS)  # hits and removals per bin
         self._num_ends = self._num_fitted = 0
         self._fit()
 
     def end(self, age: float, *, returned: bool) -> None:
-        """An item came back, or left, ``age`` turnovers after its last use."""
+        """Record a hit or a removal, ``age`` turnovers after the last use."""
         bin_ = self._bin(age)
         self._returned[bin_] += returned
         self._ended[bin_] += 1
@@ -65,22 +67,22 @@ class ReuseTable:
             self._fit()
 
     def learn(self) -> bool:
-        """Take over what has ended since the last time, if that is not too little."""
+        """Fit the table again if there are enough new observations. Returns whether it did."""
         is_due = self._num_ends - self._num_fitted >= _FIT_AFTER
         if is_due:
             self._fit()
         return is_due
 
     def hit_density(self, age: float) -> float:
-        """Chance of a return per turnover, at the best time to give up; never rises with age."""
+        """Chance of a hit per turnover for the best time to keep it; never rises with age."""
         return self._density[self._bin(age)]
 
     def hit_density_at(self, age: float) -> float:
-        """The same, which may rise: when many come back at a certain age, it does towards that."""
+        """As ``hit_density``, but it may rise with age, towards an age at which hits are common."""
         return self._density_at[self._bin(age)]
 
     def chance(self, age: float) -> float:
-        """Probability that the item is used again, hopeful about ages that nothing has reached."""
+        """Probability of another hit; optimistic for ages that no entry has reached."""
         return self._chance[self._bin(age)]
 
     @staticmethod
@@ -92,7 +94,7 @@ class ReuseTable:
     def _fit(self) -> None:
         self._num_fitted = self._num_ends
         reached = self._ended[::-1].cumsum()[::-1]
-        gone = self._ended - self._returned  # were there for half of the bin, on average
+        gone = self._ended - self._returned  # removed entries were seen for half a bin on average
         seen = reached - gone / 2
         hopeful = (self._returned + _HOPE_WEIGHT * _HOPE) / (seen + _HOPE_WEIGHT)
         self._chance: list[float] = (1 - np.cumprod(1 - hopeful[::-1])[::-1]).tolist()
