@@ -1,4 +1,5 @@
-"""The cache tree's own structures. Nothing here imports sglang or torch."""
+"""Data structures of the cache tree: adapters, sessions, eviction order. Imports no sglang or
+torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layer 2 of the cache tree: what is known of each adapter."""
+"""The table of adapters (layer 2 of the cache tree): state and counters of each."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ def namespace_of(adapter_id: str, extra_key: str = "") -> str:
 
 @dataclass(slots=True, eq=False)
 class Adapter:
-    """One adapter, or the base model, which is the one of no size that is always resident.
+    """State of one adapter, or of the base model, which has no slots and is always resident.
 
-    ``device_tokens`` and ``host_tokens`` count the KV beneath it and are kept by the tree;
-    ``resident`` follows its pages.
+    ``device_tokens`` and ``host_tokens`` count the KV below it in each tier; the tree updates them.
+    ``resident`` is True while its weights have slots.
     """
 
     adapter_id: str | None
     num_slots: int = 0
     pinned: bool = False
-    version: str = ""  # digest of the weights that are served
-    retired: bool = False  # unloaded; what is left of it goes as soon as nothing holds it
+    version: str = ""  # digest of the weights
+    retired: bool = False  # unloaded; its slots and KV are freed once no request holds them
     resident: bool = False
     device_tokens: int = 0
     host_tokens: int = 0
-    evicted_s: float = -math.inf  # when it last was, for the count of churn
-    num_requests: int = 0  # that ran with it
-    used_s: float | None = None  # when the last of them began, by the monotonic clock
-    entry: CacheEntry = field(init=False)  # what the eviction policy knows of it
+    evicted_s: float = -math.inf  # time of the last eviction (monotonic), to count churn
+    num_requests: int = 0  # requests that ran with it
+    used_s: float | None = None  # when the last of them began (monotonic clock)
+    entry: CacheEntry = field(init=False)  # state for the eviction policy
 
     def __post_init__(self) -> None:
         self.entry = CacheEntry(True, self.num_slots, self.adapter_id, backed=True)
@@ -62,14 +62,13 @@ class Adapter:
 
 @dataclass(slots=True)
 class AdapterTable:
-    """All adapters by id. Adapters stay known over a reset of the tree; their KV does not.
+    """All adapters by id. A reset of the tree keeps the adapters, but not their KV.
 
-    ``pinned_slots`` are those that pinned adapters take, or will take once they are loaded; tokens
-    are those of all adapters and of the base model. All sums are kept up to date, so that reading
-    one is O(1) however many adapters are registered.
+    ``pinned_slots`` are the slots of pinned adapters, loaded or not; tokens are those of all
+    adapters and of the base model. All sums are updated incrementally, so reading one is O(1).
 
-    ``on_removed`` is called with the id of each adapter that is forgotten, once, after which no
-    request and no KV names it.
+    ``on_removed`` is called once with the id of each removed adapter; no request and no KV refers
+    to the id afterwards.
     """
 
     base: Adapter = field(default_factory=lambda: Adapter(adapter_id=None, resident=True))
@@ -79,15 +78,15 @@ class AdapterTable:
     device_tokens: int = 0
     host_tokens: int = 0
     invalid_tokens: int = 0  # KV on the device without its adapter: 0 by the dependency rule
-    num_changes: int = 0  # of adapters, so far
+    num_changes: int = 0  # changes of adapters so far
     on_removed: Callable[[str], None] = lambda adapter_id: None
     _adapters: dict[str, Adapter] = field(default_factory=dict)
     _retired: OrderedDict[str, Adapter] = field(default_factory=OrderedDict)
     _unpinned: Counter[int] = field(default_factory=Counter)  # adapters by their slots
-    _changed_at: dict[str, int] = field(default_factory=dict)  # last, in that order
+    _changed_at: dict[str, int] = field(default_factory=dict)  # last change, oldest first
 
     def __iter__(self) -> Iterator[Adapter]:
-        """All adapters, without the base model, in the order they were registered."""
+        """All adapters except the base model, in order of registration."""
         return iter(self._adapters.values())
 
     def __len__(self) -> int:
@@ -97,7 +96,7 @@ class AdapterTable:
         return adapter_id in self._adapters
 
     def register(self, adapter_id: str, *, num_slots: int, pinned: bool, version: str) -> Adapter:
-        """Make an adapter known. Its id must be new."""
+        """Add an adapter. Its id must be new."""
         assert adapter_id not in self._adapters, f"adapter {adapter_id} is registered"
         adapter = Adapter(adapter_id, num_slots=num_slots, pinned=pinned, version=version)
         self._adapters[adapter_id] = adapter
@@ -108,7 +107,7 @@ class AdapterTable:
         return adapter
 
     def count_kv(self, adapter: Adapter, *, device: int, host: int) -> None:
-        """So many tokens came to each tier, or left it."""
+        """Add to the adapter's KV tokens in each tier; negative numbers for tokens that left."""
         self.invalid_tokens -= adapter.invalid_tokens
         adapter.device_tokens += device
         adapter.host_tokens += host
@@ -119,7 +118,7 @@ class AdapterTable:
             self.touch(adapter.adapter_id)
 
     def set_resident(self, adapter: Adapter, resident: bool) -> None:
-        """It came to the device, or left it."""
+        """Record that the adapter was loaded to the device or evicted from it."""
         assert adapter.adapter_id is not None and adapter.resident != resident, adapter
         self.invalid_tokens -= adapter.invalid_tokens
         adapter.resident = resident
@@ -130,29 +129,29 @@ class AdapterTable:
         self.touch(adapter.adapter_id)
 
     def used(self, adapter_id: str, moment_s: float) -> None:
-        """A request with it runs from this moment on."""
+        """Record that a request with the adapter started to run at ``moment_s`` (monotonic)."""
         adapter = self._adapters[adapter_id]
         adapter.num_requests += 1
         adapter.used_s = moment_s
         self.touch(adapter_id)
 
     def touch(self, adapter_id: str) -> None:
-        """Something about this adapter has changed."""
+        """Record that the adapter's state has changed, for ``changed_since``."""
         self.num_changes += 1
         self._changed_at.pop(adapter_id, None)
         self._changed_at[adapter_id] = self.num_changes
 
     def changed_since(self, num_changes: int) -> list[tuple[str, int]]:
-        """Adapters that have changed since there were so many changes, and at which one each did;
-        O(their number)."""
+        """Adapters changed after change number ``num_changes``, each with the number of its last
+        change; O(their number)."""
         newest_first = reversed(self._changed_at.items())
         return list(takewhile(lambda changed: changed[1] > num_changes, newest_first))[::-1]
 
     def get(self, adapter_id: str | None) -> Adapter:
         """The adapter of this id.
 
-        KV of an adapter that was unloaded meanwhile (a request that ended late) hangs under an
-        adapter that is retired from the start.
+        An unknown id is that of an adapter unloaded while a request still ran: it is added again,
+        already retired, to own the KV which that request leaves.
         """
         if adapter_id is None:
             return self.base
@@ -171,14 +170,14 @@ class AdapterTable:
         return math.inf if position is None or adapter.resident else position
 
     def retire(self, adapter_id: str) -> None:
-        """No request will name this adapter any more."""
+        """Mark the adapter as retired: no new request will use it."""
         adapter = self._adapters[adapter_id]
         adapter.retired = True
         self._retired[adapter_id] = adapter
 
     @property
     def retired(self) -> tuple[Adapter, ...]:
-        """Retired adapters that still hold something, or have not been looked at."""
+        """Retired adapters that are not removed yet."""
         return tuple(self._retired.values())
 
     @property
@@ -186,8 +185,7 @@ class AdapterTable:
         return len(self._retired)
 
     def next_retired(self) -> Adapter | None:
-        """The retired adapter that this method has not returned for longest; None if there is none.
-        O(1)."""
+        """The next retired adapter, round robin; None if there is none. O(1)."""
         if not self._retired:
             return None
         adapter_id = next(iter(self._retired))
@@ -195,7 +193,7 @@ class AdapterTable:
         return self._retired[adapter_id]
 
     def pin(self, adapter: Adapter) -> None:
-        """Count it as pinned, if it is not."""
+        """Mark the adapter as pinned; no effect if it is."""
         if not adapter.pinned:
             self.pinned_slots += adapter.num_slots
             self._count_unpinned(adapter.num_slots, -1)
@@ -203,7 +201,7 @@ class AdapterTable:
         self.touch(str(adapter.adapter_id))
 
     def unpin(self, adapter: Adapter) -> None:
-        """Count it as not pinned, if it is."""
+        """Mark the adapter as not pinned; no effect if it is not."""
         if adapter.pinned:
             self.pinned_slots -= adapter.num_slots
             self._count_unpinned(adapter.num_slots, 1)
@@ -211,7 +209,7 @@ class AdapterTable:
         self.touch(str(adapter.adapter_id))
 
     def remove(self, adapter_id: str) -> None:
-        """Forget a retired adapter that holds nothing any more."""
+        """Remove a retired adapter that has neither slots nor KV."""
         adapter = self._retired.pop(adapter_id)
         self.unpin(adapter)
         self._count_unpinned(adapter.num_slots, -1)
@@ -221,7 +219,7 @@ class AdapterTable:
         self.on_removed(adapter_id)
 
     def clear_tree(self) -> None:
-        """All KV and all pages are gone (the tree was reset)."""
+        """Record a reset of the tree: all KV and all adapters' slots are freed."""
         self.count_kv(self.base, device=-self.base.device_tokens, host=-self.base.host_tokens)
         for adapter in self:
             if adapter.resident:
@@ -231,8 +229,8 @@ class AdapterTable:
             self.remove(str(adapter.adapter_id))
 
     def largest_unpinned(self, without: str | None = None) -> int:
-        """Slots of the largest other adapter that is not pinned; 0 if there is none. O(sizes of
-        adapters), which are few."""
+        """Slots of the largest unpinned adapter other than ``without``; 0 if there is none.
+        O(distinct sizes of adapters)."""
         own = None if without is None else self._adapters[without]
         left_out = {} if own is None or own.pinned else {own.num_slots: 1}
         others = (n for n, count in self._unpinned.items() if count > left_out.get(n, 0))
@@ -245,7 +243,7 @@ class AdapterTable:
 
     def check_invariants(self) -> None:
         """Raises:
-        AssertionError: A sum is not that of the adapters.
+        AssertionError: A sum differs from that over the adapters.
         """
         everybody = [self.base, *self]
         sums = {

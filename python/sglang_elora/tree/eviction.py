@@ -1,7 +1,8 @@
-"""Where eviction is decided: what one eviction may take, in which order, and what is copied first.
+"""Eviction rules that hold under every policy: which leaves one eviction may take, in which order,
+and which of them are copied to the host first.
 
-The order itself is a policy's (``policy/``), kept up to date by ``EvictionOrder`` heaps. This file
-adds the rules that hold under every policy. The server's tree and the simulator's share it.
+The order itself comes from a policy (``policy/``) and is kept in ``EvictionOrder`` heaps. The
+server's tree and the simulator's share this file.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from sglang_elora.policy import CacheEntry, Policy, SessionState
 from sglang_elora.tree.eviction_order import EvictionOrder
 
 Reason = Literal["api", "capacity", "proactive", "unload"]
-"""Why something is evicted: an order over HTTP, a request or a load that needs its slots, the
-planner before anything needs them, the end of its adapter."""
+"""Why an entry is evicted: a call of the HTTP API; a request or load that needs its slots; the
+planner, in advance of such a need; the unloading of its adapter."""
 
 MAX_REMEMBERED = 8192
-"""Evictions that are remembered, the last of which may be loaded back."""
+"""Most evicted entries that are remembered as candidates for a load back. More cost memory only."""
 
 _QUEUED = "queued"
 """Kind of all entries that queued requests need. It ranks above every other kind."""
@@ -29,15 +30,15 @@ _QUEUED = "queued"
 
 @dataclass(frozen=True, slots=True)
 class Eviction:
-    """What one eviction may take, and why.
+    """The limits of one eviction, and its reason.
 
     Attributes:
         num_slots: Slots to free.
-        protect_up_to: Queue position. What a request at this position or an earlier one needs is
-            not evicted. -1 protects nothing; what queued requests need is then evicted last.
-        max_leaves: Most leaves that it takes. Each costs the scheduler tens of microseconds.
+        protect_up_to: Queue position. Entries that a request at this or an earlier position needs
+            are not evicted. -1 protects none; entries that queued requests need are evicted last.
+        max_leaves: Most leaves to evict. Each costs the scheduler tens of microseconds.
         reason: Label of the counters.
-        takes_adapters: False: it ends where an adapter would be next.
+        takes_adapters: False: stop when the next victim is an adapter.
     """
 
     num_slots: int = sys.maxsize
@@ -47,13 +48,13 @@ class Eviction:
     takes_adapters: bool = True
 
     def freeing(self, num_slots: int, max_leaves: int | None = None) -> Eviction:
-        """The same for another number of slots, and of leaves."""
+        """A copy with other numbers of slots and leaves."""
         max_leaves = self.max_leaves if max_leaves is None else max_leaves
         return replace(self, num_slots=num_slots, max_leaves=max_leaves)
 
 
 class Node(Protocol):
-    """Of the tree."""
+    """A node of the cache tree."""
 
     entry: CacheEntry
 
@@ -62,14 +63,14 @@ N = TypeVar("N", bound=Node)
 
 
 class Victims(Generic[N]):
-    """The leaves that one eviction takes, one after the other.
+    """Iterates over the leaves that one eviction takes.
 
     Leaves that no queued request needs come first, lowest rank first; then leaves that queued
     requests need, the request at the end of the queue first.
 
     Args:
-        order: Of the leaves. Those that are looked at are taken out of it until ``close``.
-        eviction: What it may take.
+        order: The evictable leaves. Leaves that are looked at are taken out of it until ``close``.
+        eviction: The limits.
     """
 
     def __init__(self, order: EvictionOrder[N], eviction: Eviction) -> None:
@@ -98,22 +99,22 @@ class Victims(Generic[N]):
             heapq.heappush(self._queued, (-entry.queue_position, len(self._queued), leaf))
         while self._queued and -self._queued[0][0] > self.eviction.protect_up_to:
             leaf = heapq.heappop(self._queued)[2]
-            if leaf in self._order:  # what was evicted meanwhile is no leaf any more
+            if leaf in self._order:  # otherwise it was evicted meanwhile
                 self.num_left -= 1
                 return leaf
         return None
 
     def put_back(self) -> None:
-        """The last leaf was not evicted after all, and does not count."""
+        """Do not count the last leaf: it was not evicted after all."""
         self.num_left += 1
 
     def close(self) -> None:
-        """The eviction is over: leaves that were looked at and stay return to the order."""
+        """End the eviction: leaves that were looked at but not evicted return to the order."""
         self._order.give_back()
 
 
 class TierOrders(Generic[N]):
-    """The leaves of a tree over two tiers, in the order of a policy.
+    """The leaves of a tree in eviction order, one order per tier (device and host).
 
     Args:
         policy: Ranks entries.
@@ -145,13 +146,13 @@ class TierOrders(Generic[N]):
         )
 
     def set_queue_position(self, node: N, position: int | None) -> None:
-        """The first queued request that needs the node is at this position; None: none is."""
+        """Set the position of the first queued request that needs the node; None: there is none."""
         node.entry.queue_position = position
         if position is None and node in self.device:
             self.device.lower(node)
 
     def set_session_state(self, node: N, state: SessionState) -> None:
-        """The sessions that use the node are alive, or over."""
+        """Set the state of the sessions that use the node."""
         if node.entry.session_state == state:
             return
         self._policy.set_session_state(node.entry, state)
@@ -160,22 +161,22 @@ class TierOrders(Generic[N]):
                 order.lower(node)
 
     def image_priority(self, adapter: CacheEntry) -> float:
-        """What an adapter's copy in host memory is worth: infinity while a queued request needs it.
-        The one of lowest priority is dropped first."""
+        """Priority of an adapter's copy in host memory; the lowest is dropped first. Infinity while
+        a queued request needs the adapter."""
         return math.inf if adapter.queue_position is not None else self._policy.priority(adapter)
 
     def is_worth_host_copy(
         self, node: N, *, has_children: bool, has_room: Callable[[], bool]
     ) -> bool:
-        """Whether KV that leaves the device is copied to the host, rather than dropped.
+        """Whether evicted KV is copied to the host, rather than dropped.
 
         The copy must be worth its transfer and, where host memory is full, more than the entry
         that is dropped for it.
 
         Args:
-            has_children: Nodes below it have KV on the host, which is lost without it: it is
-                always copied.
-            has_room: Whether host memory has room for it as it is.
+            has_children: Nodes below it have KV on the host, which would be lost without it; it is
+                always copied then.
+            has_room: Whether host memory has room for it without dropping an entry.
         """
         policy, item = self._policy, node.entry
         if has_children:
@@ -188,9 +189,9 @@ class TierOrders(Generic[N]):
         return lowest is None or bool(rank > lowest)
 
     def next_victims(self, most_leaves: int, is_wanted: Callable[[N], bool]) -> list[N]:
-        """Of the next leaves in order, those that ``is_wanted`` says. Nothing is evicted.
+        """Those of the next ``most_leaves`` victims that satisfy ``is_wanted``. Evicts nothing.
 
-        It ends at a leaf that a queued request needs.
+        The search ends at a leaf that a queued request needs.
         """
         found = []
         for _ in range(most_leaves):

@@ -15,36 +15,39 @@ _Entry = tuple[Any, int, Node]
 """(priority, number, node)"""
 
 _SLACK = 64
-"""Outdated entries that are tolerated however few the members are."""
+"""Outdated entries that are always tolerated. More of them save sweeps and cost memory."""
 
 SWEPT_PER_PUSH = 4
-"""Entries looked at per push while more than half of them are outdated. With 4, a round over all
-entries ends before these have grown by a third; more of them make a push slower."""
+"""Entries checked per push while more than half of them are outdated. With 4, a round over all
+entries ends before their number has grown by a third. More make a push slower."""
 
 SWEPT_PER_REFRESH = 16
-"""Entries looked at per ``refresh``, some 10 us. Each gets its node's present priority, so that the
-next search finds few outdated entries before the lowest member."""
+"""Entries checked per ``refresh``, about 10 us. Each gets its node's current priority, so that the
+next search meets few outdated entries. More make a refresh slower."""
 
 _FEW = 8
+"""Up to this many kinds, each search ranks all of them again."""
+
 _REFRESHED = 8
-"""Kinds per ``refresh``. Ranks fade with time, and with one at a time those of 200 kinds are too
-old to find the lowest by: it cost a third of the hits (benchmarks/replay)."""
+"""Kinds ranked again per ``refresh``. Ranks change with time: with one kind per refresh, the ranks
+of 200 kinds were too old, which cost a third of the hits (benchmarks/replay)."""
 
 _MOST_RANKED = 16
-"""Kinds that are ranked again by the first search after ``give_back``, 2 to 30 us each."""
+"""Most kinds that the first search after ``give_back`` ranks again, 2 to 30 us each. More find a
+lower victim, in a slower search."""
 
 _RANKED_LATER = 4
-"""The same by each later search, which knows what the first has found."""
+"""As ``_MOST_RANKED``, for later searches, which reuse the ranks that earlier ones computed."""
 
 _MOST_FRESH = 64
-"""Ranks that later searches compare; then one ranks as many again as a first one does."""
+"""Most ranks that later searches reuse. Beyond it, the next search counts as a first one."""
 
 MOST_OUTDATED = 32
-"""Outdated entries that a first search removes, where it has a choice. Each takes up to 15 us,
-because its node is in no cache of the processor."""
+"""Outdated entries that a first search removes before it takes the best kind found so far. Each
+takes up to 15 us, because its node is not in a CPU cache."""
 
 _OUTDATED_LATER = 8
-"""The same for each later search."""
+"""As ``MOST_OUTDATED``, for later searches."""
 
 
 def _one_kind(node: Any) -> Hashable:
@@ -52,37 +55,39 @@ def _one_kind(node: Any) -> Hashable:
 
 
 class EvictionOrder(set[Node]):
-    """A set of leaves that yields the one of lowest priority without looking at the others.
+    """A set of leaves that finds its lowest member without a pass over all members.
 
-    SGLang's tree core collects all leaves into a new heap at every eviction, so that freeing a
-    thousand tokens takes time in proportion to everything cached. Here a heap per kind of node is
-    kept between evictions, and a heap of kinds: ``add`` and ``take_lowest`` are O(log n) amortised,
-    ``discard`` is the set's own, and a visit of a leaf costs nothing until that leaf reaches the
-    top. ``add``, ``lower`` and ``refresh`` are O(log n) in the worst case too: outdated entries are
-    swept out a few per call. ``take_lowest`` first removes the outdated entries that are lower than
-    the lowest member, each of which was made by one earlier call. ``MOST_OUTDATED`` bounds how
-    many, unless all kinds have more of them, or there is only one kind.
+    SGLang's tree core collects all leaves into a new heap at every eviction, so freeing a thousand
+    tokens takes time in proportion to everything cached. Here one heap per kind of node, and a heap
+    of kinds, are kept between evictions. ``add`` and ``take_lowest`` are O(log n) amortised,
+    ``discard`` is that of ``set``, and a visit of a leaf costs nothing until the leaf reaches the
+    top. ``add``, ``lower`` and ``refresh`` are O(log n) in the worst case, too: outdated entries
+    are swept out a few per call. ``take_lowest`` first removes the outdated entries that are lower
+    than the lowest member, each of which was created by one earlier call. ``MOST_OUTDATED`` bounds
+    their number, unless all kinds have more of them or there is only one kind.
 
-    That works for priorities that do not fall (time or number of visits): an entry of a heap is
-    then at most too low, and is put right, or dropped if its node has left, when it comes up. A
-    node that leaves and returns finds its entry still there, if its kind is what it was. Whoever
-    lowers a member's priority, or changes its kind to one that ranks lower, calls ``lower``.
+    This requires that priorities do not fall (such as time or number of visits). A heap entry is
+    then at most too low; it is corrected when it reaches the top, or dropped if its node is no
+    longer a member. A node that is removed and added again reuses its entry if its kind is the
+    same. Code that lowers a member's priority, or changes its kind to one of lower rank, must call
+    ``lower``.
 
-    It stays a ``set`` for all who only ask or compare. Members that were taken are out of the
-    order until ``give_back``, so that one eviction meets no leaf twice; a taken leaf that is
+    It is a ``set``, for SGLang's code that only tests membership or compares. Taken members are out
+    of the order until ``give_back``, so that one eviction meets no leaf twice; a taken leaf that is
     added again is in the order at once.
 
-    The order depends on what was called when, and not on hashes, which differ between processes: so
-    all ranks of a tensor-parallel group find the same one.
+    The order depends only on the sequence of calls, not on hashes, which differ between processes.
+    So all ranks of a tensor-parallel group find the same victim.
 
     Args:
-        priority: Lowest goes first. Any ordered values; ties go first in, first out.
-        kind: A node's kind; one for all by default.
-        rank: Of a kind and a priority: what kinds are compared by. It rises with the priority, and
-            may change with time: where kinds are few that is seen at once, else when ``refresh``
-            comes round to them. When the ranks of many change together, a search looks at so many
-            of them as it has time for and takes the lowest of these; later ones look on. Until
-            ``give_back``, a search knows what the ones before it have found.
+        priority: Of a node; the lowest is evicted first. Any ordered values; ties are first in,
+            first out.
+        kind: Of a node; by default all nodes are of one kind.
+        rank: Maps (kind, priority) to the value by which kinds are compared. It rises with the
+            priority and may change with time. With few kinds a change takes effect at once,
+            otherwise at a later ``refresh``. If the ranks of many kinds change together, a search
+            ranks a bounded number of them and takes the lowest; later searches continue. Until
+            ``give_back``, a search reuses the ranks that earlier ones computed.
     """
 
     def __init__(
@@ -94,17 +99,18 @@ class EvictionOrder(set[Node]):
         super().__init__()
         self._priority, self._kind, self._rank = priority, kind, rank
         self._heaps: dict[Hashable, SweptHeap[_Entry[Node]]] = {}
-        self._entry: dict[Node, tuple[int, Hashable]] = {}  # of each node: the valid one, and where
-        self._taken: dict[Node, int] = {}  # with the numbers of their entries
+        self._entry: dict[Node, tuple[int, Hashable]] = {}  # (number, kind) of its valid entry
+        self._taken: dict[Node, int] = {}  # taken members -> number of their entry
         self._num_entries = 0  # numbered so far
         self._num_in_heaps = 0
-        self._outdated_left = sys.maxsize  # that the search under way may remove
-        self._fresh: dict[Hashable, Any] = {}  # ranks found since ``give_back``
-        self._ranking: SweptHeap[tuple[Any, int, Hashable]] = SweptHeap()  # of kinds, by their top
-        self._ranked: dict[Hashable, int] = {}  # number of a kind's valid entry there
-        # Kinds to be ranked again, the last one first; those with many outdated entries come last.
+        self._outdated_left = sys.maxsize  # outdated entries that this search may still remove
+        self._fresh: dict[Hashable, Any] = {}  # ranks computed since ``give_back``
+        self._ranking: SweptHeap[tuple[Any, int, Hashable]] = SweptHeap()  # (rank, number, kind)
+        self._ranked: dict[Hashable, int] = {}  # kind -> number of its valid entry in ``_ranking``
+        # Kinds to rank again, taken from the end; kinds with many outdated entries are at the
+        # start.
         self._stale: OrderedDict[Hashable, None] = OrderedDict()
-        # All kinds that have a heap, the next to be ranked again, and to be swept, first.
+        # All kinds that have a heap: the next one to rank again, or to sweep, is first.
         self._rotation: OrderedDict[Hashable, None] = OrderedDict()
         self._unswept: OrderedDict[Hashable, None] = OrderedDict()
 
@@ -116,12 +122,15 @@ class EvictionOrder(set[Node]):
                 self._push(node)
 
     def lower(self, node: Node) -> None:
-        """The node's priority fell, or its kind changed to one of lower bias."""
+        """Record that the node's priority fell, or that its kind changed to one of lower rank."""
         if node in self._entry:
-            self._push(node)  # what it replaces is dropped when it comes up
+            self._push(node)  # the old entry is dropped when it reaches the top
 
     def take_lowest(self) -> Node | None:
-        """The waiting member of lowest priority, which stays a member; None if none waits."""
+        """Take the lowest member out of the order and return it; None if there is none.
+
+        It stays a member of the set.
+        """
         lowest = self._lowest_kind()
         if lowest is None:
             return None
@@ -130,7 +139,7 @@ class EvictionOrder(set[Node]):
         return node
 
     def lowest_rank(self) -> Any:
-        """Of the node that ``take_lowest`` would return; None if there is none."""
+        """Rank of the node that ``take_lowest`` would return; None if there is none."""
         self._fresh.clear()  # ``give_back`` does not follow this call
         lowest = self._lowest_kind()
         self._fresh.clear()
@@ -141,7 +150,7 @@ class EvictionOrder(set[Node]):
         return self._rank(lowest[0], top[0])
 
     def give_back(self) -> None:
-        """Put what was taken and is still a member back in the order, where it was."""
+        """Return taken nodes that are still members to their places in the order."""
         for node, number in self._taken.items():
             if node in self and node not in self._entry:
                 self._push(node, number)
@@ -176,7 +185,7 @@ class EvictionOrder(set[Node]):
                 raise RuntimeError(f"priority of {node} fell from {priority}")
 
     def refresh(self) -> None:
-        """Rank some kinds again, in turns, for ranks change with time, and sweep some entries."""
+        """Rank the next few kinds again, since ranks change with time, and sweep some entries."""
         for _ in range(min(_REFRESHED, len(self._rotation))):
             kind, _ = self._rotation.popitem(last=False)
             self._rotation[kind] = None
@@ -184,7 +193,7 @@ class EvictionOrder(set[Node]):
         self._sweep(SWEPT_PER_REFRESH)
 
     def _lowest_kind(self) -> tuple[Hashable] | None:
-        """The kind whose top is the lowest of all (in a tuple, for None is a kind too)."""
+        """The kind of lowest rank, in a tuple because None is a valid kind; None if empty."""
         self._outdated_left = sys.maxsize
         if len(self._heaps) == 1:
             (kind,) = self._heaps
@@ -220,11 +229,11 @@ class EvictionOrder(set[Node]):
             top = self._top(kind)
             if top is None or self._rank(kind, top[0]) != rank:
                 self._stale[kind] = None
-            if not self._stale:  # else other tops have changed by the search
+            if not self._stale:  # otherwise the search has changed the tops of other kinds
                 return (kind,)
 
     def _lowest_fresh(self) -> tuple[Hashable] | None:
-        """The lowest of the kinds ranked since ``give_back``; their tops may have left since."""
+        """The lowest kind of those ranked since ``give_back``, whose tops are checked again."""
         while self._fresh:
             kind = min(self._fresh, key=self._fresh.__getitem__)
             top = None if kind in self._stale else self._top(kind)
@@ -239,7 +248,7 @@ class EvictionOrder(set[Node]):
         return None
 
     def _rank_anew(self, kind: Hashable) -> Any:
-        """Its rank; None if nothing is left of it, or it has to be looked at again."""
+        """Rank a kind again and return its rank; None if it is empty or not fully searched yet."""
         top = self._top(kind) if kind in self._heaps else None
         if top is None:
             if kind in self._heaps:
@@ -257,9 +266,10 @@ class EvictionOrder(set[Node]):
         return rank
 
     def _top(self, kind: Hashable) -> _Entry[Node] | None:
-        """The lowest entry of a kind, with its node's present priority.
+        """The lowest valid entry of a kind, with its node's current priority.
 
-        None if there is none, and the kind is gone then; or if the search may remove no more.
+        None if there is none (the kind is then removed), or if the search may remove no more
+        outdated entries.
         """
         heap = self._heaps[kind]
         while (top := heap.top()) is not None:
@@ -272,14 +282,14 @@ class EvictionOrder(set[Node]):
             elif self._kind(node) != kind:
                 self._drop_top(heap)
                 self._push(node)
-            elif (current := self._priority(node)) != priority:  # visited since
+            elif (current := self._priority(node)) != priority:  # visited since it was pushed
                 heap.replace_top((current, entry, node))
             else:
                 return top
             self._outdated_left -= 1
             if self._outdated_left <= 0 and len(heap):
                 return None
-        if self._heaps.get(kind) is heap:  # a push may have swept it away already
+        if self._heaps.get(kind) is heap:  # otherwise a sweep of ``_push`` has removed it
             self._drop_kind(kind)
         return None
 
@@ -298,7 +308,7 @@ class EvictionOrder(set[Node]):
         self._num_in_heaps -= 1
 
     def _drop_kind(self, kind: Hashable) -> None:
-        """Forget a kind whose heap is empty."""
+        """Remove a kind whose heap is empty."""
         del self._heaps[kind], self._rotation[kind], self._unswept[kind]
         self._ranked.pop(kind, None)
         self._fresh.pop(kind, None)
@@ -325,7 +335,7 @@ class EvictionOrder(set[Node]):
         return self._num_in_heaps > 2 * len(self) + _SLACK
 
     def _sweep(self, most: int) -> None:
-        """Look at so many entries, kind after kind, and remove those that are outdated."""
+        """Check up to ``most`` entries, kind by kind, and remove outdated ones."""
         while most > 0 and self._unswept:
             kind = next(iter(self._unswept))
             heap = self._heaps[kind]
@@ -338,9 +348,10 @@ class EvictionOrder(set[Node]):
                 self._unswept.move_to_end(kind)
 
     def _swept(self, kind: Hashable, entry: _Entry[Node]) -> _Entry[Node] | None:
-        """The entry with its node's present priority; None if it is replaced.
+        """The entry with its node's current priority; None to remove it.
 
-        That of a node that left stays for its return, as long as there are few of them.
+        The entry of a node that is no longer a member is kept, in case it is added again, as long
+        as there are few of them.
         """
         _, number, node = entry
         if self._entry.get(node) != (number, kind):

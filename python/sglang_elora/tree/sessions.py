@@ -1,9 +1,10 @@
-"""Sessions that requests name (``session_id``): what they use is expected back until they are over.
+"""Open sessions (``session_id`` of requests) and the tree nodes that their last turns used.
 
-A session holds the path that its last turn ended on, from the adapter down. What a living session
-holds is ``ALIVE`` for the policy. When a session is over (``POST /close_session``), what nobody but
-it has ever used is ``OVER``, or the ``BEGINNING`` of a conversation, which others may share; of the
-rest nothing is known, as of KV of requests without a session.
+A session holds the path from the adapter down to the node at which its last turn ended. The policy
+sees nodes that an open session holds as ``ALIVE``. When a session is closed (``POST
+/close_session``), nodes that no other session has used become ``OVER``, or ``BEGINNING`` at the
+start of a prompt, which other sessions may share. All other nodes are ``UNKNOWN``, as is the KV of
+requests without a session.
 """
 
 from __future__ import annotations
@@ -15,43 +16,43 @@ from typing import Any, Generic, Protocol, TypeVar
 from sglang_elora.policy import CacheEntry, SessionState
 
 MOST_SESSIONS = 16_384
-"""Beyond it the one that has been silent for longest is forgotten."""
+"""Most open sessions. Beyond it, the session that was inactive for longest is forgotten."""
 
 NOBODY: frozenset[str] = frozenset()
 
 
 class Node(Protocol):
-    """Of the tree. Its owner gives it ``sessions = NOBODY`` and ``num_sessions = 0``."""
+    """A node of the cache tree, created with ``sessions = NOBODY`` and ``num_sessions = 0``."""
 
     entry: CacheEntry
     parent: Any
-    sessions: Any  # names of those alive that use it
-    num_sessions: int  # that ever did
+    sessions: Any  # set of the open sessions that hold it
+    num_sessions: int  # sessions that ever held it
 
 
 N = TypeVar("N", bound=Node)
 
 
 class Sessions(Generic[N]):
-    """One per tree. Each call is O(depth of a path).
+    """The open sessions of one tree. Each call is O(depth of a path).
 
     Args:
-        path_of: Nodes from one up to its adapter.
-        expect: Tells the policy what a node is now.
+        path_of: Returns the nodes from a node up to its adapter.
+        expect: Sets the ``SessionState`` of a node.
     """
 
     def __init__(
         self, path_of: Callable[[N], list[N]], expect: Callable[[N, SessionState], None]
     ) -> None:
         self._path_of, self._expect = path_of, expect
-        # Longest silent first; a path has its end first.
+        # The session inactive for longest is first; a path begins with its deepest node.
         self._paths: OrderedDict[str, list[N]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def turn(self, session: str, end: N) -> None:
-        """A turn of this session is over, and its KV ends with this node."""
+        """Record that a turn of the session has ended, with its KV ending at node ``end``."""
         path = self._path_of(end)
         for node in path:
             if not node.sessions:
@@ -69,38 +70,38 @@ class Sessions(Generic[N]):
         while len(self._paths) > MOST_SESSIONS:
             silent, forgotten = self._paths.popitem(last=False)
             for node in forgotten:
-                node.num_sessions += 1  # whether it is over nobody knows
+                node.num_sessions += 1  # unknown whether it is closed: state becomes UNKNOWN
                 self._release(node, silent)
 
     def end_of(self, session: str) -> N | None:
-        """Where its last turn ended, or what is left of that; None if it is not alive."""
+        """The deepest remaining node of its last turn; None if the session is not open."""
         path = self._paths.get(session)
         return None if not path else path[0]
 
     def over(self, session: str) -> None:
-        """No turn of it will come."""
+        """Close the session: it will have no further turn."""
         for node in self._paths.pop(session, ()):
             self._release(node, session)
 
     def split(self, node: N, above: N) -> None:
-        """The first part of ``node``'s KV is ``above``, a node of its own, from now on."""
+        """Record that the first part of ``node``'s KV was split off into the new ``above``."""
         above.num_sessions = node.num_sessions
         if node.sessions:
             above.sessions = set(node.sessions)
             for session in above.sessions:
                 self._paths[session].append(above)
-        self._update(node)  # which begins nothing any more
+        self._update(node)  # it is no longer at the start of a prompt
 
     def drop(self, node: N) -> None:
-        """The node leaves the tree."""
+        """Record that the node is removed from the tree."""
         for session in node.sessions:
             self._paths[session].remove(node)
         node.sessions = NOBODY
-        if node.entry.is_adapter:  # which may come again
+        if node.entry.is_adapter:  # the entry is kept: the adapter may be loaded again
             self._expect(node, SessionState.UNKNOWN)
 
     def clear(self) -> None:
-        """The tree is empty."""
+        """Forget all sessions, after a reset of the tree."""
         self._paths.clear()
 
     def _release(self, node: N, session: str) -> None:

@@ -10,13 +10,13 @@ CacheEntry = TypeVar("CacheEntry", bound=tuple[Any, ...])
 
 
 class SweptHeap(Generic[CacheEntry]):
-    """A heap of tuples that can be cleaned without a pass over all of them.
+    """A heap of tuples from which outdated items are removed without a pass over all of them.
 
-    The items lie in two heaps, and the lower of their two tops is the top. ``sweep`` takes items
-    from the end of one heap, which leaves it a heap, and pushes those worth keeping to the other;
-    new items join the other as well. A round of sweeps ends when the first heap is empty; the next
-    round begins by exchanging the two. So a sweep costs O(log n) per item that it looks at, and
-    no call costs O(n).
+    The items lie in two heaps; the top is the lower of their two tops. ``sweep`` takes items from
+    the end of one heap, which leaves it a valid heap, and pushes those to keep to the other; new
+    items are pushed to the other as well. A round of sweeps ends when the first heap is empty; the
+    next round begins by exchanging the two. So a sweep costs O(log n) per item, and no call costs
+    O(n).
     """
 
     __slots__ = ("_swept", "_unswept")
@@ -49,13 +49,13 @@ class SweptHeap(Generic[CacheEntry]):
         heapq.heapreplace(self._lower(), item)
 
     def sweep(self, most: int, keep: Callable[[CacheEntry], CacheEntry | None]) -> int:
-        """Look at ``most`` items at most, and no further than to the end of the round.
+        """Check up to ``most`` items, not beyond the end of the round.
 
         Args:
-            keep: ReuseTable what an item is replaced by, or None to remove it.
+            keep: Returns the item to keep in place of a given one, or None to remove it.
 
         Returns:
-            How many items were looked at.
+            How many items were checked.
         """
         if not self._unswept:
             self._unswept, self._swept = self._swept, self._unswept
