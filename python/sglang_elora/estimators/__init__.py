@@ -1,4 +1,5 @@
-"""What is learned online, for policies and the swapper. Pure: times come from outside."""
+"""Online estimators of costs and popularity, for policies and the planner. They read no clock:
+callers pass times."""
 
 from __future__ import annotations
 

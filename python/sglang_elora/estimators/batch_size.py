@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import deque
 
 WINDOW_S = 5.0
-"""Source: ELORA (HPCA 2026), ``BS``."""
+"""Length of the window in seconds; longer is smoother and slower to follow a change. Source: ELORA
+(HPCA 2026), ``BS``."""
 
 
 class BatchSize:
-    """Mean over the batches of the last ``window_s`` seconds; O(1) amortised.
+    """Mean size of the batches of the last ``window_s`` seconds; O(1) amortised.
 
     Args:
-        window_s: Seconds.
+        window_s: Length of the window in seconds.
     """
 
     def __init__(self, window_s: float = WINDOW_S) -> None:
@@ -21,7 +22,7 @@ class BatchSize:
         self._sum = 0
 
     def add(self, time_s: float, size: int) -> None:
-        """A batch of so many requests ran. Times do not go back."""
+        """Record a batch of ``size`` requests. Times must not decrease."""
         self._sizes.append((time_s, size))
         self._sum += size
         while self._sizes[0][0] < time_s - self._window_s:
@@ -29,5 +30,5 @@ class BatchSize:
 
     @property
     def mean(self) -> float:
-        """1 before the first batch: the request that is about to come."""
+        """Mean number of requests per batch; 1 before the first batch."""
         return self._sum / len(self._sizes) if self._sizes else 1.0

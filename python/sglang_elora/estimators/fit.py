@@ -1,4 +1,4 @@
-"""Least squares over a stream of observations, the older ones forgotten."""
+"""Least squares over a stream of observations, with exponentially decaying weights."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from scipy.optimize import nnls
 
 
 class DecayedFit:
-    """``y = coefficients . x``, fitted to all observations with weights that decay.
+    """Fit of ``y = coefficients . x`` to all observations, with weights that decay.
 
-    It starts from a prior that counts as ``prior_weight`` observations of each feature, so that it
-    is defined before and between observations that tell features apart.
+    A prior that counts as ``prior_weight`` observations of each feature keeps the fit defined
+    while the observations do not determine all features.
 
     Args:
-        prior: First coefficients ``[features]``, positive.
+        prior: Initial coefficients ``[features]``, positive.
         scale: A typical value of each feature ``[features]``.
-        memory: Observations after which one counts half.
-        prior_weight: How much the prior counts, in observations; it does not decay.
+        memory: Half-life of an observation's weight, in observations.
+        prior_weight: Weight of the prior, in observations; it does not decay.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class DecayedFit:
         self.num_observations += 1
 
     def coefficients(self) -> tuple[float, ...]:
-        """The best ones that are not negative, and at least a thousandth of the prior."""
+        """The fitted coefficients, constrained to be at least a thousandth of the prior."""
         weight = self._prior_weight * np.eye(len(self._prior))
         xx, xy = self._xx + weight, self._xy + self._prior_weight * self._prior
         solved = np.linalg.solve(xx, xy)

@@ -1,4 +1,4 @@
-"""Rates of prefill and of copies, measured while a server runs: for the policy and the planner."""
+"""Rates of prefill and of copies, measured while a server runs, for the policy and the planner."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from sglang_elora.estimators.rates import LinkCost, PrefillCost
 from sglang_elora.policy import Costs
 
 REFRESH_STEPS = 64
-"""Scheduler iterations in which each rate is fitted again once. A fit takes 0.1 ms."""
+"""Scheduler iterations between two fits of a rate. Fewer follow changes faster; a fit takes
+0.1 ms."""
 
 Agree = Callable[..., tuple[float, ...]]
-"""Values that each rank has measured -> values that all ranks use."""
+"""Maps values measured on this rank to values that are equal on all ranks."""
 
 
 class OnlineCosts:
-    """One per scheduler. ``costs`` and ``needed_adapters`` are equal on all ranks.
+    """Measured costs of one scheduler. ``costs`` and ``needed_adapters`` are equal on all ranks.
 
     Args:
-        agree: How ranks come to one value.
+        agree: Makes all ranks use the same values.
     """
 
     def __init__(self, agree: Agree = lambda *values: values) -> None:
         self.costs = Costs()
-        self.needed_adapters = 1.0  # that a batch is expected to use
+        self.needed_adapters = 1.0  # adapters that a batch is expected to use
         self.popularity = Popularity()
         self._batch_size = BatchSize()
         self._prefill = PrefillCost(self.costs.recompute)
@@ -34,22 +35,26 @@ class OnlineCosts:
         self._num_steps = 0
 
     def batch(self, moment_s: float, num_requests: int) -> None:
-        """A batch of so many requests ran at this moment."""
+        """Record a batch of ``num_requests`` requests that ran at ``moment_s``."""
         self._batch_size.add(moment_s, num_requests)
 
     def prefill(self, requests: Iterable[tuple[int, int]], seconds: float) -> None:
-        """A batch that waited for no copy: (new, cached) tokens of each request, and its time."""
+        """Record a prefill batch that waited for no copy, and its time.
+
+        Args:
+            requests: (new, cached) tokens of each request.
+        """
         self._prefill.add(requests, seconds)
 
     def copied(self, num_slots: int, seconds: float) -> None:
-        """An adapter was copied from the host."""
+        """Record the copy of an adapter from the host, and its time."""
         self._link.add(num_slots, seconds)
 
     def refresh(self) -> bool:
-        """Fit one rate, when it is its turn. Call once per scheduler iteration, when there is time.
+        """Fit one rate, if one is due. Call once per scheduler iteration, when there is time.
 
         Returns:
-            Whether it was the turn of one.
+            Whether one was due.
         """
         self._num_steps += 1
         turn, rest = divmod(self._num_steps % REFRESH_STEPS, REFRESH_STEPS // 3)

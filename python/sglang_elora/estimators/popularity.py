@@ -1,4 +1,4 @@
-"""How likely each adapter is to be used next, under drift."""
+"""Probability of each adapter to be used by the next request, under drifting popularity."""
 
 from __future__ import annotations
 
@@ -8,35 +8,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 FAST, SLOW = 100.0, 1000.0
-"""Half-lives, in requests. The fast one follows a change, the slow one knows rare adapters."""
+"""Half-lives of a use, in requests. The fast one follows changes, the slow one resolves rare
+adapters; higher values are smoother and slower."""
 
 MOST_ROWS = 4096
-"""Adapters with a share. An adapter that is not among the last so many has not been used for at
-least as many requests, and has kept less than 6% of the slow half of its share."""
+"""Most adapters with a share; more make ``expected_distinct`` slower. The least recently used one
+beyond it has not been used for this many requests, and has kept less than 6% of the slow half of
+its share."""
 
 _RESCALE_ABOVE = 1e200
+"""Weight of a use above which all weights are scaled down, to avoid overflow."""
 
 
 class Popularity:
-    """Shares of requests, each the mean of a share that forgets fast and one that forgets slowly.
+    """Each adapter's share of requests: the mean of a fast and a slow exponential average.
 
     Time is the number of requests, so that it is equal on all ranks. ``use`` is O(1) amortised.
-    The code that drops an adapter calls ``forget``; however many are used, ``MOST_ROWS`` are kept.
+    The code that removes an adapter calls ``forget``; at most ``MOST_ROWS`` adapters are kept.
     """
 
     def __init__(self, half_lives: tuple[float, float] = (FAST, SLOW)) -> None:
         self._growth = np.array([2 ** (1 / half_life) for half_life in half_lives])
-        self._unit = np.ones(2)  # weight of a use now; older ones keep theirs
+        self._unit = np.ones(2)  # weight of the next use; it grows instead of old ones decaying
         self._rows: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._free: list[int] = []
         self._weights: NDArray[np.float64] = np.zeros((0, 2))
 
     def __len__(self) -> int:
-        """Adapters that have a share."""
+        """Number of adapters that have a share."""
         return len(self._rows)
 
     def use(self, adapter_id: str) -> None:
-        """A request used this adapter."""
+        """Record that a request used this adapter."""
         self._unit = self._unit * self._growth
         if self._unit.max() > _RESCALE_ABOVE:
             self._weights /= self._unit
@@ -45,14 +48,14 @@ class Popularity:
         self._weights[row] += self._unit
 
     def forget(self, adapter_id: str) -> None:
-        """The adapter is gone; its share goes to the others."""
+        """Remove an adapter; its share is distributed over the others."""
         row = self._rows.pop(adapter_id, None)
         if row is not None:
             self._weights[row] = 0
             self._free.append(row)
 
     def share(self, adapter_id: str) -> float:
-        """Probability that the next request uses it; 0 if none ever did."""
+        """Probability that the next request uses the adapter; 0 if none has used it."""
         row = self._rows.get(adapter_id)
         return 0.0 if row is None else float(self._shares()[row])
 
@@ -66,7 +69,7 @@ class Popularity:
         return float((1 - (1 - self._shares()) ** batch_size).sum())
 
     def _shares(self) -> NDArray[np.float64]:
-        """``[rows]``, summing to 1 once any was used."""
+        """Shares ``[rows]``; their sum is 1 once any adapter was used."""
         totals = self._weights.sum(axis=0)
         if not totals.all():
             return np.zeros(len(self._weights))

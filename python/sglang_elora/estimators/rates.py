@@ -1,4 +1,4 @@
-"""What prefill and copies take on this machine, from what they took."""
+"""Rates of prefill and of copies from the host, fitted to measured times."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from sglang_elora.estimators.fit import DecayedFit
 
 
 class PrefillCost:
-    """Seconds of a prefill batch: a constant, one part per new token, one per token attended to.
+    """Model of a prefill batch's seconds: a constant, a part per new token, and a part per (new
+    token, token attended to).
 
     Args:
-        seconds_per_token: To start with.
+        seconds_per_token: Initial value.
     """
 
     def __init__(self, seconds_per_token: float = 40e-6) -> None:
-        # A token of context costs a 30,000th of a new token on Llama-3-8B: 4 * d * layers
+        # On Llama-3-8B a token of context costs 1/30,000 of a new token: 4 * d * layers
         # against 2 * parameters operations.
         prior = (1e-3, seconds_per_token, seconds_per_token / 30_000)
         self._fit = DecayedFit(prior, scale=(1.0, 500.0, 500.0 * 500.0))
-        self._usual_context = 0.0  # tokens before one that is computed
+        self._usual_context = 0.0  # mean number of tokens before a computed one
 
     def add(self, requests: Iterable[tuple[int, int]], seconds: float) -> None:
-        """A batch took so long.
+        """Record a prefill batch and its time.
 
         Args:
-            requests: (new tokens, tokens cached before them) of each.
+            requests: (new tokens, tokens cached before them) of each request.
         """
         new = attended = 0.0
         for num_new, num_cached in requests:
@@ -36,25 +37,26 @@ class PrefillCost:
         self._usual_context += share * (attended / new - self._usual_context)
 
     def seconds(self, num_new: int, num_cached: int) -> float:
-        """Of a request alone in its batch."""
+        """Seconds of a request alone in its batch."""
         constant, token, context = self._fit.coefficients()
         return constant + num_new * (token + context * (num_cached + num_new / 2))
 
     def rates(self) -> tuple[float, float]:
-        """Seconds of one more token behind as many others as is usual, and of a batch without any.
+        """Seconds per additional token at the mean context length, and per batch without tokens.
 
-        The first is known where its parts are not: batches in which long contexts meet few new
-        tokens tell the two apart badly.
+        The first is well determined even where its two parts (per new token, per token of context)
+        are not: batches with few new tokens after long contexts hardly separate them.
         """
         constant, token, context = self._fit.coefficients()
         return token + context * self._usual_context, constant
 
 
 class LinkCost:
-    """Seconds of a copy from the host: a latency and one part per slot.
+    """Model of the seconds of a copy from the host: a latency and a part per slot.
 
     Args:
-        seconds_per_slot: To start with.
+        seconds_per_slot: Initial value.
+        latency: Initial value, in seconds.
     """
 
     def __init__(self, seconds_per_slot: float = 2.4e-6, latency: float = 10e-6) -> None:
@@ -64,6 +66,6 @@ class LinkCost:
         self._fit.add((1.0, float(num_slots)), seconds)
 
     def rates(self) -> tuple[float, float]:
-        """Seconds per slot, and per copy."""
+        """Seconds per slot, and latency per copy in seconds."""
         latency, slot = self._fit.coefficients()
         return slot, latency

@@ -1,5 +1,5 @@
-"""Adapters and KV on their way between file, host memory and device. Nothing here imports sglang.
+"""Movement of adapters and KV between file, host memory and device. Imports no sglang.
 
-``planner.py`` decides, without torch; the rest holds images in host memory, reads files and names
-what a copy waits for. Nothing is imported here, so that the simulator needs no torch.
+``planner.py`` takes the decisions and needs no torch. The other modules hold images in host memory,
+read files and track copies. This file imports nothing, so that the simulator needs no torch.
 """

@@ -1,4 +1,4 @@
-"""The copy of one adapter from host memory into its slots, on a stream beside the computation."""
+"""The copy of one adapter from host memory into its slots, concurrent with the computation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 
 class StreamEvent(Protocol):
-    """What is used of ``torch.cuda.Event`` and its likes."""
+    """The part of the ``torch.cuda.Event`` interface that is used here."""
 
     def record(self, stream: Any = None) -> None: ...
 
@@ -21,7 +21,7 @@ class StreamEvent(Protocol):
 
 
 class Copied(IntEnum):
-    """How far a copy is. What holds for all ranks is the least of theirs."""
+    """Progress of a copy. The progress on all ranks is the minimum over the ranks."""
 
     FAILED = 0
     UNDER_WAY = 1
@@ -30,18 +30,18 @@ class Copied(IntEnum):
 
 @dataclass(slots=True)
 class AdapterCopy:
-    """The copy of one adapter, under way or over.
+    """The copy of one adapter, in progress or finished.
 
-    ``pieces`` are ``(end layer, event after it)``, in the order of layers.
+    ``pieces`` are ``(end layer, event recorded after the piece)``, in the order of layers.
     """
 
     adapter_id: str
     num_slots: int
-    begun: StreamEvent | None = None  # before the first transfer
-    wait_for_slots: tuple[StreamEvent, StreamEvent] | None = None  # its begin and its end
+    begun: StreamEvent | None = None  # recorded before the first transfer
+    wait_for_slots: tuple[StreamEvent, StreamEvent] | None = None  # begin and end of that wait
     pieces: list[tuple[int, StreamEvent]] = field(default_factory=list)
     error: Exception | None = None
-    confirmed: bool = False  # every rank has queued it: only then may a batch run with it
+    confirmed: bool = False  # every rank has queued it; a batch may use it only then
     launches_before: int = 0  # batches launched before it was started; set by its owner
     started_s: float = field(default_factory=time.monotonic)
 
@@ -52,10 +52,10 @@ class AdapterCopy:
         return Copied.DONE if self.pieces[-1][1].query() else Copied.UNDER_WAY
 
     def seconds(self) -> float:
-        """Time that the link took for all bytes of a finished copy; 0 where events have no time.
+        """Seconds that the link took for a finished copy; 0 if events cannot be timed.
 
-        The first piece goes to the staging buffer before the copy waits for its slots, everything
-        else after that. The wait itself is the rest of the batch under way, and does not count.
+        The first piece is copied to the staging buffer before the copy waits for its slots, all
+        others after that. The wait (for the running batch) is not included.
         """
         begun, wait = self.begun, self.wait_for_slots
         if begun is None or wait is None or not hasattr(begun, "elapsed_time"):
@@ -64,18 +64,18 @@ class AdapterCopy:
         return _elapsed_s(begun, arrived) + _elapsed_s(ordered, self.pieces[-1][1])
 
     def wait_layer(self, layer: int) -> None:
-        """Work put on the current stream from now on sees this layer's weights."""
+        """Make the current stream wait for this layer's weights. Does not block the host."""
         for end, event in self.pieces:
             if layer < end:
                 event.wait()
                 return
 
     def wait(self) -> None:
-        """As ``wait_layer``, for all layers."""
+        """As ``wait_layer``, for the weights of all layers."""
         self.pieces[-1][1].wait()
 
     def synchronize(self) -> None:
-        """Block until nothing of it is under way."""
+        """Block the host until the copy has finished."""
         for _, event in self.pieces:
             event.synchronize()
 

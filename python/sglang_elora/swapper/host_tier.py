@@ -1,4 +1,4 @@
-"""Adapters in host memory under a byte budget, and their own files below it."""
+"""The host tier of adapters: images in host memory under a byte budget, read from their files."""
 
 from __future__ import annotations
 
@@ -15,50 +15,52 @@ from sglang_elora.swapper.reading import Read, ReadImage, Reading
 logger = logging.getLogger(__name__)
 
 MOST_OUTSIDE = NUM_READERS
-"""Images outside the arena at a time: of adapters that are larger than what it can hold."""
+"""Most images outside the arena at a time, of adapters too large for it. More of them use more
+memory beyond the budget."""
 
 
 class HostTierFull(ValueError):
-    """An adapter that came without a file does not fit into the budget."""
+    """The image of an adapter without a file does not fit into the budget."""
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
     adapter_id: str
     num_bytes: int
-    read: ReadImage | None  # None: it came without a file
+    read: ReadImage | None  # None: it has no file
     image: AdapterImage | None = None
-    blocks: HostBlocks | None = None  # of the image; None: it is outside the arena
+    blocks: HostBlocks | None = None  # memory of the image; None: outside the arena
     num_holders: int = 0
 
 
 class HostTier:
-    """Images of one scheduler's adapters.
+    """The images of one scheduler's adapters.
 
-    Images lie in the blocks of the arena, whose size is the budget. Blocks are reserved when a read
-    is requested, so what is being read counts too, and a reader never waits for memory. If too few
-    are free, idle images are dropped for a request's adapter: those that no request waits for, in
-    the order of ``priority``, then those of later requests in the queue. While that does not free
-    enough, because the rest is copied from or read into, the read is not started; ``request`` is
-    called again in the next step. Until then nothing is started for later requests, so the first
-    request in the queue always gets its adapter in the end.
+    Images lie in blocks of the arena, whose size is the budget. Blocks are reserved when a read is
+    requested, so reads in progress count too, and a reader never waits for memory. If too few
+    blocks are free, idle images are dropped for a queued request's adapter: first those that no
+    queued request needs, in the order of ``priority``, then those of later requests in the queue.
+    If that is not enough, because other images are being copied from or read into, the read is not
+    started, and ``request`` is called again in the next step. Until then no read is started for
+    later requests, so the first queued request always gets its adapter eventually.
 
-    An adapter larger than what the arena can hold (any adapter, with a budget of 0) is read into
-    ordinary memory outside of it, at most ``MOST_OUTSIDE`` at a time, and dropped when it has been
-    copied: that costs a reading of its file per use, and the device copies from memory that is not
+    An adapter that does not fit into the arena (any adapter, with a budget of 0) is read into
+    ordinary memory outside of it, at most ``MOST_OUTSIDE`` at a time, and dropped once it has been
+    copied. Its file is then read for each use, and the device copies from memory that is not
     page-locked.
 
-    Reads are requested in one order on all tensor-parallel ranks and end in any. ``code`` tells how
-    far one is here; ``settle`` acts on what the ranks have agreed on. Which blocks are free, what
-    is dropped and which reads start depends on nothing else, so it is equal on all ranks.
+    Reads are requested in the same order on all tensor-parallel ranks and end in any order.
+    ``code`` is the progress on this rank; ``settle`` acts on the progress that the ranks agreed on.
+    Free blocks, drops and started reads depend on nothing else, so they are equal on all ranks.
 
     Args:
         arena: The memory of the images.
         priority: Of an adapter; the idle image of lowest priority is dropped first. Infinity while
-            a request waits for the adapter.
-        queue_position: Place in the queue of the first request that needs the image; infinity if
-            none does.
-        on_moved: Told of an adapter that began to be read, came, or was dropped.
+            a queued request needs the adapter.
+        queue_position: Position of the first queued request that needs the image; infinity if none
+            does.
+        on_moved: Called with the id of an adapter whose read starts or ends, or whose image is
+            dropped.
     """
 
     def __init__(
@@ -76,14 +78,14 @@ class HostTier:
         self.num_dropped = 0
         self.num_outside = 0  # images so far that were read outside the arena
         self._entries: dict[str, _Entry] = {}
-        self._removed: dict[str, _Entry] = {}  # unloaded, and copied from
+        self._removed: dict[str, _Entry] = {}  # unloaded, but a copy still reads the image
         self._idle = IdleImages(priority, queue_position)
         self._queue_position = queue_position
         self._reading: dict[str, tuple[_Entry, Reading]] = {}
-        self._outside: dict[str, None] = {}  # read there, or being read
-        self._sent_blocks = 0  # that adapters without files take, or wait for
-        self._sent_outside: dict[str, None] = {}  # those that wait for their blocks
-        self._never_read: dict[str, None] = {}  # in the order in which they were added
+        self._outside: dict[str, None] = {}  # with a file, read or being read outside the arena
+        self._sent_blocks = 0  # blocks that adapters without files take or wait for
+        self._sent_outside: dict[str, None] = {}  # adapters without files that wait for blocks
+        self._never_read: dict[str, None] = {}  # in order of ``add``
         self._is_denied = False  # an adapter had to wait for memory in this step
         self._executor: ThreadPoolExecutor | None = None
 
@@ -100,7 +102,7 @@ class HostTier:
 
     @property
     def reading(self) -> tuple[str, ...]:
-        """Adapters whose files are being read, in the order in which they were asked for."""
+        """Adapters whose files are being read, in the order of the requests."""
         return tuple(self._reading)
 
     def add(
@@ -110,11 +112,12 @@ class HostTier:
         read: ReadImage | None = None,
         image: AdapterImage | None = None,
     ) -> None:
-        """Make an adapter known, by its file or by an image that has none, which is copied.
+        """Add an adapter, either with a file (``read``) or with an image without one (``image``),
+        which is copied into the arena.
 
         Raises:
-            HostTierFull: The image has no file to be read again from, and does not fit beside
-                others of its kind.
+            HostTierFull: The image has no file to read it from again, and does not fit in addition
+                to the other images without a file.
         """
         assert (read is None) != (image is None) and adapter_id not in self._entries, adapter_id
         assert adapter_id not in self._removed and adapter_id not in self._reading, adapter_id
@@ -136,7 +139,7 @@ class HostTier:
         self._house_sent()
 
     def remove(self, adapter_id: str) -> None:
-        """Forget an adapter. A read that is under way ends as cancelled."""
+        """Remove an adapter. A read in progress ends as cancelled."""
         entry = self._entries.pop(adapter_id)
         self._never_read.pop(adapter_id, None)
         self._sent_outside.pop(adapter_id, None)
@@ -159,9 +162,10 @@ class HostTier:
         return image
 
     def request(self, adapter_id: str) -> None:
-        """Have its file read, unless it is there or under way, or there is no room yet.
+        """Start to read the adapter's file, unless its image is present, being read, or has no room
+        yet.
 
-        For an adapter that no request waits for, there is room if blocks are free.
+        For an adapter that no queued request needs, only free blocks count as room.
         """
         entry = self._entries[adapter_id]
         if entry.image is not None:
@@ -185,32 +189,32 @@ class HostTier:
         self._on_moved(adapter_id)
 
     def read_ahead(self) -> None:
-        """Have one file read that never was, while the budget has room for it."""
+        """Start to read one file that was never read, if the budget has room for it."""
         adapter_id = next(iter(self._never_read), None)
         if adapter_id is not None:
             self.request(adapter_id)
 
     def cancel(self, adapter_id: str) -> None:
-        """Do not start reading it, if that has not happened."""
+        """Cancel the adapter's read, unless the reader has begun."""
         if adapter_id in self._reading:
             self._reading[adapter_id][1].cancel()
 
     def code(self, adapter_id: str) -> Read:
-        """How far the read is on this rank."""
+        """Progress of the read on this rank."""
         entry, reading = self._reading[adapter_id]
         code = reading.code
         is_known = self._entries.get(adapter_id) is entry
         return code if is_known else min(code, Read.CANCELLED)
 
     def image_read(self, adapter_id: str) -> AdapterImage | None:
-        """The image of a read that is done on this rank; ``settle`` takes it in."""
+        """The image of a read that is done on this rank but not settled; otherwise None."""
         return self._reading[adapter_id][1].image if self.code(adapter_id) == Read.DONE else None
 
     def settle(self, adapter_id: str, code: Read) -> AdapterImage | BaseException | None:
-        """Act on what all ranks have come to.
+        """Complete a read, given the progress that all ranks agreed on.
 
         Returns:
-            The image if they all have it, else what went wrong here, or None.
+            The image if all ranks have it, the error if one failed, otherwise None.
         """
         if code == Read.UNDER_WAY:
             return None
@@ -233,21 +237,21 @@ class HostTier:
         return None
 
     def hold(self, adapter_id: str) -> AdapterImage:
-        """Keep the image until ``release``: it is copied from."""
+        """Keep the image until ``release``, because a copy reads it."""
         entry = self._entries[adapter_id]
         entry.num_holders += 1
         self._idle.discard(adapter_id)
         return self.get(adapter_id)
 
     def is_held(self, adapter_id: str) -> bool:
-        """Whether its image stays until ``release``. True for what was unloaded and is gone."""
+        """Whether a copy holds the image. Also True for an unknown (removed) adapter."""
         entry = self._entries.get(adapter_id) or self._removed.get(adapter_id)
         return entry is None or entry.num_holders > 0
 
     def release(self, adapter_id: str) -> None:
-        """No copy reads the image any more, on this rank's device either."""
+        """End a ``hold``: the copy on this rank no longer reads the image."""
         entry = self._entries.get(adapter_id) or self._removed.get(adapter_id)
-        if entry is None:  # unloaded meanwhile
+        if entry is None:  # unloaded in the meantime
             return
         entry.num_holders -= 1
         if entry.num_holders:
@@ -258,11 +262,11 @@ class HostTier:
             self._idle.add(adapter_id, _num_blocks(entry))
 
     def lower(self, adapter_id: str) -> None:
-        """Its priority fell."""
+        """Record that the adapter's priority fell."""
         self._idle.lower(adapter_id)
 
     def drop_surplus(self) -> None:
-        """End a step: drop what is outside the arena and no request needs any more."""
+        """End a step: drop images outside the arena that no queued request needs."""
         self._is_denied = False
         for adapter_id in [adapter_id for adapter_id in self._outside if adapter_id in self._idle]:
             if self._queue_position(adapter_id) == math.inf:
@@ -270,7 +274,7 @@ class HostTier:
         self._house_sent()
 
     def drop(self, adapter_id: str) -> None:
-        """Forget an image that nobody holds; the file is read again when it is asked for."""
+        """Drop an image that no copy holds; a later ``request`` reads the file again."""
         entry = self._entries[adapter_id]
         assert entry.image is not None and entry.num_holders == 0 and entry.read is not None, (
             adapter_id
@@ -283,8 +287,8 @@ class HostTier:
 
     def check_invariants(self) -> None:
         """Raises:
-        AssertionError: A sum is not that of the images, an image is in the wrong set, or blocks
-            of the arena are lost.
+        AssertionError: A sum differs from that over the images, an image is in the wrong set,
+            or blocks of the arena are lost.
         """
         present = [entry for entry in self._entries.values() if entry.image is not None]
         assert self.num_bytes == sum(entry.num_bytes for entry in present), self.num_bytes
@@ -323,7 +327,7 @@ class HostTier:
             entry.blocks = None
 
     def _reserve(self, entry: _Entry, position: float) -> tuple[bool, HostBlocks | None]:
-        """Whether its file may be read now, and the blocks for it: None outside the arena."""
+        """Whether the file may be read now, and the blocks for it (None: outside the arena)."""
         num_blocks = self.arena.blocks_for(entry.num_bytes)
         if num_blocks > self.arena.num_blocks - self._sent_blocks:
             return self._reserve_outside(entry, position), None
@@ -350,8 +354,8 @@ class HostTier:
         return True
 
     def _make_room(self, num_blocks: int, position: float) -> bool:
-        """Have so many blocks free, if dropping idle images that no request at this position or an
-        earlier one needs is enough for it; otherwise drop nothing."""
+        """Free ``num_blocks`` blocks by dropping idle images that no request at this or an earlier
+        position needs; if that is not enough, drop nothing. Returns whether they are free."""
         missing = num_blocks - self.arena.num_free
         if missing <= 0:
             return True
@@ -365,7 +369,7 @@ class HostTier:
         self.num_dropped += 1
 
     def _house_sent(self) -> None:
-        """Move images that came without a file into the arena, where their blocks are free now."""
+        """Move images without a file into the arena, as far as their blocks can be freed."""
         for adapter_id in [*self._sent_outside]:
             entry = self._entries[adapter_id]
             num_blocks = self.arena.blocks_for(entry.num_bytes)

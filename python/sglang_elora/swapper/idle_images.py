@@ -1,4 +1,4 @@
-"""Images in host memory that may be dropped, and which of them go for the next read."""
+"""Idle images in host memory, and the choice of victims among them for the next read."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Callable, Iterable
 from sglang_elora.tree import EvictionOrder
 
 NUM_READERS = 2
-"""Threads that read files. More of them take the interpreter from the scheduler."""
+"""Threads that read files. More of them compete with the scheduler for the interpreter lock."""
 
 
 class IdleImages:
-    """Adapters whose images nothing copies from, and which have a file to be read again from.
+    """Adapters whose images may be dropped: no copy reads them, and each has a file.
 
     Args:
-        priority: Of an adapter. Infinity while a request waits for it.
-        queue_position: Place in the queue of the first request that needs the image; infinity if
-            none does.
+        priority: Of an adapter. Infinity while a queued request needs it.
+        queue_position: Position of the first queued request that needs the image; infinity if none
+            does.
     """
 
     def __init__(
         self, priority: Callable[[str], float], queue_position: Callable[[str], float]
     ) -> None:
-        self.num_blocks = 0  # of the arena, that all of them hold
+        self.num_blocks = 0  # blocks of the arena that all of them hold
         self._order: EvictionOrder[str] = EvictionOrder(priority)
-        self._blocks: dict[str, int] = {}  # 0: outside the arena
+        self._blocks: dict[str, int] = {}  # adapter -> its blocks; 0: outside the arena
         self._priority, self._queue_position = priority, queue_position
 
     def __contains__(self, adapter_id: str) -> bool:
@@ -42,13 +42,13 @@ class IdleImages:
         self._order.discard(adapter_id)
 
     def lower(self, adapter_id: str) -> None:
-        """Its priority fell."""
+        """Record that the adapter's priority fell."""
         self._order.lower(adapter_id)
 
     def victims(self, num_blocks: int, position: float) -> list[str] | None:
-        """Adapters to drop so that so many blocks become free, for a request at this position.
+        """Adapters to drop to free ``num_blocks`` blocks for a request at this queue position.
 
-        Those that no request waits for come first, lowest priority first; then those that only
+        Images that no queued request needs come first, lowest priority first; then images that only
         later requests need, or whose weights are on the device already, last request first.
 
         Returns:
@@ -73,14 +73,15 @@ class IdleImages:
         return victims if num_blocks <= 0 else None
 
     def last_of(self, adapter_ids: Iterable[str], position: float) -> str | None:
-        """Of these, the idle one that is needed last, if a request at this position may drop it."""
+        """The idle one of these adapters that is needed last; None if there is none, or if a
+        request at ``position`` may not drop it."""
         idle = [adapter_id for adapter_id in adapter_ids if adapter_id in self._blocks]
         last = max(idle, key=self._queue_position, default=None)
         return None if last is None or self._queue_position(last) <= position else last
 
     def check_invariants(self, expected: dict[str, int]) -> None:
         """Raises:
-        AssertionError: These are not the adapters and numbers of blocks that are expected.
+        AssertionError: The adapters or their numbers of blocks are not the expected ones.
         """
         assert self._blocks == expected, (self._blocks, expected)
         assert self._order == expected.keys(), (set(self._order), expected.keys())

@@ -1,4 +1,4 @@
-"""What the planner sees of a cache and may have it do: counts and commands, as protocols."""
+"""Protocols of a cache as the planner sees it: counts that it reads and commands that it gives."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from sglang_elora.tree import Adapter, AdapterTable, Eviction
 
 
 class Copy(Protocol):
-    """The copy of an adapter to the device, under way."""
+    """A copy of an adapter to the device, in progress."""
 
     num_slots: int
     confirmed: bool
-    """Every rank has queued it: a batch may use it."""
+    """Whether every rank has queued it, so that a batch may use it."""
     launches_before: int
-    """Batches launched before it was started."""
+    """Batches launched before the copy was started."""
 
 
 class QueuedRequest(Protocol):
-    """A request in the scheduler's queue, by SGLang's names."""
+    """A request in the scheduler's queue, with SGLang's attribute names."""
 
     @property
     def lora_id(self) -> str | None:
@@ -34,7 +34,7 @@ class QueuedRequest(Protocol):
 
 
 class Node(Protocol):
-    """Of the cache tree."""
+    """A node of the cache tree."""
 
     entry: CacheEntry
 
@@ -54,9 +54,9 @@ class AdapterNode(Protocol):
 
 
 class Memory(Protocol[N]):
-    """A cache over device, host memory and files, as the planner sees and commands it.
+    """A cache over device, host memory and files.
 
-    Nodes are named by keys, which stay valid when a node has left the tree.
+    Nodes are identified by keys, which remain usable after a node has left the tree.
     """
 
     adapter_table: AdapterTable
@@ -70,7 +70,7 @@ class Memory(Protocol[N]):
 
     @property
     def copies(self) -> Mapping[str, Copy]:
-        """Adapters whose copies are under way, in the order the copies were started."""
+        """Copies in progress by adapter, in the order they were started."""
 
     @property
     def reading(self) -> Collection[str]:
@@ -78,15 +78,15 @@ class Memory(Protocol[N]):
 
     @property
     def evicted(self) -> deque[Hashable]:
-        """Keys of evicted nodes with a copy in host memory, the last one most valuable."""
+        """Keys of evicted nodes with a copy in host memory, the most valuable last."""
 
     @property
     def is_loading_kv(self) -> bool:
-        """Whether KV is on its way to the device."""
+        """Whether a load of KV to the device is in progress."""
 
     @property
     def may_copy_to_host(self) -> bool:
-        """Whether KV is copied to the host when it is evicted, and no such copy is under way."""
+        """Whether evicted KV is copied to the host, and no such copy is in progress."""
 
     def free_slots(self) -> int: ...
 
@@ -96,27 +96,29 @@ class Memory(Protocol[N]):
         """The adapter's node."""
 
     def is_usable(self, adapter_id: str) -> bool:
-        """Whether the adapter is on the device for good: its copy cannot fail any more."""
+        """Whether the adapter is on the device and its copy, if in progress, cannot fail any
+        more."""
 
     def is_on_host(self, adapter_id: str) -> bool:
         """Whether the adapter's weights are in host memory."""
 
     def find(self, key: Any) -> N | None:
-        """The node of this key, if it is still in the tree."""
+        """The node of this key; None if it is no longer in the tree."""
 
     def session_end(self, session: str) -> Hashable | None:
-        """Key of the node at which the session's last turn ended; None if it is not alive."""
+        """Key of the node at which the session's last turn ended; None if it is not open."""
 
     def is_loadable(self, node: N) -> bool:
-        """Whether KV can be loaded: it is on the host only, and what it hangs under is usable."""
+        """Whether KV can be loaded: it is only on the host, and its adapter is usable."""
 
     def is_on_device(self, node: N) -> bool: ...
 
     def unqueue(self, adapter_id: str) -> None:
-        """No queued request needs the adapter any more: it may be evicted, its read cancelled."""
+        """Record that no queued request needs the adapter any more: it may be evicted, and its
+        read cancelled."""
 
     def evict(self, eviction: Eviction) -> int:
-        """Evict, copying KV to the host where that is worth it. Returns the leaves taken."""
+        """Evict, copying KV to the host where that is worth it. Returns the number of leaves."""
 
     def evict_without_copies(self, eviction: Eviction) -> int:
         """As ``evict``, up to the first leaf that would have to be copied to the host."""
@@ -128,11 +130,11 @@ class Memory(Protocol[N]):
         """Read an adapter's file into host memory, if there is room for it."""
 
     def read_ahead(self) -> None:
-        """Read one file that never was read, if host memory has room for it."""
+        """Read one file that was never read, if host memory has room for it."""
 
     def load_kv(self, node: N, eviction: Eviction | None) -> Sequence[CacheEntry]:
         """Load KV of the path that ends at ``node``, evicting for it; without an eviction, only
         into free slots. Returns the entries whose load began."""
 
     def copy_ahead(self, most_leaves: int) -> bool:
-        """Copy the next victims to the host. Whether there was one."""
+        """Copy the next victims to the host. Returns whether there was one."""

@@ -1,15 +1,15 @@
-"""What moves between file, host memory and device, and when: the decisions, without the doing.
+"""The planner decides which adapters and KV move between file, host memory and device, and when.
 
-The planner sees a cache through ``Memory`` (``memory.py``), a protocol of counts and commands. The
+It accesses a cache through ``Memory`` (``memory.py``), a protocol of counts and commands. The
 server implements it on SGLang's tree and pools (``srt/scheduler/memory.py``), the simulator on
 numbers (``sim/memory.py``); so both take the same decisions. Nothing here imports sglang or torch,
-reads a clock or waits.
+reads a clock or blocks.
 
 Per scheduler iteration the owner calls ``begin_step``, ``load`` (before a batch is chosen) and
 ``prepare`` (while the batch runs, or when there is none).
 
-All ranks of a tensor-parallel group decide alike: everything here rests on the queue, the tree and
-what the ranks have agreed on about reads and copies.
+All ranks of a tensor-parallel group take the same decisions, because these depend only on the
+queue, the tree and the progress of reads and copies that the ranks have agreed on.
 """
 
 from __future__ import annotations
@@ -28,48 +28,49 @@ from sglang_elora.swapper.pending_hints import ORDER_STEPS, PendingHints
 from sglang_elora.tree import Adapter, Eviction
 
 LOOKAHEAD = 64
-"""Queued requests whose adapters are loaded before it is their turn."""
+"""Queued requests, from the first on, whose adapters are loaded in advance. More protect more
+adapters from eviction, and lengthen each step."""
 
 MAX_SLOTS_UNDER_WAY_SHARE = 0.25
-"""Share of the pool that copies under way may take. Their slots cannot be evicted meanwhile."""
+"""Share of the pool that copies in progress may take. Their slots cannot be evicted meanwhile."""
 
 PREFETCH_BELOW = 0.7
-"""Share of the pool in use below which evicted entries are loaded back."""
+"""Share of the pool in use below which evicted entries are loaded back. Higher loads back more."""
 
 PREFETCH_LOOKS = 8
-"""Most evicted entries that a step looks at to find one to load back."""
+"""Most evicted entries that a step checks to find one to load back."""
 
 WORK_PER_STEP = 3
 """Work that a step may do while batches run, in evictions of leaves; starting a copy counts as
 ``COPY_WORK``. The rest is done in later steps. Without a batch to delay, there is no limit."""
 
 COPY_WORK = 1
-"""Work of starting a copy, which takes a scheduler as long as evicting so many leaves."""
+"""Work of starting a copy: it takes the scheduler as long as evicting this many leaves."""
 
 ROOM_LEAVES = 2
-"""Most leaves that are evicted per batch to have room for the next load."""
+"""Most leaves evicted per batch to have room for the next load. More delay the batch."""
 
 EXPECTED_WITHIN = 1.0
 """Another load is assumed to follow within this many pool turnovers of the last one."""
 
 LAST_LOADS = 8
-"""Room is kept for the largest of the last loads."""
+"""Number of past loads; room is kept for the largest of them."""
 
 COPY_AHEAD_BELOW = 0.1
-"""Share of the pool that is free below which the next victims are copied to the host early."""
+"""Share of free slots below which the next victims are copied to the host in advance."""
 
 COPY_AHEAD_LEAVES = 4
-"""Next victims that are looked at, and copied together."""
+"""Most next victims that are checked, and copied together."""
 
 MAX_SESSIONS = 64
-"""Most sessions whose KV is to be loaded before their next request arrives."""
+"""Most sessions whose KV is waiting to be loaded before their next request arrives."""
 
 SESSION_LEAVES = 8
-"""Most leaves that are evicted for the KV of one of them."""
+"""Most leaves evicted for the KV of one session."""
 
 
 class Planner(Generic[N]):
-    """One per scheduler.
+    """Decides on loads, evictions and prefetches for one scheduler.
 
     Args:
         memory: The cache.
@@ -81,30 +82,30 @@ class Planner(Generic[N]):
         self._costs = costs.costs
         self.pending = PendingHints(memory.pool_slots)
         self._queued: dict[str, int] = {}  # adapter -> position of the first request for it
-        self._sessions: dict[Hashable, int] = {}  # end of a session -> step up to which
+        self._sessions: dict[Hashable, int] = {}  # key of a session's end -> last step to load it
         self._num_busy_steps = 0
         self._work_left = sys.maxsize
-        self._put_off: str | None = None  # adapter whose copy was due in the step before
+        self._put_off: str | None = None  # adapter whose copy was put off in the last step
         self._last_loads: deque[int] = deque(maxlen=LAST_LOADS)  # their slots
-        self._loaded_at = -math.inf  # the last one, by the policy's clock
-        self._all_copied_at = -1.0  # by the policy's clock: nothing was left to copy ahead
+        self._loaded_at = -math.inf  # policy clock at the last load
+        self._all_copied_at = -1.0  # policy clock when no victim was left to copy in advance
 
     # ==== Once per scheduler iteration ====
 
     def begin_step(self, *, is_busy: bool) -> None:
-        """An iteration begins. ``is_busy``: batches run, which long steps would delay."""
+        """Begin an iteration. ``is_busy``: batches run, which long steps would delay."""
         self._work_left = WORK_PER_STEP if is_busy else sys.maxsize
         self._num_busy_steps += is_busy
         if is_busy:
             self.pending.step()
 
     def load(self, queue: Sequence[QueuedRequest], reserved: int = 0) -> None:
-        """Start loads for the first queued requests, in their order, then for what is expected.
-        With nothing queued, expected or under way, load back one evicted entry into free slots.
+        """Start loads for the first queued requests, in their order, then for expected adapters.
+        If none is queued, expected or in progress, load back one evicted entry into free slots.
 
         Args:
             queue: All queued requests.
-            reserved: Slots that a prompt under way takes next; it is computed chunk by chunk.
+            reserved: Slots for the next chunk of a prompt that is computed chunk by chunk.
         """
         had_copies = bool(self._memory.copies)
         if queue or self._queued or self.pending:
@@ -113,7 +114,8 @@ class Planner(Generic[N]):
             self._load_back()
 
     def load_session(self) -> None:
-        """Load the KV of the first announced session whose adapter is there; one at a time."""
+        """Load the KV of the first announced session whose adapter is on the device; one session
+        at a time."""
         memory = self._memory
         if not self._sessions or memory.is_loading_kv:
             return
@@ -130,12 +132,12 @@ class Planner(Generic[N]):
             return
 
     def read_ahead(self, queue: Sequence[QueuedRequest], *, is_busy: bool) -> None:
-        """With nothing to do, read one file that never was read."""
+        """Read one file that was never read, if the scheduler and the readers are idle."""
         if not (queue or is_busy or self._memory.reading):
             self._memory.read_ahead()
 
     def prepare(self) -> bool:
-        """Do one thing that makes later steps shorter. Whether there was one to do."""
+        """Do one piece of work that makes later steps shorter. Returns whether there was any."""
         return (
             self._online.refresh()
             or self._memory.policy.learn()
@@ -150,10 +152,11 @@ class Planner(Generic[N]):
         requests, evicting nothing that these need.
 
         Args:
-            ordered: This is an order, not a hint: they must be loaded, and stay for a while.
+            ordered: An order, not a hint: load them in any case and keep them for
+                ``ORDER_STEPS``.
 
         Returns:
-            How many of them are expected now; others are unknown, or there are too many.
+            Number of adapters that were accepted; the others are unknown or exceed the limit.
         """
         counts, adapter_table, num_taken = self._memory.counts, self._memory.adapter_table, 0
         for adapter_id in adapter_ids:
@@ -171,7 +174,7 @@ class Planner(Generic[N]):
         adapter is there, evicting nothing that queued requests need.
 
         Returns:
-            How many of them are alive.
+            Number of these sessions that are open.
         """
         memory, num_alive = self._memory, 0
         for session in sessions:
@@ -184,7 +187,7 @@ class Planner(Generic[N]):
         return num_alive
 
     def used(self, adapter_id: str) -> None:
-        """A request with this adapter runs."""
+        """Record that a request with this adapter runs."""
         self._online.popularity.use(adapter_id)
         self._memory.counts.hints_used += self.pending.used(adapter_id)
 
@@ -194,8 +197,7 @@ class Planner(Generic[N]):
 
     @property
     def is_limited(self) -> bool:
-        """Whether the last step ended because its work was done, and not because nothing was left:
-        the next one should come soon."""
+        """Whether the last step used up its work budget, so that the next should follow soon."""
         return self._work_left < COPY_WORK
 
     # ==== Admission ====
@@ -203,13 +205,13 @@ class Planner(Generic[N]):
     def is_hidden(
         self, adapter_id: str, num_tokens: int, *, is_idle: bool, replays_graph: bool
     ) -> bool:
-        """Whether a batch with this prompt may be started before the adapter's copy is over.
+        """Whether a batch with this prompt may start before the adapter's copy has finished.
 
-        That delays nothing where nothing else can run. Otherwise the copies must take no longer
-        than what runs before the batch needs them: batches launched since the copy was started,
-        and, if the batch waits for each layer's weights as it reaches the layer, its own
-        computation. A batch that is replayed from a prefill graph waits for the whole copy before
-        it begins, so its own computation hides nothing.
+        It may if no other request can run, since nothing is delayed then. Otherwise the copies must
+        take no longer than the computation before the batch needs them: batches launched since the
+        copy was started, and the batch's own layers, as it waits for the weights layer by layer. A
+        batch that is replayed from a prefill graph waits for the whole copy before it begins, so
+        its own computation hides nothing.
 
         Args:
             num_tokens: Tokens of the prompt.
@@ -227,7 +229,7 @@ class Planner(Generic[N]):
             if other is copy:
                 break
         copying = slots * costs.load + costs.load_latency
-        # The least that a batch takes: each of them reads all of the model's weights.
+        # Lower bound of a batch's time: each batch reads all of the model's weights.
         hiding = (memory.num_launches - copy.launches_before) * costs.batch
         if not replays_graph:
             hiding += costs.batch + num_tokens * costs.recompute
@@ -236,11 +238,12 @@ class Planner(Generic[N]):
     # ==== Loads ====
 
     def _load_queued(self, queue: Sequence[QueuedRequest], reserved: int) -> None:
-        """Start what the first queued requests need, as far as the pool can hold it with them.
+        """Start loads of the adapters that the first queued requests need, as far as these requests
+        and their adapters fit into the pool together.
 
-        The first of them only has to fit by itself, unless slots are ``reserved``. Expected
-        adapters come one after the other, so that a load that a request does need has at most one
-        of them ahead of it, and at most one file is read for them at a time.
+        The first adapter is always included, unless slots are ``reserved``. Expected adapters are
+        loaded one at a time, so that a load for a queued request waits for at most one of them, and
+        at most one file is read for them at a time.
         """
         queued: dict[str, int] = {}
         missing: list[Adapter] = []
@@ -272,13 +275,13 @@ class Planner(Generic[N]):
                 break
             if not memory.is_on_host(adapter_id):
                 memory.read(adapter_id)
-            elif has_room:  # slots that are freed for one adapter are not taken by a later one
+            elif has_room:  # otherwise a later adapter would take slots freed for an earlier one
                 has_room = self._may_start(adapter) and self._place(adapter, queued[adapter_id])
                 if has_room and is_expected:
                     self.pending.came(adapter_id)
 
     def _add_expected(self, queued: dict[str, int], missing: list[Adapter], room: int) -> None:
-        """Expected adapters are queued after all requests, and held to ``room`` as well."""
+        """Add expected adapters after those of all queued requests, as far as ``room`` lasts."""
         hinted_slots, expected, memory = 0, self.pending, self._memory
         for adapter_id in expected.due():
             if adapter_id in queued:
@@ -310,7 +313,7 @@ class Planner(Generic[N]):
         self._queued = queued
 
     def _is_moving_another(self, adapter_id: str) -> bool:
-        """Whether a copy is under way, or the file of another adapter is being read."""
+        """Whether a copy is in progress, or the file of another adapter is being read."""
         memory = self._memory
         return bool(memory.copies) or any(other != adapter_id for other in memory.reading)
 
@@ -320,10 +323,10 @@ class Planner(Generic[N]):
         return not under_way or under_way + adapter.num_slots <= most
 
     def _place(self, adapter: Adapter, protect_up_to: int) -> bool:
-        """Evict for an adapter and start its copy; its weights are in host memory.
+        """Evict for an adapter whose weights are in host memory, and start its copy.
 
         Returns:
-            Whether its copy has begun; if not, a later call goes on with the evictions.
+            Whether the copy was started; if not, a later call continues the evictions.
         """
         memory, adapter_id = self._memory, str(adapter.adapter_id)
         shortfall = adapter.num_slots - memory.free_slots()
@@ -331,7 +334,7 @@ class Planner(Generic[N]):
             eviction = Eviction(shortfall, protect_up_to, self._work_left)
             self._work_left -= memory.evict(eviction)
         if self._work_left < COPY_WORK and self._put_off != adapter_id:
-            self._put_off = adapter_id  # once: another may take its slots meanwhile
+            self._put_off = adapter_id  # only once, since others may take the freed slots
             return False
         self._put_off = None
         if not memory.start_copy(adapter_id):
@@ -344,7 +347,7 @@ class Planner(Generic[N]):
     # ==== With time to spare ====
 
     def _load_back(self) -> None:
-        """Load back one of the last evicted entries, into slots that nothing else needs."""
+        """Load back one of the last evicted entries into free slots, without evicting."""
         memory = self._memory
         room = memory.free_slots() - (1 - PREFETCH_BELOW) * memory.pool_slots
         if room <= 0 or memory.is_loading_kv:
@@ -372,11 +375,11 @@ class Planner(Generic[N]):
             self._memory.counts.prefetched_slots += item.num_slots
 
     def _keep_room(self) -> bool:
-        """Evict a little KV, until a load like the last ones would find its slots free.
+        """Evict some KV in advance, until a load of the size of the last ones finds free slots.
 
-        A load that has to evict first takes several steps. While no adapter is loaded, none is
-        assumed to follow, and nothing is evicted. KV that has to be copied to the host first
-        stays, and so does an adapter, which frees many slots in one step.
+        A load that has to evict first takes several steps. If no adapter was loaded recently,
+        nothing is evicted. KV that would have to be copied to the host first is kept, and so are
+        adapters, whose eviction frees many slots in one step anyway.
         """
         memory = self._memory
         shortfall = max(self._last_loads, default=0) - memory.free_slots()
@@ -388,7 +391,7 @@ class Planner(Generic[N]):
         return memory.evict_without_copies(eviction) > 0
 
     def _copy_ahead(self) -> bool:
-        """Copy the next victims to the host, so that their eviction need not wait for it."""
+        """Copy the next victims to the host, so that their eviction does not wait for the copy."""
         memory = self._memory
         if not memory.may_copy_to_host:
             return False

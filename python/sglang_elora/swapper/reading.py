@@ -12,15 +12,15 @@ import torch
 from sglang_elora.pages import AdapterImage, HostArena, HostBlocks, memory_outside
 
 ReadImage = Callable[[Sequence[torch.Tensor]], AdapterImage]
-"""Reads an adapter's file into memory that is given: uint8 ``[bytes]`` each, together as long as
-the image. Runs in a thread; may raise."""
+"""Reads an adapter's file into the given memory: uint8 tensors ``[bytes]``, in total as long as the
+image. Runs in a thread; may raise."""
 
 
 class Read(IntEnum):
-    """How far a file has been read. What holds for all ranks is the least of theirs.
+    """Progress of a file read. The progress on all ranks is the minimum over the ranks.
 
-    ``UNDER_WAY`` is the least, so that a read is settled when it is over on all ranks: its memory
-    is freed in the same step everywhere, and no rank waits for its reader.
+    ``UNDER_WAY`` is the lowest, so that a read is settled once it has ended on all ranks: all ranks
+    free its memory in the same step, and none blocks on its reader.
     """
 
     UNDER_WAY = 0
@@ -30,11 +30,11 @@ class Read(IntEnum):
 
 
 class Reading:
-    """One read, not yet settled.
+    """One read of a file, not yet settled.
 
     Args:
-        num_bytes: Of the image.
-        blocks: Where to; None: the reader takes memory outside the arena.
+        num_bytes: Size of the image.
+        blocks: Destination in the arena; None: the reader takes memory outside the arena.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class Reading:
         )
 
     def cancel(self) -> None:
-        """Do not read the file, if that has not begun."""
+        """Cancel the read, unless it has begun."""
         self._is_cancelled.set()
 
     def resume(self) -> None:
-        """Take ``cancel`` back; without effect once the reader has come to it."""
+        """Undo ``cancel``; no effect once the reader has skipped the file."""
         self._is_cancelled.clear()
 
     @property
     def code(self) -> Read:
-        """How far it is on this rank. Never waits."""
+        """Progress on this rank. Never blocks."""
         if not self._future.done():
             return Read.UNDER_WAY
         if self._future.exception() is not None:
@@ -70,14 +70,14 @@ class Reading:
 
     @property
     def image(self) -> AdapterImage:
-        """What was read, once ``code`` is ``DONE``."""
+        """The image; only valid once ``code`` is ``DONE``."""
         image = self._future.result(timeout=0)
         assert image is not None, "the read was cancelled"
         return image
 
     @property
     def error(self) -> BaseException | None:
-        """Why it failed on this rank, once it is over."""
+        """The error on this rank, None if there was none; only valid once the read has ended."""
         return self._future.exception(timeout=0)
 
     def _run(self, read: ReadImage, num_bytes: int, arena: HostArena) -> AdapterImage | None:
