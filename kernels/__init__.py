@@ -1,7 +1,7 @@
-"""Kernels for LoRA weights that live in KV pages. Installed as ``sglang_elora.kernels``.
+"""Triton kernels for LoRA weights stored in KV pages. Installed as ``sglang_elora.kernels``.
 
-Triton and torch: no SGLang, and nothing of this package outside this folder. Each kernel has a
-reference, a test and a benchmark of its name.
+They import Triton and torch, but neither SGLang nor other parts of this package. Each kernel has a
+reference, a test and a benchmark of the same name.
 """
 
 from __future__ import annotations

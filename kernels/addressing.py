@@ -1,8 +1,8 @@
-"""How kernels find an adapter's weights: in slots of the KV pool, by the adapter's page table.
+"""Address translation from an adapter's address space to slots of the KV pool.
 
 One plane of one layer of the pool is ``[slots, slot_elems]`` in the weights' dtype. Element ``o``
 of an adapter's address space lies in slot ``table[o // slot_elems]`` at ``o % slot_elems``. Kernels
-read chunks: runs of elements in one slot, so that one entry of the table serves a chunk.
+read chunks, runs of elements within one slot, with one lookup in the table per chunk.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 def is_emulated(dtype: torch.dtype) -> bool:
-    """Whether kernels have to do for the interpreter what it does not do with this dtype."""
+    """Whether kernels must work around the interpreter's incomplete support of this dtype."""
     return INTERPRETED and dtype == torch.bfloat16
 
 
 def chunk_elems(slot_elems: int, alignment: int, block: int) -> int:
-    """Elements that surely lie in one slot when read at a multiple of themselves.
+    """The largest chunk, in elements, such that chunks at multiples of it never cross a slot.
 
     Args:
         slot_elems: Elements of a slot.
-        alignment: What all offsets and strides of the address space are multiples of.
+        alignment: Common divisor of all offsets and strides of the address space, in elements.
         block: Elements of a row that a kernel reads at once, a power of two.
 
     Returns:
@@ -39,9 +39,9 @@ def chunk_elems(slot_elems: int, alignment: int, block: int) -> int:
 
 @triton.jit
 def rounded(value, dtype: tl.constexpr, EMULATED: tl.constexpr):
-    """float32 to the weights' dtype, to the nearest, ties to even.
+    """Round float32 to the weights' dtype, to nearest, ties to even.
 
-    EMULATED: bfloat16 under the interpreter, which cuts it off instead.
+    EMULATED: bfloat16 under the interpreter, which truncates instead.
     """
     if EMULATED:
         bits = value.to(tl.uint32, bitcast=True)
@@ -64,15 +64,16 @@ def load_rows(
     BLOCK_COLUMNS: tl.constexpr,
     EVEN_COLUMNS: tl.constexpr,
 ):
-    """``[BLOCK_ROWS, BLOCK_COLUMNS]`` of a matrix, from ``column`` on; zero where masked.
+    """Load a tile ``[BLOCK_ROWS, BLOCK_COLUMNS]`` of a matrix from ``column`` on; zero where
+    masked.
 
     Args:
         plane: ``[slots, SLOT_ELEMS]``, contiguous.
-        table: int32, the adapter's slots.
-        starts: int32 ``[BLOCK_ROWS]``, the rows' addresses; multiples of CHUNK.
+        table: int32 ``[num_slots]``, the adapter's slots.
+        starts: int32 ``[BLOCK_ROWS]``, addresses of the rows; multiples of CHUNK.
         mask_rows: int1 ``[BLOCK_ROWS]``.
         column: First column, a multiple of CHUNK.
-        num_columns: Columns from here on are zero.
+        num_columns: Columns of the matrix; columns beyond are zero.
     """
     CHUNKS: tl.constexpr = BLOCK_COLUMNS // CHUNK
     chunks = column + tl.arange(0, CHUNKS) * CHUNK

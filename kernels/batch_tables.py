@@ -1,7 +1,8 @@
-"""Who computes what in one forward pass, in one buffer on the device that kernels read.
+"""The description of one forward pass that LoRA kernels read: which rows use which adapter.
 
-A forward pass's rows are grouped by adapter and cut into tiles. The buffer keeps its address, so a
-CUDA graph that was captured over it computes what it holds at replay.
+The rows of a forward pass are grouped by adapter and cut into tiles. The description lies in one
+device buffer with a fixed address, so a captured CUDA graph computes what the buffer holds at
+replay.
 """
 
 from __future__ import annotations
@@ -14,27 +15,28 @@ import torch
 from numpy.typing import NDArray
 
 FIRST, END, RANK, SCALING, OFFSETS = 2, 3, 4, 5, 6
-"""Of a record, in int32: behind the address of the page table (two) the first and last + 1 index
-into rows, the adapter's rank and scaling (float bits), then per module the offsets of A and B."""
+"""Positions in a record, in int32. After the address of the page table (two int32): the first and
+last + 1 index into ``rows``, the adapter's rank and scaling (float bits), then per module the
+offsets of A and B."""
 
 ALIGNED_INTS = 4
-"""``rows`` begins at a multiple of this many int32, 16 bytes. Triton compiles a kernel once for
-pointers that are multiples of 16 and once for others; all tables share one compiled kernel."""
+"""``rows`` begins at a multiple of this many int32, 16 bytes. Triton compiles a kernel separately
+for pointers that are multiples of 16 bytes and for others; so all tables share one kernel."""
 
-MISSING = -1  # offset of a module that an adapter does not have
+MISSING = -1  # offset of a module for which an adapter has no weights
 
 
 def adapter_record(
     table: torch.Tensor, rank: int, scaling: float, offsets: Sequence[tuple[int, int]]
 ) -> NDArray[np.int32]:
-    """One adapter as kernels read it, without rows yet.
+    """The record of one adapter as kernels read it, with no rows set.
 
     Args:
         table: int32 ``[num_slots]`` on the device, the adapter's slots in the order of its
             addresses. Its memory has to outlive the forward passes that use the record.
-        rank: Rows of A per part, and of B's transpose.
-        scaling: Applied between A and B.
-        offsets: Per module, where A and B begin in their planes, in elements, or ``MISSING``.
+        rank: Rows of A per part, and rows of B's transpose.
+        scaling: Factor applied between A and B.
+        offsets: Per module, addresses of A and B in their planes, in elements, or ``MISSING``.
 
     Returns:
         int32 ``[record_ints(modules)]``.
@@ -49,7 +51,7 @@ def adapter_record(
 
 
 def record_ints(num_modules: int) -> int:
-    """An even number: a record begins with an int64."""
+    """Number of int32 of a record; even, because a record begins with an int64."""
     return OFFSETS + 2 * num_modules
 
 
@@ -71,11 +73,12 @@ class Batch:
 
     @property
     def max_rank(self) -> int:
-        """0 without adapters."""
+        """Largest rank of the batch's adapters; 0 if there are none."""
         return int(self.records[:, RANK].max(initial=0))
 
     def grouped(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Rows by adapter, in row order within: int32 row numbers, and how many each has."""
+        """Row numbers grouped by adapter, in row order within a group (int32), and the number of
+        rows per adapter (int64 ``[adapters]``)."""
         if not self.segments:
             return np.empty(0, np.int32), np.zeros(len(self.records), np.int64)
         adapters, lengths = np.array(self.segments, dtype=np.int64).T
@@ -87,17 +90,17 @@ class Batch:
 
 
 class BatchTables:
-    """Static device memory for batches up to given sizes.
+    """Static device memory for the descriptions of batches up to given sizes.
 
     ``tiles`` is int32 ``[max_tiles, record_ints]``: the record of a tile's adapter with the tile's
-    rows, so that a program finds all it needs in one place; tiles behind those of the batch have no
-    rows. ``rows`` is int32 ``[max_rows]``: row numbers, grouped by adapter.
+    rows, so that a program reads all it needs from one place; tiles after those of the batch have
+    no rows. ``rows`` is int32 ``[max_rows]``: row numbers, grouped by adapter.
 
     Args:
-        device: Of the kernels.
+        device: Device of the kernels.
         num_modules: Target modules of the model.
-        max_rows: Rows of a forward pass.
-        max_adapters: Distinct adapters in one.
+        max_rows: Most rows of a forward pass.
+        max_adapters: Most distinct adapters in a forward pass.
         tile_rows: Most rows of a tile.
     """
 
@@ -124,10 +127,10 @@ class BatchTables:
         self.rows = self._buffer[self._rows_begin :]
 
     def load(self, batch: Batch) -> None:
-        """Make a batch what kernels read from here on, on the current stream. Waits for nothing.
+        """Write a batch to the tables, on the current stream. Does not block the host.
 
         Raises:
-            ValueError: It is larger than the tables.
+            ValueError: The batch is larger than the tables.
         """
         if batch.num_rows > self.max_rows or len(batch.records) > self.max_adapters:
             raise ValueError(
@@ -138,7 +141,7 @@ class BatchTables:
         tiles = _tiles(batch.records, counts, self.tile_rows)
         self.num_tiles = len(tiles)
         used = self._rows_begin + len(rows)
-        # Fresh memory for each batch: the copy of the last one may not have begun.
+        # New host memory for each batch: the copy of the previous batch may still be queued.
         host = torch.empty(used, dtype=torch.int32, pin_memory=self._buffer.is_cuda)
         ints = host.numpy()
         ints[: tiles.size] = tiles.reshape(-1)
@@ -147,12 +150,12 @@ class BatchTables:
         self._buffer[:used].copy_(host, non_blocking=True)
 
     def tiles_for(self, num_rows: int) -> int:
-        """Tiles that a batch of so many rows has at most."""
+        """Most tiles of a batch with ``num_rows`` rows."""
         return min(self.max_tiles, max_tiles(num_rows, self.max_adapters, self.tile_rows))
 
 
 def max_tiles(num_rows: int, num_adapters: int, tile_rows: int) -> int:
-    """Most tiles of a batch: each adapter may leave its last one incomplete."""
+    """Most tiles of a batch: the last tile of each adapter may be incomplete."""
     incomplete = min(num_rows, num_adapters)
     return incomplete + (num_rows - incomplete) // tile_rows
 
@@ -160,7 +163,7 @@ def max_tiles(num_rows: int, num_adapters: int, tile_rows: int) -> int:
 def _tiles(
     records: NDArray[np.int32], counts: NDArray[np.int64], tile_rows: int
 ) -> NDArray[np.int32]:
-    """int32 ``[tiles, record_ints]`` for adapters of ``counts`` rows, which follow each other."""
+    """Tiles, int32 ``[tiles, record_ints]``, for adapters whose ``counts`` rows are adjacent."""
     per_adapter = -(-counts // tile_rows)
     adapters = np.repeat(np.arange(len(counts)), per_adapter)
     first_tile = np.cumsum(per_adapter) - per_adapter

@@ -1,4 +1,4 @@
-"""The second half of LoRA: adds ``inner @ B^T`` into the base output, B read from KV pages."""
+"""The second half of LoRA: adds ``inner @ B^T`` to the base output, reading B from KV pages."""
 
 from __future__ import annotations
 
@@ -41,9 +41,12 @@ def _lora_expand(
     EVEN_N: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Grid: tiles (a stride over them), blocks of columns of all parts."""
-    # Which part this block lies in, the part's first column, and the elements of B before it, per
-    # rank. Parts follow each other in the output and in the plane.
+    """One program computes one block of output columns for a stride over the tiles.
+
+    Grid: programs that share the tiles, blocks of columns over all parts.
+    """
+    # The part that this block lies in, the part's first column, and the elements of B before it
+    # per rank. Parts are adjacent in the output and in the plane.
     block = tl.program_id(1)
     part = 0
     column = 0
@@ -104,7 +107,7 @@ def _lora_expand(
                     BLOCK_N,
                     EVEN_N,
                 )
-                # Rounded as SGLang's kernels do, which pass it on in the weights' dtype.
+                # Rounded to the weights' dtype, as in SGLang's kernels.
                 inner_tile = rounded(inner_tile, b_tile.dtype, EMULATED)
                 if EMULATED:
                     inner_tile = inner_tile.to(tl.float32)
@@ -129,16 +132,16 @@ def lora_expand(
     num_tiles: int,
     config: ExpandConfig,
 ) -> torch.Tensor:
-    """Add ``inner @ B^T`` of each row's adapter into the output, part by part, in place.
+    """Add ``inner @ B^T`` of each row's adapter to the output, part by part, in place.
 
     Args:
         inner: float32 ``[splits, T, width]`` of ``lora_shrink`` for the same module.
-        plane: ``[slots, slot_elems]`` of the output's dtype: B's plane of this layer. B lies
+        plane: ``[slots, slot_elems]`` of the output's dtype: B's plane of this layer. B is stored
             transposed, per part ``rank`` rows of that part's outputs.
-        tables: The batch; rows that no adapter owns are not touched.
-        module: Whose B.
-        output: ``[T, sum of out_features]`` or wider, rows of one stride, columns adjacent.
-        num_tiles: Tiles to launch programs for: the batch's, or the most it can have.
+        tables: The batch; rows without an adapter are not changed.
+        module: The module that B belongs to.
+        output: ``[T, sum of out_features]`` or wider, with adjacent columns.
+        num_tiles: Tiles to launch programs for: those of the batch, or the most it can have.
         config: Launch configuration.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The first half of LoRA: ``x @ A^T * scaling`` for rows of many adapters, A read from KV pages."""
+"""The first half of LoRA: ``x @ A^T * scaling`` for rows of many adapters, with A in KV pages."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def _lora_shrink(
     BLOCK_K: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Grid: tiles (a stride over them), lanes over A's rows (likewise), splits of the columns."""
+    """One program computes one split of the columns, for a stride over the tiles and A's rows.
+
+    Grid: programs that share the tiles, lanes that share A's rows, splits of the columns.
+    """
     EVEN_K: tl.constexpr = IN_FEATURES % BLOCK_K == 0
     lane = tl.program_id(1)
     split = tl.program_id(2)
@@ -108,18 +111,18 @@ def lora_shrink(
     """``x @ A^T * scaling`` of each row's adapter, for all parts of a stacked module at once.
 
     Args:
-        x: ``[T, in_features]``, rows of one stride, columns adjacent.
+        x: ``[T, in_features]``, with adjacent columns.
         plane: ``[slots, slot_elems]`` of x's dtype: A's plane of this layer.
-        tables: The batch; rows that no adapter owns are not computed.
-        module: Whose A.
+        tables: The batch; rows without an adapter are not computed.
+        module: The module that A belongs to.
         width: Columns of the result, at least ``parts * rank`` of any adapter in the batch.
-        num_tiles: Tiles to launch programs for: the batch's, or the most it can have.
+        num_tiles: Tiles to launch programs for: those of the batch, or the most it can have.
         config: Launch configuration.
-        out: Where to write, if not into new memory.
+        out: Memory for the result; None: new memory.
 
     Returns:
-        float32 ``[splits, T, width]``, whose sum over the first dimension is the result. Only what
-        an adapter defines is written: the first ``parts * rank`` columns of its rows.
+        float32 ``[splits, T, width]``, whose sum over the first dimension is the result. Only the
+        first ``parts * rank`` columns of rows with an adapter are written.
     """
     T, in_features = x.shape
     assert in_features == module.in_features, (in_features, module)

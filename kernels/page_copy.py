@@ -1,4 +1,5 @@
-"""Copies between contiguous memory and slots of the KV pool, all layers and planes at once."""
+"""Copies between contiguous memory and slots of the KV pool, all layers and planes in one
+launch."""
 
 from __future__ import annotations
 
@@ -12,18 +13,19 @@ import triton.language as tl
 
 from sglang_elora.kernels.addressing import chunk_elems
 
-JOB_INTS = 3  # of a copy, before its planes: addresses of memory and table, words of a layer
-_BLOCK_WORDS = 2048
+JOB_INTS = 3  # int64 before those of the planes: addresses of memory and table, words of a layer
+_BLOCK_WORDS = 2048  # words copied by one program
 
 
 @dataclass(frozen=True, slots=True)
 class PoolPlanes:
-    """Where the pool's planes are, as ``page_copy`` reads it.
+    """The addresses of the pool's planes, for ``page_copy``.
 
     Args:
-        addresses: int64 ``[layers, planes]`` on the device, of tensors ``[slots, slot_bytes]``.
+        addresses: int64 ``[layers, planes]`` on the device: addresses of tensors
+            ``[slots, slot_bytes]``.
         slot_bytes: Bytes of a slot in one plane of one layer.
-        alignment: Bytes that each slot's address is a multiple of, at most 16.
+        alignment: Common divisor of all slots' addresses, in bytes, at most 16.
     """
 
     addresses: torch.Tensor
@@ -32,7 +34,8 @@ class PoolPlanes:
 
     @classmethod
     def of(cls, planes: Sequence[Sequence[torch.Tensor]]) -> PoolPlanes:
-        """From ``planes[plane][layer]``, contiguous tensors ``[slots, ...]`` of one slot size."""
+        """Build from ``planes[plane][layer]``, contiguous tensors ``[slots, ...]`` of one slot
+        size."""
         first = planes[0][0]
         addresses = [
             [tensor.data_ptr() for tensor in layers] for layers in zip(*planes, strict=True)
@@ -44,7 +47,7 @@ class PoolPlanes:
 
 @dataclass(frozen=True, slots=True)
 class Contiguous:
-    """One adapter or one run of KV outside the pool, and the slots it has in it.
+    """One adapter or one run of KV in memory outside the pool, and its slots in the pool.
 
     Args:
         memory: uint8 ``[layers, sum of plane_bytes]``: each layer holds its planes one after the
@@ -58,7 +61,11 @@ class Contiguous:
     plane_bytes: tuple[int, ...]
 
     def check(self, pool: PoolPlanes, num_layers: int) -> None:
-        """Raises ValueError where sizes do not agree: the copy would touch others' memory."""
+        """Check the sizes.
+
+        Raises:
+            ValueError: Sizes do not match, so that the copy would access other memory.
+        """
         expected = (num_layers, sum(self.plane_bytes))
         if self.memory.dtype != torch.uint8 or tuple(self.memory.shape) != expected:
             raise ValueError(
@@ -92,11 +99,11 @@ def _page_copy(
     BLOCK: tl.constexpr,
     TO_POOL: tl.constexpr,
 ):
-    """Grid: blocks of words of a plane, layers times planes, copies."""
+    """One program copies one block of words. Grid: blocks of a plane, layers * planes, copies."""
     layer = tl.program_id(1) // PLANES
     plane = tl.program_id(1) % PLANES
     job = jobs + tl.program_id(2) * JOB
-    # NOTE: without these hints words are copied one by one.
+    # NOTE: without these hints Triton does not vectorise the copy.
     num_words = tl.multiple_of(tl.load(job + HEAD + 2 * plane), ALIGNMENT // WORD_BYTES)
     begin = tl.program_id(0) * BLOCK
     if begin < num_words:
@@ -131,18 +138,18 @@ def page_copy(
 ) -> None:
     """Copy adapters or KV into their slots, or out of them. One launch, on the current stream.
 
-    What a copy leaves of its last slots, and all other slots, keep their content.
+    The unused end of a copy's last slot and all other slots keep their content.
 
     Args:
         pool: The pool.
-        copies: All of as many layers as the first.
-        to_pool: Into the slots; otherwise out of them.
-        first_layer: The pool's layer that the memory's first one belongs to.
-        jobs: int64 ``[copies, job_ints(planes)]`` on the device, which the kernel reads its work
-            from: overwritten on the current stream. None: new memory.
+        copies: The copies; all have the same number of layers.
+        to_pool: True: into the slots; False: out of them.
+        first_layer: Layer of the pool that corresponds to layer 0 of the memory.
+        jobs: int64 ``[copies, job_ints(planes)]`` on the device: work memory for the kernel's job
+            list, overwritten on the current stream. None: new memory.
 
     Raises:
-        ValueError: Sizes do not agree.
+        ValueError: Sizes do not match.
     """
     if not copies or len(copies[0].memory) == 0:
         return
@@ -183,12 +190,12 @@ def page_copy(
 
 
 def job_ints(num_planes: int) -> int:
-    """How many int64 describe a copy to the kernel."""
+    """Number of int64 that describe one copy to the kernel."""
     return JOB_INTS + 2 * num_planes
 
 
 def _job(copy: Contiguous, word: int) -> list[int]:
-    """A copy as the kernel reads it, sizes in words."""
+    """The description of a copy that the kernel reads, sizes in words."""
     job = [copy.memory.data_ptr(), copy.table.data_ptr(), copy.memory.stride(0) // word]
     begin = 0
     for size in copy.plane_bytes:
@@ -198,7 +205,7 @@ def _job(copy: Contiguous, word: int) -> list[int]:
 
 
 def _alignment(pool: PoolPlanes, copies: Sequence[Contiguous]) -> int:
-    """Bytes that all sizes and addresses are multiples of, at most what one load takes."""
+    """Common divisor of all sizes and addresses in bytes, at most ``pool.alignment``."""
     sizes = [pool.alignment]
     for copy in copies:
         sizes += [copy.memory.data_ptr(), copy.memory.stride(0), *copy.plane_bytes]

@@ -1,11 +1,11 @@
-"""Launch configurations of the LoRA kernels: data, one file per GPU, written by the tuner.
+"""Launch configurations of the LoRA kernels: one data file per GPU, written by the tuner.
 
 A file ``<name of the GPU>.json`` holds, per kernel, configurations with the shape each was tuned
-for. The one nearest to a launch's shape is taken. ``default.json`` serves GPUs without a file.
+for. A launch uses the one of the nearest shape. ``default.json`` is for GPUs without a file.
 
-These are for weights of two bytes, which tensor cores multiply. float32 weights are multiplied
-exactly, from registers, where tiles of the same size do not fit: ``float32.json`` has smaller ones,
-for all GPUs.
+These files are for two-byte weights, which tensor cores multiply. float32 weights are multiplied
+exactly, in registers, which do not hold tiles of that size: ``float32.json`` has smaller tiles, for
+all GPUs.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class ShrinkConfig:
-    """How ``lora_shrink`` is launched.
+    """Launch configuration of ``lora_shrink``.
 
     Args:
         block_n: Rows of A that a program multiplies at once; a power of two, at least 16.
-        block_k: Columns at once; likewise.
+        block_k: Columns of A that it multiplies at once; a power of two, at least 16.
         lanes: Programs that share the rows of A of one tile and split.
         num_splits: Programs that share the columns; each writes a partial sum.
-        max_tile_programs: Beyond so many tiles, a program computes several.
+        max_tile_programs: Most programs over tiles; with more tiles, a program computes several.
     """
 
     block_n: int
@@ -43,12 +43,12 @@ class ShrinkConfig:
 
 @dataclass(frozen=True, slots=True)
 class ExpandConfig:
-    """How ``lora_expand`` is launched.
+    """Launch configuration of ``lora_expand``.
 
     Args:
         block_n: Columns of the output that a program computes; a power of two, at least 16.
-        block_r: Ranks that it multiplies at once; likewise.
-        max_tile_programs: Beyond so many tiles, a program computes several.
+        block_r: Rows of B's transpose that it multiplies at once; a power of two, at least 16.
+        max_tile_programs: Most programs over tiles; with more tiles, a program computes several.
     """
 
     block_n: int
@@ -66,7 +66,7 @@ def shrink_config(
     in_features: int,
     dtype: torch.dtype = torch.bfloat16,
 ) -> ShrinkConfig:
-    """The configuration tuned for the nearest shape; ``dtype`` of the weights."""
+    """The configuration tuned for the nearest shape; ``dtype`` is that of the weights."""
     shape = {"tile_rows": tile_rows, "num_tiles": num_tiles, "features": in_features}
     config = ShrinkConfig(**_nearest(_entries(device, dtype)["shrink"], shape))
     most = max(1, -(-in_features // config.block_k))
@@ -87,25 +87,25 @@ def expand_config(
     """The configuration tuned for the nearest shape.
 
     Args:
-        out_features: Of all parts together.
-        dtype: Of the weights.
+        out_features: Output features of all parts together.
+        dtype: Dtype of the weights.
     """
     shape = {"tile_rows": tile_rows, "num_tiles": num_tiles, "features": out_features}
     return ExpandConfig(**_nearest(_entries(device, dtype)["expand"], shape))
 
 
 def tuned_tile_counts(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[int]:
-    """Numbers of tiles by which every configuration is found that any number of tiles has.
+    """Numbers of tiles that together select every configuration any number of tiles can select.
 
-    Distances grow alike on both sides of each entry, so an entry that is not the nearest at its own
-    number of tiles is the nearest nowhere.
+    These are the entries' own numbers: the distance grows equally on both sides of each entry, so
+    an entry that is not the nearest at its own number of tiles is never the nearest.
     """
     entries = _entries(device, dtype)
     return sorted({e["shape"]["num_tiles"] for half in entries.values() for e in half})
 
 
 def file_name(device: torch.device) -> str:
-    """Of the configurations for a device, if it has been tuned."""
+    """Name of the file with a device's configurations, which exists if the device was tuned."""
     is_cuda = device.type == "cuda"
     name: str = torch.cuda.get_device_name(device) if is_cuda else device.type
     return name.replace(" ", "_").replace("/", "_") + ".json"
@@ -124,7 +124,8 @@ def _entries(device: torch.device, dtype: torch.dtype) -> dict[str, list[dict[st
 
 
 def _nearest(entries: list[dict[str, Any]], shape: dict[str, int]) -> dict[str, int]:
-    """The launch of the entry whose shape differs by the smallest factors; tile rows weigh most."""
+    """Launch parameters of the entry whose shape differs by the smallest factors; tile rows weigh
+    most."""
 
     def distance(entry: dict[str, Any]) -> float:
         weights = {"tile_rows": 100.0, "num_tiles": 1.0, "features": 1.0}

@@ -1,4 +1,4 @@
-"""The kernels in plain torch: what the tests compare them with."""
+"""Reference implementations of the kernels in plain torch, for tests."""
 
 from __future__ import annotations
 

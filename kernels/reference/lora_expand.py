@@ -20,12 +20,12 @@ def lora_expand(
     module: StackedModule,
     output: torch.Tensor,
 ) -> torch.Tensor:
-    """Add ``inner @ B^T`` into ``output`` (float32 ``[T, out]``), adapter by adapter, in place.
+    """Add ``inner @ B^T`` to ``output`` (float32 ``[T, out]``), adapter by adapter, in place.
 
     Args:
         inner: float32 ``[T, width]``.
         rows: Per adapter, the int64 indices of its rows.
-        offsets: Per adapter, where B begins in its address space; negative if it has none.
+        offsets: Per adapter, the address of B in its address space; negative if it has no B.
     """
     for own, table, rank, offset in zip(rows, tables, ranks, offsets, strict=True):
         if offset < 0 or not len(own):

@@ -21,11 +21,11 @@ def lora_shrink(
     module: StackedModule,
     inner: torch.Tensor,
 ) -> torch.Tensor:
-    """``x @ A^T * scaling`` into ``inner`` (float32 ``[T, width]``), adapter by adapter.
+    """Write ``x @ A^T * scaling`` to ``inner`` (float32 ``[T, width]``), adapter by adapter.
 
     Args:
         rows: Per adapter, the int64 indices of its rows of ``x``.
-        offsets: Per adapter, where A begins in its address space; negative if it has none.
+        offsets: Per adapter, the address of A in its address space; negative if it has no A.
     """
     for own, table, rank, scaling, offset in zip(
         rows, tables, ranks, scalings, offsets, strict=True

@@ -1,4 +1,4 @@
-"""Matrices of an adapter as one address space over scattered slots."""
+"""Reads matrices from an adapter's address space, which maps to scattered slots."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 def read_matrix(
     plane: torch.Tensor, table: torch.Tensor, offset: int, num_rows: int, stride: int
 ) -> torch.Tensor:
-    """``[num_rows, stride]`` in float32, element by element.
+    """The matrix ``[num_rows, stride]`` at ``offset``, in float32, read element by element.
 
     Args:
         plane: ``[slots, slot_elems]``.
-        table: int32 ``[num_slots]``.
-        offset: Of the first element in the address space.
+        table: int32 ``[num_slots]``, the adapter's slots.
+        offset: Address of the first element.
     """
     slot_elems = plane.shape[1]
     addresses = offset + torch.arange(num_rows * stride, device=plane.device)

@@ -1,4 +1,4 @@
-"""Reference of ``kernels/page_copy.py``, and the copy on devices without Triton."""
+"""Reference of ``kernels/page_copy.py``; also used on devices without Triton."""
 
 from __future__ import annotations
 
