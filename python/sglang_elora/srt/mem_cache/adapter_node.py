@@ -20,9 +20,9 @@ FULL = ComponentType.FULL
 class AdapterNode(UnifiedTreeNode):
     """An adapter's node. ``value`` is int64 ``[slots]`` on the pool's device, empty if evicted.
 
-    It counts as backed up (its weights are on the host) with no host slots of its own.
+    It counts as backed up (its weights are on the host), but has no slots in SGLang's host pool.
 
-    ``kv_nodes`` are all nodes below it by id, the one that ``next_kv`` returns next last.
+    ``kv_nodes`` are all nodes below it by id; ``next_kv`` returns the last one next.
     """
 
     def __init__(self, adapter: Adapter, no_slots: torch.Tensor) -> None:
@@ -52,7 +52,7 @@ class AdapterNode(UnifiedTreeNode):
         return slots
 
     def next_kv(self) -> UnifiedTreeNode:
-        """The KV node that was added last, or that was not returned for longest; O(1)."""
+        """The next KV node: new ones first, then round robin; O(1)."""
         node_id = next(reversed(self.kv_nodes))
         self.kv_nodes.move_to_end(node_id, last=False)
         return self.kv_nodes[node_id]

@@ -1,8 +1,7 @@
-"""Removal of one adapter's branch of the tree, its KV before the adapter, a few nodes per call.
+"""Removal of one adapter's branch of the tree, KV before the adapter, a few nodes per call.
 
-The nodes are looked at in turns that each adapter's node keeps (``AdapterNode.next_kv``), so that a
-call costs what its budget allows, however many nodes the branch has, how many of its KV is on the
-host, and how much of it is in use.
+Nodes are checked round robin (``AdapterNode.next_kv``), so the cost of a call is bounded by its
+budget, regardless of how many nodes the branch has, are on the host, or are in use.
 """
 
 from __future__ import annotations
@@ -18,26 +17,28 @@ from sglang_elora.srt.mem_cache.freed import Freed, parts_of
 from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
 
 LOOKS_PER_LEAF = 16
-"""Nodes that an eviction looks at per leaf that it may evict: those on the host are passed by."""
+"""Most nodes that an eviction checks per leaf that it may evict; nodes on the host are skipped.
+More find leaves among more such nodes, in a longer call."""
 
 
 @dataclass(slots=True)
 class Purge:
-    """What one call of ``purge`` did."""
+    """Result of one call of ``purge``."""
 
-    num_looks: int = 1
-    num_removed: int = 0  # nodes, the adapter's among them
-    is_over: bool = False  # nothing is left of the adapter
+    num_looks: int = 1  # nodes checked
+    num_removed: int = 0  # nodes removed, including the adapter's
+    is_over: bool = False  # the adapter and all its KV are removed
     freed: BaseEvictionResult = field(default_factory=BaseEvictionResult)
 
 
 def evict(core: EloraTreeCore, adapter_id: str, most_leaves: int, freed: Freed) -> bool:
     """Evict leaves of one adapter from the device, the adapter last, unless a request holds it.
 
-    KV without a copy on the host is dropped, with what is below it on the host: out of reach then.
+    KV without a host copy is dropped together with the KV below it on the host, which would be
+    unreachable.
 
     Returns:
-        Whether nothing is left that could be evicted.
+        Whether nothing is left that can be evicted.
     """
     top = core.node_of(adapter_id)
     num_leaves = num_looks = 0
@@ -53,7 +54,7 @@ def evict(core: EloraTreeCore, adapter_id: str, most_leaves: int, freed: Freed) 
             if node.children and not node.backuped:
                 looks_left = LOOKS_PER_LEAF * most_leaves - num_looks
                 num_looks += _remove_below(core, node, looks_left, freed)
-                if node.children:  # more than may be looked at, or held
+                if node.children:  # the budget is used up, or a node is held
                     break
             core._take_off_device(node, freed)
             num_leaves += 1
@@ -66,17 +67,18 @@ def evict(core: EloraTreeCore, adapter_id: str, most_leaves: int, freed: Freed) 
 def purge(core: EloraTreeCore, adapter_id: str, most_looks: int) -> Purge:
     """Remove KV of a retired adapter from device and host, then its slots and its node.
 
-    What a request or a copy holds stays, with the nodes above it. Call again until ``is_over``.
+    Nodes that a request or a copy holds, and the nodes above them, are kept. Call again until
+    ``is_over``.
 
     Args:
-        most_looks: Nodes that are looked at, at most; at least one is.
+        most_looks: Most nodes to check; at least one is checked.
     """
     top, done = core.node_of(adapter_id), Purge()
     assert top.adapter.retired, f"adapter {adapter_id} is in use"
     if top.adapter.pinned and top.adapter.resident:
         core.adapter_table.unpin(top.adapter)
         core.dec_full_pin(top.id)
-    num_in_vain = 0  # looks since a node was removed
+    num_in_vain = 0  # nodes checked since the last removal
     while top.kv_nodes and done.num_looks < most_looks and num_in_vain < len(top.kv_nodes):
         removed_before = done.num_removed
         _remove_upwards(core, top.next_kv(), most_looks, done)
@@ -93,7 +95,7 @@ def purge(core: EloraTreeCore, adapter_id: str, most_looks: int) -> Purge:
 def _remove_upwards(
     core: EloraTreeCore, node: UnifiedTreeNode, most_looks: int, done: Purge
 ) -> None:
-    """Remove a leaf that nothing holds, then each parent that has become one."""
+    """Remove a leaf that is not held, then each parent that becomes such a leaf."""
     done.num_looks += 1
     while not node.children and not _is_held(node):
         if done.num_looks > most_looks:
@@ -109,7 +111,7 @@ def _remove_upwards(
 
 
 def _remove_below(core: EloraTreeCore, top: UnifiedTreeNode, most_nodes: int, freed: Freed) -> int:
-    """Remove nodes below one, leaves first, until one is held; how many were removed."""
+    """Remove nodes below ``top``, leaves first, until one is held. Returns the number removed."""
     leaf, num_removed = top, 0
     while num_removed < most_nodes:
         while leaf.children:

@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 class CopyStream:
     """The stream that adapter copies run on.
 
-    A copy writes slots only after the batches that may still read, or write, what those slots
-    held before. It also waits for what was queued on the scheduler's stream when it was started,
-    where the numbers of its slots were made.
+    A copy writes its slots only after the batches that may still read or write their previous
+    content. It also waits for the work queued on the scheduler's stream at its start, which
+    computes the numbers of its slots.
 
     Args:
         planes: The KV pool.
-        free_order: Since when the pool's free slots have been free.
+        free_order: Determines which batches may still use newly allocated slots.
         forward_stream: The stream that batches run on.
     """
 
@@ -38,45 +38,44 @@ class CopyStream:
 
     @cached_property
     def _stream(self) -> Any:
-        """Drawn at the first copy: the scheduler has chosen its own streams by then, and the
-        current stream is the one that it schedules on."""
+        """The copy stream, created at the first copy. By then the scheduler has created its own
+        streams, and the current stream is the one that it schedules on."""
         avoid = (self._forward_stream, self._device.current_stream())
         return make_copy_stream(self._device, avoid)
 
     def start(
         self, adapter_id: str, image: AdapterImage, slots: torch.Tensor
     ) -> tuple[AdapterCopy, PagedAdapter | None]:
-        """Queue the copy of one adapter, without waiting for it. Raises nothing.
+        """Queue the copy of one adapter, without waiting for it. Never raises.
 
         Args:
-            slots: int64 ``[num_slots]``, allocated last, and made on the current stream.
+            slots: int64 ``[num_slots]``, from the last allocation, computed on the current stream.
 
         Returns:
-            The copy, and the adapter as the LoRA backend reads it. If the copy could not be
-            queued, its ``error`` says why.
+            The copy, and the adapter for the LoRA backend. If the copy could not be queued, its
+            ``error`` is set and the adapter is None.
         """
         copy, paged = AdapterCopy(adapter_id, len(slots)), None
         try:
             paged = self._queue(copy, image, slots)
-        except Exception as error:  # of CUDA, of Triton, or out of memory: the server lives on
+        except Exception as error:  # CUDA, Triton or out of memory: the server keeps running
             logger.exception("the copy of adapter %s could not be queued", adapter_id)
             copy.error = error
         return copy, paged
 
     def synchronize(self) -> None:
-        """Block until everything queued so far has run; on a CPU it has."""
+        """Block until all queued copies have run; on a CPU they already have."""
         if self._is_cuda:
             self._stream.synchronize()
 
     def clear(self, slots: torch.Tensor) -> None:
-        """Zero the slots of an adapter that leaves the device; its copy is over.
+        """Zero the slots of an evicted adapter, whose copy has finished.
 
         Queued on the current stream after all batches launched so far, which may read the adapter.
-        Whatever writes these slots next (a batch, a copy, a load of KV) waits for the current
-        stream first.
+        The next writer of these slots (a batch, a copy, a load of KV) waits for the current stream.
 
         Args:
-            slots: int64 ``[num_slots]``, made on the current stream.
+            slots: int64 ``[num_slots]``, computed on the current stream.
         """
         self._device.current_stream().wait_stream(self._forward_stream)
         for layer in range(self._planes.num_layers):
@@ -109,7 +108,7 @@ class CopyStream:
         return PagedAdapter(image.layout, table, self._planes, image.scaling)
 
     def _record(self) -> Any:
-        """An event behind the work on the copy stream so far, which can be timed."""
+        """A timed event after the work queued on the copy stream so far."""
         event = self._device.Event(enable_timing=True) if self._is_cuda else self._device.Event()
         event.record(self._stream)
         return event

@@ -1,4 +1,4 @@
-"""What evictions free, as SGLang's tree core hands it on."""
+"""Types for the resources that evictions free, as passed through SGLang's tree core."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ Tracker = dict[ComponentType, int]
 Slots = dict[ComponentType, list[torch.Tensor]]
 Actions = list[CacheAction | ComponentAction]
 Freed = tuple[Tracker, Slots, Slots, Actions]
-"""Number of tokens, slots of the device, slots of the host, and what the cache has to do: each
-eviction adds its own to them."""
+"""Accumulators that each eviction adds to: tokens freed, device slots, host slots, and actions
+that the cache has to take."""
 
 
 def parts_of(result: BaseEvictionResult) -> Freed:
-    """Of the result of a step, which SGLang's cache drains (``_apply_eviction_result``)."""
+    """The accumulators within a result, which SGLang's cache processes in
+    ``_apply_eviction_result``."""
     return result.tracker, result.device_frees, result.host_frees, result.cache_actions

@@ -1,4 +1,4 @@
-"""Events of adapters on the stream of SGLang's KV events, for routers that follow them."""
+"""Adapter events in SGLang's stream of KV events, for routers that subscribe to it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from sglang_elora.srt.mem_cache.residency import Residency
 
 
 class AdapterMoves:
-    """Where adapters have gone since the last batch of events."""
+    """Collects the changes of adapters' tiers since the last batch of events."""
 
     def __init__(self, residency: Residency) -> None:
         self._residency = residency
         self._moves = Moves()
-        self._num_changes = 0  # of the table, that were looked at
+        self._num_changes = 0  # changes of the table processed so far
 
     def take(self) -> list[AdapterMoved]:
         residency = self._residency

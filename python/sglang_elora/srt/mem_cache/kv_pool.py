@@ -1,7 +1,7 @@
-"""Which of SGLang's KV pools adapters can live in, and where in their memory.
+"""The kinds of SGLang's KV pools that can hold adapters, and the layout of their memory.
 
-To support another kind of pool, add it here: a reason less in ``why_unsupported``, and its tensors
-in ``planes_of``. No other file knows what a pool is made of, apart from the checks of
+To support another kind of pool, accept it in ``why_unsupported`` and add its tensors to
+``planes_of``. No other file depends on the layout of a pool, except the checks of
 ``--elora-check-streams``.
 """
 
@@ -17,10 +17,10 @@ from sglang_elora.pages import KVPlanes
 
 
 def why_unsupported(pool: Any) -> str | None:
-    """Why adapters cannot live in this pool; None if they can.
+    """The reason why this pool cannot hold adapters; None if it can.
 
     Args:
-        pool: What ``TokenToKVPoolAllocator.get_kvcache`` returns.
+        pool: The result of ``TokenToKVPoolAllocator.get_kvcache``.
     """
     if type(pool) is not MHATokenToKVPool:
         return f"the KV pool is a {type(pool).__name__}, not one buffer each for K and V by layer"

@@ -1,4 +1,4 @@
-"""Hook bodies of the emulated device link (CPU platform, stock and ELORA alike)."""
+"""Hook bodies of the emulated host-device link (CPU platform; with stock SGLang and with ELORA)."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def use_emulated_link(config: EloraConfig) -> None:
 
 
 def delay_adapter_copy(buffer_view: torch.Tensor, weight: torch.Tensor) -> None:
-    """Before each copy of an adapter's matrix into SGLang's own LoRA pool."""
+    """Delay a copy of an adapter's matrix into SGLang's own LoRA pool; runs before each copy."""
     _link().copy(buffer_view.nbytes)
 
 
 def make_copy_stream(device_module: Any, avoid: Sequence[Any]) -> Any:
-    """A stream for copies from the host that is none of ``avoid``.
+    """A stream for copies from the host that differs from all of ``avoid``.
 
-    torch hands out 32 CUDA streams in turn, so a new one may be a stream that is in use. On an
-    emulated link the stream does not block.
+    torch assigns 32 CUDA streams round robin, so a new one may be one of them. On an emulated link
+    the stream does not block.
     """
     if all(hasattr(stream, "cuda_stream") for stream in avoid):
         return allocate_distinct_stream(device_module, avoid)
@@ -42,7 +42,7 @@ def make_copy_stream(device_module: Any, avoid: Sequence[Any]) -> Any:
 
 
 def delay_page_copy(num_bytes: int) -> None:
-    """Before a copy from the host on its way to pages, where a link is emulated."""
+    """Delay a copy from the host to pages, if a link is emulated; runs before the copy."""
     link = getattr(torch.cpu.current_stream(), "link", None)
     if link is not None:
         link.copy(num_bytes)
@@ -51,7 +51,7 @@ def delay_page_copy(num_bytes: int) -> None:
 def delay_kv_load(
     self: HostKVCache, device_pool: Any, host_indices: torch.Tensor, *_: Any, **__: Any
 ) -> None:
-    """Before each copy of one layer's KV from host to device.
+    """Delay a copy of one layer's KV from host to device; runs before each copy.
 
     ``host_indices`` is int64 ``[tokens]``; ``size_per_token`` counts all layers.
     """

@@ -1,4 +1,4 @@
-"""What the tensor-parallel ranks of a scheduler agree on before any of them acts."""
+"""Agreement between the tensor-parallel ranks of a scheduler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WORDS, _WORD_BYTES = 2, 7  # of a text's digest; a word is below 2**56
 
 
 class Ranks:
-    """The ranks that hold one KV pool together.
+    """The tensor-parallel ranks that share one KV pool.
 
     Every call is a collective: all ranks make it at the same point, with lists of equal length.
 
@@ -28,7 +28,7 @@ class Ranks:
         return bool(self._cache.tp_world_size == 1)
 
     def least(self, values: list[int]) -> list[int]:
-        """The smallest of all ranks, value by value."""
+        """The minimum over all ranks, value by value."""
         if self.is_alone:
             return values
         tensor = torch.tensor(values, dtype=torch.int64)
@@ -38,13 +38,12 @@ class Ranks:
 
 
 DIGEST_VALUES = 2 * _WORDS
-"""How many values ``digest_values`` returns."""
+"""Number of values that ``digest_values`` returns."""
 
 
 def digest_values(text: str | None) -> list[int]:
-    """Values for ``Ranks.least`` by which ``are_equal`` tells whether all ranks have this text.
-
-    None is a text of its own.
+    """A digest of a text as integers, to be reduced by ``Ranks.least`` and compared by
+    ``are_equal``. None differs from every text.
     """
     digest = hashlib.blake2b(repr(text).encode(), digest_size=_WORDS * _WORD_BYTES).digest()
     words = [
@@ -55,6 +54,7 @@ def digest_values(text: str | None) -> list[int]:
 
 
 def are_equal(agreed: Sequence[int]) -> bool:
-    """Whether ``agreed``, the least of all ranks' ``digest_values``, comes from one text."""
+    """Whether all ranks have the same text; ``agreed`` is the minimum of their
+    ``digest_values``."""
     least, most = agreed[:_WORDS], [-value for value in agreed[_WORDS:]]
     return list(least) == most
