@@ -1,4 +1,4 @@
-"""The tree's component of full attention: eviction in order, KV counted per adapter."""
+"""The full-attention component of the tree: evicts in the kept order, counts KV per adapter."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from sglang_elora.tree import Eviction, EvictionOrder, Victims
 ORDERED_POLICIES = frozenset({"lru", "lfu", "fifo", "slru"})
 """Values of --radix-eviction-policy under which a node's priority never falls while it is cached.
 
-Under the others (mru, filo, priority, tlru), and with sessions in the radix cache, SGLang's scan of
-all leaves stays.
+Under the other values (mru, filo, priority, tlru), and with --enable-session-radix-cache, SGLang's
+scan of all leaves is used.
 """
 
 
@@ -46,13 +46,13 @@ class EloraFullComponent(FullComponent):
             and not params.enable_session_radix_cache
         )
         self._tokens_wanted = 0
-        self._victims: Victims[UnifiedTreeNode] | None = None  # of the last eviction
+        self._victims: Victims[UnifiedTreeNode] | None = None  # of the current or last eviction
         self._leaves_per_step = 1
 
     @contextmanager
     def in_one_step(self) -> Iterator[None]:
-        """A step of an eviction takes all that is wanted, where SGLang's walk asks after each leaf
-        whether it was enough. Its end is marked by the next leaf that has to be copied first."""
+        """Within this block one step of an eviction takes as many leaves as are needed, up to one
+        that has to be copied to the host first. SGLang's walk takes one leaf per step."""
         self._leaves_per_step = sys.maxsize
         try:
             yield
@@ -66,7 +66,7 @@ class EloraFullComponent(FullComponent):
 
     @property
     def host_room(self) -> int:
-        """Tokens that fit into the host tier."""
+        """Number of tokens for which the host tier has room."""
         return int(self._full_kv_pool_host.available_size())
 
     @property
@@ -104,7 +104,7 @@ class EloraFullComponent(FullComponent):
         if phase == CacheTransferPhase.BACKUP_HOST and moved.host_indices is not None:
             counts.kv_slots_to_host += len(moved.host_indices)
             self.tree_core.count_kv(node, host=len(moved.host_indices))
-            if self.keeps_order:  # to lose it costs less now
+            if self.keeps_order:  # with a host copy its eviction costs less
                 self._order(self.tree_core.evictable_device_leaves).lower(node)
         if phase == CacheTransferPhase.LOAD_BACK and moved.device_indices is not None:
             counts.kv_slots_from_host += len(moved.device_indices)
@@ -141,7 +141,7 @@ class EloraFullComponent(FullComponent):
             if leaf is None:
                 break
             most_leaves -= 1
-            # SGLang's caller reads progress off the tracker as well.
+            # SGLang's caller also reads the progress from the tracker.
             if not evict_at_once(leaf, freed):
                 return leaf.id
         return None
@@ -183,7 +183,7 @@ class EloraFullComponent(FullComponent):
     @override
     def apply_component_action(self, action: ComponentAction) -> None:
         if isinstance(action, FreeComponentDeviceSlot) and len(action.indices) > 1:
-            # Whole pages each, so they are one segment; the allocator copies its list per segment.
+            # Merged into one segment: the allocator copies its free list once per segment.
             action = FreeComponentDeviceSlot(
                 [torch.cat(action.indices)], component_type=action.component_type
             )
@@ -196,12 +196,12 @@ class EloraFullComponent(FullComponent):
 
 @dataclass(frozen=True, slots=True)
 class Evicted:
-    """What an eviction did.
+    """Result of an eviction.
 
     Attributes:
-        num_slots: Slots of the device that are free now.
-        num_leaves: Leaves that it took.
-        is_stuck: The next leaf has to be copied to the host first.
+        num_slots: Device slots that were freed.
+        num_leaves: Leaves that were evicted.
+        is_stuck: Whether it ended because the next leaf has to be copied to the host first.
     """
 
     num_slots: int
@@ -210,7 +210,7 @@ class Evicted:
 
 
 def evict(cache: Any, eviction: Eviction) -> Evicted:
-    """Evict from the device, with copies to the host where these are worth it.
+    """Evict from the device, copying KV to the host where that is worth it.
 
     Args:
         cache: A ``UnifiedRadixCache`` over an ``EloraTreeCore``.
@@ -229,9 +229,9 @@ def evict(cache: Any, eviction: Eviction) -> Evicted:
 
 
 def evict_without_copies(cache: Any, eviction: Eviction) -> Evicted:
-    """Evict in one step, until a leaf has to be copied to the host first.
+    """Evict in one step, up to the first leaf that has to be copied to the host first.
 
-    SGLang's walk, which takes twice as long, is there for the rest.
+    This takes half the time of SGLang's walk, which ``evict`` uses for the remaining leaves.
     """
     started_s = time.perf_counter()
     core = cache.tree_core

@@ -1,7 +1,7 @@
-"""The tree core: SGLang's Python one, whose leaves are kept in eviction order.
+"""A subclass of SGLang's Python tree core that keeps leaves in eviction order.
 
-With a policy, each node has an ``item`` and goes when the policy says; without one (no LoRA) leaves
-go in the order of --radix-eviction-policy, which is found by a heap and not by a scan.
+With a policy, each node has an ``entry``, which the policy ranks. Without one (no LoRA), leaves are
+evicted in the order of --radix-eviction-policy, found by a heap instead of a scan.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from sglang_elora.tree.sessions import NOBODY, Sessions
 
 
 class OrderedTreeCore(UnifiedTreeCore):
-    """Tells a policy what happens to nodes, and keeps leaves in its order."""
+    """A tree core that reports changes of nodes to a policy and keeps leaves in its order."""
 
     def __init__(self, params: Any, components: Any) -> None:
         self.policy: Policy | None = None
-        self.eviction: Eviction | None = None  # under way, if it is not one of SGLang's own
+        self.eviction: Eviction | None = None  # the current one; None in SGLang's own evictions
         self.orders: TierOrders[UnifiedTreeNode] | None = None  # with a policy
         self._pool_slots = 1
-        self._next_entry = _no_entry()  # of the node that is made next
+        self._next_entry = _no_entry()  # entry of the node that is created next
         self.counts = Counters()
-        self.evicted: deque[NodeId] = deque(maxlen=MAX_REMEMBERED)  # the last one most valuable
+        self.evicted: deque[NodeId] = deque(maxlen=MAX_REMEMBERED)  # most valuable last
         self.sessions = Sessions[UnifiedTreeNode](self.path_of, self._set_session_state)
         self._node_arena: dict[int, UnifiedTreeNode] = {}
         super().__init__(params, components)
@@ -60,13 +60,13 @@ class OrderedTreeCore(UnifiedTreeCore):
         self.evicted.clear()
 
     def use_policy(self, policy: Policy, pool_slots: int) -> None:
-        """Order nodes by this policy from now on; the tree is empty still."""
+        """Order nodes by this policy. Call while the tree is empty."""
         self.policy, self._pool_slots = policy, pool_slots
         self._make_orders()
 
     @property
     def clock(self) -> float:
-        """The policy's: turnovers of the pool."""
+        """The policy's clock, in turnovers of the pool."""
         assert self.policy is not None
         return self.policy.clock
 
@@ -81,7 +81,7 @@ class OrderedTreeCore(UnifiedTreeCore):
             self.evictable_host_leaves = EvictionOrder(self.eviction_strategy.get_priority)
 
     def visit(self, node_id: NodeId) -> None:
-        """A request uses the path that ends here; once per request."""
+        """Record that a request uses the path that ends at this node. Call once per request."""
         path = [node.entry for node in self.path_of(self.node_by_id(node_id))]
         if self.policy is not None:
             for item in path:
@@ -122,7 +122,8 @@ class OrderedTreeCore(UnifiedTreeCore):
                 self.policy.remove(node.entry)
 
     def path_of(self, node: UnifiedTreeNode) -> list[UnifiedTreeNode]:
-        """From this node up to its adapter, or to the root's child for KV of the base model."""
+        """The nodes from this one up to its adapter, or to a child of the root for KV of the base
+        model."""
         path = []
         while node.parent is not None:
             path.append(node)
@@ -134,18 +135,19 @@ class OrderedTreeCore(UnifiedTreeCore):
             self.orders.set_session_state(node, state)
 
     def refresh_order(self) -> None:
-        """Once per iteration of the scheduler, when there is time: ranks on the device fade."""
+        """Refresh the order on the device, because ranks change with time. Call once per scheduler
+        iteration, when there is time."""
         if self.policy is not None:
             self.evictable_device_leaves.refresh()
 
     def learn(self) -> bool:
-        """When there is time for it. Whether there was something to learn."""
+        """Have the policy learn; call when there is time. Returns whether there was work."""
         return self.policy is not None and self.policy.learn()
 
     @contextmanager
     def evicting(self, eviction: Eviction) -> Iterator[None]:
-        """What SGLang's code evicts within this block is part of ``eviction``: SGLang passes on how
-        many tokens it needs, and nothing else. Outside of such a block nothing is protected, and
+        """Apply the limits and the reason of ``eviction`` to all evictions in this block: SGLang's
+        code passes on only a number of tokens. Outside of such a block nothing is protected, and
         evictions count as ``capacity``."""
         self.eviction = eviction
         try:
@@ -155,12 +157,12 @@ class OrderedTreeCore(UnifiedTreeCore):
 
     @property
     def reason(self) -> Reason:
-        """Why something that is evicted now is evicted."""
+        """Reason of the current eviction."""
         return "capacity" if self.eviction is None else self.eviction.reason
 
     def note_eviction(self, node: UnifiedTreeNode) -> None:
-        """The node left the device. Prefetching may load it again, unless it was evicted by an
-        order over HTTP."""
+        """Record that the node left the device. It may be loaded back, unless it was evicted by a
+        call of the HTTP API."""
         if self.reason != "api":
             self.evicted.append(node.id)
         if node.entry.prefetched:
@@ -168,7 +170,11 @@ class OrderedTreeCore(UnifiedTreeCore):
             self.counts.prefetched_slots_wasted += node.entry.num_slots
 
     def recount(self, node: UnifiedTreeNode, *, leaving: bool = False) -> None:
-        """The node came to a tier or left one."""
+        """Update the policy after a node was added to a tier or removed from one.
+
+        Args:
+            leaving: The node is leaving the device, but its value is still set.
+        """
         policy, item = self.policy, node.entry
         if policy is not None:
             policy.displace(item)

@@ -1,8 +1,8 @@
 """ELORA's radix cache: SGLang's unified tree over one pool of KV and adapters.
 
-Registered as radix-cache backend ``elora``. The tree core (``tree_core.py``) and the component of
-full attention (``full_component.py``) are subclasses of SGLang's Python ones; everything they do
-not mention is SGLang's.
+Registered as radix-cache backend ``elora``. The tree core (``tree_core.py``) and the full-attention
+component (``full_component.py``) are subclasses of SGLang's Python ones and inherit everything that
+they do not override.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ BACKEND = "elora"
 
 
 class EloraRadixCache(UnifiedRadixCache):
-    """SGLang's cache, which also tells the tree where the turns of a session end."""
+    """SGLang's cache, with sessions, adapter events and one-step evictions for allocations."""
 
     tree_core: EloraTreeCore
     elora: Any = None  # set by ``scheduler.assembly``, read by ``scheduler.parts.elora_of``
-    adapter_moves: AdapterMoves | None = None  # None: not to be told
-    _turn_end: NodeId | None = None  # of the request that is put into the tree
+    adapter_moves: AdapterMoves | None = None  # None: adapter events are off
+    _turn_end: NodeId | None = None  # end node of the request that is being inserted
 
     @override
     def take_events(self) -> list[Any]:
@@ -49,19 +49,19 @@ class EloraRadixCache(UnifiedRadixCache):
         return [*super().take_events(), *moves]
 
     def start_loads(self) -> None:
-        """Start the queued loads of KV outside of a batch; later batches wait for them."""
+        """Start the queued loads of KV without a batch; later batches wait for them."""
         super().ready_to_load_host_cache()
 
     @override
     def ready_to_load_host_cache(self) -> int:
-        """Start the queued loads of KV, and return what the next batch has to wait for.
+        """Start the queued loads of KV and return the load that the next batch has to wait for.
 
-        Loads run one after the other on one stream, so the newest one's layers stand for those of
-        all before it, also of loads that ``start_loads`` began or whose batch was never formed.
+        Loads run in order on one stream, so to wait for the newest one covers all earlier ones,
+        including loads started by ``start_loads`` and loads whose batch was never formed.
 
         Returns:
-            The index of the newest load in the controller's ``layer_done_counter``, -1 if none is
-            under way.
+            Index of the newest load in the controller's ``layer_done_counter``; -1 if no load is
+            in progress.
         """
         index: int = super().ready_to_load_host_cache()
         if index >= 0 or self.cache_controller is None:
@@ -79,7 +79,7 @@ class EloraRadixCache(UnifiedRadixCache):
         *,
         allocation_reclaim_satisfied: Callable[[], bool] | None = None,
     ) -> EvictResult:
-        """What an allocation lacks, in one step; SGLang's walk for what is lacking after it."""
+        """Evict what an allocation needs in one step; SGLang's walk evicts the remainder."""
         evicted = 0
         if allocation_reclaim_satisfied is None and self.tree_core.full.keeps_order:
             allocator = self.token_to_kv_pool_allocator
@@ -97,7 +97,8 @@ class EloraRadixCache(UnifiedRadixCache):
 
     @override
     def touch_prefix(self, key: RadixKey) -> None:
-        """Nothing where a policy orders evictions: it counts requests, and knows who waits."""
+        """Do nothing if a policy is used: it counts each request once (``OrderedTreeCore.visit``)
+        and knows which entries queued requests need."""
         if self.tree_core.policy is None:
             super().touch_prefix(key)
 
@@ -113,7 +114,7 @@ class EloraRadixCache(UnifiedRadixCache):
     def insert(self, params: InsertParams) -> InsertResult:
         result: InsertResult = super().insert(params)
         if params.session_id is not None and self._turn_end is None:
-            self._turn_end = result.last_device_node  # of the whole turn; its prompt comes next
+            self._turn_end = result.last_device_node  # of the whole turn; the prompt follows
         return result
 
     @property
@@ -122,6 +123,7 @@ class EloraRadixCache(UnifiedRadixCache):
 
 
 def use_elora_tree(params: Any) -> None:
-    """Have a ``UnifiedRadixCache`` built from these ``CacheInitParams`` use our classes."""
+    """Set these ``CacheInitParams`` so that a ``UnifiedRadixCache`` built from them uses the
+    ELORA tree core and component."""
     params.component_registry_override = {ComponentType.FULL: EloraFullComponent}
     params.tree_core_backend = BACKEND

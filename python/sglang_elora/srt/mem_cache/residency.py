@@ -1,4 +1,4 @@
-"""Which adapters are on the device: their slots in the KV pool, and how they come and go."""
+"""Loading and eviction of adapters: their slots in the KV pool, their copies, pins and unloads."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ logger = logging.getLogger(__name__)
 
 
 ROOM_BESIDE_PINS = 256
-"""Tokens that pins leave room for, beside the largest adapter that is not pinned; in a small pool
-an eighth of it."""
+"""Tokens for which pins must leave room, in addition to the largest unpinned adapter; in a small
+pool at most an eighth of it. Raising it refuses more pins."""
 
 ReplaysGraph = Callable[[int, int], bool]
-"""(requests, tokens to compute) -> whether a prefill graph replays such a batch."""
+"""Maps (requests, tokens to compute) to whether a prefill graph replays such a batch."""
 
 PURGE_NODES = 6
-"""Nodes of unloaded adapters that a step looks at, some 10 us for each that it removes. With more,
-slots are free sooner, and steps are longer meanwhile."""
+"""Most nodes of unloaded adapters that a step checks; removing one takes about 10 us. More free
+slots sooner, but lengthen the steps."""
 
 
 _UNLOAD, _ORDERED = Eviction(reason="unload"), Eviction(reason="api")
 
 
 class PoolTooSmall(ValueError):
-    """An adapter cannot be held by the pool, whatever is evicted."""
+    """An adapter does not fit into the pool, regardless of what is evicted."""
 
 
 class AdapterChanged(ValueError):
-    """An adapter's file is not what it was when its KV was computed."""
+    """The content of an adapter's file differs from that of its first read."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
-    """What is known of an adapter before its weights are read.
+    """Description of an adapter before its weights are read.
 
-    ``read`` reads them from its file; an adapter that came without one has its ``image``.
+    ``read`` reads the weights from its file; an adapter without a file has an ``image`` instead.
     """
 
     adapter_id: str
@@ -68,17 +68,18 @@ class AdapterSource:
 
 
 class Residency:
-    """Adapters of one scheduler process, between host memory and slots of the KV pool.
+    """The adapters of one scheduler process, in host memory and in slots of the KV pool.
 
-    ``start_copy`` gives an adapter slots and starts the copy of its weights on another stream;
-    until all ranks have it (``settle``) it cannot be evicted. A batch may run with it before that:
-    it waits for each layer's weights as it comes to the layer (``paged`` and ``copies``).
+    ``start_copy`` allocates an adapter's slots and starts the copy of its weights on another
+    stream. The adapter cannot be evicted until all ranks have the copy (``settle``). A batch may
+    use it before that: it waits for each layer's weights when it reaches the layer (``paged`` and
+    ``copies``).
 
     Args:
         cache: The ``UnifiedRadixCache`` over an ``EloraTreeCore``.
-        weight_dtype: Of the LoRA weights.
-        host: Images of the adapters.
-        forward_stream: On which batches run; slots may be read there until now.
+        weight_dtype: Dtype of the LoRA weights.
+        host: The host tier with the adapters' images.
+        forward_stream: The stream that batches run on, which may still read freed slots.
     """
 
     def __init__(
@@ -93,19 +94,19 @@ class Residency:
         self.allocator = cache.token_to_kv_pool_allocator
         pool = self.allocator.get_kvcache()
         self.planes = planes_of(pool, weight_dtype)
-        # Attention kernels may load the unused end of a request's last page. What an adapter left
-        # there is finite in the dtype of weights, but may be NaN in the dtype of the KV.
+        # Attention kernels may load the unused end of a request's last page. Old adapter weights
+        # there are finite in the dtype of weights, but may be NaN in the dtype of the KV.
         self._clears_slots = self.allocator.page_size > 1 and pool.dtype != weight_dtype
-        self._to_clear: dict[str, torch.Tensor] = {}  # slots, by adapter
-        self.copies: dict[str, AdapterCopy] = {}  # under way, in the order they were started
+        self._to_clear: dict[str, torch.Tensor] = {}  # adapter -> slots to zero at its eviction
+        self.copies: dict[str, AdapterCopy] = {}  # in progress, in the order of their starts
         self._paged: dict[str, PagedAdapter] = {}
         self._free_order = FreeOrder(self.allocator, forward_stream)
         self._copy_stream = CopyStream(self.planes, self._free_order, forward_stream)
-        self.names: dict[str, str] = {}  # of the loaded adapters, by id
+        self.names: dict[str, str] = {}  # id -> name of the loaded adapters
         self.load_s = Histogram()
         self.num_launches = 0  # batches handed to the device
         self.replays_prefill_graph: ReplaysGraph = lambda num_requests, num_tokens: False
-        self.is_purging = False  # the last ``purge_retired`` has not removed all that it could
+        self.is_purging = False  # the last ``purge_retired`` may have left removable nodes
 
     @property
     def pool_slots(self) -> int:
@@ -113,11 +114,11 @@ class Residency:
         return slots
 
     def name_of(self, adapter_id: str) -> str:
-        """The name it is served under, for texts."""
+        """The adapter's served name, for messages."""
         return self.names.get(adapter_id, adapter_id)
 
     def tier_of(self, adapter_id: str) -> Tier:
-        """Where the adapter's weights are."""
+        """The tier that holds the adapter's weights."""
         if self.adapter_table.get(adapter_id).resident:
             return "loading" if adapter_id in self.copies else "device"
         if adapter_id in self.host:
@@ -125,12 +126,12 @@ class Residency:
         return "reading" if self.host.is_reading(adapter_id) else "disk"
 
     def register(self, source: AdapterSource) -> None:
-        """Make an adapter servable.
+        """Register an adapter, so that requests can use it.
 
         Raises:
-            PoolTooSmall: It does not fit into the pool beside the pinned adapters, or pinning it
-                would leave no room for another. The text has the numbers.
-            HostTierFull: It has no file, and the host tier no room for its image.
+            PoolTooSmall: It does not fit into the pool in addition to the pinned adapters, or
+                pinning it would leave no room for another adapter. The text has the numbers.
+            HostTierFull: It has no file, and the host tier has no room for its image.
         """
         page_size, name = self.allocator.page_size, source.name
         num_slots = source.layout.num_slots(self.planes.slot_elems, page_size)
@@ -151,10 +152,10 @@ class Residency:
         self.names[source.adapter_id] = name
 
     def pin(self, adapter_id: str) -> None:
-        """Keep an adapter on the device from now on, or from when it comes there.
+        """Pin an adapter: once it is on the device, it is not evicted.
 
         Raises:
-            PoolTooSmall: Another could not be loaded any more.
+            PoolTooSmall: The pool would have no room for another adapter.
         """
         adapter = self.adapter_table.get(adapter_id)
         if not adapter.pinned:
@@ -165,7 +166,7 @@ class Residency:
                 self.core.inc_full_pin(self.core.node_of(adapter_id).id)
 
     def unpin(self, adapter_id: str) -> None:
-        """It may be evicted again."""
+        """Unpin an adapter, so that it may be evicted."""
         adapter = self.adapter_table.get(adapter_id)
         if adapter.pinned:
             self.adapter_table.unpin(adapter)
@@ -185,14 +186,13 @@ class Residency:
             )
 
     def check_content(self, adapter_id: str, image: AdapterImage, *, is_same: bool) -> None:
-        """The first image of an adapter gives it its version; later ones must be the same.
+        """Set an adapter's version from its first image; check that later images are equal to it.
 
         Args:
             is_same: Whether all ranks have read the same content.
 
         Raises:
-            AdapterChanged: The file holds something else now, or was replaced between the reads
-                of two ranks.
+            AdapterChanged: The file's content has changed, or differed between two ranks' reads.
         """
         if not is_same:
             raise AdapterChanged(
@@ -207,9 +207,9 @@ class Residency:
         adapter.version = image.version
 
     def retire(self, adapter_id: str) -> None:
-        """Unload: the adapter's KV on device and host, its slots and its image go.
+        """Unload an adapter: remove its image, its slots and its KV on device and host.
 
-        A bounded part of it goes at once, the rest with later calls of ``purge_retired``.
+        A bounded part is removed at once, the rest by later calls of ``purge_retired``.
         """
         if adapter_id in self.adapter_table:
             self.adapter_table.retire(adapter_id)
@@ -218,10 +218,10 @@ class Residency:
             self.purge_retired(PURGE_NODES)
 
     def purge_retired(self, most_nodes: int) -> bool:
-        """Remove some of what is left of unloaded adapters, as far as nothing holds it.
+        """Remove some remaining nodes of unloaded adapters that no request or copy holds.
 
         Args:
-            most_nodes: That are looked at, in turns over the adapters.
+            most_nodes: Most nodes to check, round robin over the adapters.
 
         Returns:
             Whether something was removed (``is_purging`` until the next call).
@@ -240,7 +240,7 @@ class Residency:
         return num_removed > 0
 
     def start_copy(self, adapter_id: str) -> bool:
-        """Give an adapter free slots and start its copy; its image is in host memory.
+        """Allocate slots for an adapter whose image is in host memory, and start its copy.
 
         Returns:
             Whether there were enough free slots.
@@ -259,14 +259,15 @@ class Residency:
         return True
 
     def _start_copy(self, adapter_id: str, slots: torch.Tensor) -> AdapterCopy:
-        """Take slots, pin and image for an adapter and queue its copy; ``settle`` returns them.
+        """Place the slots, take the pin and hold the image of an adapter, then queue its copy;
+        ``settle`` releases them.
 
-        Raises nothing, so that no resource is taken without a copy that accounts for it: a copy
-        that could not be queued says so by its ``error``.
+        Never raises, so that each resource taken has a copy that accounts for it; the ``error`` of
+        a copy that could not be queued is set.
         """
         failure: Exception | None = None
         try:
-            slots = slots.clone()  # the allocator's are a view of its whole free list
+            slots = slots.clone()  # a view would keep the allocator's whole free list alive
         except (RuntimeError, MemoryError) as error:
             failure = error
         self.core.inc_full_pin(self.core.node_of(adapter_id).id)
@@ -282,12 +283,12 @@ class Residency:
         return copy
 
     def evict_branch(self, adapter_id: str, most_leaves: int) -> bool:
-        """Evict leaves of one adapter, KV before the adapter itself, as far as nothing holds them.
+        """Evict leaves of one adapter that no request holds, KV before the adapter itself.
 
-        KV without a copy on the host is dropped, where eviction would copy it first.
+        KV without a host copy is dropped, not copied to the host as in other evictions.
 
         Returns:
-            Whether nothing is left that could go.
+            Whether nothing is left that can be evicted.
         """
         freed = BaseEvictionResult()
         with self.core.evicting(_ORDERED):
@@ -296,12 +297,12 @@ class Residency:
         return is_over
 
     def settle(self, adapter_id: str, code: Copied) -> Exception | None:
-        """A copy is over on all ranks, or has failed on one, which is returned as an error."""
+        """Complete a copy that has finished on all ranks or failed on one. Returns the error."""
         copy = self.copies.pop(adapter_id)
         node = self.core.node_of(adapter_id)
         self.core.dec_full_pin(node.id)
         if code != Copied.DONE:
-            self._copy_stream.synchronize()  # nothing reads the image or writes the slots any more
+            self._copy_stream.synchronize()  # so that no copy uses the image or slots any more
             copy.synchronize()
         self.host.release(adapter_id)
         self.adapter_table.touch(adapter_id)
@@ -313,18 +314,18 @@ class Residency:
         return copy.error or RuntimeError("another rank could not copy it")
 
     def launched(self) -> None:
-        """A batch was handed to the device."""
+        """Record that a batch was launched."""
         self.num_launches += 1
         self._free_order.mark()
 
     def is_usable(self, adapter: Adapter) -> bool:
-        """Whether a batch, or KV of the adapter, may rely on its slots: every rank has queued its
+        """Whether batches and KV of the adapter may rely on its slots: every rank has queued its
         copy, which cannot fail any more."""
         copy = self.copies.get(str(adapter.adapter_id))
         return adapter.resident and (copy is None or copy.confirmed)
 
     def paged(self, adapter_id: str) -> PagedAdapter:
-        """An adapter with slots, as the backend reads it. Its copy may be in ``copies`` still."""
+        """The resident adapter for the LoRA backend. Its copy may still be in ``copies``."""
         return self._paged[adapter_id]
 
     def _evicted(self, adapter_id: str) -> None:
@@ -339,7 +340,7 @@ class Residency:
         logger.info("evict %s", self.name_of(adapter_id))
 
     def statistics(self) -> dict[str, int]:
-        """Counts of now and since the start, all in slots or tokens (one slot holds one token)."""
+        """Current and cumulative counts, in slots or tokens (one slot holds one token)."""
         return {
             **self.core.counts.flat(),
             "pool_slots": self.pool_slots,

@@ -1,9 +1,9 @@
 """The tree core: SGLang's Python one, with adapter nodes between the root and the KV.
 
-Each adapter is a node under the root whose value is the slots that hold its weights, empty while
-it is not on the device. Its KV hangs under it, so what SGLang does for any node holds for
-adapters too: a lock on a request's path protects the adapter, its slots are counted as evictable
-or protected, and it is a leaf that eviction may take only when no KV of it is on the device.
+Each adapter is a child of the root. Its value is the slots of its weights, empty while it is not on
+the device. Its KV is below it, so SGLang's handling of nodes covers adapters, too: a lock on a
+request's path protects the adapter, its slots count as evictable or protected, and it is an
+evictable leaf only when none of its KV is on the device.
 
 Walks start at the adapter's node, as SGLang's Rust core starts them at a root per namespace
 (``root_node_handle``, ``is_root``).
@@ -41,11 +41,13 @@ from sglang_elora.srt.mem_cache.ordered_tree_core import OrderedTreeCore
 from sglang_elora.tree import AdapterTable, EvictionOrder, adapter_of
 
 CHURN_S = 10.0
-"""An adapter that comes back within this time of its eviction should not have been evicted."""
+"""Seconds. An adapter loaded again within this time of its eviction counts as churn; raising it
+counts more."""
 
 
 class EloraTreeCore(OrderedTreeCore):
-    """See the module's text. ``on_evicted`` is told the id of each adapter that left the device."""
+    """The tree of adapters and KV (see the module docstring). ``on_evicted`` is called with the id
+    of each adapter that leaves the device."""
 
     root_node: UnifiedTreeNode
 
@@ -63,27 +65,28 @@ class EloraTreeCore(OrderedTreeCore):
             self.on_evicted(adapter_id)
         self.adapter_table.clear_tree()
         self._adapter_nodes: dict[str, AdapterNode] = {}
-        self._tree_root = self.root_node  # which stands for an adapter's node during a walk
+        self._tree_root = self.root_node  # ``root_node`` is an adapter's node during a walk
         self._no_slots = torch.empty(0, dtype=torch.int64, device=self.device)
 
-    # ==== What is asked of adapters ====
+    # ==== Queries ====
 
     @property
     def full(self) -> Any:
-        """The component of full attention."""
+        """The full-attention component."""
         return self.components_by_type[FULL]
 
     def image_priority(self, adapter_id: str) -> float:
-        """What an adapter's image in host memory is worth (``TierOrders.image_priority``)."""
+        """Priority of an adapter's image in host memory (``TierOrders.image_priority``)."""
         assert self.orders is not None
         return self.orders.image_priority(self.adapter_table.get(adapter_id).entry)
 
     def find(self, node_id: NodeId) -> UnifiedTreeNode | None:
-        """The node of this id, if it is in the tree still."""
+        """The node of this id; None if it is no longer in the tree."""
         return self._node_arena.get(node_id)
 
     def is_held(self, adapter_id: str) -> bool:
-        """Whether the adapter cannot leave, or should not: a request uses it or waits for it."""
+        """Whether the adapter cannot or should not be evicted: a running or queued request needs
+        it, a copy writes it, or it is pinned."""
         return self.adapter_table.get(
             adapter_id
         ).entry.queue_position is not None or self.is_locked(adapter_id)
@@ -95,7 +98,7 @@ class EloraTreeCore(OrderedTreeCore):
     # ==== Where walks start ====
 
     def node_of(self, adapter_id: str) -> AdapterNode:
-        """The adapter's node, made at first need."""
+        """The adapter's node, created at first use."""
         node = self._adapter_nodes.get(adapter_id)
         if node is None:
             node = self._adapter_nodes[adapter_id] = AdapterNode(
@@ -127,7 +130,7 @@ class EloraTreeCore(OrderedTreeCore):
         return result
 
     def _match_on_device(self, root: UnifiedTreeNode, key: RadixKey) -> MatchResult:
-        """SGLang's match for one component and no host tier, where all of its cases are one."""
+        """A faster equivalent of SGLang's match, for one component and no host tier."""
         node, length, page_size = root, len(key), self.page_size
         matched, actions = 0, []
         while matched < length:
@@ -143,7 +146,7 @@ class EloraTreeCore(OrderedTreeCore):
             if not is_whole:
                 break
         visited, time = node, get_and_increase_time_counter()
-        while visited is not None:  # as SGLang dates a path: its end is the youngest
+        while visited is not None:  # as in SGLang, the end of a path has the latest time
             visited.last_access_time = time
             visited, time = visited.parent, time - 0.00001
         found = node.id
@@ -161,9 +164,9 @@ class EloraTreeCore(OrderedTreeCore):
     def collect_full_device_indices(
         self, from_node_id: NodeId, until_node_id: NodeId
     ) -> torch.Tensor:
-        """The slots of the KV on a path, without those of the adapter that it begins at.
+        """The slots of the KV on a path, without those of the adapter at its top.
 
-        SGLang reads a request's row off its path up to the root of all namespaces.
+        SGLang collects a request's slots up to the root of the tree, above the adapter.
         """
         until = self.node_by_id(until_node_id)
         if until is self._tree_root:
@@ -175,7 +178,7 @@ class EloraTreeCore(OrderedTreeCore):
     def begin_insert(self, params: InsertParams) -> InsertStepResult:
         root = self._root_of(params.key.extra_key)
         if params.inserted_len == 0:
-            root.hit_count += 1  # once per request, as each node on the path
+            root.hit_count += 1  # once per request, as for each node on the path
         return self._walk_from(root, super().begin_insert, params)
 
     @override
@@ -205,7 +208,8 @@ class EloraTreeCore(OrderedTreeCore):
     # ==== Counting KV per adapter ====
 
     def count_kv(self, node: UnifiedTreeNode, *, device: int = 0, host: int = 0) -> None:
-        """``node``'s KV gained (or lost) so many tokens on the device and on the host."""
+        """Record that KV tokens of ``node`` were added to (or, if negative, removed from) the
+        device and the host."""
         adapter_id = adapter_of(node.key.extra_key)
         adapter = self.adapter_table.get(adapter_id)
         had_kv = adapter.device_tokens > 0
@@ -216,7 +220,7 @@ class EloraTreeCore(OrderedTreeCore):
             if node.backuped:
                 self.note_eviction(node)
         self.adapter_table.count_kv(adapter, device=device, host=host)
-        self.recount(node, leaving=device < 0)  # SGLang takes the value away after this
+        self.recount(node, leaving=device < 0)  # SGLang clears the node's value after this
         if adapter_id is not None and had_kv != (adapter.device_tokens > 0):
             self._update_evictable_leaf_sets(self.node_of(adapter_id))
 
@@ -238,7 +242,7 @@ class EloraTreeCore(OrderedTreeCore):
         return first, action
 
     def _list_kv(self, node: UnifiedTreeNode) -> None:
-        """Enter a new KV node in the list of its adapter."""
+        """Add a new KV node to the list of its adapter."""
         adapter_id = adapter_of(node.key.extra_key)
         if adapter_id is not None:
             self.node_of(adapter_id).kv_nodes[node.id] = node
@@ -251,7 +255,7 @@ class EloraTreeCore(OrderedTreeCore):
             self._adapter_nodes[adapter_id].kv_nodes.pop(node.id, None)
 
     def note_eviction(self, node: UnifiedTreeNode) -> None:
-        """As for any node; what is left of a retired adapter is not loaded back."""
+        """As in the base class, but nodes of a retired adapter are not loaded back."""
         super().note_eviction(node)
         if self.evicted and self.evicted[-1] == node.id and self._is_retired(node.entry):
             self.evicted.pop()
@@ -270,7 +274,7 @@ class EloraTreeCore(OrderedTreeCore):
         data = node.component_data[FULL]
         if data.value is None or data.lock_ref > 0 or node is self.root_node:
             return False
-        if isinstance(node, AdapterNode):  # without a look at its children, who may be many
+        if isinstance(node, AdapterNode):  # without a scan of its children, which may be many
             return node.adapter.device_tokens == 0 and len(data.value) > 0
         for child in node.children.values():
             if child.component_data[FULL].value is not None:
@@ -279,7 +283,7 @@ class EloraTreeCore(OrderedTreeCore):
 
     @override
     def _is_host_leaf(self, node: UnifiedTreeNode) -> bool:
-        if node.component_data[FULL].value is not None:  # the usual case, told apart early
+        if node.component_data[FULL].value is not None:  # fast path for the most common case
             return False
         return bool(super()._is_host_leaf(node))
 
@@ -297,7 +301,7 @@ class EloraTreeCore(OrderedTreeCore):
         return result
 
     def evict_at_once(self, leaf: UnifiedTreeNode, freed: Freed) -> bool:
-        """Evict a leaf of the device; False if its KV has to be copied to the host first."""
+        """Evict a device leaf. Returns False if its KV has to be copied to the host first."""
         assert self._is_device_leaf(leaf), f"node {leaf.id} is not a leaf"
         if self.policy is not None:
             self.policy.evict(leaf.entry)
@@ -333,7 +337,7 @@ class EloraTreeCore(OrderedTreeCore):
         )
 
     def copies_ahead(self, most_leaves: int) -> list[BackupKV]:
-        """Copies to the host that the next evictions would wait for, of so many leaves at most."""
+        """Copies to the host that evictions of the next ``most_leaves`` victims would wait for."""
         assert self.orders is not None
         leaves = self.orders.next_victims(
             most_leaves, lambda leaf: not leaf.backuped and self._is_worth_host_copy(leaf)
@@ -341,10 +345,10 @@ class EloraTreeCore(OrderedTreeCore):
         return [self._build_backup_kv_action(leaf, write_back=True) for leaf in leaves]
 
     def place(self, adapter_id: str, slots: torch.Tensor) -> None:
-        """Give the adapter its slots; a pinned one is locked with them.
+        """Set the slots of an adapter that is loaded; a pinned one is locked.
 
         Args:
-            slots: int64 ``[num_slots]``, the tree's from now on.
+            slots: int64 ``[num_slots]``, owned by the tree from now on.
         """
         node = self.node_of(adapter_id)
         adapter = node.adapter
@@ -368,7 +372,7 @@ class EloraTreeCore(OrderedTreeCore):
         self._update_evictable_leaf_sets(node)
 
     def displace(self, adapter_id: str) -> BaseEvictionResult:
-        """Take back the slots that ``place`` gave and nobody has used."""
+        """Undo ``place`` for an adapter that no request uses. Returns the freed slots."""
         result, node = BaseEvictionResult(), self.node_of(adapter_id)
         if node.adapter.pinned and node.adapter.resident:
             self.dec_full_pin(node.id)
@@ -379,7 +383,7 @@ class EloraTreeCore(OrderedTreeCore):
     def remove_adapter_node(
         self, node: AdapterNode, device_frees: dict[ComponentType, list[torch.Tensor]]
     ) -> None:
-        """Remove a retired adapter without KV: its slots, its node, and what is known of it."""
+        """Remove a retired adapter without KV: its slots, its node and its table entry."""
         adapter_id = str(node.adapter.adapter_id)
         if node.adapter.resident:
             self.counts.adapter_evictions[self.reason] += 1
@@ -405,14 +409,14 @@ class EloraTreeCore(OrderedTreeCore):
     # ==== Check ====
 
     def check_invariants(self) -> None:
-        """Recompute the order of leaves and the counts of each adapter from the tree.
+        """Check the order of leaves and the counts of each adapter against the tree.
 
-        Structure, leaves, sizes and locks, those of adapter nodes among them, are what SGLang's
-        ``sanity_check`` recomputes.
+        SGLang's ``sanity_check`` checks structure, leaves, sizes and locks, including those of
+        adapter nodes.
 
         Raises:
             AssertionError: KV is on the device without its adapter, or a count is wrong.
-            RuntimeError: The eviction order is not that of the leaves.
+            RuntimeError: The eviction order does not match the leaves.
         """
         for leaves in (self.evictable_device_leaves, self.evictable_host_leaves):
             if isinstance(leaves, EvictionOrder):
