@@ -1,7 +1,7 @@
-"""Measured cost of prefill and of host-to-device copies, for the policies and the planner.
+"""Measured costs of prefill and of host-to-device copies, for the policies and the planner.
 
-Clocks differ between tensor-parallel ranks, and decisions must not: all ranks use what rank 0 has
-measured, and refresh it at the same iteration of the scheduler.
+Measured times differ between tensor-parallel ranks, but decisions must not: all ranks use the
+values of rank 0, and refresh them at the same scheduler iteration.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
 Mark = Any
-"""A moment on the stream that batches run on: an event, or seconds of the clock on a CPU."""
+"""A point in time on the stream that batches run on: an event, or seconds of the clock on a CPU."""
 
 
 class MeasuredCosts(OnlineCosts):
-    """One per scheduler process.
+    """Measured costs of one scheduler process.
 
     Args:
-        cache: The ``UnifiedRadixCache``.
-        is_async: Batches run on a stream of the device, not in the scheduler's own thread.
+        cache: The ``UnifiedRadixCache``, whose process group is used.
+        is_async: Batches run on a device stream, not in the scheduler's thread.
     """
 
     def __init__(self, cache: Any, *, is_async: bool = False) -> None:
         super().__init__(self._of_first_rank)
         self._cache = cache
         self._is_async = is_async
-        self.batch_waited = False  # the batch under way, for a copy
+        self.batch_waited = False  # whether the current batch waits for a copy
 
     def mark(self, scheduler: Scheduler) -> Mark:
-        """The moment at which everything queued for batches so far has run.
+        """A mark after all work queued for batches so far.
 
-        An overlapping scheduler queues batches on its forward stream, any other on the current one
-        (see ``Scheduler.run_batch``).
+        With overlap, the scheduler queues batches on its forward stream, otherwise on the current
+        stream (see ``Scheduler.run_batch``).
         """
         if not self._is_async:
             return time.monotonic()
@@ -50,11 +50,11 @@ class MeasuredCosts(OnlineCosts):
         return event
 
     def result(self, batch: ScheduleBatch, marks: tuple[Mark, Mark] | None) -> None:
-        """Learn from a batch whose result the scheduler has processed.
+        """Record the time of a batch whose result the scheduler has processed.
 
         Args:
             batch: The batch.
-            marks: Its begin and end; None if it waited for a copy, whose time is not prefill's.
+            marks: Its begin and end; None if it waited for a copy, which is not prefill time.
         """
         self.batch(time.monotonic(), len(batch.reqs))
         if marks is not None and batch.forward_mode.is_extend() and batch.extend_lens:

@@ -1,7 +1,7 @@
-"""What tokenizer and scheduler processes say to each other of the cache, over SGLang's ZMQ channel.
+"""Control messages between tokenizer and scheduler processes, over SGLang's ZMQ channel.
 
-Requests of a tokenizer process reach every rank of the tensor-parallel group, in one order, as
-SGLang's own do. Tags and the order of fields are what travels: both only grow.
+Messages from a tokenizer process reach every tensor-parallel rank in the same order, as SGLang's
+own do. Tags and field order are the wire format: append to both, never change them.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ _Message: Any = (
 
 
 class AdapterHint(BaseReq, tag="elora.hint", kw_only=True):  # type: ignore[call-arg]
-    """Requests with these adapters (ids), and of these sessions, are about to come. Nothing is
-    answered."""
+    """Announces requests with these adapters (ids) and of these sessions. Has no answer."""
 
     adapters: list[str]
     sessions: list[str] = msgspec.field(default_factory=list)
 
 
 class StateRequest(BaseReq, tag="elora.state", kw_only=True):  # type: ignore[call-arg]
-    """What has changed since the state had this version."""
+    """Asks for the changes since this version of the state."""
 
     version: int
 
@@ -39,29 +38,29 @@ class StateAnswer(BaseReq, tag="elora.state.answer", kw_only=True):  # type: ign
 
 
 class AdapterOrder(BaseReq, tag="elora.order", kw_only=True):  # type: ignore[call-arg]
-    """``do`` this with an adapter: prefetch, pin, unpin or evict; or prefetch_session, with the
-    session's name in its place. Anything else is refused."""
+    """Orders an action (``do``) on an adapter id: prefetch, pin, unpin or evict; or
+    prefetch_session, with a session's name as ``adapter``. Other actions are refused."""
 
     do: str
     adapter: str
 
 
 class AdapterOrderAnswer(BaseReq, tag="elora.order.answer", kw_only=True):  # type: ignore[call-arg]
-    """``error`` is empty where the order was carried out, or is on its way."""
+    """Answers an order. ``error`` is empty if the order was completed or started."""
 
     error: str
-    tier: str  # of the adapter, afterwards; empty for a session
+    tier: str  # tier of the adapter after the order; empty for a session
 
 
 class OrderFailed(BaseReq, tag="elora.order.failed", kw_only=True):  # type: ignore[call-arg]
-    """In place of SGLang's answer to an order that raised."""
+    """Replaces SGLang's answer to a request whose handler raised."""
 
-    answer: str  # name of the class that the answer would have
+    answer: str  # class name of SGLang's answer
     error: str
 
 
 class Undecodable(BaseReq, tag="elora.undecodable", kw_only=True):  # type: ignore[call-arg]
-    """In place of a message whose bytes say nothing."""
+    """Replaces a message that could not be decoded."""
 
     reason: str
 
@@ -73,15 +72,16 @@ TYPES = (
 
 
 def register_types() -> None:
-    """Make them known to SGLang's decoder. Once per process."""
+    """Register the message types with SGLang's decoder. Call once per process."""
     hook_custom_types(*TYPES)
 
 
 def receive(original: Callable[..., Any], socket: Any, flags: int = 0) -> Any:
-    """Around the scheduler's ``sock_recv``: it does not end by what somebody wrote to its socket.
+    """Return ``Undecodable`` for a message that cannot be decoded, so that it does not end the
+    scheduler. Runs around the scheduler's ``sock_recv``.
 
     Raises:
-        zmq.ZMQError: Nothing has come.
+        zmq.ZMQError: No message has arrived.
     """
     try:
         return original(socket, flags)
@@ -92,9 +92,9 @@ def receive(original: Callable[..., Any], socket: Any, flags: int = 0) -> Any:
 
 
 def valid(message: BaseReq) -> Any:
-    """The message, if its fields have their types: pickle does not look at them.
+    """The message, after a check of its fields' types, which pickle does not check.
 
     Raises:
-        msgspec.MsgspecError, AttributeError, TypeError: It is none.
+        msgspec.MsgspecError, AttributeError, TypeError: The message is invalid.
     """
     return msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=type(message))

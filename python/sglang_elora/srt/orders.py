@@ -1,7 +1,8 @@
-"""An order to the server that raises in the scheduler fails alone, and its sender hears why.
+"""Error handling for control requests: one that raises in the scheduler fails with an error answer.
 
-SGLang's scheduler carries out what endpoints order (profiling, weights, sessions, memory, caches)
-between two batches. What such a handler raises would end the scheduler, and with it the server.
+SGLang's scheduler handles control requests of endpoints (profiling, weights, sessions, memory,
+caches) between two batches. Without this, an exception in a handler ends the scheduler and with it
+the server.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ _REQUESTS = (
 
 
 class OrderRefused(ValueError):
-    """What the scheduler raised when it carried out an order; HTTP 400."""
+    """An exception that the scheduler raised for a control request; answered by HTTP 400."""
 
 
 class GuardedDispatcher:
-    """Stands for the scheduler's dispatcher, and answers for handlers that raise.
+    """Wraps the scheduler's dispatcher and returns an error answer if a handler raises.
 
-    Requests for tokens are not handled here: ``request_checks.refuse_alone`` knows what they have
-    in the scheduler by then.
+    Exceptions of generation and embedding requests are passed on: ``request_checks.refuse_alone``
+    handles them, because it can clean up their state in the scheduler.
     """
 
     def __init__(self, dispatcher: TypeBasedDispatcher) -> None:
@@ -61,7 +62,7 @@ class GuardedDispatcher:
 
 
 def _failure(message: Any, text: str) -> Any:
-    """The answer that the sender of an order waits for; None where it waits for none."""
+    """The error answer to a control request; None if its sender expects no answer."""
     if isinstance(message, io_struct.OpenSessionReqInput):
         return io_struct.OpenSessionReqOutput(session_id=message.session_id, success=False)
     if isinstance(message, io_struct.RpcReqInput):
@@ -75,7 +76,8 @@ def _failure(message: Any, text: str) -> Any:
 
 
 def hear_failures(manager: TokenizerManager) -> None:
-    """Have the tokenizer process pass failures on to who waits for the answer."""
+    """Register a handler in the tokenizer process that passes ``OrderFailed`` to the waiting
+    caller."""
     waits = {
         answer.__name__: getattr(manager, f"{name}_communicator")
         for name, answer, *_ in _COMMUNICATOR_SPECS
@@ -91,10 +93,10 @@ def hear_failures(manager: TokenizerManager) -> None:
 async def raise_failure(
     original: Callable[..., Awaitable[list[Any]]], self: Any, obj: Any
 ) -> list[Any]:
-    """Around ``FanOutCommunicator.__call__``.
+    """Raise failures among the schedulers' answers. Runs around ``FanOutCommunicator.__call__``.
 
     Raises:
-        OrderRefused: A scheduler could not carry out the order.
+        OrderRefused: A scheduler failed to handle the control request.
     """
     answers = await original(self, obj)
     for answer in answers:

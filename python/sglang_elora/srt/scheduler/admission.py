@@ -1,16 +1,15 @@
-"""Admission: a request enters a batch only when its adapter and its tokens can be held together.
+"""Admission: a request enters a batch only if its adapter and its tokens both fit into the pool.
 
-SGLang's scheduler asks about each waiting request, in queue order, whether its adapter can run
-(``Scheduler.can_schedule_lora_req``), and then matches, budgets and locks the request. Adapters
-come while requests wait (``swapper.py``); one that is there is protected from the question on,
-between which and the lock nothing is evicted, by the lock on the request's path, for as long as the
-request holds that lock.
+For each queued request, in queue order, SGLang's scheduler checks whether its adapter can run
+(``Scheduler.can_schedule_lora_req``), and then matches, budgets and locks the request. Adapters are
+loaded while requests are queued (``swapper.py``). Nothing is evicted between the check and the
+lock; after that, the lock on the request's path protects the adapter until the request releases it.
 
-No request holds a part of what it needs while it waits for the rest, so none waits for another in
-a circle. A request whose adapter is not on the device is skipped, and requests after it in the
-queue are admitted, until ``MAX_BYPASS`` of them have been: then no request after it is admitted
-before it. Requests before it in the queue still are, so that the first request of the queue, whose
-adapter the swapper always loads, never waits for another one.
+No request holds a part of its resources while it waits for the rest, so there is no deadlock. A
+request whose adapter is not on the device is skipped, and requests after it in the queue are
+admitted. After ``MAX_BYPASS`` such bypasses, no request after it is admitted before it. Requests
+before it in the queue still are, so the first queued request, whose adapter the swapper always
+loads, never waits for another one.
 """
 
 from __future__ import annotations
@@ -32,36 +31,38 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_BYPASS = 64
-"""Requests that are admitted past a waiting one before it holds back all those after it."""
+"""Number of requests that may be admitted before a queued one ahead of them; after that it blocks
+all requests after it. Raising it helps throughput and lengthens the longest wait."""
 
 
 @dataclass(slots=True, eq=False)
 class _Pass:
-    """One pass of SGLang's over the waiting queue."""
+    """One pass of SGLang's scheduler over the waiting queue."""
 
     num_admitted: int = 0
-    is_held: bool = False  # a request that was refused holds back all those after it
+    is_held: bool = False  # a refused request blocks all requests after it
 
 
 @dataclass(slots=True, eq=False)
 class _Refusal:
-    """What is known of a waiting request that was refused. The request carries it
-    (``elora_refusal``), so that nothing is left of requests that are aborted."""
+    """State of a queued request that was refused. It is an attribute of the request
+    (``elora_refusal``), so that aborted requests leave nothing to clean up."""
 
-    since_s: float | None  # it waits, by the monotonic clock; None while it runs
-    asked_in: _Pass  # the last one
-    num_admitted: int  # by that pass before the refusal
+    since_s: float | None  # start of the wait (monotonic clock); None while the request runs
+    asked_in: _Pass  # the last pass that checked the request
+    num_admitted: int  # requests admitted by that pass before the refusal
     num_bypasses: int = 0
-    """Requests after it in the queue that earlier passes admitted, also before a retraction: who
-    waited long enough once is not sent to wait as long again."""
+    """Requests after it in the queue that earlier passes admitted. It is kept over a retraction, so
+    that a request does not have to wait for ``MAX_BYPASS`` others twice."""
 
     def add_bypasses(self) -> None:
-        """Those of the pass that asked about the request last."""
+        """Add the bypasses of the last pass that checked the request."""
         self.num_bypasses += self.asked_in.num_admitted - self.num_admitted
 
 
 class Admission:
-    """One per scheduler. All it decides by is equal on all tensor-parallel ranks."""
+    """Admission of one scheduler. Its inputs are equal on all tensor-parallel ranks, and so are its
+    decisions."""
 
     def __init__(self, residency: Residency, swapper: Swapper, max_adapters: int) -> None:
         self.residency = residency
@@ -70,12 +71,12 @@ class Admission:
         self._pass = _Pass()
 
     def begin_pass(self, adder: PrefillAdder) -> None:
-        """SGLang starts to fill a prefill batch: it asks about each waiting request once."""
+        """Begin a pass: SGLang fills a prefill batch and checks each queued request once."""
         self.adder = adder
         self._pass = _Pass()
 
     def taken(self, req: Req) -> None:
-        """SGLang put the request into the batch: all that it uses is visited."""
+        """Record that SGLang put the request into the batch, and visit the nodes that it uses."""
         refusal = _refusal_of(req)
         if refusal is not None and refusal.since_s is not None:
             waited_s = time.monotonic() - refusal.since_s
@@ -98,12 +99,12 @@ class Admission:
         tokens["computed"] += len(req.origin_input_ids) - found
 
     def admit(self, req: Req, running: set[str | None]) -> bool:
-        """Whether the request may be added now; its adapter has its slots if so.
+        """Whether the request may be added to the batch now; if so, its adapter has slots.
 
-        O(1), however many requests wait.
+        O(1), independent of the queue's length.
 
         Args:
-            running: Adapters of the batch so far, and of the running one.
+            running: Adapters of the batch so far and of the running batch.
         """
         if self._pass.is_held:
             return False
@@ -113,8 +114,9 @@ class Admission:
         return True
 
     def received(self, req: Req) -> None:
-        """Clip the answer to what the pool can hold beside the adapter, as SGLang clips it to the
-        whole pool; a prompt that can never be held with its adapter ends with HTTP 400.
+        """Limit the answer's length to the slots that the pool has in addition to the adapter, as
+        SGLang limits it to the whole pool. A prompt that does not fit with its adapter ends with
+        HTTP 400.
         """
         residency = self.residency
         if req.lora_id is not None:
@@ -165,28 +167,31 @@ def _refusal_of(req: Req) -> _Refusal | None:
 
 
 def begin_pass(result: None, self: PrefillAdder, *_: Any, **__: Any) -> None:
-    """After ``PrefillAdder.__init__``: its budget is the one to admit by."""
+    """Begin a pass with this adder. Runs after ``PrefillAdder.__init__``."""
     elora = elora_of(self)
     if elora is not None:
         elora.admission.begin_pass(self)
 
 
 def note_taken(result: Any, self: PrefillAdder, req: Req, *_: Any, **__: Any) -> None:
-    """After ``PrefillAdder.add_one_req``, which tells of the next request, not of this one."""
+    """Record an admitted request. Runs after ``PrefillAdder.add_one_req``, whose result is about
+    the next request, so the adder's list is checked."""
     elora = elora_of(self)
     if elora is not None and self.can_run_list and self.can_run_list[-1] is req:
         elora.admission.taken(req)
 
 
 def admit(self: Scheduler, req: Req, running_loras: set[str | None]) -> bool:
-    """Instead of ``Scheduler.can_schedule_lora_req``, which counts slots and drains them."""
+    """Whether the request may be added to the batch. Replaces ``Scheduler.can_schedule_lora_req``,
+    which counts the slots of SGLang's LoRA pool and drains them."""
     elora = elora_of(self)
     assert elora is not None, "SGLang asks with LoRA only"
     return elora.admission.admit(req, running_loras)
 
 
 def refuse_too_long(result: None, self: Scheduler, req: Req) -> None:
-    """After ``Scheduler.init_req_max_new_tokens``: what the pool holds beside the adapter."""
+    """Limit a request to the slots that remain with its adapter (``Admission.received``). Runs
+    after ``Scheduler.init_req_max_new_tokens``."""
     elora = elora_of(self)
     if elora is not None:
         elora.admission.received(req)

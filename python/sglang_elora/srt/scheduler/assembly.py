@@ -1,4 +1,4 @@
-"""Builds the cache and all that goes with it, once the KV pool is there."""
+"""Builds the cache and the other ELORA components of a scheduler, after the KV pool."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ logger = logging.getLogger(__name__)
 
 
 def register_backend() -> None:
-    """Make ``--radix-cache-backend elora`` known. Once per process."""
+    """Register ``--radix-cache-backend elora``. Call once per process."""
     register_tree_core_backend(BACKEND, EloraTreeCore)
     register_radix_cache_backend(BACKEND, create_cache)
 
 
 def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
-    """Build our cache and give the LoRA manager its place in it.
+    """Build the ELORA cache and bind the LoRA manager to it.
 
-    Without LoRA, SGLang's cache is built where the model or another flag asks for a special one.
+    Without LoRA, SGLang's cache is built if the model or another flag requires a special one.
     """
     manager = ctx.tp_worker.model_runner.lora_manager
     if manager is None and (reason := _why_not_ours(ctx)) is not None:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def time_batch(
     original: Callable[..., Any], self: Scheduler, batch: ScheduleBatch, *args: Any, **options: Any
 ) -> Any:
-    """Around ``Scheduler.run_batch``; its result, which comes later, carries the marks."""
+    """Mark begin and end of a batch on its result. Runs around ``Scheduler.run_batch``; the result
+    is processed later."""
     elora = elora_of(self)
     if elora is None:
         return original(self, batch, *args, **options)
@@ -31,7 +32,7 @@ def time_batch(
 def note_result(
     result: None, self: Scheduler, batch: ScheduleBatch, ran: Any, *_: Any, **__: Any
 ) -> None:
-    """After ``Scheduler.process_batch_result``."""
+    """Record the time of a batch. Runs after ``Scheduler.process_batch_result``."""
     elora = elora_of(self)
     if elora is not None:
         elora.measured.result(batch, getattr(ran, "elora_marks", None))

@@ -1,4 +1,4 @@
-"""``--elora-check``: after every scheduler step recompute everything the cache counts."""
+"""``--elora-check``: recomputes all counts of the cache after every scheduler step."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
 _COMPARED = 128
-"""Adapters whose state is compared in one check."""
+"""Most adapters whose state is compared in one check."""
 
 
 def check_step(result: None, self: Scheduler, *arguments: Any) -> None:
-    """After ``Scheduler.process_batch_result`` and ``on_idle``.
+    """Check all invariants. Runs after ``Scheduler.process_batch_result`` and ``on_idle``.
 
     Raises:
-        AssertionError: A count differs from what the tree, the requests and the allocator hold, a
-            slot has no owner or two, or KV is on the device without its adapter. It ends the
-            server, which is what the flag is for.
+        AssertionError: A count differs from the tree, the requests or the allocator, a slot does
+            not have exactly one owner, or KV is on the device without its adapter. This ends the
+            server on purpose.
     """
     core = getattr(self.tree_cache, "tree_core", None)
     if not isinstance(core, EloraTreeCore):
         return
-    # SGLang's check knows copies to the device in flight only where writes go back late.
+    # SGLang's check handles loads in progress only with write-back.
     if core.is_write_back or not self.tree_cache.ongoing_load_back:
         self.tree_cache.sanity_check()
     core.check_invariants()
@@ -47,7 +47,7 @@ def check_step(result: None, self: Scheduler, *arguments: Any) -> None:
 
 
 def _check_copies(residency: Residency) -> None:
-    """What a copy under way reads and writes stays until it is settled."""
+    """Check that the image and the slots of each copy in progress are held until it is settled."""
     residency.host.check_invariants()
     for adapter_id in residency.copies:
         pins = residency.core.node_of(adapter_id).component_data[FULL].lock_ref
@@ -58,7 +58,7 @@ def _check_copies(residency: Residency) -> None:
 
 
 def _check_state(residency: Residency, scheduler: Scheduler, mirror: StateMirror) -> None:
-    """Who follows the changes has each adapter as it is."""
+    """Check that a client which follows the changes (the mirror) has each adapter's true state."""
     loaded = {str(adapter.adapter_id) for adapter in residency.adapter_table}
     while mirror.version < residency.adapter_table.num_changes:
         changes = changes_since(residency, scheduler, mirror.version)
@@ -81,7 +81,7 @@ def _live_requests(scheduler: Scheduler, arguments: tuple[Any, ...]) -> list[Req
 
 
 def _check_page_owners(scheduler: Scheduler, core: EloraTreeCore, requests: list[Req]) -> None:
-    """Each page is free, or a node's (KV or adapter), or one request's; none is two of them."""
+    """Check that each page has exactly one owner: the free list, a node or a request."""
     allocator = scheduler.token_to_kv_pool_allocator
     page_size, rows = allocator.page_size, scheduler.req_to_token_pool.req_to_token
     owned = [allocator.get_all_free_pages(), core.all_values_flatten()[::page_size] // page_size]
@@ -90,7 +90,7 @@ def _check_page_owners(scheduler: Scheduler, core: EloraTreeCore, requests: list
         row = rows[kv.req_pool_idx, kv.cache_protected_len : kv.kv_allocated_len]
         owned.append(row[::page_size] // page_size)
     counts = torch.bincount(torch.cat([pages.to(torch.int64).cpu() for pages in owned]))
-    counts[0] = 1  # the page of padding, in nobody's list
+    counts[0] = 1  # the padding page has no owner
     num_pages = allocator.size // page_size
     wrong = (counts != 1).nonzero().flatten().tolist()
     assert len(counts) == num_pages + 1 and not wrong, (

@@ -1,8 +1,8 @@
-"""Hook bodies that end a request whose logits are no numbers, and none beside it.
+"""Hook bodies that end a request whose logits are NaN or infinite, but no other request.
 
-Weights that are finite in their file can overflow where they are used. The row of logits is NaN
-then, for which sampling kernels are not made: on a CPU they raise, on CUDA they may return tokens
-that do not exist, and the next batch reads beyond the embedding.
+Weights that are finite in their file can overflow in the computation. Sampling kernels do not
+handle the resulting NaN logits: on a CPU they raise, on CUDA they may return tokens outside the
+vocabulary, and the next batch reads beyond the embedding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
 NO_TOKEN = -1
-"""In the place of a token for the host, which sees that it is none."""
+"""Token id that the host receives for a row with NaN or infinite logits."""
 
 _MARK = "elora_no_numbers"
 
@@ -28,10 +28,10 @@ _MARK = "elora_no_numbers"
 def replace_rows_without_numbers(
     self: Any, logits_output: LogitsProcessorOutput, *_: Any, **__: Any
 ) -> None:
-    """Before ``Sampler.forward``: rows with NaN or infinity become zeros, and are marked.
+    """Zero and mark rows of logits with NaN or infinity. Runs before ``Sampler.forward``.
 
-    Queued on the stream of the forward pass; the host waits for nothing. Minus infinity is no
-    such value: masks set it.
+    Queued on the stream of the forward pass; does not block the host. Minus infinity is allowed,
+    because masks set it.
     """
     logits = logits_output.next_token_logits
     marked = _rows_without_numbers(logits)
@@ -40,16 +40,16 @@ def replace_rows_without_numbers(
 
 
 def _rows_without_numbers(logits: torch.Tensor) -> torch.Tensor:
-    """float ``[rows, vocabulary]`` -> bool ``[rows]``."""
-    return ~(logits.amax(dim=-1) < math.inf)  # the maximum of NaN and more is NaN
+    """Rows with NaN or infinity: float ``[rows, vocabulary]`` -> bool ``[rows]``."""
+    return ~(logits.amax(dim=-1) < math.inf)  # ``amax`` propagates NaN
 
 
 def tell_host_of_marked_rows(
     result: None, self: Any, batch: Any, future_indices: Any, batch_result: Any
 ) -> None:
-    """After ``Scheduler._relay_forward_payload``: the next batch has its tokens, any that exist;
-    what is copied to the host is ``NO_TOKEN`` for a marked row. A batch of requests that want no
-    token was not sampled, so its logits are looked at here."""
+    """Replace the tokens of marked rows by ``NO_TOKEN`` in the copy for the host. Runs after
+    ``Scheduler._relay_forward_payload``, which has passed valid tokens to the next batch. A
+    prefill-only batch is not sampled, so its logits are checked here."""
     output, tokens = batch_result.logits_output, batch_result.next_token_ids
     marked = getattr(output, _MARK, None)
     logits = getattr(output, "next_token_logits", None)
@@ -62,7 +62,8 @@ def tell_host_of_marked_rows(
 def end_with_the_reason(
     original: Callable[..., bool], self: Req, new_accepted_tokens: list[int]
 ) -> bool:
-    """Around ``Req._check_vocab_boundary_finish``, which would say that the answer is complete."""
+    """Abort a request with ``NO_TOKEN``. Runs around ``Req._check_vocab_boundary_finish``, which
+    would report the answer as complete."""
     is_over = original(self, new_accepted_tokens)
     if NO_TOKEN in new_accepted_tokens:
         whose = "the model" if self.lora_id is None else "the model with this LoRA adapter"
@@ -72,6 +73,6 @@ def end_with_the_reason(
             HTTPStatus.INTERNAL_SERVER_ERROR if self.lora_id is None else HTTPStatus.BAD_REQUEST,
             "InternalServerError" if self.lora_id is None else "BadRequestError",
         )
-        self.finished_len = None  # or an answer of no tokens would be cut to what was asked for
-        self.skip_radix_cache_insert = True  # its KV may hold no numbers either
+        self.finished_len = None  # otherwise the output would be cut at the requested length
+        self.skip_radix_cache_insert = True  # its KV may be NaN as well
     return is_over

@@ -68,7 +68,8 @@ class SchedulerMemory:
 
     def is_loadable(self, node: UnifiedTreeNode) -> bool:
         parent: Any = node.parent
-        # An adapter that is not on the device has an empty value; the base model's root has [].
+        # The value of an adapter that is not on the device is empty, not None, and so is that of
+        # the root of the base model.
         if not node.evicted or not node.backuped or parent.component_data[FULL].value is None:
             return False
         return not isinstance(parent, AdapterNode) or self._residency.is_usable(parent.adapter)

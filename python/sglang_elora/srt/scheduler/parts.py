@@ -1,4 +1,4 @@
-"""What a scheduler with adapters in its KV pool has of ours, and where hooks find it."""
+"""The ELORA components of a scheduler process, and how hooks access them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Elora:
-    """One per scheduler process; ``assembly.create_cache`` makes it."""
+    """The ELORA components of one scheduler process; created by ``assembly.create_cache``."""
 
     residency: Residency
     measured: MeasuredCosts
@@ -26,6 +26,6 @@ class Elora:
 
 
 def elora_of(owner: Scheduler | PrefillAdder) -> Elora | None:
-    """None where there are no adapters: without LoRA, and in a cache of SGLang's own."""
+    """The components of the owner's scheduler; None without LoRA, or with SGLang's own cache."""
     found: Elora | None = getattr(owner.tree_cache, "elora", None)
     return found

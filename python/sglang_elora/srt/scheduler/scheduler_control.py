@@ -1,8 +1,8 @@
-"""The scheduler's end of the control channel: hints taken, orders carried out, state told.
+"""The scheduler's end of the control channel: handles hints, orders and state requests.
 
-Messages come with requests and are handled between two iterations, each in microseconds: what takes
-longer (reading a file, a copy, an eviction) is left to the swapper's steps. What cannot be decoded
-is counted and dropped.
+Messages arrive with requests and are handled between two iterations, each in microseconds. Longer
+work (reading a file, a copy, an eviction) is done in later steps of the swapper. Messages that
+cannot be decoded are counted and dropped.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 200  # characters of a message that is dropped
+_SHOWN = 200  # most characters of a dropped message in the log
 
 
 class Control:
-    """One per scheduler process. All ranks hear the same, in one order."""
+    """Message handlers of one scheduler process. All ranks get the same messages in one order."""
 
     def __init__(self, scheduler: Scheduler, swapper: Swapper) -> None:
         self._scheduler = scheduler
@@ -48,7 +48,7 @@ class Control:
         self._residency: Residency = swapper.residency
 
     def add_to(self, dispatcher: TypeBasedDispatcher) -> None:
-        """Have our messages come to us, and those that are nobody's."""
+        """Register the handlers, and ``drop`` for messages without a handler."""
         handlers = {AdapterHint: self.hint, StateRequest: self.state, AdapterOrder: self.order}
         dispatcher += TypeBasedDispatcher(
             [(kind, partial(self._handle, handler)) for kind, handler in handlers.items()]
@@ -63,11 +63,11 @@ class Control:
         return handler(message)
 
     def drop(self, message: Any) -> None:
-        """Count what nobody handles, ``Undecodable`` above all."""
+        """Count and log a message without a handler, mostly ``Undecodable``."""
         counts = self._residency.core.counts
         counts.messages_dropped += 1
         dropped = counts.messages_dropped
-        if dropped & (dropped - 1) == 0:  # whenever their number has doubled
+        if dropped & (dropped - 1) == 0:  # log at powers of two only
             logger.warning("%d messages dropped, the last: %s", dropped, _text(message)[:_SHOWN])
 
     def hint(self, hint: AdapterHint) -> None:
@@ -114,7 +114,7 @@ class Control:
 
 
 def add_to_dispatcher(result: None, self: Scheduler) -> None:
-    """After ``Scheduler.init_request_dispatcher``."""
+    """Register the handlers. Runs after ``Scheduler.init_request_dispatcher``."""
     elora = elora_of(self)
     if elora is not None:
         Control(self, elora.swapper).add_to(self._request_dispatcher)

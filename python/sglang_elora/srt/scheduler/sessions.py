@@ -1,4 +1,4 @@
-"""The end of a session (``POST /close_session``), as the scheduler hears of it."""
+"""Hook body for the end of a session (``POST /close_session``) in the scheduler."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ if TYPE_CHECKING:
 
 
 def close(self: Scheduler, recv_req: Any) -> None:
-    """Before ``Scheduler.close_session``."""
+    """Close the session in the tree. Runs before ``Scheduler.close_session``."""
     if isinstance(self.tree_cache, EloraRadixCache):
         self.tree_cache.sessions.over(recv_req.session_id)

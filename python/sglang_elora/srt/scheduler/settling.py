@@ -1,4 +1,4 @@
-"""Reads and copies that have ended: what all tensor-parallel ranks agree on before they act."""
+"""Completion of reads and copies, agreed on by all tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 class Settling:
     """Completes reads and copies of one scheduler, at the same step on every rank.
 
-    With several ranks a step has one agreement at most, which is an all-reduce.
+    With several ranks a step has at most one agreement, which is an all-reduce.
 
     Args:
         residency: The adapters on the device and their images.
-        measure: Learns what copies take.
-        expected: Hints; a failed adapter is no longer expected.
+        measure: Records the times of copies.
+        expected: Pending hints; failed adapters are removed from them.
     """
 
     def __init__(
@@ -34,23 +34,22 @@ class Settling:
         self._has_agreed = False  # in this step
 
     def take_errors(self) -> dict[str, BaseException]:
-        """Why adapters failed since the last call, by adapter id."""
+        """Errors of adapters that failed since the last call, by adapter id."""
         if not self._errors:
             return self._errors
         errors, self._errors = self._errors, {}
         return errors
 
     def begin_step(self) -> None:
-        """Complete what has ended since the last step on every rank."""
+        """Complete reads and copies that have ended on every rank since the last step."""
         self._has_agreed = False
         if self._residency.copies or self._host.reading:
             self._settle()
 
     def confirm(self) -> None:
-        """Find out whether copies that were started in this step could be queued on every rank.
+        """Confirm copies started in this step that were queued on every rank; undo the others.
 
-        Those that could are confirmed, those that could not are undone. If the ranks have agreed
-        in this step already, the agreement of the next step confirms.
+        If the ranks have already agreed in this step, that happens in the next step.
         """
         started = [copy for copy in self._residency.copies.values() if not copy.confirmed]
         if self._ranks.is_alone:
@@ -89,7 +88,8 @@ class Settling:
             self._fail(copy.adapter_id, failure)
 
     def _settle_read(self, adapter_id: str, code: Read, *, is_same: bool) -> None:
-        """Take in an image that all ranks have read from the same file, or say why not."""
+        """Complete a read: add the image if all ranks have read the same content, otherwise record
+        the error."""
         failure: BaseException | None = None
         image = self._host.image_read(adapter_id)
         if code == Read.DONE and image is not None:
@@ -107,4 +107,4 @@ class Settling:
     def _fail(self, adapter_id: str, failure: BaseException) -> None:
         logger.error("LoRA adapter %s: %s", self._residency.name_of(adapter_id), failure)
         self._errors[adapter_id] = failure
-        self._expected.forget(adapter_id)  # or it would be tried again and again
+        self._expected.forget(adapter_id)  # otherwise it would be retried in each step

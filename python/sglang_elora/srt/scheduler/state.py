@@ -1,4 +1,4 @@
-"""What the scheduler tells of adapters and pool, to whoever asks over the control channel."""
+"""The state of adapters and pool, for state requests over the control channel."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
 MOST_ROWS = 256
-"""Adapters in one answer: some 0.5 ms of the scheduler's time. Whoever wants more asks again."""
+"""Most adapters in one answer, about 0.5 ms of the scheduler's time. The client requests the
+others separately. More lengthen the step."""
 
 
 def changes_since(residency: Residency, scheduler: Scheduler, num_changes: int) -> Changes:
-    """Of the adapters that changed since there were so many changes, the first ``MOST_ROWS``."""
+    """State of the first ``MOST_ROWS`` adapters changed after change ``num_changes``, and of the
+    pool."""
     changed = residency.adapter_table.changed_since(num_changes)
     told = changed[:MOST_ROWS]
     return Changes(
@@ -77,7 +79,8 @@ def _adapters_of(requests: Iterable[Req]) -> list[str]:
 
 
 def add_statistics(result: Any, self: Scheduler, recv_req: Any) -> Any:
-    """After ``Scheduler.get_internal_state``: ours under ``elora``, shown by /server_info."""
+    """Add ELORA's statistics as ``elora``, shown by /server_info. Runs after
+    ``Scheduler.get_internal_state``."""
     elora = elora_of(self)
     if elora is not None:
         manager, costs = self.tp_worker.model_runner.lora_manager, elora.measured.costs

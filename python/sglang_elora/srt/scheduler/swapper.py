@@ -1,8 +1,8 @@
-"""The swapper of one scheduler process: carries out, step by step, what the planner decides.
+"""The swapper of one scheduler process: runs the planner's decisions once per iteration.
 
 The scheduler calls ``step`` once per iteration, between receiving requests and choosing the next
-batch, and ``prepare`` once a batch was launched. A step (1) completes reads and copies that have
-ended on every rank, (2) has the planner (``swapper/planner.py``) start loads for queued and for
+batch, and ``prepare`` after a batch was launched. A step (1) completes reads and copies that have
+ended on every rank, (2) has the planner (``swapper/planner.py``) start loads for queued and
 expected requests, (3) ends requests whose adapter cannot be loaded.
 """
 
@@ -33,17 +33,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EVICT_LEAVES = 16
-"""Most leaves per batch that are evicted of an adapter which an order evicts."""
+"""Most leaves evicted per step of an adapter that an order evicts. More end sooner, and lengthen
+the steps."""
 
 _IDLE_S = 200e-6
+"""Seconds that an idle scheduler sleeps per iteration while a read or copy is in progress."""
 
 
 class Swapper:
-    """One per scheduler process.
+    """Completes and starts loads and evictions of one scheduler process.
 
     Args:
-        residency: Where adapters are.
-        measure: What copies and prefill take.
+        residency: The adapters on the device and their images.
+        measure: Measured costs of copies and prefill.
     """
 
     def __init__(self, residency: Residency, measure: MeasuredCosts) -> None:
@@ -51,11 +53,11 @@ class Swapper:
         self._core, self._host = residency.core, residency.host
         self.planner: Planner[UnifiedTreeNode] = Planner(SchedulerMemory(residency), measure)
         self._settling = Settling(residency, measure, self.planner.pending)
-        self._leaving: dict[str, None] = {}  # adapters that orders evict
+        self._leaving: dict[str, None] = {}  # adapters to evict by order
         self._core.adapter_table.on_removed = measure.popularity.forget
 
     def step(self, scheduler: Scheduler, *, is_busy: bool) -> None:
-        """Complete what has ended and start what is needed next. Never blocks.
+        """Complete reads and copies that have ended, and start those needed next. Never blocks.
 
         Args:
             is_busy: Whether batches run.
@@ -65,7 +67,7 @@ class Swapper:
         self._settling.begin_step()
         self._fail_waiting(scheduler)
         planner.load(queue, self._rest_of(scheduler.chunked_req))
-        self._settling.confirm()  # before anything is done with the adapter
+        self._settling.confirm()  # before a batch can use the adapter
         self._fail_waiting(scheduler)
         planner.load_session()
         planner.read_ahead(queue, is_busy=is_busy)
@@ -74,13 +76,13 @@ class Swapper:
             self.prepare()
 
     def prepare(self) -> None:
-        """Do what makes later steps shorter. A batch has just begun, or none is to run."""
+        """Do work that makes later steps shorter. Call after a batch was launched, or when idle."""
         self._core.refresh_order()
         if not (self._evict_leaving() or self.residency.purge_retired(PURGE_NODES)):
             self.planner.prepare()
 
     def is_hidden(self, copy: AdapterCopy, req: Req, adder: PrefillAdder) -> bool:
-        """Whether a batch with this request may be started before the copy is over
+        """Whether a batch with this request may start before the copy has finished
         (``Planner.is_hidden``)."""
         num_tokens = len(req.origin_input_ids)
         is_idle = not adder.can_run_list and bool(adder.running_batch.is_empty())
@@ -92,8 +94,8 @@ class Swapper:
         )
 
     def _replays_graph(self, num_tokens: int, adder: PrefillAdder) -> bool:
-        """Whether the batch being formed is replayed from a prefill graph, as far as is known: by
-        the requests chosen so far and one more, whose prefill the chunk size limits."""
+        """Whether the batch being formed will be replayed from a prefill graph, estimated from the
+        requests chosen so far and this one, whose prefill the chunk size limits."""
         if adder.rem_chunk_tokens is not None:
             num_tokens = min(num_tokens, adder.rem_chunk_tokens)
         num_requests = len(adder.can_run_list) + 1
@@ -102,7 +104,7 @@ class Swapper:
         )
 
     def expect(self, adapter_ids: Iterable[str], *, ordered: bool = False) -> int:
-        """Requests with these adapters are about to arrive (``Planner.expect``)."""
+        """Load adapters of requests that are about to arrive (``Planner.expect``)."""
         adapter_ids = list(adapter_ids)
         num_taken = self.planner.expect(adapter_ids, ordered=ordered)
         for adapter_id in adapter_ids:
@@ -111,10 +113,10 @@ class Swapper:
         return num_taken
 
     def evict_soon(self, adapter_id: str) -> None:
-        """Have an adapter and its KV leave the device, a bounded part of it per step.
+        """Evict an adapter and its KV from the device, a bounded part per step.
 
         Raises:
-            ValueError: A request uses it or waits for it, or it is pinned.
+            ValueError: A running or queued request needs it, or it is pinned.
         """
         is_pinned = self.residency.adapter_table.get(
             adapter_id
@@ -126,17 +128,17 @@ class Swapper:
             self._leaving[adapter_id] = None
 
     def used(self, adapter_id: str) -> None:
-        """A request with this adapter runs."""
+        """Record that a request with this adapter runs."""
         self.residency.adapter_table.used(adapter_id, time.monotonic())
         self.planner.used(adapter_id)
 
     @property
     def is_waiting(self) -> bool:
-        """Whether something is under way, for which there must be a next step soon."""
+        """Whether a read, copy or purge is in progress, so that the next step must follow soon."""
         return bool(self.residency.copies or self._host.reading or self.residency.is_purging)
 
     def _fail_waiting(self, scheduler: Scheduler) -> None:
-        """Requests whose adapter could not be brought in end with the reason."""
+        """End queued requests whose adapter could not be loaded, with the error."""
         errors = self._settling.take_errors()
         if not errors:
             return
@@ -155,9 +157,9 @@ class Swapper:
             scheduler.ipc_channels.send_to_tokenizer.send_output(answer, req)
 
     def _rest_of(self, chunked: Req | None) -> int:
-        """Slots for what is left to compute of a prompt that is computed chunk by chunk.
+        """Slots for the remaining tokens of a prompt that is computed chunk by chunk.
 
-        SGLang takes its next chunk without asking, and ends if there is no room for it.
+        SGLang allocates its next chunk without a check, and crashes if there is no room.
         """
         if chunked is None:
             return 0
@@ -166,7 +168,7 @@ class Swapper:
         return num_left + page_size
 
     def _evict_leaving(self) -> bool:
-        """Some of what was told to leave. Whether there was something."""
+        """Evict a part of the next adapter to evict by order. Returns whether there was one."""
         if not self._leaving:
             return False
         adapter_id = next(iter(self._leaving))
@@ -185,29 +187,31 @@ def step(
     *_: Any,
     **__: Any,
 ) -> None:
-    """Before ``Scheduler.get_next_batch_to_run``."""
+    """Run a step of the swapper. Runs before ``Scheduler.get_next_batch_to_run``."""
     elora = elora_of(self)
     if elora is not None:
         elora.swapper.step(self, is_busy=last_batch is not None or not running_batch.is_empty())
 
 
 def prepare(result: Any, self: Scheduler, *_: Any, **__: Any) -> None:
-    """After ``Scheduler.run_batch``: the device is at work now."""
+    """Prepare later steps while the device runs the batch. Runs after ``Scheduler.run_batch``."""
     elora = elora_of(self)
     if elora is not None:
         elora.swapper.prepare()
-        elora.residency.launched()  # what was evicted just now is free, as of this batch
+        elora.residency.launched()  # after ``prepare``: its evictions count as free at this launch
 
 
 def idle(result: None, self: Scheduler) -> None:
-    """After ``Scheduler.on_idle``. Threads that read files need the interpreter."""
+    """Sleep briefly, to leave the interpreter to threads that read files. Runs after
+    ``Scheduler.on_idle``."""
     elora = elora_of(self)
     if elora is not None and elora.swapper.is_waiting:
         time.sleep(_IDLE_S)
 
 
 def sleep_on_idle(original: Callable[[Scheduler], None], self: Scheduler) -> None:
-    """Around ``Scheduler.maybe_sleep_on_idle``, which wakes up for messages only."""
+    """Keep the scheduler awake while the swapper has work in progress. Runs around
+    ``Scheduler.maybe_sleep_on_idle``, which wakes up only for messages."""
     elora = elora_of(self)
     if elora is None or not elora.swapper.is_waiting:
         original(self)
