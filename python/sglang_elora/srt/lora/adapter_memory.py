@@ -1,4 +1,4 @@
-"""The host memory that holds adapters, reserved when the server starts."""
+"""Allocation of the host memory for adapters, at the start of the server."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 def arena_for(manager: EloraLoRAManager, budget_bytes: int, device: str) -> HostArena:
     """An arena of whole blocks within the budget, for adapters of the manager's model.
 
-    On CUDA it is page-locked now, so that nothing is while batches run. Elsewhere it takes memory
-    of the machine as adapters come.
+    On CUDA its memory is page-locked now, so that no memory is page-locked while batches run. On
+    other devices memory is allocated when adapters are loaded.
 
     Raises:
-        HostMemoryFull: This process's share of the machine's free memory, less what SGLang leaves
-            to the system, is smaller, or it cannot be page-locked.
+        HostMemoryFull: It exceeds this process's share of the machine's free memory, minus
+            SGLang's reserve for the system, or it cannot be page-locked.
     """
     pool = manager.memory_pool
     layout = AdapterLayout.build(1, pool.module_shapes(manager.lora_modules))
@@ -52,13 +52,13 @@ def arena_for(manager: EloraLoRAManager, budget_bytes: int, device: str) -> Host
 
 
 def page_locked_memory(num_bytes: int) -> torch.Tensor:
-    """uint8 ``[num_bytes]`` that a CUDA device copies from while the host goes on.
+    """Page-locked memory, uint8 ``[num_bytes]``, for asynchronous copies to a CUDA device.
 
-    One allocation, registered with CUDA as SGLang registers HiCache's: torch's own page-locked
-    memory is rounded up to a power of two, and what is freed stays page-locked in that size.
+    One allocation, registered with CUDA like SGLang's HiCache memory: torch's own page-locked
+    memory is rounded up to a power of two, and stays page-locked in that size when it is freed.
 
     Raises:
-        HostMemoryFull: It cannot be had, or CUDA cannot lock it.
+        HostMemoryFull: It cannot be allocated or page-locked.
     """
     if num_bytes == 0:
         return torch.empty(0, dtype=torch.uint8)

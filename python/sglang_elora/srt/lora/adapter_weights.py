@@ -1,6 +1,6 @@
-"""Hook bodies that make SGLang compute what PEFT means, for adapters it would get wrong.
+"""Hook bodies that make SGLang's outputs equal to PEFT's for two kinds of adapters.
 
-Two PEFT features load without an error in SGLang 0.5.23 and give other outputs:
+Two PEFT features load without an error in SGLang 0.5.23 but give different outputs:
 rank-stabilised scaling, and adapters on part of a fused projection.
 """
 
@@ -24,7 +24,8 @@ _MEMBER = re.compile(r"(?<=\.)(q_proj|k_proj|v_proj|gate_proj|up_proj)(?=\.lora_
 def scale_rslora(
     result: None, self: LoRAAdapter, uid: str, config: LoRAConfig, *_: Any, **__: Any
 ) -> None:
-    """After ``LoRAAdapter.__init__``: scale by alpha / sqrt(rank) where the adapter asks for it.
+    """Scale by alpha / sqrt(rank) if the adapter is configured so. Runs after
+    ``LoRAAdapter.__init__``.
 
     Source: PEFT's ``use_rslora`` (Kalajdzievski, arXiv 2312.03732).
     """
@@ -33,11 +34,12 @@ def scale_rslora(
 
 
 def complete_fused_modules(self: LoRAAdapter) -> None:
-    """Before ``LoRAAdapter._normalize_weights``: zeros for the missing parts of a fused module.
+    """Add zero matrices for the missing parts of a fused module. Runs before
+    ``LoRAAdapter._normalize_weights``.
 
-    An adapter on q_proj alone, or on up_proj without gate_proj, is valid PEFT. SGLang stacks
-    the parts of a fused projection and expects them all; a pair of zero matrices is the
-    identity for a part that the adapter leaves alone. Experts of MoE layers are left to SGLang.
+    An adapter on q_proj alone, or on up_proj without gate_proj, is valid in PEFT. SGLang stacks the
+    parts of a fused projection and expects them all; a pair of zero matrices leaves the output of a
+    part unchanged. Experts of MoE layers are handled by SGLang.
     """
     for layer in self.layers:
         weights = layer.weights
@@ -59,7 +61,7 @@ def complete_fused_modules(self: LoRAAdapter) -> None:
 def _out_features(config: Any, part: str, *, like: str, rows: int) -> int:
     """Output size of projection ``part``, given that of its sibling ``like``."""
     if "q_proj" not in (part, like):
-        return rows  # k and v are alike, gate and up are alike
+        return rows  # k and v have equal sizes, and so have gate and up
     heads: int = config.num_attention_heads
     kv_heads: int = config.num_key_value_heads
     if part == "q_proj":

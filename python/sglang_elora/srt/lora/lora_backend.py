@@ -1,6 +1,6 @@
-"""What ELORA's two LoRA backends share: the batch comes as segments, weights lie in KV pages.
+"""Base class of ELORA's two LoRA backends: batches are segments, weights lie in KV pages.
 
-SGLang's LoRA layers call a backend with the slabs they were given; ours were given ``WeightRef``s.
+SGLang's LoRA layers pass their weight buffers to the backend; with ELORA these are ``WeightRef``s.
 """
 
 from __future__ import annotations
@@ -22,30 +22,32 @@ Segment = tuple[PagedAdapter | None, int]
 
 TORCH, TRITON = "elora_torch", "elora_triton"
 MAX_RANK = 256
-"""Largest rank where neither ``--max-lora-rank`` nor an adapter given at start says more."""
+"""Largest rank, unless ``--max-lora-rank`` or an adapter of ``--lora-paths`` has a higher one.
+Raising it takes more memory in CUDA graphs."""
 
 _NO_EMBEDDINGS = "adapters on embed_tokens or lm_head are refused with --elora"
 
 
 class Graph(Enum):
-    """Which CUDA graphs may replay a batch, and so which static memory describes it."""
+    """The kind of CUDA graphs that may replay a batch; it selects the static memory for it."""
 
     DECODE = "decode"
     PREFILL = "prefill"
 
 
 class PagedLoRABackend(BaseLoRABackend):
-    """A backend that takes its batches from ``set_batch``."""
+    """A LoRA backend that gets its batches by ``set_batch``."""
 
     name: str
-    skip_inactive_lora_batches = True  # a batch without adapters takes the plain layers' path
-    max_rank: int | None = None  # largest it computes; None: any
-    _awaited: Sequence[AdapterCopy] = ()  # copies that the batch runs ahead of
+    skip_inactive_lora_batches = True  # a batch without adapters uses the layers without LoRA
+    max_rank: int | None = None  # largest supported rank; None: no limit
+    _awaited: Sequence[AdapterCopy] = ()  # copies that each layer of the batch waits for
 
     def __init__(
         self, max_loras_per_batch: int, device: torch.device, *, max_adapters: int, **_: Any
     ) -> None:
-        """``max_adapters`` bounds a batch, ``max_loras_per_batch`` a slab that does not exist."""
+        """``max_adapters`` limits a batch; ``max_loras_per_batch`` sizes SGLang's LoRA buffers,
+        which are not used."""
         super().__init__(max_loras_per_batch, device)
         self.max_adapters = max_adapters
 
@@ -53,32 +55,32 @@ class PagedLoRABackend(BaseLoRABackend):
     def set_model(
         self, shapes: Sequence[ModuleShape], dtype: torch.dtype, *, max_rank: int, tp_size: int
     ) -> None:
-        """Called once, before the first batch.
+        """Set the model's dimensions. Called once, before the first batch.
 
         Args:
             shapes: The target modules.
-            dtype: Of the weights.
-            max_rank: Largest rank of any adapter to come.
+            dtype: Dtype of the weights.
+            max_rank: Largest rank of any adapter, including those loaded later.
             tp_size: Tensor-parallel ranks.
         """
 
     def warm_up(self, planes: KVPlanes) -> None:
-        """Called once, when the KV pool is there: what would delay the first requests otherwise."""
+        """Do work that would delay the first requests. Called once, after the KV pool is built."""
 
     @abstractmethod
     def set_batch(self, segments: Sequence[Segment], graph: Graph | None) -> None:
-        """What the next forward pass computes. ``reset_batch_state`` undoes it.
+        """Set the batch of the next forward pass. ``reset_batch_state`` undoes it.
 
         Args:
-            segments: In row order.
-            graph: The CUDA graphs that may replay it.
+            segments: The segments in row order.
+            graph: The kind of CUDA graphs that may replay it; None: it runs eagerly.
         """
 
     def await_copies(self, copies: Sequence[AdapterCopy], graph: Graph | None) -> None:
-        """Have the next batch wait for weights that may not be in their slots yet.
+        """Make the next batch wait for weights that may not be in their slots yet.
 
-        Each layer waits for its own weights. A graph cannot wait within itself, so a batch that is
-        replayed waits for the whole copies before it begins; ``Swapper.is_hidden`` counts on both.
+        Each layer waits for its own weights. A CUDA graph cannot do that, so a replayed batch waits
+        for the whole copies before it begins. ``Swapper.is_hidden`` relies on both.
         """
         self._awaited = copies if graph is None else ()
         for copy in copies if graph is not None else ():
@@ -86,27 +88,27 @@ class PagedLoRABackend(BaseLoRABackend):
 
     @override
     def prepare_lora_batch(self, *_: Any, **__: Any) -> None:
-        """Refused: SGLang's does nothing, so the last batch's adapters would be computed again."""
+        """Not supported: SGLang's version does nothing, so the last batch would be used again."""
         raise NotImplementedError(f"{self.name} takes its batches from set_batch")
 
     @override
     def run_lora_a_embedding(self, *_: Any, **__: Any) -> torch.Tensor:
-        """Refused: SGLang's returns nothing."""
+        """Not supported: SGLang's version returns None."""
         raise NotImplementedError(_NO_EMBEDDINGS)
 
     @override
     def run_lora_a_sgemm(
         self, x: torch.Tensor, weights: WeightRef, *_: Any, **options: Any
     ) -> torch.Tensor:
-        """``x @ A^T * scaling`` of each row's adapter, in a form that ``run_lora_b_sgemm`` takes.
+        """``x @ A^T * scaling`` of each row's adapter, as input for ``run_lora_b_sgemm``.
 
-        Its shape is equal on all tensor-parallel ranks, and it may be summed over them.
+        Its shape is equal on all tensor-parallel ranks, so it can be summed over them.
 
         Args:
             x: ``[rows, in_features]``.
 
         Raises:
-            NotImplementedError: The layer is ``lm_head``, whose rows are not the batch's.
+            NotImplementedError: The layer is ``lm_head``, whose rows differ from the batch's.
         """
         if "pruned_batch_info" in options:
             raise NotImplementedError(_NO_EMBEDDINGS)
@@ -123,10 +125,10 @@ class PagedLoRABackend(BaseLoRABackend):
         base_output: torch.Tensor,
         **_: Any,
     ) -> torch.Tensor:
-        """Add ``x @ B^T`` of each row's adapter into ``base_output``, part by part, in place.
+        """Add ``x @ B^T`` of each row's adapter to ``base_output``, part by part, in place.
 
         Args:
-            x: What ``run_lora_a_sgemm`` returned for the same module.
+            x: Result of ``run_lora_a_sgemm`` for the same module.
             base_output: ``[rows, sum of out_features]``.
         """
         return self.expand(x, weights, base_output)
@@ -154,7 +156,7 @@ class PagedLoRABackend(BaseLoRABackend):
 
     @abstractmethod
     def shrink(self, x: torch.Tensor, weights: WeightRef) -> torch.Tensor:
-        """As ``run_lora_a_sgemm``."""
+        """As ``run_lora_a_sgemm``, without waiting for copies."""
 
     @abstractmethod
     def expand(self, inner: torch.Tensor, weights: WeightRef, output: torch.Tensor) -> torch.Tensor:

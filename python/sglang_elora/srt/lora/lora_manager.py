@@ -1,4 +1,4 @@
-"""The LoRA manager over pages: which adapters exist, and what a forward batch runs with."""
+"""The LoRA manager: loads and unloads adapters, and prepares the LoRA part of forward batches."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ _CHANGED = "its file has changed since it was loaded: unload it and load it agai
 
 
 class EloraLoRAManager(LoRAManager):
-    """SGLang's manager, whose adapters live in the KV pool.
+    """SGLang's LoRA manager with adapters in the KV pool.
 
-    SGLang builds it before the KV pool is there; ``bind`` hands it the pool.
+    SGLang builds it before the KV pool; ``bind`` connects it to the pool.
     """
 
     memory_pool: PagedLoRAPool
@@ -57,9 +57,9 @@ class EloraLoRAManager(LoRAManager):
         self.residency: Residency | None = None
         self._measure: MeasuredCosts | None = None
         self.max_adapters_in_batch = 0
-        self.num_checks = 0  # counted by --elora-check, which also keeps
+        self.num_checks = 0  # checks by --elora-check, which also updates ``mirror``
         self.mirror = StateMirror()
-        # A batch holds what fits into memory, and pinning is bounded by memory: no limit on slots.
+        # Batches and pins are limited by memory, not by a number of slots.
         super().__init__(*args, max_loras_per_batch=sys.maxsize, **kwargs)
         self._shapes = self.memory_pool.module_shapes(self.lora_modules)
         max_rank = kwargs.get("max_lora_rank") or max(self.max_lora_rank, MAX_RANK)
@@ -71,14 +71,14 @@ class EloraLoRAManager(LoRAManager):
     @override
     def init_lora_shapes(self, *args: Any, **kwargs: Any) -> None:
         super().init_lora_shapes(*args, **kwargs)
-        # "all" names them too; adapters that have them were refused.
+        # "all" includes them; adapters with weights for them were refused.
         self.target_modules: set[str] = self.target_modules - set(EMBEDDING_NAMES)
 
     @override
     def init_memory_pool(self) -> None:
         self.memory_pool = PagedLoRAPool(
             base_hf_config=self.base_hf_config,
-            max_loras_per_batch=1,  # a slab's slots; there are none
+            max_loras_per_batch=1,  # slots of SGLang's LoRA buffers, which are not allocated
             dtype=self.dtype,
             max_lora_rank=max(self.max_lora_rank, 1),
             target_modules=self.target_modules,
@@ -90,7 +90,7 @@ class EloraLoRAManager(LoRAManager):
         self.memory_pool.on_removed = self._retire
 
     def bind(self, residency: Residency, measure: MeasuredCosts) -> None:
-        """Adapters live in this pool from now on.
+        """Connect the manager to the KV pool and register the adapters given at start.
 
         Raises:
             PoolTooSmall: An adapter given at start does not fit.
@@ -111,7 +111,8 @@ class EloraLoRAManager(LoRAManager):
 
     @override
     def load_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
-        """Load an adapter on all tensor-parallel ranks or on none. Reading its weights begins."""
+        """Load an adapter on all tensor-parallel ranks or on none, and start to read its
+        weights."""
         result = self._agree_on_load(lora_ref, super().load_lora_adapter(lora_ref))
         if result.success and self.residency is not None:
             self.residency.host.request(lora_ref.lora_id)
@@ -121,12 +122,12 @@ class EloraLoRAManager(LoRAManager):
     def load_lora_adapter_from_tensors(
         self, lora_ref: LoRARef, *args: Any, **kwargs: Any
     ) -> LoRAUpdateOutput:
-        """As ``load_lora_adapter``, of weights that were sent."""
+        """As ``load_lora_adapter``, from weights in the request."""
         result = super().load_lora_adapter_from_tensors(lora_ref, *args, **kwargs)
         return self._agree_on_load(lora_ref, result)
 
     def _agree_on_load(self, lora_ref: LoRARef, result: LoRAUpdateOutput) -> LoRAUpdateOutput:
-        """The result of all ranks. Unless all loaded the same adapter, nothing of it stays."""
+        """The common result of all ranks. Unless all loaded the same adapter, it is unloaded."""
         if self.residency is None:
             return result
         facts = self._facts(lora_ref.lora_id) if result.success else None
@@ -143,19 +144,19 @@ class EloraLoRAManager(LoRAManager):
         )
 
     def _facts(self, adapter_id: str) -> str:
-        """What must be equal on all ranks before an adapter's weights are read."""
+        """The properties of an adapter that must be equal on all ranks."""
         assert self.residency is not None
         num_slots = self.residency.adapter_table.get(adapter_id).num_slots
         return repr((num_slots, sorted(self.configs[adapter_id].hf_config.items())))
 
     @override
     def load_lora_weights(self, lora_ref: LoRARef) -> None:
-        """Make an adapter known by its configuration and the headers of its file.
+        """Register an adapter from its configuration and the headers of its file.
 
-        Its weights are read when a request names it; those of one that is loaded while the server
-        runs, as soon as all ranks know it.
+        Its weights are read when a request needs it, or, if it is loaded while the server runs, as
+        soon as all ranks have registered it.
         """
-        if self.residency is not None:  # else ``bind`` takes it in
+        if self.residency is not None:  # otherwise ``bind`` registers it
             with self._forgetting_on_error(lora_ref):
                 self._take_in(self._source_of(lora_ref))
 
@@ -165,7 +166,7 @@ class EloraLoRAManager(LoRAManager):
     ) -> None:
         with self._forgetting_on_error(lora_ref):
             super().load_lora_weights_from_tensors(lora_ref, tensors)
-            adapter = self.loras.pop(lora_ref.lora_id)  # the image is the copy from here on
+            adapter = self.loras.pop(lora_ref.lora_id)  # the image replaces SGLang's copy
             image = self.memory_pool.image_of(adapter, self.lora_modules, self._shapes)
             source = AdapterSource(
                 lora_ref.lora_id,
@@ -179,21 +180,21 @@ class EloraLoRAManager(LoRAManager):
 
     @override
     def validate_lora_batch(self, lora_ids: set[str | None]) -> bool:
-        """Always: admission has secured each adapter's slots."""
+        """Always True: admission has ensured that each adapter has slots."""
         return True
 
     @override
     def fetch_new_loras(
         self, new_loras: set[str | None], running_loras: set[str | None] | None = None
     ) -> None:
-        """Nothing: ``prepare_lora_batch``, which always follows, brings the weights."""
+        """Do nothing: ``prepare_lora_batch``, which always follows, sets up the weights."""
 
     @override
     def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
-        """Tell the backend which adapter computes which rows of the next forward pass.
+        """Set the backend's batch: which adapter applies to which rows of the next forward pass.
 
-        SGLang captures its CUDA graphs before it builds the KV cache, over batches that name no
-        adapter. Only a batch that names one needs the residency, which comes with that cache.
+        SGLang captures its CUDA graphs before it builds the KV cache, with batches without
+        adapters. Only batches with adapters need the residency, which is created with that cache.
         """
         ids = forward_batch.lora_ids
         distinct = sorted(set(ids) - {None})
@@ -218,7 +219,7 @@ class EloraLoRAManager(LoRAManager):
     def _adapters_of(
         self, adapter_ids: Sequence[str]
     ) -> tuple[dict[str, PagedAdapter], list[AdapterCopy]]:
-        """The slots of these adapters, and those of their copies that are under way."""
+        """These adapters with their slots, and their copies that are in progress."""
         if not adapter_ids:
             return {}, []
         assert self.residency is not None, "a batch with adapters before the KV cache is built"
@@ -229,7 +230,7 @@ class EloraLoRAManager(LoRAManager):
         )
 
     def _graph_of(self, forward_batch: ForwardBatch) -> Graph | None:
-        """Which CUDA graphs may replay the batch, by SGLang's own rules."""
+        """The kind of CUDA graphs that may replay the batch, by SGLang's own rules; None: none."""
         if self._use_cuda_graph_batch(forward_batch):
             return Graph.DECODE
         return Graph.PREFILL if self.can_use_prefill_cuda_graph(forward_batch) else None
@@ -237,22 +238,22 @@ class EloraLoRAManager(LoRAManager):
     def _runs_without_kernels(self, graph: Graph | None) -> bool:
         """Whether a batch without adapters launches no LoRA kernels.
 
-        SGLang captures decode twice, with them and without, and replays the second graph for such
-        a batch. It captures prefill once, with them, so such a batch fills the static tables.
+        SGLang captures decode with and without LoRA kernels, and replays the latter for such a
+        batch. It captures prefill only with them, so such a batch must fill the static tables.
         """
         if graph is Graph.DECODE:
             return self.lora_backend.skip_inactive_dense_lora and not capturing_lora_graph()
         return graph is None
 
     def _replays_prefill_graph(self, num_requests: int, num_tokens: int) -> bool:
-        """Whether SGLang's rule for prefill graphs takes a batch of this size."""
+        """Whether SGLang's rule for prefill graphs accepts a batch of this size."""
         batch: Any = SimpleNamespace(
             forward_mode=ForwardMode.EXTEND, batch_size=num_requests, extend_num_tokens=num_tokens
         )
         return bool(self.can_use_prefill_cuda_graph(batch))
 
     def _source_of(self, lora_ref: LoRARef) -> AdapterSource:
-        """What the headers of the adapter's file tell."""
+        """Description of an adapter from the headers of its file."""
         adapter_id, name = lora_ref.lora_id, lora_ref.lora_name
         present = served_modules(name, lora_ref.lora_path)
         shapes = [shape for shape in self._shapes if shape.name in present]
@@ -268,12 +269,12 @@ class EloraLoRAManager(LoRAManager):
         layout: AdapterLayout,
         chunks: Sequence[torch.Tensor],
     ) -> AdapterImage:
-        """The adapter's weights from its file, written to ``chunks``. Runs in a reader's thread.
+        """Read the adapter's file and write its weights to ``chunks``. Runs in a reader thread.
 
         Raises:
             AdapterError: It cannot be read, or a weight is NaN or too large.
-            AdapterChanged: Its shapes are not what its headers said when it was loaded.
-            RuntimeError, MemoryError: There is no memory for it, or torch failed otherwise.
+            AdapterChanged: Its shapes differ from those in its headers when it was loaded.
+            RuntimeError, MemoryError: There is too little memory, or torch failed otherwise.
         """
         tensors = read_adapter(lora_ref.lora_name, lora_ref.lora_path)
         version = content_digest(tensors)  # of the file: equal on ranks that hold different shards
@@ -288,7 +289,7 @@ class EloraLoRAManager(LoRAManager):
             self.lora_backend,
             base_model=self.base_model,
         )
-        try:  # shapes were checked when it was loaded, so what fails on them now has changed since
+        try:  # shapes were checked when it was loaded, so a failure means that the file changed
             adapter.initialize_weights_from_tensors(tensors)
             if self.memory_pool.layout_of(adapter, self._shapes) != layout:
                 raise AdapterChanged(_CHANGED)
@@ -302,7 +303,7 @@ class EloraLoRAManager(LoRAManager):
 
     @contextmanager
     def _forgetting_on_error(self, lora_ref: LoRARef) -> Iterator[None]:
-        """Nothing stays of an adapter whose loading fails in this block."""
+        """Remove the adapter from the manager's tables if loading fails in this block."""
         try:
             yield
         except Exception:
@@ -313,7 +314,7 @@ class EloraLoRAManager(LoRAManager):
     def _take_in(self, source: AdapterSource) -> None:
         assert self.residency is not None
         self.residency.register(source)
-        # What SGLang's metrics show as slots: adapters that could run at once.
+        # Shown by SGLang's metrics as slots: the number of adapters that can run at once.
         self.memory_pool.max_loras_per_batch = len(self.residency.adapter_table)
 
     def _retire(self, adapter_id: str) -> None:

@@ -1,7 +1,7 @@
-"""The LoRA memory pool without memory: shapes for SGLang's layers, and one adapter's image.
+"""A LoRA memory pool that allocates no weights: shapes for SGLang's layers, and adapter images.
 
-SGLang's pool is a slab of ``--max-loras-per-batch`` slots, each as large as the largest rank.
-Ours holds references; weights lie in the KV pool (``residency.py``).
+SGLang's pool is a buffer of ``--max-loras-per-batch`` slots, each sized for the largest rank. This
+one holds references; the weights lie in the KV pool (``residency.py``).
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from sglang.srt.lora.lora_config import LoRAConfig
 
 Layers = Sequence[dict[str, torch.nn.Module]]
-"""Per layer: SGLang's LoRA modules by their full name."""
+"""Per layer: SGLang's LoRA modules by full name."""
 
 
 class _Shaped(LoRAMemoryPool):
-    """A pool of what ``_entry`` makes of each matrix's shape: ``[adapters, rows, columns]``."""
+    """A pool whose buffers are created by ``_entry`` from each matrix's shape ``[adapters, rows,
+    columns]``."""
 
     max_lora_rank: int
 
@@ -50,10 +51,10 @@ class _Shaped(LoRAMemoryPool):
 
 
 class PagedLoRAPool(_Shaped):
-    """What the LoRA manager expects of a pool, as far as it is not a slab."""
+    """The LoRA memory pool of ``EloraLoRAManager``, with references instead of buffers."""
 
-    on_removed: Callable[[str], None]  # set by the manager
-    max_rank: int | None = None  # what the backend computes; set by the manager
+    on_removed: Callable[[str], None]  # called with an unloaded adapter's id; set by the manager
+    max_rank: int | None = None  # largest rank of the backend; set by the manager
 
     def _entry(self, layer: int, module: str, shape: tuple[int, ...]) -> WeightRef:
         device = next(self.base_model.parameters()).device
@@ -61,12 +62,13 @@ class PagedLoRAPool(_Shaped):
 
     @override
     def remove_lora(self, uid: str) -> None:
-        """An adapter was unloaded. No slot of a slab became free."""
+        """Report an unloaded adapter to the manager; there is no buffer slot to free."""
         self.on_removed(uid)
 
     @override
     def can_support(self, config: LoRAConfig | Iterable[LoRAConfig]) -> bool:
-        """Any rank fits pages, up to what the backend computes; the user's limit comes before."""
+        """Whether adapters can be served: ranks up to the backend's limit fit. The user's limit on
+        ranks is checked earlier."""
         configs = [config] if not isinstance(config, Iterable) else list(config)
         rank = max((c.r for c in configs), default=0)
         if self.max_rank is not None and rank > self.max_rank:
@@ -78,10 +80,10 @@ class PagedLoRAPool(_Shaped):
             self.max_lora_rank = own
 
     def module_shapes(self, modules: Layers) -> tuple[ModuleShape, ...]:
-        """Sizes of each target module on this tensor-parallel rank, as the layers compute them.
+        """Shape of each target module on this tensor-parallel rank.
 
         Raises:
-            ValueError: They differ between layers; an adapter's layout is one for all.
+            ValueError: Shapes differ between layers, but an adapter's layout is equal for all.
         """
         shapes: dict[str, ModuleShape] = {}
         for layer, by_name in enumerate(modules):
@@ -101,7 +103,7 @@ class PagedLoRAPool(_Shaped):
         return tuple(shapes[name] for name in sorted(shapes))
 
     def layout_of(self, adapter: LoRAAdapter, shapes: Sequence[ModuleShape]) -> AdapterLayout:
-        """Where the weights of this adapter lie, by the modules that it has."""
+        """Layout of this adapter's weights, given the modules that it has."""
         present = {
             get_target_module_name(name, self.target_modules)
             for layer in adapter.layers
@@ -123,9 +125,9 @@ class PagedLoRAPool(_Shaped):
         """The adapter's weights for this rank, laid out for the pool, in host memory.
 
         Args:
-            chunks: Where to: uint8 ``[bytes]`` each, together as long as the image. By default
-                ordinary memory.
-            version: As ``AdapterImage.build`` takes it.
+            chunks: Destination: uint8 tensors ``[bytes]``, in total as long as the image. None:
+                new memory.
+            version: As in ``AdapterImage.build``.
         """
         staging = _Staging(self, adapter.config.r)
         staging.load_lora_weight_to_buffer(adapter.uid, 0, adapter, modules, None, None)
@@ -140,7 +142,7 @@ class PagedLoRAPool(_Shaped):
 
 
 class _Staging(_Shaped):
-    """A slab of one slot of one rank in host memory: SGLang's own loader fills it."""
+    """A buffer for one adapter in host memory, which SGLang's own loader fills."""
 
     def __init__(self, pool: PagedLoRAPool, rank: int) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""ELORA's LoRA backends as values of ``--lora-backend``."""
+"""Registration of ELORA's LoRA backends as values of ``--lora-backend``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sglang_elora.srt.lora.lora_backend import TORCH, TRITON
 
 
 def register_backends(max_adapters: int) -> None:
-    """Make ``--lora-backend elora_torch`` and ``elora_triton`` known. Once per process.
+    """Register ``--lora-backend elora_torch`` and ``elora_triton``. Call once per process.
 
     Args:
         max_adapters: ``--elora-max-adapters-per-batch``.
@@ -34,7 +34,8 @@ def register_backends(max_adapters: int) -> None:
 
 
 def _flag_choices() -> list[str]:
-    """What ``--lora-backend`` may be. SGLang has ``add_*_choices`` for other flags of its kind."""
+    """The list of valid values of ``--lora-backend``. SGLang has ``add_*_choices`` functions for
+    similar flags, but not for this one."""
     (argument,) = get_type_hints(ServerArgs, include_extras=True)["lora_backend"].__metadata__
     choices: list[str] = argument.choices
     return choices

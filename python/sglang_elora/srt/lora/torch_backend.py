@@ -1,4 +1,4 @@
-"""LoRA backend ``elora_torch``: eager torch. The reference for kernels, and the CPU's path."""
+"""LoRA backend ``elora_torch``: eager torch, used on CPUs and as a reference for the kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sglang_elora.srt.lora.lora_backend import TORCH, Graph, PagedLoRABackend, S
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of one adapter in a batch: a slice where they are adjacent, else int64 indices."""
+    """The rows of one adapter in a batch: a slice if adjacent, otherwise int64 indices."""
 
     adapter: PagedAdapter
     index: slice | torch.Tensor
@@ -22,7 +22,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class PagedBatch:
-    """What one forward pass computes for which rows. SGLang's layers read ``has_active_lora``."""
+    """The rows of each adapter in one forward pass. SGLang's layers read ``has_active_lora``."""
 
     groups: tuple[Rows, ...]
     num_rows: int
@@ -32,13 +32,13 @@ class PagedBatch:
         return bool(self.groups)
 
     def groups_with(self, module: str, x: torch.Tensor) -> list[Rows]:
-        """The groups whose adapter has the module; ``x`` are its input rows, all of the batch."""
+        """The groups whose adapter has the module; ``x`` are all input rows of the batch."""
         assert len(x) >= self.num_rows, f"{module}: {len(x)} rows in a batch of {self.num_rows}"
         return [group for group in self.groups if group.adapter.has(module)]
 
     @classmethod
     def of(cls, segments: Sequence[Segment], device: torch.device) -> PagedBatch:
-        """Segments in row order; those of one adapter become one group."""
+        """Build from segments in row order; segments of one adapter become one group."""
         pieces: dict[int, tuple[PagedAdapter, list[range]]] = {}
         start = 0
         for adapter, length in segments:
@@ -61,7 +61,7 @@ def _index(ranges: Sequence[range], device: torch.device) -> slice | torch.Tenso
 
 
 class EloraTorchBackend(PagedLoRABackend):
-    """Two matrix products per adapter and module. CUDA graphs cannot replay it."""
+    """A backend with two matrix products per adapter and module. CUDA graphs cannot replay it."""
 
     name = TORCH
 

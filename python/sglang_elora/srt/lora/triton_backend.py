@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 DECODE_TILE_ROWS, PREFILL_TILE_ROWS = 16, 64
 DETERMINISTIC_TILES = 128
-"""With ``--enable-deterministic-inference`` all batches are computed as one of so many small tiles:
-then a row's sums have one order, whoever its neighbours are."""
+"""With ``--enable-deterministic-inference`` every batch uses the launch configuration for this many
+small tiles, so that the order of a row's sums does not depend on the other rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,11 @@ class LaunchedBatch:
     """The batch that kernels are launched for. SGLang's layers read ``has_active_lora``.
 
     Args:
-        tables: On the device.
-        num_rows: Of the batch; a graph is captured with more.
-        max_rank: The largest that the tables may hold until the kernels run.
-        graph: Whether what is launched may be captured: then the tables change before a replay,
-            and kernels are launched for the most that they can hold, even while they hold nothing.
+        tables: The batch on the device.
+        num_rows: Rows of the batch; a graph may be captured with more.
+        max_rank: Largest rank that the tables may hold when the kernels run.
+        graph: Whether the launches may be captured. The tables then change before a replay, so
+            kernels are launched for as many tiles as the tables can hold.
     """
 
     tables: BatchTables
@@ -67,11 +67,11 @@ class LaunchedBatch:
 
 
 class EloraTritonBackend(PagedLoRABackend):
-    """Two kernels per module, whatever adapters the batch has. Nothing waits for the device.
+    """A backend with two kernels per module for any mix of adapters. It never blocks the host.
 
-    Batches that CUDA graphs may replay are described in static memory, which every such batch
-    overwrites on the stream of the forward passes. A prefill batch without adapters does so too,
-    because the graph computes what it finds there; decode has a second graph for such batches.
+    Batches that CUDA graphs may replay are described in static memory, which each such batch
+    overwrites on the forward stream. A prefill batch without adapters overwrites it, too, because
+    the graph reads it; for decode there is a second graph for such batches.
     """
 
     name = TRITON
@@ -91,7 +91,7 @@ class EloraTritonBackend(PagedLoRABackend):
         self._modules: dict[str, StackedModule] = stacked_modules(shapes)
         self._dtype = dtype
         self._tp_size = tp_size
-        self.max_rank: int = max_rank  # CUDA graphs are captured with room for it
+        self.max_rank: int = max_rank  # CUDA graphs are captured for this rank
 
     @override
     def init_decode_cuda_graph_batch_info(
@@ -137,7 +137,7 @@ class EloraTritonBackend(PagedLoRABackend):
     def run_lora_a_sgemm(
         self, x: torch.Tensor, weights: WeightRef, *args: Any, **options: Any
     ) -> torch.Tensor:
-        """As ``shrink``, with the splits summed where ranks will sum the result over each other."""
+        """As ``shrink``; with tensor parallelism the splits are summed, to reduce less data."""
         inner = super().run_lora_a_sgemm(x, weights, *args, **options)
         return inner.sum(dim=0, keepdim=True) if self._tp_size > 1 else inner
 
@@ -176,11 +176,11 @@ class EloraTritonBackend(PagedLoRABackend):
         )
 
     def warm_up(self, planes: KVPlanes) -> None:
-        """Compile every kernel that a batch may launch, by launches over a batch without rows."""
+        """Compile every kernel that a batch may launch, by launching it on a batch without rows."""
         logger.info("Compiling LoRA kernels, unless Triton has them in its cache")
         planes.warm_up()
         layers = [(planes.plane(0, i), planes.plane(-1, i)) for i in range(planes.num_layers)]
-        # Triton compiles for pointers that are multiples of 16 bytes, and again for others.
+        # Triton compiles separately for pointers that are multiples of 16 bytes and for others.
         differ = {tuple(plane.data_ptr() % 16 == 0 for plane in layer): layer for layer in layers}
         sizes = [DECODE_TILE_ROWS] if self._deterministic else [DECODE_TILE_ROWS, PREFILL_TILE_ROWS]
         for tile_rows, module, (a, b) in product(sizes, self._modules.values(), differ.values()):
@@ -213,7 +213,7 @@ class EloraTritonBackend(PagedLoRABackend):
         return self.batch_info
 
     def _records(self, adapters: Sequence[PagedAdapter]) -> NDArray[np.int32]:
-        """int32 ``[adapters, ...]``."""
+        """The adapters' records, int32 ``[adapters, record_ints]``."""
         names = tuple(self._modules)
         if not adapters:
             return np.empty((0, record_ints(len(names))), dtype=np.int32)
@@ -229,7 +229,8 @@ class EloraTritonBackend(PagedLoRABackend):
         )
 
     def _planes_of_forward(self) -> KVPlanes:
-        """The pool of the forward pass under way: graphs are captured before the cache is built."""
+        """Planes of the current forward pass's KV pool, looked up here because graphs are captured
+        before the cache is built."""
         pool = get_token_to_kv_pool()
         if self._planes is None or self._pool is not pool:
             self._pool = pool
