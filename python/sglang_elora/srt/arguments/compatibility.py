@@ -1,8 +1,8 @@
-"""Which of SGLang's features do not run with ELORA, and the texts that say so at start.
+"""SGLang's features that ELORA does not support, and their error texts at start.
 
-Everything that meets the KV pool, the radix tree, the allocator or LoRA either works or has a row
-here; docs/compatibility.md lists both sides. What the arguments cannot tell is looked at when the
-pool is there (``check_pool``).
+Each feature that involves the KV pool, the radix tree, the allocator or LoRA either works or has a
+row here; docs/compatibility.md lists both. Conditions that the arguments do not show are checked
+after the pool is built (``check_pool``).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _WITHOUT_EFFECT = {  # field: (its default, why it is not read)
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One feature that is refused.
+    """One unsupported feature.
 
     ``name`` is the flag as the user types it, formatted with the resolved arguments as ``cfg``;
     ``values`` is what stands for the value in docs/compatibility.md: those that are refused.
@@ -365,16 +365,16 @@ REFUSALS = (*PARALLELISM, *CACHES, *SCHEDULING, *LORA, *MODELS)
 
 
 def wants_lora(cfg: Any) -> bool:
-    """As SGLang decides it: --lora-paths alone turns LoRA on."""
+    """Whether LoRA is on, by SGLang's rule: --lora-paths alone turns it on."""
     return bool(cfg.enable_lora or (cfg.enable_lora is None and cfg.lora_paths))
 
 
 def check_compatible(server_args: Any) -> None:
-    """Before ``check_server_args``, when all arguments are resolved: refuse what cannot run.
+    """Refuse unsupported features. Runs before ``check_server_args``, on resolved arguments.
 
     Raises:
-        ValueError: Flags or the model do not go with ELORA; one line for each. Or a flag of ours
-            lacks what it is for.
+        ValueError: Flags or the model are not supported, with one line for each; or a flag of
+            ELORA lacks another flag that it needs.
     """
     cfg = resolving_view(server_args)
     lora = wants_lora(cfg)
@@ -392,7 +392,7 @@ def check_compatible(server_args: Any) -> None:
 
 
 def run_eagerly(server_args: Any) -> None:
-    """No CUDA graphs: they cannot replay ``elora_torch``."""
+    """Disable CUDA graphs, which cannot replay ``elora_torch``."""
     graphs = resolving_view(server_args).cuda_graph_config
     if graphs is None:
         return
@@ -400,19 +400,19 @@ def run_eagerly(server_args: Any) -> None:
     for phase in phases:
         graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
     declare_resolution(server_args, "sglang_elora", cuda_graph_config=graphs)
-    # Locked as if the user had said so: later steps leave such a choice alone.
+    # Locked like a choice of the user, so that later steps do not change it.
     server_args._cuda_graph_config_locked |= {(phase, "backend") for phase in phases}
 
 
 def check_pool(ctx: Any) -> None:
-    """Refuse a KV pool that adapters cannot live in.
+    """Refuse a KV pool that cannot hold adapters.
 
     Args:
-        ctx: SGLang's ``TreeCacheBuildContext``, of a server with LoRA.
+        ctx: SGLang's ``TreeCacheBuildContext`` of a server with LoRA.
 
     Raises:
-        ValueError: With the reason; ``check_compatible`` catches most of it before the model is
-            loaded.
+        ValueError: The pool is not supported; ``check_compatible`` finds most such cases before
+            the model is loaded.
     """
     from sglang_elora.srt.mem_cache.kv_pool import why_unsupported
 
@@ -427,7 +427,7 @@ def check_pool(ctx: Any) -> None:
 
 
 def _ignore_without_effect(server_args: Any) -> None:
-    """Flags about SGLang's LoRA pool and its order of eviction are accepted and have no effect."""
+    """Accept and log flags of SGLang's LoRA pool and eviction policies, which have no effect."""
     cfg = resolving_view(server_args)
     for field, (default, why) in _WITHOUT_EFFECT.items():
         if (value := getattr(cfg, field)) != default:
@@ -436,7 +436,7 @@ def _ignore_without_effect(server_args: Any) -> None:
             )
     limit = cfg.max_loaded_loras
     if limit is not None and 0 < limit < cfg.max_loras_per_batch:
-        # SGLang demands as many loaded adapters as slots.
+        # SGLang requires at least as many loaded adapters as slots.
         declare_resolution(server_args, "sglang_elora", max_loras_per_batch=limit)
 
 

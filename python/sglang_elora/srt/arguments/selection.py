@@ -1,4 +1,4 @@
-"""Hook body that selects ELORA's parts among SGLang's registered ones."""
+"""Hook body that selects ELORA's radix cache and LoRA backend."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sglang_elora.srt.mem_cache.radix_cache import BACKEND
 
 
 def select_parts(result: None, server_args: Any) -> None:
-    """After ``handle_platform_defaults``: the radix cache and the LoRA backend are ours.
+    """Select ELORA's radix cache and LoRA backend. Runs after ``handle_platform_defaults``.
 
-    Without one that was asked for, the LoRA backend is ``elora_triton`` on CUDA and ``elora_torch``
-    elsewhere; one that was asked for and is not ours is refused by ``check_compatible``.
+    By default the LoRA backend is ``elora_triton`` on CUDA and ``elora_torch`` elsewhere. Another
+    ``--lora-backend`` is refused by ``check_compatible``.
 
     Raises:
-        ValueError: Another one was asked for by ``--radix-cache-backend``.
+        ValueError: ``--radix-cache-backend`` has another value.
     """
     asked_for = resolving_view(server_args).radix_cache_backend
     if asked_for not in (None, BACKEND):

@@ -1,4 +1,4 @@
-"""How soon a server ends that has lost one of its processes."""
+"""Shortens the end of a server after one of its processes has died."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import MutableMapping
 
 
 def end_without_empty_diagnostics(environ: MutableMapping[str, str]) -> None:
-    """Have SGLang end at once when a process of its own has died, which its watchdog sees within a
-    second, unless there is something to be learned from the others.
+    """Make SGLang end at once when one of its processes has died, unless diagnostics are possible.
 
-    It would wait a minute for core dumps, which CUDA writes only where
-    ``CUDA_ENABLE_USER_TRIGGERED_COREDUMP`` was set, and call py-spy, which may not be installed;
-    clients wait that long for answers that cannot come. What the user has set stays.
+    By default it waits a minute for core dumps, which CUDA writes only if
+    ``CUDA_ENABLE_USER_TRIGGERED_COREDUMP`` is set, and calls py-spy, which may not be installed.
+    Meanwhile clients wait for answers that cannot arrive. Variables set by the user are kept.
     """
     if environ.get("CUDA_ENABLE_USER_TRIGGERED_COREDUMP", "0") == "0":
         environ.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "0")

@@ -1,4 +1,4 @@
-"""Hooks on the HTTP endpoints of SGLang, and on what they call in the tokenizer manager."""
+"""Hooks on SGLang's HTTP endpoints and on the tokenizer manager's functions that they call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a hook of ours is: where, what, when, and why it has to be one."""
+"""The definition of a hook: its target, its body, when it is selected, and why it is needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sglang_elora.config import EloraConfig
 
 
 class When(Enum):
-    """What in the configuration selects a hook or a patch."""
+    """The part of the configuration that selects a hook or a patch."""
 
     ELORA = "--elora"
     CHECK = "--elora-check"
@@ -31,13 +31,13 @@ class When(Enum):
             When.STREAMS: bool(config.check_streams),
             When.COPY_STREAMS: config.emulates_link or bool(config.check_streams),
             When.STOCK_LINK: config.emulates_link and not config.enabled,
-            When.LANG: False,  # the import says so, not the configuration
+            When.LANG: False,  # selected by the import, not by the configuration
         }[self]
 
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """One hook: where, what, and why it has to be a hook."""
+    """One hook on a function of SGLang."""
 
     target: str  # dotted path in sglang
     parameters: tuple[str, ...]  # the target's leading parameters in the pinned version

@@ -1,9 +1,8 @@
-"""Install what the configuration selects: preflight, apply, verify. Once per process.
+"""Installs the selected hooks and patches, once per process: preflight, apply, verify.
 
-SGLang calls our plugin, then those of other packages in no promised order, and
-then applies all registered hooks together, logging failures and going on. So
-the verification runs behind that step: it finds hooks that were not applied,
-and functions that another plugin replaced after ours.
+SGLang calls the plugins of all packages in no defined order, then applies all registered hooks and
+only logs failures. So the verification runs after that step: it detects hooks that were not
+applied, and functions that another plugin replaced after ours.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def install(config: EloraConfig) -> None:
-    """Apply the selected patches, register the selected hooks, arrange their verification.
+    """Apply the selected patches, register the selected hooks, and schedule their verification.
 
     Raises:
         SeamError: A target is missing or differs; the text names each one.
@@ -75,7 +74,7 @@ def selected_patches(config: EloraConfig) -> tuple[Patch, ...]:
 
 
 def preflight(config: EloraConfig) -> list[str]:
-    """What would keep the selection from being installed; empty if nothing."""
+    """The problems that prevent the installation of the selection; empty if none."""
     problems = version_problems()
     for patch in selected_patches(config):
         problems += preflight_patch(patch)
@@ -88,12 +87,12 @@ def preflight(config: EloraConfig) -> list[str]:
 
 
 def missing(config: EloraConfig) -> list[str]:
-    """Which selected hooks and patches are not in effect in this process."""
+    """The selected hooks and patches that are not in effect in this process."""
     return not_in_effect(selected_hooks(config), selected_patches(config))
 
 
 def _verify_once_applied(hooks: tuple[Hook, ...], patches: tuple[Patch, ...]) -> None:
-    """Have the next ``HookRegistry.apply_hooks`` followed by our verification."""
+    """Make the next ``HookRegistry.apply_hooks`` run the verification after itself."""
     upstream: Any = HookRegistry.__dict__["apply_hooks"]
 
     def apply_hooks() -> None:

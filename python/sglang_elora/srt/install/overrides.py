@@ -1,7 +1,7 @@
-"""Whether SGLang's classes have the methods that our subclasses override.
+"""Checks that SGLang's classes have the methods that ELORA's subclasses override.
 
-A method that SGLang renamed fails without an error: its class no longer calls ours. So each method
-of ours that overrides one of SGLang's is marked with ``typing_extensions.override``.
+If SGLang renames a method, the override is silently never called. So each override of a method of
+SGLang is marked with ``typing_extensions.override``, and checked here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _IMPORTED_LATER = (f"{_OURS}.srt.lora.torch_backend", f"{_OURS}.srt.lora.triton_
 
 
 def override_problems() -> list[str]:
-    """Each override without a method to override, in the modules of this package loaded so far."""
+    """Marked overrides without a base method, in the modules of this package loaded so far."""
     for module in _IMPORTED_LATER:
         importlib.import_module(module)
     return [
@@ -29,7 +29,7 @@ def override_problems() -> list[str]:
 
 
 def unmarked_overrides(classes: Iterable[type]) -> list[str]:
-    """Methods of ``classes`` that override one of SGLang's without saying so."""
+    """Methods of ``classes`` that override one of SGLang's without the mark."""
     return [
         f"{cls.__module__}.{cls.__qualname__}.{name}"
         for cls in classes
@@ -40,7 +40,7 @@ def unmarked_overrides(classes: Iterable[type]) -> list[str]:
 
 
 def subclasses_of_sglang() -> Iterator[type]:
-    """The classes of this package's loaded modules that are derived from a class of SGLang."""
+    """Classes in the loaded modules of this package that are derived from a class of SGLang."""
     for module in [m for name, m in sys.modules.items() if _is_in(_OURS, name)]:
         for value in vars(module).values():
             if isinstance(value, type) and value.__module__ == module.__name__:
@@ -66,7 +66,7 @@ def _is_special(name: str) -> bool:
 
 
 def _functions(member: Any) -> list[Any]:
-    """What makes up a method: itself, what a class method or static method wraps, a getter."""
+    """The functions of a member: itself, the one wrapped by a class or static method, a getter."""
     return [member, getattr(member, "__func__", None), getattr(member, "fget", None)]
 
 

@@ -18,11 +18,11 @@ def serve(argv: Sequence[str]) -> None:
     """Run the server until it ends; its child processes end with it.
 
     Args:
-        argv: SGLang's command line, without our flags.
+        argv: SGLang's command line, without ELORA's flags.
 
     Raises:
-        SystemExit: The command line is invalid, a seam is not as pinned, or SGLang did not
-            load our plugin.
+        SystemExit: The command line is invalid, SGLang differs from the pinned version, or it did
+            not load the plugin.
     """
     load_plugins()
     problems = missing(active_config())

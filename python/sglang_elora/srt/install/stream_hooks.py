@@ -1,4 +1,4 @@
-"""Hooks of ``--elora-check-streams``, on everything that runs on a stream of its own."""
+"""Hooks of ``--elora-check-streams``, on all operations that run on separate streams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether SGLang has the places that hooks and patches go to, and whether they are in effect."""
+"""Checks that SGLang has the targets of hooks and patches, and that these are in effect."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sglang_elora.srt.install.patching import Patch, is_applied
 
 
 class SeamError(RuntimeError):
-    """SGLang is not as the pinned version has it, or something took one of our places."""
+    """SGLang differs from the pinned version, or another plugin replaced a target of ours."""
 
 
 def version_problems() -> list[str]:
@@ -62,7 +62,7 @@ def not_in_effect(hooks: tuple[Hook, ...], patches: tuple[Patch, ...]) -> list[s
 
 
 def _functions_around(target: Any) -> Iterator[Any]:
-    """What the wrapper chain that ``HookRegistry`` builds around a target closes over."""
+    """The closure contents of the wrappers that ``HookRegistry`` builds around a target."""
     while target is not None:
         for cell in getattr(target, "__closure__", None) or ():
             yield cell.cell_contents
