@@ -1,4 +1,4 @@
-"""Adapters of a folder that is watched (``--elora-adapter-dir``), loaded while the server runs."""
+"""Watches a folder (``--elora-adapter-dir``) and loads new adapters while the server runs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SCAN_S = 0.5
 
 
 def begin(result: None, self: TokenizerManager) -> None:
-    """After ``TokenizerManager.auto_create_handle_loop``, which the first request calls (the
-    server's own, at its start): there is an event loop now."""
+    """Start to watch the folder. Runs after ``TokenizerManager.auto_create_handle_loop``, because
+    it needs the event loop; the server's warm-up request calls that first."""
     if hasattr(self, "elora_watches"):
         return
     folder = active_config().adapter_dir
@@ -40,7 +40,7 @@ async def _watch(manager: TokenizerManager, folder: Path) -> None:
 
 
 async def _load(manager: TokenizerManager, found: FoundAdapter) -> None:
-    """Through the way of ``POST /load_lora_adapter``, with all that is checked there."""
+    """Load an adapter like ``POST /load_lora_adapter``, with the same checks."""
     problem = found.problem
     if found.name in manager.lora_registry.get_all_adapters():
         problem = "an adapter of this name is loaded already; unload it first"
@@ -49,7 +49,7 @@ async def _load(manager: TokenizerManager, found: FoundAdapter) -> None:
         try:
             output = await manager.load_lora_adapter(request)
             problem = "" if output.success else output.error_message
-        except Exception as error:  # noqa: BLE001  # the next one may be in order
+        except Exception as error:  # noqa: BLE001  # later adapters may still load
             problem = repr(error)
     if problem:
         logger.error("Not served: adapter %r of %s: %s", found.name, found.path.parent, problem)

@@ -50,13 +50,14 @@ _Load = Callable[..., Awaitable[LoadLoRAAdapterReqOutput]]
 
 
 def drop_bad_start_adapters(result: None, server_args: Any) -> None:
-    """After ``check_lora_server_args``: keep the adapters of --lora-paths that can be served.
+    """Drop adapters of --lora-paths that cannot be served. Runs after ``check_lora_server_args``.
 
-    Of their files the headers are read; weights are checked when they are first read.
+    Only the headers of their files are read; weights are checked when they are first read.
 
     Raises:
-        AdapterError: One cannot, and ``--elora-bad-adapter exit`` is set.
-        ValueError: None can, and the flags do not say which shapes to expect of later ones.
+        AdapterError: One cannot be served, and ``--elora-bad-adapter exit`` is set.
+        ValueError: None can be served, and the flags do not give the rank and modules of later
+            ones.
     """
     allowed_sources()  # an error in the flag ends the start
     settings = resolving_view(server_args)
@@ -85,9 +86,10 @@ def drop_bad_start_adapters(result: None, server_args: Any) -> None:
 async def check_before_load(
     original: _Load, self: TokenizerManager, obj: LoadLoRAAdapterReqInput, _: Any = None
 ) -> LoadLoRAAdapterReqOutput:
-    """Around ``load_lora_adapter``: refuse what cannot be served, and name it in every error.
+    """Refuse adapters that cannot be served, and name the adapter in every error. Runs around
+    ``load_lora_adapter``.
 
-    SGLang gets a local folder. When it loads an evicted adapter again, a URL is asked anew.
+    SGLang gets a local folder. When it loads an adapter again, a URL is requested again.
     """
     name, path = obj.lora_name, obj.lora_path
     if get_lora().enable_lora:
@@ -121,9 +123,10 @@ def check_before_load_from_tensors(
     config_dict: Mapping[str, Any],
     *rest: Any,
 ) -> LoRAUpdateOutput:
-    """Around ``LoRAManager.load_lora_adapter_from_tensors``, in each scheduler.
+    """Check the tensors of an adapter. Runs around ``LoRAManager.load_lora_adapter_from_tensors``
+    in each scheduler.
 
-    The tensors are whole, not sharded, so all ranks come to the same answer.
+    The tensors are not sharded, so all ranks get the same result.
     """
     name, base, limits = lora_ref.lora_name or "", _base_of(get_model()), _limits_of(get_lora())
     try:
@@ -136,8 +139,8 @@ def check_before_load_from_tensors(
 def refuse_unreadable_tensors(
     original: Callable[..., LoRAUpdateOutput], self: Any, recv_req: Any
 ) -> LoRAUpdateOutput:
-    """Around a scheduler worker's ``load_lora_adapter_from_tensors``, which unpacks what a client
-    sent: what is no adapter fails that request."""
+    """Fail only the request if its tensors cannot be unpacked. Runs around a scheduler worker's
+    ``load_lora_adapter_from_tensors``."""
     try:
         return original(self, recv_req)
     except Exception as error:
@@ -154,7 +157,7 @@ def _check(name: str, path: str, model: Any, lora: Any, *, read_weights: bool = 
 
 
 def _at(adapter: LoRARef, folder: Path) -> LoRARef:
-    """The same in a local folder, with the id that SGLang would give it (equal on all nodes)."""
+    """The adapter with a local folder as its path, and SGLang's id for it (equal on all nodes)."""
     name, path = adapter.lora_name or "", str(folder)
     lora_id = LoRARef.deterministic_id(name, path)
     return msgspec.structs.replace(adapter, lora_id=lora_id, lora_path=path)

@@ -1,4 +1,4 @@
-"""Adapters that a request names and nobody has loaded, from ``--elora-adapter-sources``."""
+"""Loads adapters that a request names from ``--elora-adapter-sources``, if they are not loaded."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
 
 
 _LISTS = re.compile(r"\n(All loaded|Loaded) adapters: .*", re.DOTALL)
-"""What SGLang adds to errors about unknown adapters."""
+"""The list of adapters that SGLang adds to errors about unknown adapters."""
 
 
 @functools.cache
 def source_calls() -> SourceCalls:
-    """Of this process."""
+    """The ``SourceCalls`` of this process."""
     return SourceCalls()
 
 
 @functools.cache
 def allowed_sources() -> AllowedSources:
-    """Of this process.
+    """The ``AllowedSources`` of this process.
 
     Raises:
-        ValueError: The flag names what cannot be a place.
+        ValueError: The flag contains an invalid source.
     """
     try:
         return AllowedSources(active_config().adapter_places)
@@ -55,7 +55,7 @@ def allowed_sources() -> AllowedSources:
 
 
 def refusal(path: str) -> str:
-    """Why ``/load_lora_adapter`` may not load this path; empty if it may. Reads folders."""
+    """Why ``/load_lora_adapter`` may not load this path; empty if it may. Accesses the disk."""
     sources = allowed_sources()
     if not sources or sources.allows(path):
         return ""
@@ -68,7 +68,8 @@ def refusal(path: str) -> str:
 
 
 def keep_loaded(manager: TokenizerManager) -> None:
-    """After a load or an unload: what was fetched stays in the cache while it is loaded."""
+    """Keep the folders of loaded adapters in the download cache and allow others to be removed from
+    it. Call after a load or an unload."""
     keep_only(ref.lora_path for ref in manager.lora_registry.get_all_adapters().values())
 
 
@@ -77,12 +78,12 @@ async def find_named(
     self: TokenizerManager,
     obj: GenerateReqInput | EmbeddingReqInput,
 ) -> None:
-    """Around ``TokenizerManager._resolve_lora_path``, which loads again what was loaded before: a
-    name that lies in one of the places counts as such.
+    """Register adapters found in the sources as loaded before. Runs around
+    ``TokenizerManager._resolve_lora_path``, which loads such adapters again.
 
     Raises:
-        ValueError: An adapter cannot be had (SGLang answers HTTP 400). The text tells neither the
-            server's paths nor the names of other adapters.
+        ValueError: An adapter cannot be loaded (SGLang answers HTTP 400). The text contains neither
+            the server's paths nor the names of other adapters.
     """
     names = [obj.lora_path] if isinstance(obj.lora_path, str) else obj.lora_path or ()
     if allowed_sources():
@@ -103,7 +104,7 @@ async def _find(name: str) -> str | None:
         try:
             if await source_calls().call(Call.LOOK, url, has_adapter, url):
                 return url
-        except Exception as error:  # each file system has errors of its own
+        except Exception as error:  # error types differ between file systems
             text = str(error) if isinstance(error, SourceUnavailable) else repr(error)
             raise ValueError(f"LoRA adapter {name!r} cannot be looked for: {text}") from error
     if urls:
@@ -112,7 +113,7 @@ async def _find(name: str) -> str | None:
 
 
 def _for_users(text: str, paths: Iterable[str]) -> str:
-    """An error of SGLang's or ours without the server's folders and without lists of adapters."""
+    """An error text without the server's folders and without lists of adapters."""
     for path in paths:
         if os.path.isabs(path) or is_url(path):
             text = text.replace(f"{path}/", "").replace(path, os.path.basename(path))

@@ -1,10 +1,10 @@
-"""Which requests use an adapter, so that an unload waits for them and for nothing else.
+"""Determines the requests that use an adapter, so that an unload waits exactly for these.
 
-SGLang counts: one more when a request's adapter is resolved, one less when its answer is complete.
-Requests that end otherwise (refused after that point, aborted in the queue, disconnected) are
-never taken off, and copies made for ``n > 1`` are taken off without having been counted. So nothing
-is counted here: what uses an adapter are the requests in SGLang's own table of requests that are
-not over (``TokenizerManager.rid_to_state``), which names each request's adapter.
+SGLang increments a counter when a request's adapter is resolved, and decrements it when the answer
+is complete. It is not decremented for requests that end otherwise (refused after that point,
+aborted in the queue, disconnected), and it is decremented without an increment for the copies made
+for ``n > 1``. So this module uses SGLang's table of unfinished requests instead
+(``TokenizerManager.rid_to_state``), which has each request's adapter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 UNLOAD_PATIENCE_S = 120.0
-"""An unload that requests hold up for longer is answered with an error; it can be repeated."""
+"""Seconds that an unload waits for requests before it fails; it can be repeated. Raising it keeps
+the client waiting longer."""
 
 _POLL_S = 0.02
 _LOG_EVERY_S = 10.0
@@ -38,7 +39,7 @@ _SHOWN = 3  # request ids in a message
 
 
 class AdapterUses(LoRARegistry):
-    """SGLang's registry of loaded adapters, whose users are the requests that are not over."""
+    """SGLang's registry of loaded adapters, with uses determined from the unfinished requests."""
 
     def __init__(self, manager: TokenizerManager) -> None:
         super().__init__(get_lora().lora_paths)
@@ -46,17 +47,18 @@ class AdapterUses(LoRARegistry):
         self._acquiring: set[object] = set()
 
     def uses(self) -> Counter[str]:
-        """Requests that are not over, by adapter id; those of the base model are left out."""
+        """Number of unfinished requests by adapter id, without those of the base model."""
         states = self._manager.rid_to_state.values()
         ids = (getattr(state.obj, "lora_id", None) for state in states)
         return Counter(adapter_id for adapter_id in ids if isinstance(adapter_id, str))
 
     @override
     async def acquire(self, lora_name: str | list[str]) -> str | list[str]:
-        """The adapter ids of a request, which is about to carry them.
+        """The adapter ids of a request, which the caller assigns to the request.
 
         Until this returns, the request's state does not name its adapter, so an unload also waits
-        for it. The code between this return and that assignment does not yield to other tasks.
+        for this call. The caller does not yield to other tasks between the return and the
+        assignment.
         """
         token = object()
         self._acquiring.add(token)
@@ -68,14 +70,14 @@ class AdapterUses(LoRARegistry):
 
     @override
     async def release(self, lora_id: str | list[str]) -> None:
-        """Does nothing: a request's state names its adapter until it is removed."""
+        """Do nothing: a request's state names its adapter until it is removed."""
 
     @override
     async def wait_for_unload(self, lora_id: str) -> None:
-        """Return when no request uses the adapter, which takes no new ones any more.
+        """Wait until no request uses the adapter, which accepts no new requests.
 
         Raises:
-            ValueError: Some still do after ``UNLOAD_PATIENCE_S``.
+            ValueError: Requests still use it after ``UNLOAD_PATIENCE_S``.
         """
         earlier = set(self._acquiring)
         began = logged = time.monotonic()
@@ -98,15 +100,17 @@ class AdapterUses(LoRARegistry):
 
 
 def attach(result: None, self: TokenizerManager) -> None:
-    """After ``TokenizerManager.init_lora``, which makes SGLang's registry."""
+    """Replace SGLang's adapter registry. Runs after ``TokenizerManager.init_lora``, which creates
+    it."""
     self.lora_registry = AdapterUses(self)
 
 
 async def forget_what_was_never_sent(
     original: Callable[..., AsyncIterator[Any]], self: TokenizerManager, obj: Any, *rest: Any
 ) -> AsyncIterator[Any]:
-    """Around ``TokenizerManager._handle_batch_request``: with ``n > 1`` requests are sent under new
-    ids, and the states made for their original ids would stay indefinitely."""
+    """Remove states of requests that were never sent. Runs around
+    ``TokenizerManager._handle_batch_request``: with ``n > 1`` requests are sent under new ids, and
+    the states of their original ids would stay indefinitely."""
     try:
         async with aclosing(original(self, obj, *rest)) as answers:  # type: ignore[type-var]
             async for answer in answers:
@@ -124,8 +128,9 @@ async def forget_path(
     obj: UnloadLoRAAdapterReqInput,
     *rest: Any,
 ) -> UnloadLoRAAdapterReqOutput:
-    """Around ``unload_lora_adapter``: SGLang would load it again for the next request that names
-    it, as it does with adapters that ``--max-loaded-loras`` drove out."""
+    """Forget the path of an unloaded adapter. Runs around ``unload_lora_adapter``: otherwise SGLang
+    would load it again for the next request that names it, as it does with adapters that
+    ``--max-loaded-loras`` evicted."""
     output = await original(self, obj, *rest)
     if output.success:
         self.lora_ref_cache.pop(obj.lora_name, None)

@@ -1,4 +1,4 @@
-"""Hook bodies for endpoints that answer HTTP 500, or nothing, or never, to some requests."""
+"""Hook bodies for endpoints that answer some requests with HTTP 500, or not at all."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ async def check_tokens(
     request: DetokenizeRequest,
     raw_request: Any,
 ) -> Any:
-    """Around ``OpenAIServingDetokenize._handle_non_streaming_request``: tokens are of the
-    vocabulary, which the tokenizer does not check.
+    """Check that tokens are in the vocabulary, which the tokenizer does not check. Runs around
+    ``OpenAIServingDetokenize._handle_non_streaming_request``.
 
     Raises:
-        ValueError: They are not (SGLang answers HTTP 400).
+        ValueError: A token is not (SGLang answers HTTP 400).
     """
     manager = self.tokenizer_manager
     most = max(manager.model_config.vocab_size, len(manager.tokenizer))
@@ -44,8 +44,9 @@ async def check_tokens(
 
 
 def refuse_audio(self: OpenAIServingTranscription, *_: Any, **__: Any) -> None:
-    """Before ``OpenAIServingTranscription._convert_to_internal_request``, which makes parameters
-    of Whisper's for a model that it does not know.
+    """Refuse audio for a model without it. Runs before
+    ``OpenAIServingTranscription._convert_to_internal_request``, which uses Whisper's parameters for
+    unknown models.
 
     Raises:
         ValueError: The model takes no audio (SGLang answers HTTP 400).
@@ -57,8 +58,8 @@ def refuse_audio(self: OpenAIServingTranscription, *_: Any, **__: Any) -> None:
 async def blame_the_messages(
     original: Callable[..., Awaitable[JSONResponse]], self: AnthropicServing, *given: Any
 ) -> JSONResponse:
-    """Around ``AnthropicServing.handle_count_tokens``, which only renders and tokenizes messages:
-    what fails there is what the client sent."""
+    """Answer HTTP 400 instead of 500. Runs around ``AnthropicServing.handle_count_tokens``, which
+    only renders and tokenizes messages, so a failure is caused by the client's input."""
     response = await original(self, *given)
     if response.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
         return response
@@ -73,8 +74,8 @@ async def blame_the_messages(
 async def end_with_the_error(
     original: Callable[..., Awaitable[StreamingResponse]], self: Any, *given: Any
 ) -> StreamingResponse:
-    """Around ``OllamaServing``'s streams, which end without a word when the request is refused: the
-    last line says why, as Ollama's own do."""
+    """Send the error as the last line of a stream, as Ollama does. Runs around ``OllamaServing``'s
+    streams, which end without an error when the request is refused."""
     response = await original(self, *given)
     chunks = response.body_iterator
 
@@ -93,9 +94,10 @@ async def end_with_the_error(
 async def run_what_is_aborted(
     original: Callable[..., Awaitable[None]], self: TokenizerManager, obj: PauseGenerationReqInput
 ) -> None:
-    """Around ``TokenizerManager.pause_generation``, which in mode ``abort`` waits until all
-    requests are over. Those that an earlier pause of another mode holds do not end before they run,
-    and ``continue_generation`` waits for the pause."""
+    """Continue generation before a pause with mode ``abort``. Runs around
+    ``TokenizerManager.pause_generation``, which in that mode waits until all requests have ended.
+    Requests held by an earlier pause cannot end, and ``continue_generation`` would wait for the
+    pause."""
     if obj.mode == "abort":
         await self._async_dispatch_to_scheduler(ContinueGenerationReqInput(torch_empty_cache=False))
     await original(self, obj)

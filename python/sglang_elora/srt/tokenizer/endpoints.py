@@ -1,4 +1,4 @@
-"""``/elora/*`` on SGLang's HTTP server, and the tier of each adapter in ``/v1/models``."""
+"""Endpoints ``/elora/*`` on SGLang's HTTP server, and adapters' tiers in ``/v1/models``."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 
 
 def _for_admins(endpoint: _Endpoint) -> _Endpoint:
-    """Under the key that SGLang's own control endpoints are under."""
+    """Protect an endpoint by the same key as SGLang's own control endpoints."""
     auth_level(AuthLevel.ADMIN_OPTIONAL)(endpoint)
     return endpoint
 
@@ -56,7 +56,7 @@ _Names = Annotated[list[_Name], Field(min_length=1, max_length=1000)]
 
 
 class Prefetch(BaseModel):
-    """Adapters by the names they are served under, sessions by what requests call them."""
+    """Adapters by served name, and sessions by the ``session_id`` of their requests."""
 
     lora_name: _Name | _Names | None = None
     session_id: _Name | _Names | None = None
@@ -69,13 +69,13 @@ class Prefetch(BaseModel):
 
 
 class AdapterName(BaseModel):
-    """An adapter by the name it is served under."""
+    """An adapter by served name."""
 
     lora_name: _Name
 
 
 class Pin(AdapterName):
-    """An adapter, and for how long."""
+    """An adapter, and the duration of its pin."""
 
     lease_s: float | None = Field(
         default=None, gt=0, allow_inf_nan=False, description="Seconds; without it until unpinned."
@@ -83,15 +83,15 @@ class Pin(AdapterName):
 
 
 def _add_control(app: FastAPI, control: TokenizerControl) -> None:
-    # NOTE: on the app itself. SGLang looks for an endpoint's key among the app's own routes, and
-    # takes those of an included router for open to all.
+    # NOTE: on the app itself, not on a router. SGLang looks up an endpoint's access level among the
+    # app's own routes, and treats those of an included router as open to all.
     elora: dict[str, Any] = {"tags": ["elora"], "response_class": ORJSONResponse}
 
     @app.get("/elora/state", **elora)
     @_for_admins
     async def state(lora_name: str | None = None) -> ORJSONResponse:
-        """Where each adapter is and what it holds, what the pool is used for, and counts since the
-        start. With ``lora_name`` of one adapter."""
+        """State of each adapter (tier, slots, KV) and of the pool, and counts since the start. With
+        ``lora_name``, the state of that adapter only."""
         mirror = await control.refresh()
         loaded = control.loaded()
         if lora_name is not None:
@@ -117,14 +117,14 @@ def _add_control(app: FastAPI, control: TokenizerControl) -> None:
 
     @app.get(PAGE, tags=["elora"], response_class=HTMLResponse)
     async def ui() -> HTMLResponse:
-        """A page that shows the state, live. It asks for the admin key where one is needed."""
+        """A page with a live view of the state. It asks for the admin key if one is needed."""
         return HTMLResponse(page, headers=headers)
 
     @app.post("/elora/prefetch", **elora)
     @_for_admins
     async def prefetch(body: Prefetch) -> ORJSONResponse:
-        """Bring adapters to the device, as if requests with them waited behind all that do; and the
-        KV of sessions whose next request will come, from the host, once their adapter is there."""
+        """Load adapters to the device, after the adapters of all queued requests. For sessions,
+        load their KV from the host to the device once their adapter is there."""
         names, sessions = _listed(body.lora_name), _listed(body.session_id)
         adapter_ids = [control.id_of(name) for name in names]
         answers = await asyncio.gather(
@@ -140,32 +140,33 @@ def _add_control(app: FastAPI, control: TokenizerControl) -> None:
     @app.post("/elora/pin", **elora)
     @_for_admins
     async def pin(body: Pin) -> ORJSONResponse:
-        """Bring an adapter to the device and keep it there."""
+        """Load an adapter to the device and pin it."""
         return _outcome(await control.pin(control.id_of(body.lora_name), body.lease_s))
 
     @app.post("/elora/unpin", **elora)
     @_for_admins
     async def unpin(body: AdapterName) -> ORJSONResponse:
-        """Let an adapter be evicted again, also one that was loaded as pinned."""
+        """Unpin an adapter, so that it may be evicted; also one that was loaded as pinned."""
         return _outcome(await control.unpin(control.id_of(body.lora_name)))
 
     @app.post("/elora/evict", **elora)
     @_for_admins
     async def evict(body: AdapterName) -> ORJSONResponse:
-        """Have an adapter and its KV leave the device within the next iterations. KV without a copy
-        on the host is dropped."""
+        """Evict an adapter and its KV from the device within the next iterations. KV without a host
+        copy is dropped."""
         return _outcome(await control.order("evict", control.id_of(body.lora_name)))
 
 
 def _close_to_users(app: FastAPI) -> None:
-    """Endpoints of SGLang that change what others get, and that it leaves open to every key."""
+    """Restrict to admins those endpoints of SGLang that affect other users but are open to every
+    key."""
     for route in app.routes:
         if getattr(route, "path", None) in _CHANGES_FOR_OTHERS:
             _for_admins(route.endpoint)  # type: ignore[attr-defined]
 
 
 def _hide_secrets(app: FastAPI) -> None:
-    """SGLang's description of the server contains its keys, and any user may request it."""
+    """Hide the server's keys in SGLang's description of the server, which any user may request."""
     for path in _SERVER_INFO:
         app.add_api_route(path, _without_secrets(_taken(app, path)), methods=["GET"])
 
@@ -181,7 +182,7 @@ def _without_secrets(endpoint: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _hidden(value: Any, secrets: Sequence[str]) -> Any:
-    """The same without the secrets, which are in fields, command lines and copies of both."""
+    """The value with all secrets replaced, which occur in fields and in command lines."""
     if isinstance(value, str):
         for secret in secrets:
             value = value.replace(secret, _HIDDEN)
@@ -209,8 +210,8 @@ def add_endpoints(app: FastAPI, control: TokenizerControl) -> None:
 
 
 def _add_metrics(app: FastAPI, control: TokenizerControl) -> None:
-    """``/metrics`` in front of SGLang's, with all that it has."""
-    # NOTE: on import it looks for the folder that SGLang names when it starts.
+    """Replace SGLang's ``/metrics`` by one with the same metrics and ELORA's."""
+    # NOTE: imported late: on import it reads the folder that SGLang sets at its start.
     from prometheus_client import CollectorRegistry, make_asgi_app, multiprocess
 
     from sglang_elora.control.metrics import StateCollector
@@ -232,7 +233,7 @@ def _add_metrics(app: FastAPI, control: TokenizerControl) -> None:
 
 
 def _taken(app: FastAPI, path: str) -> Callable[..., Any]:
-    """SGLang's endpoint of a path, which is free for one of ours from now on."""
+    """Remove SGLang's route for a path, to be replaced, and return its endpoint."""
     route: Any = next(route for route in app.routes if getattr(route, "path", None) == path)
     app.router.routes.remove(route)
     endpoint: Callable[..., Any] = route.endpoint
@@ -244,7 +245,7 @@ def _add_tiers(app: FastAPI, control: TokenizerControl) -> None:
 
     @app.get(_MODELS, response_class=ORJSONResponse)
     async def available_models() -> ORJSONResponse:
-        """Show available models. OpenAI-compatible endpoint. Adapters carry their tier."""
+        """Show available models. OpenAI-compatible endpoint. Adapters have a field ``tier``."""
         models = (await original()).model_dump()
         mirror, loaded = await control.glance(), control.loaded()
         for card in models["data"]:
@@ -300,7 +301,7 @@ def _refused(request: Request, error: Exception) -> ORJSONResponse:
 
 
 def _misfit(request: Request, error: Exception) -> ORJSONResponse:
-    """What SGLang's endpoints raise for values of the right type that they cannot work with."""
+    """Answer HTTP 400 for errors that SGLang's endpoints raise on invalid values."""
     logger.warning("%s %s failed", request.method, request.url.path, exc_info=error)
     return _failure(f"the request cannot be served: {type(error).__name__}: {error}")
 

@@ -1,4 +1,4 @@
-"""What SGLang's key check leaves open: WebSockets, and orders from other sites' pages."""
+"""Access checks that SGLang's key check lacks: for WebSockets, and for pages of other sites."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ PAGE = "/elora/ui"
 
 
 class HttpGuard:
-    """Middleware of the server's application.
+    """Middleware that checks the key of WebSockets and refuses cross-site requests to admin
+    endpoints.
 
-    A page of another site, open in the browser of somebody who reaches this server, may send it
-    requests, and SGLang allows it to by CORS. For users' endpoints that is meant. Where no key
-    stands before the endpoints of admins, those are for pages of this server, and for what is no
-    browser.
+    A page of another site in the browser of a user who can reach this server may send requests to
+    it, and SGLang's CORS settings allow that. For users' endpoints this is intended. Admin
+    endpoints without a key are only for pages of this server and for clients that are not browsers.
 
     Args:
-        app: What it stands before.
+        app: The wrapped application.
         routes: SGLang's application.
     """
 
@@ -56,8 +56,9 @@ class HttpGuard:
 def open_page(
     original: Callable[..., AuthDecision], *, method: str, path: str, **options: Any
 ) -> AuthDecision:
-    """Around ``decide_request_auth``: a browser cannot send a key for a page that it opens. There
-    is nothing in it; what it shows, it asks for with the key that it was given."""
+    """Allow the ELORA page without a key, because a browser cannot send one when it opens a page.
+    The page contains no data; it requests data with the key that the user enters. Runs around
+    ``decide_request_auth``."""
     if method == "GET" and path == PAGE:
         return AuthDecision(allowed=True)
     return original(method=method, path=path, **options)
@@ -70,7 +71,8 @@ def _has_key(headers: dict[bytes, str], api_key: str | None) -> bool:
 
 
 def _is_foreign(headers: dict[bytes, str]) -> bool:
-    """Whether a browser says so. Some of SGLang's orders are GETs, which have no Origin."""
+    """Whether the headers are those of a browser's cross-site request. ``Origin`` alone does not
+    suffice: some of SGLang's control endpoints are GETs, which have none."""
     if headers.get(b"sec-fetch-site") in ("cross-site", "same-site"):
         return True
     origin = headers.get(b"origin")

@@ -1,10 +1,10 @@
-"""Adapters that a client says it will ask for, in SGLang's envelope for hints on a request.
+"""Prefetch hints for adapters, in SGLang's envelope for hints on a request (``kv_hints``).
 
     "kv_hints": {"protocol_version": "1", "message_id": "...", "actions": [
         {"action_id": "...", "action_type": "elora.prefetch", "action_version": "1",
          "payload": {"lora_name": ["sql", "law"]}}]}
 
-They are announced as the request's own adapter is. Actions of other types are for others.
+They are announced like the request's own adapter. Actions of other types are ignored here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ VERSION = "1"
 
 
 class Prefetch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the action carries: names that adapters are served under."""
+    """Payload of the action: the served names of adapters."""
 
     lora_name: str | list[str]
 
@@ -27,13 +27,13 @@ class Prefetch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def adapters_named(
     hints: KvHintsEnvelope | Iterable[KvHintsEnvelope | None] | None,
 ) -> list[str]:
-    """Of one request or of a batch; whether there are such adapters is not looked at.
+    """Adapter names in the hints of one request or of a batch. Their existence is not checked.
 
     Raises:
-        ValueError: An action of ours is of another version, or does not carry what it should.
+        ValueError: A prefetch action has another version or an invalid payload.
     """
     envelopes = [hints] if isinstance(hints, KvHintsEnvelope) else hints or ()
-    # A batch that shares an envelope repeats it.
+    # Requests of a batch may share an envelope.
     once = {id(envelope): envelope for envelope in envelopes if envelope is not None}
     return [
         name

@@ -1,4 +1,4 @@
-"""Hook bodies that refuse a release of memory which SGLang's scheduler would end at."""
+"""Hook bodies that refuse releases of memory which would crash SGLang's scheduler."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LAST_BATCH_S = 0.2
-"""A scheduler may still be busy with a batch whose answers are out."""
+"""Seconds to wait for the scheduler's last batch, which may still run after its answers were sent.
+Raising it delays a release."""
 
 
 async def check_release(
     original: Callable[..., Awaitable[None]], self: TokenizerManager, obj: Any, *rest: Any
 ) -> None:
-    """Around ``TokenizerManager.release_memory_occupation``.
+    """Refuse a release while requests run. Runs around
+    ``TokenizerManager.release_memory_occupation``.
 
     Raises:
-        ValueError: Requests are under way, or it is released already (SGLang answers HTTP 400).
+        ValueError: Requests are running, or the memory is already released (SGLang answers HTTP
+            400).
     """
     if not self.rid_to_state:
         await asyncio.sleep(_LAST_BATCH_S)
@@ -49,7 +52,8 @@ async def check_release(
 async def check_resume(
     original: Callable[..., Awaitable[None]], self: TokenizerManager, obj: Any, *rest: Any
 ) -> None:
-    """Around ``TokenizerManager.resume_memory_occupation``.
+    """Refuse to resume memory that is not released. Runs around
+    ``TokenizerManager.resume_memory_occupation``.
 
     Raises:
         ValueError: It is not released (SGLang answers HTTP 400).
@@ -66,8 +70,9 @@ def release_if_idle(
     self: SchedulerWeightUpdaterManager,
     recv_req: Any,
 ) -> ReleaseMemoryOccupationReqOutput:
-    """Around the scheduler's ``release_memory_occupation``, whose answer has no room for an error:
-    a request may have arrived since ``check_release``."""
+    """Release memory only if the scheduler is idle: a request may have arrived since
+    ``check_release``. Runs around the scheduler's ``release_memory_occupation``, whose answer has
+    no field for an error."""
     paused = self.scheduler is not None and self.scheduler._engine_paused
     if self.is_fully_idle(ignore_waiting=paused):
         return original(self, recv_req)
@@ -80,8 +85,8 @@ def resume_if_released(
     self: SchedulerWeightUpdaterManager,
     recv_req: Any,
 ) -> ResumeMemoryOccupationReqOutput:
-    """Around the scheduler's ``resume_memory_occupation``: ``release_if_idle`` may have released
-    nothing."""
+    """Resume memory only if it is released, because ``release_if_idle`` may have released none.
+    Runs around the scheduler's ``resume_memory_occupation``."""
     if _tags(recv_req) <= self.offload_tags:
         return original(self, recv_req)
     logger.error("memory is not resumed: it is not released")

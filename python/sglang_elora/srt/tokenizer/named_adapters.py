@@ -1,7 +1,7 @@
-"""A request whose ``model`` names an adapter is served by it, on every endpoint, or refused.
+"""Serves a request with the adapter that its ``model`` names, on every endpoint, or refuses it.
 
-SGLang reads ``base-model:adapter`` on some of its OpenAI endpoints; on the others the base model
-answers. It also does for the adapter's name alone, which is the id that ``/v1/models`` lists.
+SGLang supports ``base-model:adapter`` on some of its OpenAI endpoints only; on the others the base
+model answers. The base model also answers for an adapter's name alone, the id in ``/v1/models``.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
 
 _named: ContextVar[str | list[str | None] | None] = ContextVar("named_adapter", default=None)
-"""What the HTTP request that this task serves names; each is served by a task of its own."""
+"""The adapter that the current HTTP request names; each request is served by a separate task."""
 
 
 def parse_model(
     original: Callable[..., tuple[str, str | None]], self: OpenAIServingBase, model: str
 ) -> tuple[str, str | None]:
-    """Around ``OpenAIServingBase._parse_model_parameter``: an id that ``/v1/models`` lists is what
-    it says, also one with a colon in it."""
+    """Parse ``model`` as an id listed by ``/v1/models`` first, even with a colon in it. Runs around
+    ``OpenAIServingBase._parse_model_parameter``."""
     manager = self.tokenizer_manager
     if model == manager.served_model_name:
         return model, None
@@ -33,23 +33,24 @@ def parse_model(
 
 
 def adapter_of(serving: OpenAIServingBase, request: Any) -> str | list[str | None] | None:
-    """The adapter that a request to an OpenAI endpoint names, or one for each of its prompts."""
+    """The adapter that a request to an OpenAI endpoint names, or a list with one per prompt."""
     model, explicit = getattr(request, "model", None), getattr(request, "lora_path", None)
     named: str | list[str | None] | None = serving._resolve_lora_path(model or "", explicit)
     return named
 
 
 def note_named(self: OpenAIServingBase, request: Any, *rest: Any) -> None:
-    """Before what serves one HTTP request of an OpenAI endpoint."""
+    """Store the adapter that a request names. Runs before the handler of an OpenAI endpoint."""
     _named.set(adapter_of(self, request))
 
 
 def use_named(result: None, self: GenerateReqInput | EmbeddingReqInput) -> None:
-    """After ``normalize_batch_and_arguments`` of a request that an endpoint made without the
-    adapter that its own request names.
+    """Set the stored adapter on a request that an endpoint created without it. Runs after
+    ``normalize_batch_and_arguments``.
 
     Raises:
-        ValueError: One adapter for each prompt was named, where the endpoint made other prompts.
+        ValueError: A list of adapters was named, but the endpoint created another number of
+            prompts.
     """
     named = _named.get()
     if named is None or self.lora_path is not None:

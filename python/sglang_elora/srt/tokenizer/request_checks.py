@@ -1,4 +1,4 @@
-"""Hook bodies that refuse a malformed request, and let no request end what serves the others."""
+"""Hook bodies that refuse malformed requests and prevent a request from ending the server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_CHARS = 1024
-"""Of a name or key that a client sends; they are kept as long as what they name."""
+"""Most characters of a name or key that a client sends. The server stores these, so raising it
+lets clients take more memory."""
 
 _PER_PROMPT: dict[str, tuple[type, ...]] = {
     "lora_path": (str,),
@@ -34,16 +35,17 @@ _PER_PROMPT: dict[str, tuple[type, ...]] = {
     "bootstrap_port": (int,),
     "bootstrap_room": (int,),
 }
-"""Fields of which each prompt has its own value, or None, and the value's type."""
+"""Fields with one value (or None) per prompt, and the types of the value."""
 
 _PER_REQUEST: dict[str, type] = {"session_id": str, "priority": int}
 
 _MOST_NUMBER = 2**31 - 1
-"""Numbers of a request become int32 or float32 in the scheduler."""
+"""Largest number in a request: the scheduler converts numbers to int32 or float32."""
 
-_LEAST_NUMBER = 2.0**-126  # what is nearer to 0 is 0 in float32
+_LEAST_NUMBER = 2.0**-126  # smallest normal number in float32
 _LEAST_NUMBERS = {"temperature": 0, "repetition_penalty": 1e-6}
-"""Logits are divided by these two. SGLang takes the smallest temperatures for 0."""
+"""Lower bounds of the two values that logits are divided by. SGLang treats very small temperatures
+as 0."""
 
 _NO_TOKENS = "The prompt has no tokens."
 
@@ -51,11 +53,11 @@ _BOUNDED = ("lora_path", "session_id", "extra_key", "cache_salt")
 
 
 def raise_value_errors(original: Callable[..., None], self: Any) -> None:
-    """Around ``normalize_batch_and_arguments``, whose assertions and failures are about what the
-    client sent, and would be HTTP 500.
+    """Convert errors to ``ValueError``. Runs around ``normalize_batch_and_arguments``, whose errors
+    are caused by the client's input and would give HTTP 500.
 
     Raises:
-        ValueError: It raised (SGLang answers HTTP 400).
+        ValueError: The function raised (SGLang answers HTTP 400).
     """
     try:
         original(self)
@@ -64,14 +66,15 @@ def raise_value_errors(original: Callable[..., None], self: Any) -> None:
 
 
 def check_shape(result: None, self: GenerateReqInput | EmbeddingReqInput) -> None:
-    """After ``normalize_batch_and_arguments``: one value of its type for each prompt.
+    """Check that fields have one value of the right type per prompt. Runs after
+    ``normalize_batch_and_arguments``.
 
     SGLang turns single values into lists for a batch. It does not check for a list with a single
-    prompt, nor the length and the elements of a list that the client sent; the scheduler then fails
-    in the middle of a step.
+    prompt, nor the length and the elements of a client's list; the scheduler would then fail in the
+    middle of a step.
 
     Raises:
-        ValueError: A field does not fit (SGLang answers HTTP 400).
+        ValueError: A field is invalid (SGLang answers HTTP 400).
     """
     for field, types in _PER_PROMPT.items():
         value = getattr(self, field, None)
@@ -99,15 +102,15 @@ def check_shape(result: None, self: GenerateReqInput | EmbeddingReqInput) -> Non
 
 
 def check_values(self: TokenizerManager, obj: GenerateReqInput | EmbeddingReqInput) -> None:
-    """Before ``_validate_and_resolve_lora``: adapters are asked for by name, and the model has what
-    the request's numbers stand for.
+    """Check that adapters are requested by name and that numbers are in their ranges. Runs before
+    ``_validate_and_resolve_lora``.
 
     ``lora_id`` is SGLang's internal id of a loaded adapter. Sent by a client it would bypass the
-    registry, so that the adapter could be unloaded under the running request. Tokens that the
-    vocabulary lacks end the scheduler in its forward pass, on CUDA by an assertion of the device.
+    registry, so that the adapter could be unloaded while the request runs. Tokens outside the
+    vocabulary end the scheduler in its forward pass, on CUDA by a device-side assertion.
 
     Raises:
-        ValueError: The request carries one (SGLang answers HTTP 400).
+        ValueError: A value is invalid (SGLang answers HTTP 400).
     """
     if obj.lora_id is not None:
         raise ValueError("lora_id is internal to SGLang: name the adapter with lora_path")
@@ -141,7 +144,8 @@ def _of_each_prompt(obj: GenerateReqInput | EmbeddingReqInput, field: str) -> li
 
 
 def _check_sampling(params: dict[str, Any], vocab_size: int) -> None:
-    """What becomes a tensor in the scheduler; SGLang checks the rest, and the keys of biases."""
+    """Check the parameters that become tensors in the scheduler. SGLang checks the others, and the
+    keys of ``logit_bias``."""
     for name, value in params.items():
         is_number = isinstance(value, (int, float)) and name != "sampling_seed"
         if is_number and not abs(value) <= _MOST_NUMBER:
@@ -160,7 +164,7 @@ def _check_sampling(params: dict[str, Any], vocab_size: int) -> None:
         return
     if not isinstance(ends, list) or set(map(type, ends)) - {int}:
         raise ValueError("stop_token_ids must be a list of integers")
-    # What the model cannot say ends no answer; with min_new_tokens they are places in the logits.
+    # Tokens outside the vocabulary have no effect, but min_new_tokens would index logits by them.
     params["stop_token_ids"] = [end for end in ends if 0 <= end < vocab_size]
 
 
@@ -171,11 +175,12 @@ def _is_number(value: Any) -> bool:
 def check_num_tokens(
     self: TokenizerManager, obj: GenerateReqInput | EmbeddingReqInput, input_ids: list[int] | None
 ) -> None:
-    """Before ``_validate_one_request``: a batch of requests without tokens ends the scheduler in
-    its forward pass. What is heard or seen, and earlier turns, have tokens too.
+    """Refuse a prompt without tokens: a batch of such requests ends the scheduler in its forward
+    pass. Runs before ``_validate_one_request``. Multimodal inputs and earlier turns of a session
+    also count as tokens.
 
     Raises:
-        ValueError: The prompt has none (SGLang answers HTTP 400).
+        ValueError: The prompt has no tokens (SGLang answers HTTP 400).
     """
     others = obj.contains_mm_input() or getattr(obj, "session_params", None)
     if input_ids is not None and not len(input_ids) and not others:
@@ -183,7 +188,8 @@ def check_num_tokens(
 
 
 def refuse_no_tokens(result: None, self: Scheduler, req: Req) -> None:
-    """After ``Scheduler.init_req_max_new_tokens``: there are no tokens of any kind."""
+    """Abort a request without tokens of any kind. Runs after
+    ``Scheduler.init_req_max_new_tokens``."""
     if not req.origin_input_ids:
         req.set_finish_with_abort(_NO_TOKENS)
 
@@ -191,14 +197,14 @@ def refuse_no_tokens(result: None, self: Scheduler, req: Req) -> None:
 def refuse_alone(
     original: Callable[..., None], self: Scheduler, recv_req: Any, *rest: Any, **options: Any
 ) -> None:
-    """Around ``Scheduler.handle_generate_request`` and ``handle_embedding_request``: what a request
-    raises fails that request, where it would end the scheduler and with it the server."""
+    """Fail only the request whose handler raises, instead of ending the scheduler and the server.
+    Runs around ``Scheduler.handle_generate_request`` and ``handle_embedding_request``."""
     try:
         original(self, recv_req, *rest, **options)
     except Exception as error:
         logger.exception("request %s failed on arrival", recv_req.rid)
         if any(req.rid == recv_req.rid for req in self.waiting_queue):
-            return  # queued before the error: it runs, and its answer is not to be sent twice
+            return  # it was queued before the error and will be answered after it has run
         text = f"the request cannot be served: {type(error).__name__}: {error}"
         reason = {"type": "abort", "status_code": HTTPStatus.BAD_REQUEST, "message": text}
         answer = AbortReq(rid=recv_req.rid, finished_reason=reason)

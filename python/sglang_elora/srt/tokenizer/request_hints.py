@@ -1,4 +1,4 @@
-"""Hook bodies that put the control channel into the tokenizer process."""
+"""Hook bodies that set up the control channel in the tokenizer process and announce requests."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ _HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 
 
 def attach(result: None, self: TokenizerManager) -> None:
-    """After ``TokenizerManager.init_request_dispatcher``. Where there is an HTTP server, its app is
-    there by now and takes no requests yet."""
+    """Create the control channel and its endpoints. Runs after
+    ``TokenizerManager.init_request_dispatcher``, when the HTTP app (if any) exists but takes no
+    requests yet."""
     hear_failures(self)
     if not self.enable_lora:
         return
@@ -42,19 +43,21 @@ def attach(result: None, self: TokenizerManager) -> None:
 
 
 def announce_openai(self: OpenAIServingBase, request: Any, raw_request: Any) -> None:
-    """Before ``OpenAIServingBase.handle_request``, which renders and tokenizes before the request
-    comes to the tokenizer manager."""
+    """Announce the adapter and session of an OpenAI request. Runs before
+    ``OpenAIServingBase.handle_request``, which renders and tokenizes before the request reaches the
+    tokenizer manager."""
     control: TokenizerControl | None = getattr(self.tokenizer_manager, "elora", None)
     if control is not None:
         control.announce(adapter_of(self, request), getattr(request, "session_id", None))
 
 
 def announce_native(self: TokenizerManager, obj: Any) -> None:
-    """Before ``TokenizerManager._validate_and_resolve_lora``; without text to tokenize the request
-    itself follows at once.
+    """Announce the adapter and session of a request, and its ``kv_hints``. Runs before
+    ``TokenizerManager._validate_and_resolve_lora``. A request without text to tokenize reaches the
+    scheduler at once, so its own adapter is not announced.
 
     Raises:
-        ValueError: What the client wants to have announced is malformed.
+        ValueError: ``kv_hints`` is malformed.
     """
     control: TokenizerControl | None = getattr(self, "elora", None)
     if control is None:

@@ -1,8 +1,8 @@
-"""Calls to places behind a network, kept apart from each other and from all that is local.
+"""Calls to adapter sources on the network, isolated per host.
 
-Each host has threads of its own, a limit for the time that a call may take, and a breaker: after
-some calls in a row that failed or took too long, those that come next are refused at once for a
-while. So a host that is slow or down costs the requests that need it, and no others.
+Each host has separate threads, a timeout per call, and a circuit breaker: after several
+consecutive failures or timeouts, further calls are refused at once for a while. So a slow or
+unreachable host delays only the requests that need it.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from urllib.parse import urlsplit
 from sglang_elora.adapters import AdapterError
 
 THREADS = 4
-"""Of each host, for either kind of call. What they do ends by the file system's own timeouts."""
+"""Threads per host and kind of call. Calls that time out occupy a thread until the file system's
+own timeout."""
 
 MOST_WAITING = 64
-"""Calls to a host that have no answer yet; more of them are refused."""
+"""Most unanswered calls to a host; further calls are refused."""
 
 FAILURES_TO_OPEN = 3
+"""Consecutive failures after which the breaker opens."""
 OPEN_S = 30.0
+"""Seconds that the breaker stays open."""
 
 T = TypeVar("T")
 
 
 class Call(Enum):
-    """What is asked."""
+    """The kind of a call."""
 
     LOOK = "whether an adapter is there"
     FETCH = "its files"
@@ -41,11 +44,11 @@ TIMEOUTS_S = {Call.LOOK: 10.0, Call.FETCH: 600.0}
 
 
 class SourceUnavailable(ValueError):
-    """A place cannot be asked now. The text names it and says why."""
+    """A host is not available. The text names it and the reason."""
 
 
 class _Host:
-    """One kind of call to one host."""
+    """Threads and breaker of one host for one kind of call."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -59,7 +62,7 @@ class _Host:
 
 
 class SourceCalls:
-    """One per process; used by its event loop alone.
+    """The calls of one process; used only by its event loop.
 
     Args:
         timeouts_s: Seconds that a call may take.
@@ -70,13 +73,13 @@ class SourceCalls:
         self._hosts: dict[tuple[str, Call], _Host] = {}
 
     async def call(self, kind: Call, url: str, function: Callable[..., T], *arguments: Any) -> T:
-        """``function(*arguments)`` in a thread of the URL's host.
+        """Run ``function(*arguments)`` in a thread of the URL's host and return its result.
 
-        What takes too long goes on in its thread, and its result is dropped.
+        A call that times out continues in its thread, and its result is dropped.
 
         Raises:
-            SourceUnavailable: The host is not asked now, or did not answer in time.
-            Exception: What the function raised.
+            SourceUnavailable: The breaker is open, too many calls wait, or the call timed out.
+            Exception: Any exception of the function.
         """
         name = host_of(url)
         if (name, kind) not in self._hosts:
@@ -95,7 +98,7 @@ class SourceCalls:
         future = host.executor.submit(function, *arguments)
 
         def answered(_: Any) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
+            with contextlib.suppress(RuntimeError):  # the loop is closed at the end of the process
                 loop.call_soon_threadsafe(host.answered)
 
         future.add_done_callback(answered)

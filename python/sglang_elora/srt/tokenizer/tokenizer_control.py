@@ -1,8 +1,7 @@
-"""The tokenizer process's end of the control channel: hints and orders out, state in.
+"""The tokenizer process's end of the control channel: sends hints and orders, receives state.
 
-It knows first which adapter a request belongs to: at its arrival, before its text is tokenized.
-That is announced to the schedulers at once, so that the adapter is on its way when the request
-comes.
+At a request's arrival, before its text is tokenized, it announces the request's adapter to the
+schedulers, so that the adapter is already being loaded when the request reaches them.
 """
 
 from __future__ import annotations
@@ -32,56 +31,59 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FRESH_S = 1.0
-"""State that is no older need not be asked for again, where it is only shown beside something."""
+"""Seconds. ``glance`` returns state up to this age without a new request; raising it lowers the
+load and shows older state."""
 
 COLLECT_S = 0.002
-"""Behind a hint the next ones are sent together. The first of a burst goes at once."""
+"""Seconds after a hint during which further hints are collected into one message. The first hint of
+a burst is sent at once."""
 
 ANSWER_S = 60.0
-"""A scheduler answers between two batches."""
+"""Seconds to wait for a scheduler's answer. A scheduler answers between two batches."""
 
 _PATIENCE_S = 0.2
-_SHOWN = 200  # characters of a message that is dropped
+"""Seconds that ``glance`` waits for new state."""
+_SHOWN = 200  # most characters of a dropped message in the log
 
 
 class NotLoaded(ValueError):
-    """No adapter is served by this name."""
+    """No adapter is loaded under this name."""
 
 
 class NoAnswer(RuntimeError):
-    """The scheduler is silent."""
+    """The scheduler did not answer in time."""
 
 
 class TokenizerControl:
-    """One per tokenizer process. Hints never block and never fail."""
+    """The control channel of one tokenizer process. Hints never block and never fail."""
 
     def __init__(self, manager: TokenizerManager) -> None:
         self._manager = manager
         self._registry = manager.lora_registry
-        self.gate = HintLimiter()  # by adapter
+        self.gate = HintLimiter()  # limits hints per adapter
         self._session_gate = HintLimiter()
-        # Without a tier for it on the host, KV cannot be brought from there.
+        # Only with a host tier for KV can the KV of a session be loaded in advance.
         self._announces_sessions = bool(get_memory().enable_hierarchical_cache)
         self.num_hints = 0
-        self._adapters: list[str] = []  # hints that have not been sent yet
+        self._adapters: list[str] = []  # collected hints, not sent yet
         self._sessions: list[str] = []
         self._collecting: asyncio.TimerHandle | None = None
         self.mirror = StateMirror()
         self._mirrored_s = float("-inf")
         self._leases: dict[str, asyncio.TimerHandle] = {}
-        self._asked: dict[str, asyncio.Future[Any]] = {}  # by request id
+        self._asked: dict[str, asyncio.Future[Any]] = {}  # awaited answers by request id
         self._refreshing = asyncio.Lock()
 
     def add_to(self, dispatcher: TypeBasedDispatcher) -> None:
-        """Have answers come to us."""
+        """Register the handlers of answers."""
         dispatcher += TypeBasedDispatcher(
             [(StateAnswer, self._answered), (AdapterOrderAnswer, self._answered)]
         )
         dispatcher.add_fallback_fn(self._drop)
 
     def announce(self, names: Any, session: Any = None) -> None:
-        """Requests with an adapter of this name, or of these, and of this session, have arrived.
-        What is no such name is left alone here: the request will be refused."""
+        """Announce requests that arrived, with the name or names of their adapters and their
+        session. Unknown names are ignored here: the request will be refused later."""
         listed = names if isinstance(names, list) else [names]
         refs = (self._ref(name) for name in listed if isinstance(name, str))
         adapters = self.gate.admit(ref.lora_id for ref in refs if ref is not None)
@@ -95,7 +97,8 @@ class TokenizerControl:
             self._send_hints()
 
     def _send_hints(self) -> None:
-        """What is there, and collect for a moment what comes behind it. Ends when nothing did."""
+        """Send the collected hints and collect later ones for ``COLLECT_S``, until there are
+        none."""
         self._collecting = None
         if self._adapters or self._sessions:
             hint = AdapterHint(adapters=self._adapters, sessions=self._sessions)
@@ -104,7 +107,7 @@ class TokenizerControl:
             self._collecting = asyncio.get_running_loop().call_later(COLLECT_S, self._send_hints)
 
     async def refresh(self) -> StateMirror:
-        """The schedulers' state as of now. Raises NoAnswer."""
+        """The current state of the schedulers. Raises NoAnswer."""
         async with self._refreshing:
             more = True
             while more:
@@ -115,19 +118,20 @@ class TokenizerControl:
         return self.mirror
 
     async def glance(self) -> StateMirror:
-        """The state as of a moment ago; older if the schedulers take their time to answer."""
+        """The state, at most ``FRESH_S`` old; older if the schedulers do not answer soon."""
         if time.monotonic() - self._mirrored_s > FRESH_S:
             with contextlib.suppress(NoAnswer, TimeoutError):
                 await asyncio.wait_for(self.refresh(), _PATIENCE_S)
         return self.mirror
 
     async def order(self, do: str, adapter_id: str) -> AdapterOrderAnswer:
-        """Have the schedulers do this with an adapter, or a session. Raises NoAnswer."""
+        """Send an order on an adapter or a session to the schedulers. Raises NoAnswer."""
         answer: AdapterOrderAnswer = await self._ask(AdapterOrder(do=do, adapter=adapter_id))
         return answer
 
     async def pin(self, adapter_id: str, lease_s: float | None) -> AdapterOrderAnswer:
-        """Pin, for so long or until it is unpinned; a new lease replaces an earlier one."""
+        """Pin an adapter for ``lease_s`` seconds, or until it is unpinned if None; a new lease
+        replaces an earlier one."""
         answer = await self.order("pin", adapter_id)
         if not answer.error:
             self._end_lease(adapter_id)
@@ -141,18 +145,18 @@ class TokenizerControl:
         return await self.order("unpin", adapter_id)
 
     def id_of(self, name: str) -> str:
-        """Raises NotLoaded."""
+        """Id of the adapter with this name. Raises NotLoaded."""
         ref = self._ref(name)
         if ref is None:
             raise NotLoaded(f"LoRA adapter '{name}' is not loaded")
         return str(ref.lora_id)
 
     def loaded(self) -> dict[str, Any]:
-        """``LoRARef`` of each adapter by the name it is served under."""
+        """``LoRARef`` of each loaded adapter by its served name."""
         return dict(self._registry.get_all_adapters())
 
     def uses(self) -> dict[str, int]:
-        """Requests that are not over, by the id of their adapter."""
+        """Numbers of unfinished requests by adapter id."""
         return dict(self._registry.uses())
 
     @property
@@ -164,12 +168,12 @@ class TokenizerControl:
         return str(self._manager.served_model_name)
 
     def names(self) -> dict[str, str]:
-        """Of the adapters that are loaded, by id."""
+        """Names of the loaded adapters by id."""
         return {ref.lora_id: name for name, ref in self.loaded().items()}
 
     @property
     def counts(self) -> dict[str, int]:
-        """Of hints, by adapter, since the start of this process."""
+        """Counts of adapter hints since the start of this process."""
         return {
             "sent": self.num_hints,
             "repeated": self.gate.num_repeated,
@@ -215,5 +219,5 @@ class TokenizerControl:
             timer.cancel()
 
     def _drop(self, message: Any) -> None:
-        """What is nobody's, or an answer that nobody waits for any more."""
+        """Log a message without a handler, or an answer whose request has timed out."""
         logger.warning("message dropped: %s", str(message)[:_SHOWN])
