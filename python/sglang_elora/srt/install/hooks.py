@@ -1,9 +1,8 @@
-"""Every hook this package puts on SGLang's server, in one table. (Those on its frontend language,
-of which a server knows nothing, are in ``frontend/hooks.py``.)
+"""The table of all hooks on SGLang's server. (Hooks on SGLang's frontend language, which a server
+does not use, are in ``frontend/hooks.py``.)
 
-A hook is the third rung of the ladder (registry, subclass, hook, patch): each
-row says why the rungs above do not reach. ``srt/install/install.py`` applies the rows
-that the configuration selects; without a selection none is applied.
+A hook is used only if a registry or a subclass is not possible (patches come last); each row gives
+the reason. ``srt/install/install.py`` applies the rows that the configuration selects.
 """
 
 from __future__ import annotations

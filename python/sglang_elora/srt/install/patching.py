@@ -1,17 +1,15 @@
-"""Apply the diffs of ``patches/`` to SGLang's functions, in memory.
+"""Applies the diffs of ``patches/`` to SGLang's functions, in memory.
 
-By the time SGLang calls a plugin, the target module is imported, its classes
-and functions are bound in other modules, and a spawned scheduler is unpickled
-from it. So nothing is re-imported or rebound: the diff is applied to the text
-of the target's file, both texts are compiled, and each function whose body
-differs gets the new ``__code__``, and the defaults of parameters that it adds at
-the end. The function object stays the same, and with it its class, closure,
-wrappers and every reference to it. Calls that already run finish in the old code.
+When SGLang calls a plugin, the target module is already imported, its classes and functions are
+bound in other modules, and a spawned scheduler is unpickled from it. So nothing is re-imported or
+rebound: the diff is applied to the text of the target's file, both texts are compiled, and each
+function whose body differs gets the new ``__code__``, and the defaults of parameters that the patch
+appends. The function object stays the same, with its class, closure, wrappers and all references
+to it. Running calls finish in the old code.
 
-What replacing code objects cannot do is refused: a change of module or class
-level statements, decorators, closures, what there is of a signature, or a new
-function. So is every doubt: a file, a line or a live function that is not the
-pinned one.
+Changes that a code object cannot express are refused: module or class level statements, decorators,
+closures, existing parameters, new functions. A file, line or live function that differs from the
+pinned version is refused, too.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ SERVER = "--elora"
 
 
 class PatchError(RuntimeError):
-    """A patch does not fit the SGLang that is installed, or what runs of it."""
+    """A patch does not match the installed SGLang, or a function that runs in this process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +50,10 @@ class Patch:
 
     name: str  # 01-cache-namespace.patch
     target: str  # sglang/srt/managers/schedule_batch.py
-    sha256: str  # of the target as the pinned wheel has it
+    sha256: str  # of the target in the pinned wheel
     why: str
     diff: str
-    when: str = SERVER  # what puts it in effect: --elora, or importing sglang_elora.lang
+    when: str = SERVER  # what selects it: --elora, or importing sglang_elora.lang
 
     @property
     def module(self) -> str:
@@ -74,12 +72,12 @@ class _Change:
     original: CodeType
     patched: CodeType
     added: tuple[object, ...] = ()  # defaults of new last parameters
-    added_by_keyword: tuple[tuple[str, object], ...] = ()  # the same of keyword-only ones, by name
+    added_by_keyword: tuple[tuple[str, object], ...] = ()  # (name, default) of keyword-only ones
 
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
-    filename: str  # under which tracebacks find the patched lines
+    filename: str  # name under which tracebacks find the patched lines
     source: str
     changes: tuple[_Change, ...]
 
@@ -98,7 +96,7 @@ def load_patches(folder: Path | None = None) -> tuple[Patch, ...]:
 
 
 def preflight(patch: Patch) -> list[str]:
-    """What keeps the patch from being applied here; empty if nothing. Imports the target."""
+    """The problems that prevent the patch from being applied; empty if none. Imports the target."""
     try:
         _plan(patch)
     except PatchError as error:
@@ -107,7 +105,7 @@ def preflight(patch: Patch) -> list[str]:
 
 
 def apply_patch(patch: Patch) -> tuple[str, ...]:
-    """Put the patch in effect: all of its functions, or on an error none.
+    """Apply the patch to all of its functions, or on an error to none.
 
     Returns:
         Dotted names of the functions changed by this call; none if it was applied before.
@@ -125,7 +123,7 @@ def apply_patch(patch: Patch) -> tuple[str, ...]:
 
 
 def is_applied(patch: Patch) -> bool:
-    """Whether every function of the patch runs its patched code now."""
+    """Whether every function of the patch currently runs its patched code."""
     try:
         _, plan = _plan(patch)
     except PatchError:
@@ -134,7 +132,7 @@ def is_applied(patch: Patch) -> bool:
 
 
 def patched_source(patch: Patch, source: str) -> str:
-    """Apply the diff to a text: each line equal, at the line number stated, or a PatchError."""
+    """Apply the diff to a text. Raises PatchError unless each line matches at its line number."""
     head, *hunks = re.split(r"^(?=@@ )", patch.diff, flags=re.MULTILINE)
     if not head.endswith(f"\n--- a/{patch.target}\n+++ b/{patch.target}\n") or not hunks:
         raise patch.error("no hunks behind --- a/ and +++ b/ lines with the target", _OURS)
@@ -191,7 +189,7 @@ def _plan(patch: Patch) -> tuple[_Compiled, list[tuple[FunctionType, _Change]]]:
     return compiled, plan
 
 
-@cache  # preflight, apply and verify ask for the same
+@cache  # preflight, apply and verify compile the same patch
 def _compile(patch: Patch, path: str, source: str) -> _Compiled:
     filename = f"{path} [sglang_elora {patch.name}]"
     text = patched_source(patch, source)
@@ -234,7 +232,8 @@ class _Function:
 
 
 def _outline(tree: ast.Module) -> tuple[str, dict[str, list[_Function]]]:
-    """A module without its outermost functions' parameters and bodies, and those by qualname."""
+    """Dump of a module without the parameters and bodies of its outermost functions, and these
+    functions by qualname."""
     functions: dict[str, list[_Function]] = {}
 
     def cut(node: ast.AST, scope: str) -> None:
@@ -255,8 +254,8 @@ def _outline(tree: ast.Module) -> tuple[str, dict[str, list[_Function]]]:
 def _added_defaults(
     patch: Patch, qualname: str, old: ast.arguments, new: ast.arguments
 ) -> tuple[tuple[object, ...], tuple[tuple[str, object], ...]]:
-    """Defaults of the parameters that ``new`` has behind those of ``old``, positional and
-    keyword-only ones. Raises PatchError where it differs in anything else."""
+    """Defaults of the parameters that ``new`` has after those of ``old``, positional and
+    keyword-only ones. Raises PatchError if anything else differs."""
     num, num_defaults, num_by_keyword = len(old.args), len(old.defaults), len(old.kwonlyargs)
     names = [parameter.arg for parameter in new.args[num:]]
     keywords = [parameter.arg for parameter in new.kwonlyargs[num_by_keyword:]]
@@ -296,7 +295,7 @@ def _function_code(patch: Patch, code: CodeType, qualname: str) -> CodeType:
 
 
 def _live_function(patch: Patch, module: ModuleType, qualname: str) -> FunctionType:
-    """The function behind a name now, beneath its decorators and the hooks put on it."""
+    """The function that a name currently refers to, without its decorators and hooks."""
     found: Any = module
     try:
         for name in qualname.split("."):
@@ -310,7 +309,7 @@ def _live_function(patch: Patch, module: ModuleType, qualname: str) -> FunctionT
             found = found.fget
         elif hasattr(found, "__wrapped__"):
             wrapper, found = found, found.__wrapped__
-            # HookRegistry's REPLACE keeps __wrapped__, but never calls what is under it.
+            # HookRegistry's REPLACE sets __wrapped__, but never calls the wrapped function.
             if isinstance(wrapper, FunctionType) and not _closes_over(wrapper, found):
                 raise patch.error(f"another plugin replaced {qualname}", _OTHER)
         elif isinstance(found, FunctionType):
@@ -343,6 +342,6 @@ def _runs(function: FunctionType, change: _Change) -> bool:
 
 
 def _bare(code: CodeType) -> CodeType:
-    """The code without where it came from, to be compared only."""
+    """The code without file name and line numbers, for comparison only."""
     constants = tuple(_bare(c) if isinstance(c, CodeType) else c for c in code.co_consts)
     return code.replace(co_filename="", co_firstlineno=1, co_linetable=b"", co_consts=constants)

@@ -1,8 +1,8 @@
-"""Hook bodies of ``--elora-check-streams``: who hands what to the ``AsyncDevice``.
+"""Hook bodies of ``--elora-check-streams``, which turn device work into ``AsyncDevice`` operations.
 
-Copies of KV between host and device, copies of adapters and of their page tables into slots, and
-forward passes with their sampling become operations of that device, with the slots that they read
-and write. Slots that are freed are poisoned, as are the destinations of copies that have not run.
+Copies of KV between host and device, copies of adapters and of their page tables, and forward
+passes with their sampling become operations of that device, with the slots that they read and
+write. Freed slots are poisoned, and so are the destinations of copies that have not run yet.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _POISON = 0xFF
 
 
 def use_adversarial_streams(config: EloraConfig) -> None:
-    """Replace torch's CPU streams and events, and have adapters' copies run on them."""
+    """Replace torch's CPU streams and events, and run adapters' copies on them."""
     name = config.check_streams
     seed = int(name) if name.isdecimal() else 0
     os.environ["SGLANG_ENABLE_WAR_BARRIER"] = "1"  # CUDA's default
-    sys.setrecursionlimit(20_000)  # a delayed batch runs inside one that waits for it, and so on
+    sys.setrecursionlimit(20_000)  # delayed operations run nested in those that wait for them
     AsyncDevice(Order.RANDOM if name.isdecimal() else Order(name), seed).install(torch.cpu)
     original_table, original_arena = SlotTable.__init__, HostArena.__init__
     original_write, original_to_slots = KVPlanes.write, KVPlanes._to_slots
-    image_blocks: list[Blocks] = []  # of the image that is being written
-    arena: HostArena | None = None  # of this process
+    image_blocks: list[Blocks] = []  # blocks of the image that is being written
+    arena: HostArena | None = None  # the arena of this process
 
     def make_table(self: SlotTable, slots: torch.Tensor) -> None:
         self.slots = torch.full_like(slots, -1, dtype=torch.int32)
@@ -92,9 +92,10 @@ def use_adversarial_streams(config: EloraConfig) -> None:
 
 
 def mark_scheduler_streams(result: None, self: Scheduler) -> None:
-    """After ``Scheduler.init_overlap``: waits on these do not hold the host up.
+    """Make the scheduler's forward and copy streams asynchronous. Runs after
+    ``Scheduler.init_overlap``.
 
-    The schedule stream stays as it is: its operations are torch's, which run at once.
+    The schedule stream is not changed: its operations are torch's, which run immediately.
     """
     if self.enable_overlap:
         self.forward_stream.asynchronous = True
@@ -111,7 +112,8 @@ def load_kv(
     *args: Any,
     **options: Any,
 ) -> None:
-    """Around the copy of one layer's KV from the host; indices are int64 ``[tokens]``."""
+    """Launch the copy of one layer's KV from the host as an operation. Runs around the copy;
+    indices are int64 ``[tokens]``."""
     host, slots = _numbers(host_indices), _numbers(device_indices)
     rows = [device_pool.k_buffer[layer_id], device_pool.v_buffer[layer_id]]
     _device().launch(
@@ -134,7 +136,8 @@ def back_up_kv(
     *args: Any,
     **options: Any,
 ) -> None:
-    """Around the copy of all layers' KV to the host; indices are int64 ``[tokens]``."""
+    """Launch the copy of all layers' KV to the host as an operation. Runs around the copy; indices
+    are int64 ``[tokens]``."""
     host, slots = _numbers(host_indices), _numbers(device_indices)
     _device().launch(
         "backup of KV",
@@ -146,19 +149,19 @@ def back_up_kv(
 
 
 def poison_freed_slots(self: Any, free_index: torch.Tensor) -> None:
-    """Before an allocator of single slots takes back int64 ``[slots]``."""
+    """Poison freed slots, int64 ``[slots]``. Runs before ``free`` of the allocator of slots."""
     _poison_freed_on_device(self, _numbers(free_index))
 
 
 def poison_freed_pages(self: Any, *page_ids: torch.Tensor) -> None:
-    """Before an allocator of pages takes back int64 ``[pages]`` each."""
+    """Poison freed pages, int64 ``[pages]`` each. Runs before the page allocator frees them."""
     for pages in page_ids:
         slots = _numbers(pages)[:, None] * self.page_size + np.arange(self.page_size)
         _poison_freed_on_device(self, slots.reshape(-1))
 
 
 def poison_freed_host_slots(self: Any, indices: torch.Tensor) -> None:
-    """Before HiCache's host pool takes back int64 ``[tokens]``."""
+    """Poison freed host slots, int64 ``[tokens]``. Runs before ``free`` of HiCache's host pool."""
     _device().host_writes("reuse of host memory", HOST_SLOTS, _numbers(indices))
     _poison(_host_rows(self), _device().idle(HOST_SLOTS, _numbers(indices)))
 
@@ -170,9 +173,10 @@ def run_forward(
     *args: Any,
     **options: Any,
 ) -> ModelRunnerOutput:
-    """Around ``ModelRunner.forward``: it may run later, then its logits are filled in."""
+    """Launch a forward pass as an operation, which may run later and then fills in the returned
+    logits. Runs around ``ModelRunner.forward``."""
     device, found = _device(), []
-    # Logits to be filled in; until a first batch has shown what they are like, none are.
+    # Logits to be filled in; None until the first batch has shown their shape and dtype.
     like = getattr(self, "elora_logits_like", None)
     later = None if like is None else like.new_empty(forward_batch.batch_size, like.shape[1])
     restored = _kept(self, forward_batch)
@@ -184,7 +188,7 @@ def run_forward(
             later.copy_(found[0].logits_output.next_token_logits)
 
     if forward_batch.forward_mode.is_decode():
-        # As decode graphs have it: the scheduler may go on as soon as they have their inputs.
+        # As with decode graphs, the scheduler may continue once the inputs have been read.
         self.shared_read_done_event = torch.cpu.current_stream().record_event()
     reads, writes = _slots_of(self, forward_batch)
     device.launch(
@@ -206,7 +210,7 @@ def run_sampling(
     logits_output: Any,
     forward_batch: ForwardBatch,
 ) -> torch.Tensor:
-    """Around ``ModelRunner.sample``, which runs behind its forward pass."""
+    """Launch sampling after the forward pass as an operation. Wraps ``ModelRunner.sample``."""
     device, found = _device(), []
     like = getattr(self, "elora_ids_like", None)
     later = None if like is None else like.new_zeros(forward_batch.batch_size)
@@ -227,18 +231,20 @@ def run_sampling(
 
 
 def relay_tokens(original: Callable[..., None], *args: Any) -> None:
-    """Around ``FutureMap.stash``, which keeps sampled tokens for the next batch."""
+    """Launch the relay of sampled tokens to the next batch. Runs around ``FutureMap.stash``."""
     _device().launch("relay of tokens", partial(original, *args), is_forward=True)
 
 
 def finish_batch_before(batch: Any, future_map: Any) -> None:
-    """Before ``resolve_forward_inputs``, whose first step is on the stream of forward passes."""
+    """Run all operations queued on the current stream. Runs before ``resolve_forward_inputs``,
+    whose first step is on the forward stream."""
     device = _device()
     device.force(device.stream.last)
 
 
 def add_statistics(result: Any, self: Scheduler, recv_req: Any) -> Any:
-    """After ``Scheduler.get_internal_state``: what was checked, beside our other counts."""
+    """Add counts of the checked operations to ELORA's statistics. Runs after
+    ``Scheduler.get_internal_state``."""
     device = _device()
     result.internal_state["elora"] |= {
         "stream_operations": device.num_operations,
@@ -255,9 +261,11 @@ def _device() -> AsyncDevice:
 
 
 def _kept(runner: ModelRunner, batch: ForwardBatch) -> Callable[[], Any]:
-    """What a launch of kernels takes along: a forward pass that runs later sees it as it was.
+    """Capture the state that a launch of kernels reads, so that a delayed forward pass sees the
+    state of its launch. Returns a context manager that restores it.
 
-    The rows of its requests are among it: a decode graph has read them when the scheduler goes on.
+    This includes the rows of its requests, which a decode graph has read when the scheduler
+    continues.
     """
     backend = getattr(runner.lora_manager, "lora_backend", None)
     counter = getattr(runner.token_to_kv_pool, "layer_transfer_counter", None)
@@ -289,7 +297,7 @@ def _kept(runner: ModelRunner, batch: ForwardBatch) -> Callable[[], Any]:
 
 
 def _as_recorded(value: Any, counter: Any) -> Any:
-    """The events of KV's loads as they are now: later loads record the same ones."""
+    """A copy of the current events of KV loads, because later loads record the same events."""
     if counter is None or value is not counter.events or counter.consumer_index < 0:
         return value
     kept, awaited = list(value), copy(value[counter.consumer_index])
@@ -299,7 +307,7 @@ def _as_recorded(value: Any, counter: Any) -> Any:
 
 
 def _is_plain(batch: ForwardBatch) -> bool:
-    """Whether the scheduler needs nothing of the batch but its tokens."""
+    """Whether the scheduler needs only the tokens of the batch's output."""
     sampling = batch.sampling_info
     return not (
         batch.return_logprob
@@ -309,7 +317,7 @@ def _is_plain(batch: ForwardBatch) -> bool:
 
 
 def _slots_of(runner: ModelRunner, batch: ForwardBatch) -> tuple[Blocks, Blocks]:
-    """Slots that a forward pass reads, those of its adapters among them, and that it writes."""
+    """Slots that a forward pass reads, including those of its adapters, and slots it writes."""
     rows = runner.req_to_token_pool.req_to_token
     reads = [
         _numbers(rows[request, :length])
@@ -326,7 +334,7 @@ def _slots_of(runner: ModelRunner, batch: ForwardBatch) -> tuple[Blocks, Blocks]
 
 
 def _output(logits: torch.Tensor | None) -> ModelRunnerOutput:
-    # Importing the model runner makes SGLang choose its backends, which is too early above.
+    # Importing the model runner makes SGLang choose its backends, too early at module import.
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
     from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 
@@ -334,7 +342,7 @@ def _output(logits: torch.Tensor | None) -> ModelRunnerOutput:
 
 
 def _blocks_of(arena: HostArena | None, memory: torch.Tensor) -> Blocks:
-    """Numbers of the arena's blocks that a uint8 tensor lies in; none if it lies elsewhere."""
+    """Numbers of the arena's blocks that a uint8 tensor lies in; empty if outside the arena."""
     start = -1 if arena is None else memory.data_ptr() - arena._memory.data_ptr()
     if arena is None or not 0 <= start < len(arena._memory):
         return np.empty(0, np.int64)
@@ -358,7 +366,7 @@ def _poison_freed_on_device(allocator: Any, slots: Blocks) -> None:
 
 
 def _poison(rows: list[torch.Tensor], slots: Blocks) -> None:
-    """Fill these slots of each tensor ``[slots, ...]``."""
+    """Fill these slots of each tensor ``[slots, ...]`` with ``_POISON``."""
     index = torch.from_numpy(slots)
     for tensor in rows:
         tensor.view(len(tensor), -1).view(torch.uint8)[index] = _POISON
