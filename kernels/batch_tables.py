@@ -116,7 +116,7 @@ class BatchTables:
         self.max_rows = max_rows
         self.max_adapters = max_adapters
         self.tile_rows = tile_rows
-        self.num_tiles = 0  # of the batch loaded last
+        self.num_tiles = 0  # tiles of the batch loaded last
         self.record_ints = record_ints(num_modules)
         self.max_tiles = max_tiles(max_rows, max_adapters, tile_rows)
         tiles_end = self.max_tiles * self.record_ints

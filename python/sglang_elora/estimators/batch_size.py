@@ -1,4 +1,4 @@
-"""The mean size of batches over the last seconds."""
+"""An estimator of the mean batch size over a sliding window of seconds."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ class SessionState(IntEnum):
     """State of the sessions that use a cache entry, as far as requests name sessions."""
 
     UNKNOWN = 0
-    ALIVE = 1  # an open session used it last
+    ALIVE = 1  # the last turn of an open session used it
     OVER = 2  # the only session that used it is closed
     BEGINNING = 3  # as OVER, but at the start of a prompt: other sessions may share it
 
@@ -29,7 +29,7 @@ class CacheEntry:
     num_slots: int
     group: str | None = None  # id of the adapter that it is or belongs to; None: base model
     backed: bool = False  # it has a copy on the host; always true for an adapter
-    queue_position: int | None = None  # of the first queued request that needs it
+    queue_position: int | None = None  # position of the first queued request that needs it
     prefetched: bool = False  # loaded without a request that needs it, and not used since
     session_state: SessionState = SessionState.UNKNOWN  # set by ``Policy.set_session_state``
     visits: int = 0  # requests that used it, including the one that created it

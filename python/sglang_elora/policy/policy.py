@@ -134,7 +134,7 @@ class Policy(ABC):
         return priority
 
     def price_host(self, rank: Any) -> None:
-        """Note the cost of a host slot, before KV is copied to the host.
+        """Record the price of a host slot; called when KV may be copied to the host.
 
         Args:
             rank: ``host_rank`` of the copy that is dropped for it; None if the host has room.

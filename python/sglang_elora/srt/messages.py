@@ -15,9 +15,7 @@ from sglang.srt.managers.io_struct import BaseReq, hook_custom_types
 
 from sglang_elora.control import Changes
 
-_Message: Any = (
-    BaseReq  # a struct of keywords that travels as an array, for which mypy has no types
-)
+_Message: Any = BaseReq  # a keyword-only struct, encoded as an array; mypy has no types for it
 
 
 class AdapterHint(BaseReq, tag="elora.hint", kw_only=True):  # type: ignore[call-arg]

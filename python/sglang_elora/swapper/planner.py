@@ -41,8 +41,9 @@ PREFETCH_LOOKS = 8
 """Most evicted entries that a step checks to find one to load back."""
 
 WORK_PER_STEP = 3
-"""Work that a step may do while batches run, in evictions of leaves; starting a copy counts as
-``COPY_WORK``. The rest is done in later steps. Without a batch to delay, there is no limit."""
+"""Most work of a step while batches run, in evictions of leaves; starting a copy counts as
+``COPY_WORK``. The rest is done in later steps. More loads adapters sooner and delays batches more.
+Without a running batch there is no limit."""
 
 COPY_WORK = 1
 """Work of starting a copy: it takes the scheduler as long as evicting this many leaves."""
@@ -51,7 +52,8 @@ ROOM_LEAVES = 2
 """Most leaves evicted per batch to have room for the next load. More delay the batch."""
 
 EXPECTED_WITHIN = 1.0
-"""Another load is assumed to follow within this many pool turnovers of the last one."""
+"""Pool turnovers. Another load is expected within this time of the last one, and room is kept for
+it. Raising it keeps room for longer, at the cost of cached KV."""
 
 LAST_LOADS = 8
 """Number of past loads; room is kept for the largest of them."""
@@ -86,7 +88,7 @@ class Planner(Generic[N]):
         self._num_busy_steps = 0
         self._work_left = sys.maxsize
         self._put_off: str | None = None  # adapter whose copy was put off in the last step
-        self._last_loads: deque[int] = deque(maxlen=LAST_LOADS)  # their slots
+        self._last_loads: deque[int] = deque(maxlen=LAST_LOADS)  # slots of the last loads
         self._loaded_at = -math.inf  # policy clock at the last load
         self._all_copied_at = -1.0  # policy clock when no victim was left to copy in advance
 
@@ -344,7 +346,7 @@ class Planner(Generic[N]):
         self._loaded_at = memory.policy.clock
         return True
 
-    # ==== With time to spare ====
+    # ==== When idle ====
 
     def _load_back(self) -> None:
         """Load back one of the last evicted entries into free slots, without evicting."""

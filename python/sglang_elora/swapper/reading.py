@@ -1,4 +1,4 @@
-"""Threads that read the files of adapters into host memory."""
+"""Reads of adapters' files into host memory, in threads."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ def adapter_of(namespace: str | None) -> str | None:
     """The adapter id in a request's cache namespace; None is the base model.
 
     Namespaces are ``lora/<extra key>/<adapter id>``, ``base/<extra key>/`` or None (patch 01). An
-    adapter id holds no slash, and SGLang draws a new one for every load, so it names the adapter
-    and the version of its content.
+    adapter id contains no slash. SGLang creates a new one for every load, so it identifies the
+    adapter and the version of its content.
     """
     if namespace is None or not namespace.startswith(_LORA):
         return None
@@ -82,7 +82,7 @@ class AdapterTable:
     on_removed: Callable[[str], None] = lambda adapter_id: None
     _adapters: dict[str, Adapter] = field(default_factory=dict)
     _retired: OrderedDict[str, Adapter] = field(default_factory=OrderedDict)
-    _unpinned: Counter[int] = field(default_factory=Counter)  # adapters by their slots
+    _unpinned: Counter[int] = field(default_factory=Counter)  # slots -> unpinned adapters
     _changed_at: dict[str, int] = field(default_factory=dict)  # last change, oldest first
 
     def __iter__(self) -> Iterator[Adapter]:

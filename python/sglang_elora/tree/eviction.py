@@ -81,7 +81,7 @@ class Victims(Generic[N]):
 
     @property
     def num_taken(self) -> int:
-        """Leaves that it has taken."""
+        """Number of leaves that the eviction has taken."""
         return self.eviction.max_leaves - self.num_left
 
     def next(self) -> N | None:

@@ -158,12 +158,11 @@ class EvictionOrder(set[Node]):
         self._fresh.clear()
 
     def check_invariants(self) -> None:
-        """Recompute everything from the members.
+        """Check the heaps and indices against the members.
 
         Raises:
-            RuntimeError: A member that is not taken has no valid entry, a node has two, or an
-                entry is above its node's priority.
-            RuntimeError: A kind has a heap and no turn, or the other way round.
+            RuntimeError: A member that is not taken has no valid entry, a node has two, an entry
+                is above its node's priority, or the indices of kinds do not match the heaps.
         """
         valid = [
             (kind, *entry)

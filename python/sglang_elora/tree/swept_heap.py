@@ -22,7 +22,7 @@ class SweptHeap(Generic[CacheEntry]):
     __slots__ = ("_swept", "_unswept")
 
     def __init__(self) -> None:
-        self._unswept: list[CacheEntry] = []  # not yet looked at in this round
+        self._unswept: list[CacheEntry] = []  # not yet checked in this round
         self._swept: list[CacheEntry] = []
 
     def __len__(self) -> int:

@@ -169,7 +169,8 @@ def _read(name: str, diff: str) -> Patch:
 
 
 def _plan(patch: Patch) -> tuple[_Compiled, list[tuple[FunctionType, _Change]]]:
-    """Each live function of the patch with its change. Raises PatchError on any doubt."""
+    """The live functions of the patch with their changes. Raises PatchError if the target or a
+    function differs from the pinned version."""
     try:
         module = importlib.import_module(patch.module)
         path = inspect.getsourcefile(module) or ""

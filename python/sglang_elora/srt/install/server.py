@@ -1,4 +1,4 @@
-"""Start SGLang's server with our plugin loaded."""
+"""Starts SGLang's server with the ELORA plugin loaded."""
 
 from __future__ import annotations
 

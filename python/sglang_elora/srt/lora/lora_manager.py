@@ -277,7 +277,7 @@ class EloraLoRAManager(LoRAManager):
             RuntimeError, MemoryError: There is too little memory, or torch failed otherwise.
         """
         tensors = read_adapter(lora_ref.lora_name, lora_ref.lora_path)
-        version = content_digest(tensors)  # of the file: equal on ranks that hold different shards
+        version = content_digest(tensors)  # of the whole file, so equal on all ranks
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if problem := why_not_stacked(shapes, config.r):
             raise AdapterChanged(f"{_CHANGED} ({problem})")

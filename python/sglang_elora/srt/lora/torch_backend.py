@@ -75,7 +75,8 @@ class EloraTorchBackend(PagedLoRABackend):
         self.batch_info = PagedBatch.of(segments, self.device)
 
     def shrink(self, x: torch.Tensor, weights: WeightRef) -> torch.Tensor:
-        """
+        """Compute ``x @ A^T * scaling`` of each row's adapter.
+
         Returns:
             ``[rows, widest adapter's parts * rank]``; zero where an adapter has no such column,
             or a row has no adapter.

@@ -137,12 +137,14 @@ class EloraTritonBackend(PagedLoRABackend):
     def run_lora_a_sgemm(
         self, x: torch.Tensor, weights: WeightRef, *args: Any, **options: Any
     ) -> torch.Tensor:
-        """As ``shrink``; with tensor parallelism the splits are summed, to reduce less data."""
+        """As ``shrink``, but with tensor parallelism the splits are summed, since the ranks then
+        sum the result."""
         inner = super().run_lora_a_sgemm(x, weights, *args, **options)
         return inner.sum(dim=0, keepdim=True) if self._tp_size > 1 else inner
 
     def shrink(self, x: torch.Tensor, weights: WeightRef) -> torch.Tensor:
-        """
+        """Compute ``x @ A^T * scaling`` of each row's adapter.
+
         Returns:
             float32 ``[splits, rows, parts * largest rank]``, to be summed over the splits;
             undefined where an adapter has no such column, or a row has no adapter.

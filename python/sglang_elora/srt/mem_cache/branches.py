@@ -47,7 +47,7 @@ def evict(core: EloraTreeCore, adapter_id: str, most_leaves: int, freed: Freed) 
             return False
         num_looks += 1
         node: UnifiedTreeNode = top if top.adapter.device_tokens == 0 else top.next_kv()
-        if node is top and not core._is_device_leaf(top):  # an adapter of no size
+        if node is top and not core._is_device_leaf(top):  # an adapter without slots
             break
         while num_leaves < most_leaves and core._is_device_leaf(node):
             parent = node.parent

@@ -37,7 +37,8 @@ scan of all leaves is used.
 
 
 class EloraFullComponent(FullComponent):
-    """Full attention: takes eviction victims from the order instead of sorting all leaves."""
+    """The full-attention component, which takes victims from the kept eviction order instead of
+    sorting all leaves."""
 
     def __init__(self, cache: Any, params: Any) -> None:
         super().__init__(cache, params)
@@ -61,7 +62,7 @@ class EloraFullComponent(FullComponent):
 
     @property
     def num_taken(self) -> int:
-        """Leaves that the last eviction took."""
+        """Number of leaves that the last eviction took."""
         return 0 if self._victims is None else self._victims.num_taken
 
     @property

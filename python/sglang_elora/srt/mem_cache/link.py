@@ -1,4 +1,4 @@
-"""Hook bodies of the emulated host-device link (CPU platform; with stock SGLang and with ELORA)."""
+"""Hook bodies of the emulated host-device link (CPU only; with stock SGLang or with ELORA)."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_WORDS, _WORD_BYTES = 2, 7  # of a text's digest; a word is below 2**56
+_WORDS, _WORD_BYTES = 2, 7  # size of a text's digest; a word is below 2**56
 
 
 class Ranks:

@@ -61,7 +61,7 @@ class AdapterSource:
     adapter_id: str
     name: str
     layout: AdapterLayout
-    num_bytes: int  # of its image on this rank
+    num_bytes: int  # size of its image on this rank
     pinned: bool
     read: ReadImage | None = None
     image: AdapterImage | None = None
@@ -104,7 +104,7 @@ class Residency:
         self._copy_stream = CopyStream(self.planes, self._free_order, forward_stream)
         self.names: dict[str, str] = {}  # id -> name of the loaded adapters
         self.load_s = Histogram()
-        self.num_launches = 0  # batches handed to the device
+        self.num_launches = 0  # batches launched so far
         self.replays_prefill_graph: ReplaysGraph = lambda num_requests, num_tokens: False
         self.is_purging = False  # the last ``purge_retired`` may have left removable nodes
 

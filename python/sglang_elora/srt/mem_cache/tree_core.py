@@ -203,7 +203,7 @@ class EloraTreeCore(OrderedTreeCore):
         return (
             "adapter",
             adapter_id,
-        )  # KV children are keyed by tokens and namespace, never like this
+        )  # differs from all keys of KV children, which consist of tokens and namespace
 
     # ==== Counting KV per adapter ====
 

@@ -67,7 +67,7 @@ class Admission:
     def __init__(self, residency: Residency, swapper: Swapper, max_adapters: int) -> None:
         self.residency = residency
         self.swapper = swapper
-        self.max_adapters = max_adapters  # in one batch
+        self.max_adapters = max_adapters  # most distinct adapters in one batch
         self._pass = _Pass()
 
     def begin_pass(self, adder: PrefillAdder) -> None:
@@ -82,7 +82,7 @@ class Admission:
             waited_s = time.monotonic() - refusal.since_s
             self.residency.core.counts.requests_waited_for_adapter += 1
             self.residency.core.counts.ms_waited_for_adapter += round(1e3 * waited_s)
-            refusal.since_s = None  # it may be retracted, and wait once more
+            refusal.since_s = None  # it may be retracted and queued again
             refusal.add_bypasses()
         if not req.retracted_stain:
             self._count_prompt(req)

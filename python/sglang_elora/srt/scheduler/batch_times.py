@@ -1,4 +1,4 @@
-"""Hook bodies that time batches, for ``MeasuredCosts``."""
+"""Hook bodies that measure the times of batches, for ``MeasuredCosts``."""
 
 from __future__ import annotations
 

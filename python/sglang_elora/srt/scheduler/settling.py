@@ -31,7 +31,7 @@ class Settling:
         self._residency, self._measure, self._expected = residency, measure, expected
         self._host, self._ranks = residency.host, residency.ranks
         self._errors: dict[str, BaseException] = {}
-        self._has_agreed = False  # in this step
+        self._has_agreed = False  # the ranks have agreed in this step
 
     def take_errors(self) -> dict[str, BaseException]:
         """Errors of adapters that failed since the last call, by adapter id."""

@@ -120,7 +120,7 @@ class Swapper:
         """
         is_pinned = self.residency.adapter_table.get(
             adapter_id
-        ).pinned  # also before it is on the device
+        ).pinned  # a pin locks the adapter only once it is on the device
         if is_pinned or self._core.is_locked(adapter_id) or self.planner.is_queued(adapter_id):
             raise ValueError("a request uses the adapter or waits for it, or it is pinned")
         self.planner.pending.forget(adapter_id)

@@ -59,7 +59,7 @@ def drop_bad_start_adapters(result: None, server_args: Any) -> None:
         ValueError: None can be served, and the flags do not give the rank and modules of later
             ones.
     """
-    allowed_sources()  # an error in the flag ends the start
+    allowed_sources()  # raises if the flag is invalid
     settings = resolving_view(server_args)
     if not settings.enable_lora or not settings.lora_paths:
         return

@@ -35,7 +35,7 @@ the client waiting longer."""
 
 _POLL_S = 0.02
 _LOG_EVERY_S = 10.0
-_SHOWN = 3  # request ids in a message
+_SHOWN = 3  # most request ids in a message
 
 
 class AdapterUses(LoRARegistry):

@@ -54,7 +54,7 @@ class _Host:
         self.name = name
         self.executor = ThreadPoolExecutor(THREADS, thread_name_prefix=name)
         self.num_waiting = 0
-        self.num_failed = 0  # in a row
+        self.num_failed = 0  # consecutive failures
         self.closed_until_s = 0.0
 
     def answered(self) -> None:
