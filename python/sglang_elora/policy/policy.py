@@ -37,7 +37,7 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class PolicyContext:
-    """What a policy may read of the cache that it orders.
+    """The properties of the cache that a policy may read.
 
     Attributes:
         costs: Measured rates, kept up to date by their owner.

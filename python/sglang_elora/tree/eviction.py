@@ -69,7 +69,7 @@ class Victims(Generic[N]):
     requests need, the request at the end of the queue first.
 
     Args:
-        order: The evictable leaves. Leaves that are looked at are taken out of it until ``close``.
+        order: The evictable leaves. Leaves that are examined are taken out of it until ``close``.
         eviction: The limits.
     """
 
@@ -109,7 +109,7 @@ class Victims(Generic[N]):
         self.num_left += 1
 
     def close(self) -> None:
-        """End the eviction: leaves that were looked at but not evicted return to the order."""
+        """End the eviction: leaves that were examined but not evicted return to the order."""
         self._order.give_back()
 
 
