@@ -44,6 +44,8 @@ def demo_server(options: argparse.Namespace) -> Iterator[tuple[str, Sequence[str
     paths = make_adapters(checkpoint, FOLDER.resolve() / "adapters", specs)
     flags = launch_flags(checkpoint, paths)
     env = {name: value for name, value in SMALL_MODEL_ENV.items() if name not in os.environ}
-    with tempfile.TemporaryDirectory(prefix="example-") as logs:
-        with ServerProcess(flags, log_path=Path(logs) / "server.log", env=env) as server:
-            yield server.url, names
+    with (
+        tempfile.TemporaryDirectory(prefix="example-") as logs,
+        ServerProcess(flags, log_path=Path(logs) / "server.log", env=env) as server,
+    ):
+        yield server.url, names

@@ -20,13 +20,38 @@ CONFIG, ADDED_TOKENS = "adapter_config.json", "added_tokens.json"
 RAW, BOTH_MADE, CONFIG_MADE, WEIGHTS_MADE = range(4)
 HIDDEN, _RANK, LAYERS, VOCAB = 8, 2, 2, 16
 SIZES = {"q_proj": 8, "k_proj": 4, "v_proj": 4, "o_proj": 8}
-_CONFIG_KEYS = (
-    "peft_type r lora_alpha target_modules rank_pattern alpha_pattern use_rslora modules_to_save "
-    "base_model_name_or_path init_lora_weights use_dora use_qalora use_bdlora kasa_config "
-    "monteclora_config arrow_config lora_bias layer_replication target_parameters "
-    "trainable_token_indices alora_invocation_tokens layers_to_transform layers_pattern bias "
-    "fan_in_fan_out exclude_modules lora_dropout task_type eva_config loftq_config"
-).split()
+_CONFIG_KEYS = [
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "modules_to_save",
+    "base_model_name_or_path",
+    "init_lora_weights",
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+    "monteclora_config",
+    "arrow_config",
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "layers_to_transform",
+    "layers_pattern",
+    "bias",
+    "fan_in_fan_out",
+    "exclude_modules",
+    "lora_dropout",
+    "task_type",
+    "eva_config",
+    "loftq_config",
+]
 _ATOMS = (
     *("null", "true", "false", "0", "1", "2", "-1", "1.5", "1e308", "-1e308", "NaN", "Infinity"),
     *("-Infinity", "9223372036854775808", "1" + "0" * 400, "9" * 5000, '""', "[]", "{}", "[[]]"),

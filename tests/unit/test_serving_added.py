@@ -18,7 +18,7 @@ def test_added_ttft_interval_widens_with_disagreeing_rounds() -> None:
     assert equal.low == equal.less == equal.high == pytest.approx(0.9)
     unequal = added([Round(11, 20, 10), Round(15, 20, 10)] * 4)
     assert unequal.low < unequal.less < unequal.high
-    assert 0.5 <= unequal.low and unequal.high <= 0.9
+    assert unequal.low >= 0.5 and unequal.high <= 0.9
 
 
 def test_added_ttft_interval_is_deterministic() -> None:

@@ -77,7 +77,7 @@ def test_workload_lengths_are_in_range_and_sessions_ordered(workload: Workload) 
     starts = [session.start_s for session in trace.sessions]
     assert starts == sorted(starts)
     assert [session.number for session in trace.sessions] == list(range(len(starts)))
-    assert 0 <= starts[0] and starts[-1] < trace.duration_s
+    assert starts[0] >= 0 and starts[-1] < trace.duration_s
     low, high = workload.output_limits
     for session in trace.sessions:
         assert session.num_tokens <= workload.max_tokens

@@ -33,8 +33,11 @@ _CALLS = frozenset(
         "collections OrderedDict",
         "torch._utils _rebuild_parameter",
         "torch._utils _rebuild_tensor_v2",
-        *(f"torch {kind}Storage" for kind in "BFloat16 Bool Byte Char Double Float Half".split()),
-        *(f"torch {kind}Storage" for kind in "Int Long Short".split()),
+        *(
+            f"torch {kind}Storage"
+            for kind in ["BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half"]
+        ),
+        *(f"torch {kind}Storage" for kind in ["Int", "Long", "Short"]),
     }
 )
 _SOURCE = "Get it from a source that you trust, and as PEFT's save_pretrained wrote it"

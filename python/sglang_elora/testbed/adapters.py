@@ -31,10 +31,24 @@ COVERAGE_NAMES: Mapping[tuple[Module, ...], str] = {
 _FORMAT = 1  # increment when the same spec yields different bytes
 _STRENGTH = 0.6  # std of the adapter's output for unit-variance input; the base's is 1 to 2
 _RANKS = (8, 16, 24, 32, 48, 64)
-_NAMES = (
-    "law travel cooking banking health music school weather sports garden history physics "
-    "support poetry chess cinema"
-).split()
+_NAMES = [
+    "law",
+    "travel",
+    "cooking",
+    "banking",
+    "health",
+    "music",
+    "school",
+    "weather",
+    "sports",
+    "garden",
+    "history",
+    "physics",
+    "support",
+    "poetry",
+    "chess",
+    "cinema",
+]
 
 
 @dataclass(frozen=True, slots=True)

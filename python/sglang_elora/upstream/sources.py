@@ -260,10 +260,7 @@ def imported(
             yield name, alias.name if alias.asname else name
         return
     package = module.split(".")
-    if node.level:
-        package = package[: len(package) - node.level + is_package]
-    else:
-        package = []
+    package = package[: len(package) - node.level + is_package] if node.level else []
     base = ".".join([*package, *([node.module] if node.module else [])])
     for alias in node.names:
         if alias.name == "*":

@@ -1,5 +1,6 @@
-"""The table of all hooks on SGLang's server. (Hooks on SGLang's frontend language, which a server
-does not use, are in ``frontend/hooks.py``.)
+"""The table of all hooks on SGLang's server.
+
+Hooks on SGLang's frontend language, which a server does not use, are in ``frontend/hooks.py``.
 
 A hook is used only if a registry or a subclass is not possible (patches come last); each row gives
 the reason. ``srt/install/install.py`` applies the rows that the configuration selects.

@@ -43,9 +43,9 @@ def subclasses_of_sglang() -> Iterator[type]:
     """Classes in the loaded modules of this package that are derived from a class of SGLang."""
     for module in [m for name, m in sys.modules.items() if _is_in(_OURS, name)]:
         for value in vars(module).values():
-            if isinstance(value, type) and value.__module__ == module.__name__:
-                if any(_is_in(_SGLANG, base.__module__) for base in value.__mro__):
-                    yield value
+            is_class = isinstance(value, type) and value.__module__ == module.__name__
+            if is_class and any(_is_in(_SGLANG, base.__module__) for base in value.__mro__):
+                yield value
 
 
 def _is_overriding(cls: type, name: str) -> bool:

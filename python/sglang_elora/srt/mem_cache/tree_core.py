@@ -276,7 +276,7 @@ class EloraTreeCore(OrderedTreeCore):
             return False
         if isinstance(node, AdapterNode):  # without a scan of its children, which may be many
             return node.adapter.device_tokens == 0 and len(data.value) > 0
-        for child in node.children.values():
+        for child in node.children.values():  # noqa: SIM110 - asked of each leaf: half the time of all()
             if child.component_data[FULL].value is not None:
                 return False
         return True
