@@ -20,9 +20,8 @@ from typing import Any
 from sglang_elora.testbed.adapters import ALL_LINEAR, AdapterSpec
 from sglang_elora.testbed.checkpoint import ModelShape
 from sglang_elora.testbed.server import ELORA_SERVER, python_module
-from sglang_elora.workloads import adapter_name
+from sglang_elora.workloads import STOCK_DEFAULT_SLOTS, adapter_name
 
-STOCK_DEFAULT_SLOTS = 8  # SGLang's --max-loras-per-batch
 RANKS = (8, 16, 24, 32, 48, 64)
 SHAPE = ModelShape(num_kv_heads=4)
 """Shape of the measured model. 1,000 tokens of prefill take about 150 ms on one core, six times as

@@ -22,8 +22,7 @@ from sglang_elora.sim.engine import Engine
 from sglang_elora.sim.link import Link
 from sglang_elora.sim.residence import PoolResidence, SplitResidence
 from sglang_elora.tree import AdapterTable
-
-STOCK_DEFAULT_SLOTS = 8  # SGLang's --max-loras-per-batch
+from sglang_elora.workloads import STOCK_DEFAULT_SLOTS
 
 
 def make_engine(side: str, calibration: Calibration, adapters: list[str]) -> Engine:

@@ -15,6 +15,9 @@ WORKLOADS: Mapping[str, Workload] = {w.name: w for w in (CHAT, TRANSLATION, AGEN
 TURNS_PER_S: Mapping[str, float] = {"chat": 6.0, "translation": 9.0, "agent": 7.0}
 """Rates at which well tuned stock SGLang has a TTFT of about 200 ms on two cores."""
 
+STOCK_DEFAULT_SLOTS = 8
+"""Adapter slots of stock SGLang without a flag: the default of ``--max-loras-per-batch``."""
+
 FULL_SIZE: Mapping[str, Workload] = {
     w.name: w
     for w in (
