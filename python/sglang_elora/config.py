@@ -18,6 +18,11 @@ SGLANG_PIN = "0.5.23"
 """The only SGLang version this package runs on. pyproject.toml repeats it; a test compares."""
 
 POLICIES = ("elora", "elora_paper", "gdsf", "lru")
+REMOVED = {
+    "--elora-policy-off": "the benchmarks leave out terms of the policy elora_paper "
+    "(elora:elora_paper+without_recency and others, benchmarks/serving/variants.py)",
+}
+"""Flags of earlier versions, and what to use instead. Given one, a start ends with this text."""
 STREAM_ORDERS = ("latest", "earliest")
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
@@ -177,8 +182,14 @@ class EloraConfig:
     def from_env(cls, environ: Mapping[str, str]) -> EloraConfig:
         """The configuration in the ``SGLANG_ELORA*`` variables; an unknown name is an error."""
         known = {variable_of(item): item for item in fields(cls)}
+        removed = {_variable(flag): flag for flag in REMOVED}
+        for name, flag in removed.items():
+            if environ.get(name):
+                raise ValueError(f"{flag} ({name}) was removed: {REMOVED[flag]}")
         unknown = sorted(
-            name for name in environ if name.startswith("SGLANG_ELORA") and name not in known
+            name
+            for name in environ
+            if name.startswith("SGLANG_ELORA") and name not in known and name not in removed
         )
         if unknown:
             raise ValueError(
@@ -237,7 +248,10 @@ def _listed(text: str) -> tuple[str, ...]:
 
 def variable_of(item: Any) -> str:
     """The environment variable of a field."""
-    flag: str = item.metadata["flag"]
+    return _variable(item.metadata["flag"])
+
+
+def _variable(flag: str) -> str:
     return "SGLANG_" + flag.removeprefix("--").replace("-", "_").upper()
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sglang_elora.config import EloraConfig
+from sglang_elora.config import REMOVED, EloraConfig
 from sglang_elora.plugin import left_out
 
 
@@ -35,6 +35,8 @@ def split_arguments(argv: Sequence[str]) -> tuple[EloraConfig, list[str]]:
     )
     EloraConfig.add_arguments(parser, EloraConfig.from_env(os.environ))
     namespace, rest = parser.parse_known_args(argv)
+    for flag in {text.partition("=")[0] for text in rest} & REMOVED.keys():
+        raise ValueError(f"{flag} was removed: {REMOVED[flag]}")
     if "-h" in rest or "--help" in rest:
         parser.print_help()
         print("\nSGLang's flags:\n")

@@ -42,6 +42,10 @@ def test_config_environment_round_trips_every_field() -> None:
         ({"SGLANG_ELORA_LINK_LATENCY_US": "5"}, "needs a bandwidth"),
         ({"SGLANG_ELORA_ADAPTER_EVENTS": "1"}, "--elora-adapter-events"),
         ({"SGLANG_ELORA_BAD_ADAPTER": "ignore"}, "('skip', 'exit')"),
+        (
+            {"SGLANG_ELORA_POLICY_OFF": "recency"},
+            "(SGLANG_ELORA_POLICY_OFF) was removed",
+        ),
         ({"SGLANG_ELORA_TYPO": "1"}, "unknown environment variable SGLANG_ELORA_TYPO"),
     ],
 )
@@ -61,6 +65,12 @@ def test_flags_win_over_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert config == EloraConfig(enabled=False, link_gbytes_per_s=2.5)
     assert rest == ["--model-path", "m", "--tp", "2"]
+
+
+@pytest.mark.parametrize("given", [["--elora-policy-off", "recency"], ["--elora-policy-off=x"]])
+def test_removed_flag_is_refused_naming_its_replacement(given: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"--elora-policy-off was removed: .*\+without_recency"):
+        split_arguments(["--elora", *given])
 
 
 def test_unknown_flag_of_ours_is_left_to_sglangs_parser() -> None:

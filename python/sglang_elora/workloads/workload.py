@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sglang_elora.workloads.popularity import Law
 
@@ -41,16 +41,6 @@ class Workload:
     @property
     def mean_turns(self) -> float:
         return sum(self.turns) / 2
-
-    def scaled_tokens(self, factor: float) -> Workload:
-        """A copy with prompts ``factor`` times as long, for a larger model."""
-        low, high = self.system_tokens
-        return replace(
-            self,
-            system_tokens=(round(low * factor), round(high * factor)),
-            user_tokens=self.user_tokens * factor,
-            max_tokens=round(self.max_tokens * factor),
-        )
 
 
 @dataclass(frozen=True, slots=True)
