@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from sglang_elora.demo.__main__ import launch_flags
-from sglang_elora.testbed.server import SMALL_MODEL_ENV, ServerProcess
+from sglang_elora.testbed.server import ServerProcess
 
 FOLDER = Path(".demo")
 
@@ -43,9 +42,8 @@ def demo_server(options: argparse.Namespace) -> Iterator[tuple[str, Sequence[str
     checkpoint = make_checkpoint(FOLDER.resolve() / "checkpoint")
     paths = make_adapters(checkpoint, FOLDER.resolve() / "adapters", specs)
     flags = launch_flags(checkpoint, paths)
-    env = {name: value for name, value in SMALL_MODEL_ENV.items() if name not in os.environ}
     with (
         tempfile.TemporaryDirectory(prefix="example-") as logs,
-        ServerProcess(flags, log_path=Path(logs) / "server.log", env=env) as server,
+        ServerProcess(flags, log_path=Path(logs) / "server.log") as server,
     ):
         yield server.url, names

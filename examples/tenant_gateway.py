@@ -34,7 +34,9 @@ def gateway(server_url: str, adapter_of_key: Mapping[str, str]) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with httpx.AsyncClient(base_url=server_url, timeout=None, trust_env=False) as http:
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=2)  # the server's is 5 s
+        options = {"base_url": server_url, "timeout": None, "limits": limits}
+        async with httpx.AsyncClient(trust_env=False, **options) as http:
             app.state.http = http
             yield
 

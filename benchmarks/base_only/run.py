@@ -30,6 +30,7 @@ ensure_torchvision_importable()
 import httpx  # noqa: E402
 
 from sglang_elora.bench.machine import machine  # noqa: E402
+from sglang_elora.control.connections import LIMITS  # noqa: E402
 from sglang_elora.testbed.adapters import make_adapters  # noqa: E402
 from sglang_elora.testbed.checkpoint import ModelShape, make_checkpoint  # noqa: E402
 from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess, python_module  # noqa: E402
@@ -65,8 +66,7 @@ async def answer(http: httpx.AsyncClient, prompt: list[int]) -> tuple[float, tup
 
 async def one_round(url: str, number: int) -> dict[str, Any]:
     gate = asyncio.Semaphore(CONCURRENCY)
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False, limits=limits) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False, limits=LIMITS) as http:
 
         async def bounded(prompt: list[int]) -> tuple[float, tuple[int, ...]]:
             async with gate:

@@ -26,6 +26,7 @@ from typing import Any
 VARIANTS = Path(__file__).resolve().parents[1] / "serving/variants.py"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from sglang_elora.control.connections import LIMITS  # noqa: E402
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
 
 ensure_torchvision_importable()
@@ -58,7 +59,7 @@ class Cold:
 async def play_block(url: str, number: int, num_words: int, seed: int) -> list[tuple[str, float]]:
     """(adapter, seconds to the first token) of the cold chats."""
     rng = random.Random(f"hints/{seed}/{number}")
-    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False, limits=LIMITS) as http:
 
         async def stay(i: int) -> None:
             own = random.Random(f"stay/{seed}/{number}/{i}")
@@ -136,9 +137,9 @@ def main() -> None:
         urls, files = [], []
         for name in SIDES:
             side = make_side(name, bench.sizes, NUM_ADAPTERS, 2048)
-            files.append(Path(folder) / f"{side.variant}.txt")
+            files.append(Path(folder) / f"{side.variants[0]}.txt")
             os.environ["MOMENTS"] = str(files[-1])
-            log = options.out.parent / "logs" / f"hints-{side.variant}.log"
+            log = options.out.parent / "logs" / f"hints-{side.variants[0]}.log"
             urls.append(servers.enter_context(bench.server(side, log)).url)
         number, ends = 0, [0] * len(SIDES)
         for num_words in options.words:

@@ -27,6 +27,7 @@ from typing import Any
 VARIANTS = Path(__file__).resolve().parents[1] / "serving/variants.py"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from sglang_elora.control.connections import LIMITS  # noqa: E402
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable  # noqa: E402
 
 ensure_torchvision_importable()
@@ -63,7 +64,7 @@ def keep_apart(cpus: Sequence[int]) -> None:
 
 
 async def play_block(url: str, number: str, clients: int, seed: int, length: int) -> list[Chat]:
-    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False, limits=LIMITS) as http:
 
         async def hold(client: int) -> list[Chat]:
             rng = random.Random(f"overhead/{seed}/{number}/{client}/{length}")
@@ -78,7 +79,7 @@ async def play_block(url: str, number: str, clients: int, seed: int, length: int
 
 async def hints(url: str) -> dict[str, int]:
     """Counts of hints by outcome so far, in the tokenizer process and in the scheduler."""
-    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False, limits=LIMITS) as http:
         state = (await http.get("/elora/state")).json()
     counts = {n: count for n, count in state["pool"]["counts"].items() if n.startswith("hints")}
     return {**state["hints"], **counts, "adapter_loads": state["pool"]["counts"]["adapter_loads"]}

@@ -247,6 +247,7 @@ def main() -> None:
         seed=options.seed,
         num_adapters=NUM_ADAPTERS,
         shares_servers=True,
+        num_together=1,  # a server's share of the GPU's memory is of all of it
         tiny=tiny,
     )
     options.out.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ import httpx  # noqa: E402
 
 from benchmarks.invalid_kv import probe  # noqa: E402
 from sglang_elora.bench.machine import machine  # noqa: E402
+from sglang_elora.control.connections import LIMITS  # noqa: E402
 from sglang_elora.testbed.adapters import ALL_LINEAR, make_adapters  # noqa: E402
 from sglang_elora.testbed.checkpoint import ModelShape, make_checkpoint  # noqa: E402
 from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess, python_module  # noqa: E402
@@ -157,7 +158,7 @@ class Bench:
 async def burst(url: str) -> None:
     """Send requests for all adapters at once, with answers long enough to be in one batch."""
     sampling = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
-    async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False, limits=LIMITS) as http:
         bodies = [
             {"input_ids": list(range(3, 19)), "sampling_params": sampling, "lora_path": spec.name}
             for spec in PRESSURE_SPECS

@@ -43,23 +43,25 @@ class Case:
 
 CASES = {
     "one": Case(
-        replace(CHAT, num_adapters=1), 2.5, ("stock-default", "stock-tuned:1", "elora:elora")
+        replace(CHAT, num_adapters=1),
+        2.5,
+        ("stock-default", "stock-tuned:1", "stock-tuned:1+grouped+overlap", "elora:elora"),
     ),
     "fits": Case(
         replace(CHAT, num_adapters=8),
         3.0,
-        ("stock-default", "stock-tuned:8", "elora:elora"),
+        ("stock-default", "stock-tuned:8", "stock-tuned:8+grouped+overlap", "elora:elora"),
         stock_kv_tokens=24_576,
     ),
     "new": Case(
         replace(CHAT, system_tokens=(0, 0), turns=(1, 1), user_tokens=220.0),
         5.0,
-        ("stock-default", "stock-tuned:8", "elora:elora"),
+        ("stock-default", "stock-tuned:8", "stock-tuned:8+grouped+overlap", "elora:elora"),
     ),
     "tiny": Case(
         replace(CHAT, max_tokens=700),
         2.0,
-        ("stock-tuned:1", "stock-tuned:2", "elora:elora"),
+        ("stock-tuned:1", "stock-tuned:2", "stock-tuned:2+grouped+overlap", "elora:elora"),
         stock_kv_tokens=-4_608,  # 3,584 slots in all, of which the largest adapter takes 1,024
     ),
 }

@@ -1,13 +1,15 @@
-"""Simulation of all sides with the costs of H200s, with 20 to 1000 adapters.
+"""Simulation of all sides with the costs of H200s and other GPUs, with 20 to 1000 adapters.
 
     python -m benchmarks.sim.h200 table [--adapters 20 50 100 1000] [--model h200-8b] --out FILE
+    python -m benchmarks.sim.h200 splits [--adapters 100 1000] ... --out FILE
     python -m benchmarks.sim.h200 peak  [--adapters 100] ... --out FILE
     python -m benchmarks.sim.h200 sensitivity [--adapters 100] ... --out FILE
 
-``table``: TTFT, TPOT, hit rates and hit value of each side at ``RATES``; static splits at several
-shares. ``peak``: the highest rate with a mean TTFT below 500 ms, found by doubling and bisection.
-``sensitivity``: mean TTFT with each constant of the calibration halved and doubled. One row per
-result is appended to FILE; tables.py shows them.
+``table``: TTFT, TPOT, hit rates and hit value of each side at ``RATES``. ``splits``: the same of
+static splits, swept until the best number of slots lies inside the range. ``peak``: the highest
+rate with a mean TTFT below 500 ms, found by doubling and bisection. ``sensitivity``: mean TTFT with
+each constant of the calibration halved and doubled. One row per result is appended to FILE;
+tables.py shows them. Requests due within the first session's life are not counted.
 """
 
 from __future__ import annotations
@@ -17,32 +19,46 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sglang_elora.bench.machine import machine
-from sglang_elora.sim import Calibration, Record, kv_slots, make_engine
+from sglang_elora.sim import Calibration, Record, make_engine
 from sglang_elora.sim.calibration import SCALABLE
-from sglang_elora.workloads import FULL_SIZE, Trace, adapter_name, make_trace
+from sglang_elora.workloads import FULL_SIZE, Trace, Workload, adapter_name, make_trace
+from sglang_elora.workloads.trace import NOMINAL_ANSWER_S
 
 RATES = {
     "h200-8b": {"chat": 24.0, "translation": 40.0, "agent": 30.0},
     "h200-8b-32gb": {"chat": 8.0, "translation": 24.0, "agent": 12.0},
     "h200-70b": {"chat": 12.0, "translation": 20.0, "agent": 15.0},
+    "h100-8b": {"chat": 20.0, "translation": 36.0, "agent": 26.0},
+    "a10-8b": {"chat": 0.6, "translation": 1.6, "agent": 1.2},
+    "l4-8b": {"chat": 0.35, "translation": 1.0, "agent": 0.8},
 }
 """Rates of the tables, in turns per second."""
 
 OURS = ("elora:lru", "elora:elora_paper", "elora:elora", "elora:elora+sessions")
-SIDES = ("stock-default", "slora", "chameleon", *OURS, "clairvoyant")
-SHARES = (0.05, 0.1, 0.2, 0.4, 0.6)
-"""Shares of the device bytes that adapter slots take in a static split."""
+LADDER = ("clairvoyant:adapters", "clairvoyant:device", "clairvoyant:host")
+SIDES = ("stock-default", "slora", "chameleon", *OURS, "clairvoyant", "clairvoyant+hints")
+"""Sides of ``table`` unless others are given. Also known: ``unlimited`` and those of ``LADDER``."""
+
+SHARES = (0.1, 0.2, 0.4, 0.6, 0.8)
+"""Shares of the device bytes that adapter slots take in the static splits of a sweep's start."""
+
+REFINED_TO = 0.08
+"""A sweep ends when the neighbours of its best split differ from it by at most this share."""
 
 BAR_S = 0.5
 WARM_UP = 0.2
+"""Share of the duration that is not counted at its start; a session's longest life at least."""
+
 GIVE_UP_ABOVE = 16.0  # times the table's rate
 
 
@@ -62,6 +78,12 @@ class Case:
         found = Calibration.load(Path(__file__).parent / f"{self.model}.json")
         return found.scaled(self.scaled, self.factor) if self.scaled else found
 
+    @property
+    def counted_from_s(self) -> float:
+        """Requests due before it are not counted."""
+        workload = FULL_SIZE.get(self.workload)
+        return max(WARM_UP * self.duration_s, 0.0 if workload is None else longest_life_s(workload))
+
     def trace(self) -> Trace:
         workload = replace(FULL_SIZE[self.workload], num_adapters=self.num_adapters)
         return make_trace(
@@ -73,13 +95,18 @@ class Case:
         )
 
 
+def longest_life_s(workload: Workload) -> float:
+    """Mean seconds from the first turn to the last of a session with the most turns."""
+    return workload.turns[1] * (workload.think_s + NOMINAL_ANSWER_S)
+
+
 def figures(case: Case) -> dict[str, Any]:
     """One run, played to its end."""
     calibration = case.calibration()
     names = [adapter_name(i) for i in range(case.num_adapters)]
     engine = make_engine(case.side, calibration, names)
     records = engine.play(case.trace())
-    mine = [record for record in records if record.due_s >= WARM_UP * case.duration_s]
+    mine = [record for record in records if record.due_s >= case.counted_from_s]
     ttft = sorted(record.ttft_s for record in mine)
     tpot = [(r.last_s - r.first_s) / (r.num_output - 1) for r in mine if r.num_output > 1]
     prompts = sum(record.num_prompt for record in mine)
@@ -119,31 +146,57 @@ def peak(case: Case) -> dict[str, Any]:
     return {"peak_turns_per_s": low * case.turns_per_s}
 
 
-def splits(calibration: Calibration, num_adapters: int, longest: int) -> list[str]:
-    """Static splits at each share, without those that leave no room for a session."""
-    counts = {
-        min(num_adapters, round(share * calibration.pool_slots / calibration.split_slot))
-        for share in SHARES
-    }
-    return [f"stock-tuned:{n}" for n in sorted(counts) if n and kv_slots(calibration, n) > longest]
+def sweep(case: Case, shares: Sequence[float] = SHARES) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """Static splits of one case, until the best by mean TTFT lies between two that are close.
+
+    The range ends where a slot for each adapter, or too little room for a session, ends it.
+
+    Args:
+        case: Its side is what follows the number of slots: nothing, or ``+overlap``.
+        shares: Shares of the device bytes to begin with. Overloaded splits take long to simulate.
+    """
+    calibration = case.calibration()
+    longest = FULL_SIZE[case.workload].max_tokens
+    most = (calibration.pool_slots - longest - 1) // calibration.split_slot
+    most = min(case.num_adapters, most)
+    unit = calibration.pool_slots / calibration.split_slot
+    todo = sorted({min(most, max(1, round(share * unit))) for share in shares})
+    found: dict[int, float] = {}
+    while todo:
+        for count in todo:
+            split = replace(case, side=f"stock-tuned:{count}{case.side}")
+            measured = figures(split)
+            found[count] = measured["ttft_mean_ms"]
+            yield split, measured
+        todo = next_splits(found, most)
+
+
+def next_splits(found: Mapping[int, float], most: int) -> list[int]:
+    """The numbers of slots that a sweep tries next; none if its best is enclosed closely.
+
+    Args:
+        found: Mean TTFT by number of slots.
+        most: Most slots that a split can have.
+    """
+    counts = sorted(found)
+    best = min(counts, key=lambda count: (found[count], count))
+    place = counts.index(best)
+    gap = max(1, round(REFINED_TO * best))
+    below = counts[place - 1] if place else 0
+    above = counts[place + 1] if place + 1 < len(counts) else most + 1
+    ends = [(below + best) // 2] if best - below > gap else []
+    if above - best > gap:
+        ends.append((best + above) // 2)
+    return [count for count in ends if 1 <= count <= most and count not in found]
 
 
 def cases(options: argparse.Namespace, sides: Iterable[str]) -> Iterator[Case]:
     for workload in options.workloads:
+        rate = RATES[options.model][workload] * options.load
         for count in options.adapters:
-            for side in sides:
-                rate = RATES[options.model][workload]
-                yield Case(
-                    options.model, workload, count, side, options.seed, options.duration, rate
-                )
-
-
-def with_splits(options: argparse.Namespace) -> Iterator[Case]:
-    calibration = Calibration.load(Path(__file__).parent / f"{options.model}.json")
-    for case in cases(options, ["stock-default"]):
-        longest = FULL_SIZE[case.workload].max_tokens
-        for side in splits(calibration, case.num_adapters, longest):
-            yield replace(case, side=side)
+            for seed in options.seeds:
+                for side in sides:
+                    yield Case(options.model, workload, count, side, seed, options.duration, rate)
 
 
 def sensitivity(options: argparse.Namespace) -> Iterator[Case]:
@@ -154,34 +207,78 @@ def sensitivity(options: argparse.Namespace) -> Iterator[Case]:
                 yield replace(case, scaled=name, factor=factor)
 
 
-def run(found: Iterable[Case], measured: Callable[[Case], dict[str, Any]], out: Path) -> None:
+def run(
+    found: Iterable[Case],
+    measured: Callable[[Case], Iterable[tuple[Case, dict[str, Any]]]],
+    out: Path,
+    jobs: int | None = None,
+) -> None:
+    """Measure cases in parallel and append their rows to a file.
+
+    Args:
+        jobs: Processes; None for one per CPU.
+    """
     about = {"instrument": "simulated", **machine()}
-    todo = list(found)
-    with ProcessPoolExecutor(os.cpu_count()) as pool, out.open("a") as file:
-        for case, figures_of in zip(todo, pool.map(measured, todo), strict=True):
-            row = {**about, **asdict(case), **figures_of}
-            file.write(json.dumps(row) + "\n")
+    with out.open("a") as file:
+
+        def write(begun_s: float, rows: Iterable[tuple[Case, dict[str, Any]]]) -> None:
+            begun_at = datetime.fromtimestamp(begun_s, UTC).isoformat(timespec="seconds")
+            for case, figures_of in rows:
+                row = {**about, "begun_at": begun_at, **asdict(case), **figures_of}
+                file.write(json.dumps(row) + "\n")
             file.flush()
+
+        if jobs == 1:
+            for case in found:
+                write(time.time(), measured(case))
+            return
+        todo = list(found)
+        with ProcessPoolExecutor(jobs or os.cpu_count()) as pool:
+            for begun_s, rows in pool.map(partial(_begun, measured), todo):
+                write(begun_s, rows)
+
+
+def _begun(
+    measured: Callable[[Case], Iterable[tuple[Case, dict[str, Any]]]], case: Case
+) -> tuple[float, list[tuple[Case, dict[str, Any]]]]:
+    return time.time(), list(measured(case))
+
+
+def one(case: Case) -> Iterable[tuple[Case, dict[str, Any]]]:
+    yield case, figures(case)
+
+
+def one_peak(case: Case) -> Iterable[tuple[Case, dict[str, Any]]]:
+    yield case, peak(case)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["table", "peak", "sensitivity"])
+    parser.add_argument("what", choices=["table", "splits", "peak", "sensitivity"])
     parser.add_argument("--model", choices=[*RATES], default="h200-8b")
     parser.add_argument("--workloads", nargs="+", choices=[*FULL_SIZE], default=[*FULL_SIZE])
     parser.add_argument("--adapters", nargs="+", type=int, default=[20, 50, 100, 1000])
     parser.add_argument("--sides", nargs="+", default=[*SIDES])
-    parser.add_argument("--duration", type=float, default=300.0, help="seconds of trace")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--duration", type=float, default=900.0, help="seconds of trace")
+    parser.add_argument("--load", type=float, default=1.0, help="times the rates of the tables")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--overlap", action="store_true", help="splits load beside batches")
+    parser.add_argument("--shares", nargs="+", type=float, default=[*SHARES], help="of splits")
+    parser.add_argument("--jobs", type=int, help="processes; one per CPU unless given")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    start = partial(run, out=options.out)
+    start = partial(run, out=options.out, jobs=options.jobs)
     if options.what == "sensitivity":
-        start(sensitivity(options), figures)
+        start(sensitivity(options), one)
     elif options.what == "peak":
-        start(cases(options, options.sides), peak)
+        start(cases(options, options.sides), one_peak)
+    elif options.what == "splits":
+        start(
+            cases(options, ["+overlap" if options.overlap else ""]),
+            partial(sweep, shares=options.shares),
+        )
     else:
-        start([*cases(options, options.sides), *with_splits(options)], figures)
+        start(cases(options, options.sides), one)
 
 
 if __name__ == "__main__":

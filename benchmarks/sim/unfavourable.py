@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.sim.h200 import Case, figures, run
+from benchmarks.sim.h200 import Case, one, run
 from sglang_elora.sim import Calibration
 from sglang_elora.workloads import FULL_SIZE, Trace, Workload, make_trace
 
@@ -69,7 +69,7 @@ class Unfavourable(Case):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--duration", type=float, default=300.0, help="seconds of trace")
+    parser.add_argument("--duration", type=float, default=900.0, help="seconds of trace")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -86,7 +86,7 @@ def main() -> None:
         for name, setting in SETTINGS.items()
         for side in (*setting.sides, *OURS)
     ]
-    run(cases, figures, options.out)
+    run(cases, one, options.out)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import httpx  # noqa: E402
 import psutil  # noqa: E402
 
 from sglang_elora.bench.machine import machine  # noqa: E402
+from sglang_elora.control.connections import LIMITS  # noqa: E402
 from sglang_elora.testbed.server import ServerProcess  # noqa: E402
 from tests.harness.bad_adapters import make_bad_adapters  # noqa: E402
 from tests.harness.disturbances import reload_copies  # noqa: E402
@@ -93,7 +94,7 @@ def sample(server: ServerProcess, since: float) -> Sample:
             rss, descriptors = process.memory_info().rss, process.num_fds()
             held.update(rss=rss, descriptors=descriptors, threads=process.num_threads())
     shared = sum(entry.stat().st_size for entry in os.scandir("/dev/shm") if entry.is_file())
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False, limits=LIMITS) as http:
         state = http.get("/elora/state").json()
     return {
         "minute": (time.monotonic() - since) / 60,

@@ -29,7 +29,7 @@ from sglang_elora.demo.__main__ import MODEL, launch_flags
 from sglang_elora.demo.chat import ChatPlan, hold_chats
 from sglang_elora.testbed.adapters import demo_adapters, make_adapters
 from sglang_elora.testbed.checkpoint import make_checkpoint, silence_progress_bars
-from sglang_elora.testbed.server import SMALL_MODEL_ENV, ServerProcess
+from sglang_elora.testbed.server import ServerProcess
 
 HERE = Path(__file__).parent
 WATCHED_S = 90
@@ -68,7 +68,6 @@ def main() -> None:
         with ServerProcess(
             launch_flags(checkpoint, adapters, SERVER_FLAGS),
             log_path=Path(folder) / "server.log",
-            env=SMALL_MODEL_ENV,
         ) as server:
             chats = threading.Thread(target=lambda: asyncio.run(hold_chats(server.url, plan)))
             chats.start()

@@ -25,11 +25,12 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from sglang_elora.control.connections import LIMITS
 from sglang_elora.demo.__main__ import MODEL, launch_flags
 from sglang_elora.demo.chat import system_prompt, user_message
 from sglang_elora.testbed.adapters import demo_adapters, make_adapters
 from sglang_elora.testbed.checkpoint import make_checkpoint, silence_progress_bars
-from sglang_elora.testbed.server import SMALL_MODEL_ENV, ServerProcess, free_port, python_module
+from sglang_elora.testbed.server import ServerProcess, free_port, python_module
 
 NUM_REPLICAS = 2
 POOL_SLOTS = 8000  # of a replica: about half of the adapters beside their KV
@@ -108,7 +109,7 @@ def empty(url: str, adapters: Sequence[str]) -> None:
 def replica(checkpoint: Path, adapters: Mapping[str, Path], log_path: Path) -> ServerProcess:
     flags = ("--max-total-tokens", str(POOL_SLOTS), "--enable-metrics")
     command = launch_flags(checkpoint, adapters, flags)
-    return ServerProcess(command, log_path=log_path, env=SMALL_MODEL_ENV)
+    return ServerProcess(command, log_path=log_path)
 
 
 def router(urls: Sequence[str], route: Route, log_path: Path) -> ServerProcess:
@@ -135,8 +136,7 @@ async def hold_chats(
 ) -> list[float]:
     """Seconds that each turn took. A session keeps its adapter."""
     seconds: list[float] = []
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False, limits=limits) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False, limits=LIMITS) as http:
 
         async def hold(number: int) -> None:
             adapter, session = adapters[number % len(adapters)], f"session-{number}"

@@ -24,6 +24,9 @@ REMOVED = {
 }
 """Flags of earlier versions, and what to use instead. Given one, a start ends with this text."""
 STREAM_ORDERS = ("latest", "earliest")
+ROUTING_KEY, USER = "routing-key", "user"
+SESSION_FIELDS = (ROUTING_KEY, USER)
+"""Fields of requests that can name a session."""
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"", "0", "false", "no", "off"})
@@ -55,6 +58,15 @@ class EloraConfig:
         "What to do at start with an adapter of --lora-paths that cannot be served: 'skip' it "
         "(log the reason, serve the others, answer HTTP 400 to requests that name it) or 'exit'.",
         choices=("skip", "exit"),
+    )
+    tower_weights: str = _option(
+        "refuse",
+        "--elora-tower-weights",
+        "What to do with an adapter that also has weights for a vision or audio encoder, where "
+        "LoRA is not served: 'refuse' it, or 'drop' these weights and serve the rest, with a line "
+        "in the log and a count in /elora/state. Answers about images then differ from those "
+        "that the adapter was trained for; SGLang drops such weights without a word.",
+        choices=("refuse", "drop"),
     )
     adapter_dir: str = _option(
         "",
@@ -108,6 +120,14 @@ class EloraConfig:
         "needed. One that does not fit into it, or any with 0, is read for each use and copied "
         "from ordinary memory, which is slower.",
     )
+    session_from: str = _option(
+        "",
+        "--elora-session-from",
+        "Fields that name the session of a request without a session_id, separated by commas, the "
+        "first that is set: 'routing-key' (header X-SMG-Routing-Key of SGLang's gateway, or "
+        "routing_key in /generate) and 'user' (of OpenAI requests). Only where each value stands "
+        "for one conversation at a time: the next request of a session ends its other KV.",
+    )
     adapter_events: bool = _option(
         False,
         "--elora-adapter-events",
@@ -124,6 +144,12 @@ class EloraConfig:
         0.0,
         "--elora-link-latency-us",
         "CPU platform only: latency of the emulated link per copy, in microseconds.",
+    )
+    link_to_host_gbytes_per_s: float = _option(
+        0.0,
+        "--elora-link-to-host-gbytes-per-s",
+        "CPU platform only: bandwidth of the emulated link's other direction, for copies of KV to "
+        "the host, with or without --elora. 0: such a copy takes what it takes on the CPU.",
     )
 
     def __post_init__(self) -> None:
@@ -157,12 +183,25 @@ class EloraConfig:
                 f"--elora-check-streams (SGLANG_ELORA_CHECK_STREAMS) must be one of "
                 f"{STREAM_ORDERS} or a seed, got {self.check_streams!r}"
             )
+        if self.session_from and not self.enabled:
+            raise ValueError("--elora-session-from (SGLANG_ELORA_SESSION_FROM) needs --elora")
+        for name in self.session_fields:
+            if name not in SESSION_FIELDS:
+                raise ValueError(
+                    f"--elora-session-from (SGLANG_ELORA_SESSION_FROM) takes {SESSION_FIELDS}, "
+                    f"got {name!r}"
+                )
         if self.adapter_events and not self.enabled:
             raise ValueError("--elora-adapter-events (SGLANG_ELORA_ADAPTER_EVENTS) needs --elora")
         if self.link_latency_us and not self.link_gbytes_per_s:
             raise ValueError(
                 "--elora-link-latency-us (SGLANG_ELORA_LINK_LATENCY_US) needs a bandwidth: "
                 "set --elora-link-gbytes-per-s as well"
+            )
+        if self.link_to_host_gbytes_per_s and not self.link_gbytes_per_s:
+            raise ValueError(
+                "--elora-link-to-host-gbytes-per-s (SGLANG_ELORA_LINK_TO_HOST_GBYTES_PER_S) is the "
+                "other direction of an emulated link: set --elora-link-gbytes-per-s as well"
             )
 
     @property
@@ -173,6 +212,10 @@ class EloraConfig:
     @property
     def adapter_places(self) -> tuple[str, ...]:
         return _listed(self.adapter_sources)
+
+    @property
+    def session_fields(self) -> tuple[str, ...]:
+        return _listed(self.session_from)
 
     @property
     def emulates_link(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from tests.harness.swapper_world import MAX_BYPASS, Admission, SwapperWorld, adapter_id
+from tests.harness.swapper_world import MAX_BYPASS, Admission, SwapperWorld, adapter_id, preempt
 
 SLOTS = 64  # of an adapter
 
@@ -138,3 +138,19 @@ def test_admission_does_not_copy_the_batch_adapters_per_request() -> None:
     running: Any = Running({None, *(f"other{i}" for i in range(8))})
     assert one_pass(made, [request(adapter_id(0)) for _ in range(2000)], running) == []
     assert running.num_copies == 0
+
+
+def test_preemption_keeps_the_adapter_of_the_request_it_makes_room_for() -> None:
+    world = SwapperWorld(8 * SLOTS, num_adapters=1, adapter_slots=SLOTS)
+    made, req = Admission(world.residency, world.swapper, max_adapters=8), request(adapter_id(0))
+    scheduler: Any = SimpleNamespace(waiting_queue=[req], chunked_req=None)
+    for _ in range(2):  # the load starts and completes
+        world.swapper.step(scheduler, is_busy=False)
+    adder: Any = SimpleNamespace(tree_cache=SimpleNamespace(elora=SimpleNamespace(admission=made)))
+
+    def stays(*_: Any) -> bool:
+        world.cache.evict(8 * SLOTS)
+        return world.core.node_of(adapter_id(0)).adapter.resident
+
+    assert preempt(stays, adder, req)
+    assert not stays(), "nothing protects it any more"

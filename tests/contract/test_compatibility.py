@@ -43,7 +43,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"enable_lmcache": True}, "--enable-lmcache: "),
     ({"enable_flexkv": True}, "--enable-flexkv: "),
-    ({"enable_streaming_session": True}, "--enable-streaming-session: "),
     ({"enable_session_radix_cache": True}, "--enable-session-radix-cache: "),
     ({"enable_page_major_kv_layout": True}, "--enable-page-major-kv-layout: "),
     ({"enable_unified_memory": True}, "--enable-unified-memory: "),
@@ -61,11 +60,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING=1: ",
     ),
     ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm EAGLE: "),
-    ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm NGRAM: "),
+    ({"speculative_algorithm": "STANDALONE"}, "--speculative-algorithm STANDALONE: "),
     ({"speculative_algorithm": "UNO"}, "--speculative-algorithm UNO: "),
     ({"decoupled_spec_role": "verifier"}, "--decoupled-spec-role verifier: "),
     ({"dllm_algorithm": "LowConfidence"}, "--dllm-algorithm LowConfidence: "),
-    ({"enable_priority_scheduling": True}, "--enable-priority-scheduling with preemption: "),
     ({"raw": {"lora_backend": "triton"}}, "--lora-backend triton: "),
     ({"raw": {"lora_backend": "triton_v2"}}, "--lora-backend triton_v2: "),
     ({"moe_runner_backend": "lora_triton"}, "--moe-runner-backend lora_triton: "),
@@ -77,11 +75,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"experts_shared_outer_loras": False}, "--experts-shared-outer-loras / --no-"),
     ({"lora_target_modules": ["q_proj", "lm_head"]}, "--lora-target-modules with embed_tokens or "),
     ({"model": {"attention_arch": "MLA"}}, "this model (multi-head latent attention): "),
-    ({"model": {"is_hybrid_swa": True}}, "this model (sliding windows and full attention): "),
+    (
+        {"model": {"architectures": ["Step3p5ForCausalLM"]}},
+        "this model (sliding windows and full attention, of a class that does not tell ",
+    ),
     ({"uses_mamba_radix_cache": True}, "this model (state spaces or linear attention): "),
     ({"model": {"attention_arch": "SSM"}}, "this model (state spaces or linear attention): "),
     ({"model": {"is_encoder_decoder": True}}, "this model (encoder and decoder): "),
-    ({"model": {"is_generation": False}}, "this model (embeddings, rewards or classes) "),
     (
         {"model": {"num_experts": 8}, "lora_target_modules": ["all"]},
         "this model (mixture of experts) without ",
@@ -108,6 +108,9 @@ ACCEPTED: list[dict[str, Any]] = [
     {"radix_eviction_policy": "tlru"},
     {"lora_target_modules": ["all"]},
     {"model": {"num_experts": 8}, "lora_target_modules": ATTENTION},
+    {"model": {"architectures": ["GptOssForCausalLM"]}},
+    {"model": {"architectures": ["Step3p5ForCausalLM"], "attention_chunk_size": 8192}},
+    {"model": {"is_generation": False}},
     {"raw": {"lora_backend": "elora_torch"}},
     {"raw": {"lora_backend": "elora_triton"}},
 ]
@@ -142,12 +145,9 @@ def test_real_server_flags_are_checked(run_python: RunPython, checkpoint: Path) 
     named = [line.split()[0].rstrip(":") for line in with_lora]
     assert named == [
         "--disable-radix-cache",
-        "--enable-streaming-session",
-        "--enable-priority-scheduling",
         "--lora-backend",
         "--enable-lora-overlap-loading",
         "--lora-drain-wait-threshold",
-        "this",
     ]
     assert without == []
     assert len(implied) == 1
@@ -212,11 +212,11 @@ def test_unsupported_kv_pools_are_refused(run_python: RunPython, checkpoint: Pat
 def test_launch_error_lists_all_reasons(run_python: RunPython, checkpoint: Path) -> None:
     result = run_python(
         *("-m", "sglang_elora.launch_server", "--elora", "--model-path", str(checkpoint), *LORA),
-        *("--enable-streaming-session", "--enable-lora-overlap-loading"),
+        *("--enable-session-radix-cache", "--enable-lora-overlap-loading"),
     )
     assert result.returncode != 0
     assert "--elora does not run with:" in result.stderr
-    assert "  --enable-streaming-session: an open session" in result.stderr
+    assert "  --enable-session-radix-cache: its references" in result.stderr
     assert "  --enable-lora-overlap-loading: it loads into slots" in result.stderr
 
 

@@ -18,6 +18,7 @@ def test_adapter_and_kv_copies_take_the_emulated_links_time(
         SGLANG_ELORA=elora,
         SGLANG_ELORA_LINK_GBYTES_PER_S="0.001",
         SGLANG_ELORA_LINK_LATENCY_US="1000",
+        SGLANG_ELORA_LINK_TO_HOST_GBYTES_PER_S="0.001",
     )
     assert result.returncode == 0, result.stderr
     assert "emulated" in result.stdout

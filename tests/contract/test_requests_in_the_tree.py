@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -36,12 +36,18 @@ def cache() -> Iterator[AdapterCache]:
 class Request:
     """SGLang's ``Req`` with a row of slots, as its scheduler handles it."""
 
-    def __init__(self, cache: AdapterCache, adapter_id: str, session: str | None = None) -> None:
+    def __init__(
+        self,
+        cache: AdapterCache,
+        adapter_id: str,
+        session: str | None = None,
+        tokens: Sequence[int] = PROMPT,
+    ) -> None:
         from sglang.srt.managers.schedule_batch import Req
         from sglang.srt.sampling.sampling_params import SamplingParams
 
         self.cache, self.tree = cache, cache.tree
-        prompt = array("q", PROMPT)
+        prompt = array("q", tokens)
         self.req = Req("rid", "", prompt, SamplingParams(), extra_key=namespace_of(adapter_id))
         self.req.session_id = session
         self.req.init_next_round_input(self.tree)
@@ -50,7 +56,7 @@ class Request:
         self.row = cache.rows.req_to_token[self.req.kv.req_pool_idx]
         held = self.tree.prefix_device_indices(self.req)
         self.row[: len(held)] = held.to(torch.int32)
-        self._compute(len(PROMPT) - len(held))
+        self._compute(len(tokens) - len(held))
 
     def _compute(self, num_tokens: int) -> None:
         first = int(self.req.kv.kv_allocated_len) or self.req.prefix_len
@@ -62,12 +68,12 @@ class Request:
         self.req.refresh_fill_ids()
         self.tree.checkpoint(self.req, up_to=self.req.kv.kv_allocated_len)
 
-    def answer(self) -> None:
+    def answer(self, tokens: Sequence[int] = ANSWER) -> None:
         from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 
-        self.req.output_ids = array("q", ANSWER)
-        self._compute(len(ANSWER))
-        self.req.finished_reason = FINISH_LENGTH(len(ANSWER))
+        self.req.output_ids = array("q", tokens)
+        self._compute(len(tokens))
+        self.req.finished_reason = FINISH_LENGTH(len(tokens))
         self.checkpoint()
         self.tree.unlock(self.req.lock)
         self.cache.rows.free_slots.append(self.req.kv.req_pool_idx)
@@ -117,6 +123,64 @@ def test_session_turn_ends_with_its_request(cache: AdapterCache) -> None:
     assert {item.session_state for item in path} == {SessionState.ALIVE}
     Request(cache, "a").answer()
     assert len(cache.core.sessions) == 1, "of no session"
+
+
+def say(cache: AdapterCache, tokens: Sequence[int], *, is_chunked: bool = False) -> None:
+    """A request whose last two tokens are the answer."""
+    request = Request(cache, "a", tokens=tokens[:-2])
+    if is_chunked:
+        request.checkpoint()
+    request.answer(tokens[-2:])
+
+
+def turns(cache: AdapterCache, tokens: Sequence[int]) -> list[tuple[int, int]]:
+    """Tokens and turns of each KV node on a path, from the top down."""
+    found = cache.match([*tokens, 7777], namespace_of("a"))
+    assert found.device_prefix_len == len(tokens)
+    path = cache.core.path_of(cache.core.node_by_id(found.last_device_node))
+    return [(node.entry.num_slots, node.entry.turns) for node in reversed(path)][1:]
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_turns_count_the_finished_requests_of_a_conversation(
+    cache: AdapterCache, is_chunked: bool
+) -> None:
+    """Two conversations share a system prompt of four tokens."""
+    system, first, second = [1, 2, 3, 4], [*range(10, 16)], [*range(20, 26)]
+    say(cache, [*system, *first], is_chunked=is_chunked)
+    assert turns(cache, [*system, *first]) == [(8, 1), (2, 1)]
+    say(cache, [*system, *first, *second], is_chunked=is_chunked)
+    assert turns(cache, [*system, *first, *second]) == [(8, 1), (2, 1), (4, 2), (2, 2)]
+    other = [*system, *range(30, 36)]
+    say(cache, other, is_chunked=is_chunked)
+    assert turns(cache, other) == [(4, 0), (4, 1), (2, 1)], "the system prompt is no turn"
+    say(cache, [*other, *second], is_chunked=is_chunked)
+    assert turns(cache, [*other, *second])[-1] == (2, 2)
+    path = [*system, *first, *second]
+    assert turns(cache, path) == [(4, 0), (4, 1), (2, 1), (4, 2), (2, 2)]
+
+
+def test_turns_continue_after_the_conversation_was_evicted(cache: AdapterCache) -> None:
+    """Its KV is recognised by the hash of its tokens, wherever nodes begin and end."""
+    first, second = list(range(10, 18)), list(range(20, 26))
+    say(cache, first)
+    say(cache, [*first, *second])
+    while cache.match([*first, 7], namespace_of("a")).device_prefix_len:
+        cache.evict(1)
+    assert len(cache.core.ghosts) == 4
+    third = [*first, *second, *range(30, 36)]
+    say(cache, third)
+    assert turns(cache, third) == [(18, 3), (2, 3)]
+    say(cache, [*range(40, 48)])
+    assert turns(cache, [*range(40, 48)])[-1] == (2, 1), "another conversation"
+    assert len(cache.core.ghosts) == 0
+
+
+def test_turns_follow_a_client_that_leaves_out_part_of_the_answer(cache: AdapterCache) -> None:
+    """As chat templates do with reasoning: the next prompt diverges after the first prompt."""
+    say(cache, [1, 2, 3, 4, 50, 51])
+    say(cache, [1, 2, 3, 4, 51, 5, 6, 52, 53])
+    assert turns(cache, [1, 2, 3, 4, 51, 5, 6, 52, 53]) == [(4, 1), (3, 2), (2, 2)]
 
 
 @pytest.mark.parametrize("policy", ["lru", "priority"])

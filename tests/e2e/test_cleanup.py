@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+from sglang_elora.control.connections import LIMITS
 from sglang_elora.testbed.server import ServerProcess
 from tests.harness.programs import source
 from tests.harness.server_flags import server_flags
@@ -62,7 +63,7 @@ def test_server_that_loses_a_process_ends_and_logs_it(
         children = sorted(psutil.Process(server.pid).children(), key=psutil.Process.create_time)
         lost = dict(zip(("scheduler", "detokenizer"), children[-2:], strict=True))[name]
         with (
-            httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http,
+            httpx.Client(base_url=server.url, timeout=60, trust_env=False, limits=LIMITS) as http,
             http.stream("POST", "/generate", json={**body, "stream": True}) as stream,
         ):
             lines = stream.iter_lines()

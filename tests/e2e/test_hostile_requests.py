@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from sglang_elora.control.connections import LIMITS
 from sglang_elora.testbed.adapters import ALL_LINEAR
 from sglang_elora.testbed.server import ServerProcess
 from tests.harness.bad_adapters import edit_config, edit_weights
@@ -26,10 +27,21 @@ SHORT = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
 LONG = {"temperature": 0, "max_new_tokens": 2000, "ignore_eos": True}
 
 
+BEYOND = "<|beyond|>"
+"""A token of the tokenizer that the model has no embedding for."""
+
+
 @pytest.fixture(scope="module")
-def server(checkpoint: Path, adapters: dict[str, Path], logs: Path) -> Iterator[ServerProcess]:
+def server(
+    checkpoint: Path,
+    adapters: dict[str, Path],
+    logs: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[ServerProcess]:
+    base = shutil.copytree(checkpoint, tmp_path_factory.mktemp("hostile") / "base")
+    _add_token(base / "tokenizer.json", BEYOND)
     given = {name: adapters[name] for name in NAMES}
-    flags = ["--elora", "--elora-check", *server_flags(checkpoint, given)]
+    flags = ["--elora", "--elora-check", *server_flags(base, given)]
     flags += ["--max-queued-requests", "64", "--max-lora-rank", "64"]
     flags += ["--lora-target-modules", *ALL_LINEAR]
     with ServerProcess(flags, log_path=logs / "hostile.log") as server:
@@ -45,6 +57,14 @@ def served_on(
     assert server.returncode is None, server.log_tail()
 
     run(server.url, lambda client: assert_right(client, reference, prompts[0]))
+
+
+def _add_token(path: Path, token: str) -> None:
+    tokenizer = json.loads(path.read_text())
+    vocab_size = len(tokenizer["model"]["vocab"])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokenizer["added_tokens"].append({"id": vocab_size, "content": token, **flags})
+    path.write_text(json.dumps(tokenizer))
 
 
 async def assert_right(client: Client, reference: Reference, prompt: list[int]) -> None:
@@ -104,6 +124,8 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "a negative token": {"input_ids": [5, -6]},
     "a negative token of one prompt": {"input_ids": [[5], [-6]]},
     "a token above the vocabulary": {"input_ids": [5, 1_000_000]},
+    "a text with a token above the vocabulary": {"text": f"a {BEYOND}"},
+    "a text with a token above the vocabulary in a list": {"text": ["a", BEYOND]},
     "embeddings of another width": {"input_embeds": [[1.0, 2.0]]},
     "embeddings of two widths": {"input_embeds": [[1.0, 2.0], [1.0]]},
     "top logprobs above the vocabulary": {**_LOGPROBS, "top_logprobs_num": 1_000_000},
@@ -125,7 +147,7 @@ MALFORMED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_request_is_refused(server: ServerProcess, name: str) -> None:
     body = {"sampling_params": SHORT, **MALFORMED[name]}
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False, limits=LIMITS) as http:
         answer = http.post("/generate", json=body)
         streamed = http.post("/generate", json={**body, "stream": True})
     assert 400 <= answer.status_code < 500, (answer.status_code, answer.text)
@@ -135,14 +157,31 @@ def test_malformed_request_is_refused(server: ServerProcess, name: str) -> None:
 
 def test_stop_token_ids_outside_the_vocabulary_are_ignored(server: ServerProcess) -> None:
     body = _sampled(stop_token_ids=[-5, 1_000_000], min_new_tokens=2)
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False, limits=LIMITS) as http:
         answer = http.post("/generate", json=body)
     assert answer.status_code == 200, answer.text
     assert len(answer.json()["output_ids"]) == SHORT["max_new_tokens"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": f"one {BEYOND}"}),
+        ("/v1/completions", {"prompt": ["one", f"one {BEYOND}"]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": BEYOND}]}),
+    ],
+)
+def test_openai_endpoints_refuse_text_with_tokens_above_the_vocabulary(
+    server: ServerProcess, path: str, body: dict[str, Any]
+) -> None:
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False, limits=LIMITS) as http:
+        answer = http.post(path, json={"model": MODEL, "max_tokens": 2, **body})
+    assert answer.status_code == 400, answer.text
+    assert "valid range is [0, 2048)" in answer.text
+
+
 def test_completions_refuse_adapter_lists_of_the_wrong_length(server: ServerProcess) -> None:
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False, limits=LIMITS) as http:
         for prompt, lora_path, right in (
             ("one", ["qv-r4"], False),
             (["one", "two"], ["qv-r4"], False),
@@ -311,7 +350,7 @@ async def test_request_naming_an_adapter_is_answered_by_it_or_refused(
 @pytest.mark.parametrize("payload", [["AAAA"], [""], [], "AAAA", ["gASVBQAAAAAAAABDAXgu"]], ids=str)
 def test_load_from_tensors_refuses_invalid_payloads(server: ServerProcess, payload: Any) -> None:
     body = {"lora_name": "sent", "config_dict": {"r": 4}, "serialized_named_tensors": payload}
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False, limits=LIMITS) as http:
         answer = http.post("/load_lora_adapter_from_tensors", json=body)
     assert 400 <= answer.status_code < 500, answer.text
 
@@ -355,7 +394,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_unsupported_endpoint_requests_are_refused(server: ServerProcess, name: str) -> None:
     path, body = REFUSED[name]
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False, limits=LIMITS) as http:
         answer = http.post(path, json={"model": MODEL, **body})
     assert 400 <= answer.status_code < 500, (answer.status_code, answer.text)
 
@@ -364,7 +403,7 @@ def test_unsupported_endpoint_requests_are_refused(server: ServerProcess, name: 
 def test_refused_ollama_stream_returns_an_error(server: ServerProcess, path: str) -> None:
     asked = {"messages": [{"role": "user", "content": "Hello"}], "prompt": "Hello"}
     body = {"model": MODEL, **asked, "stream": True, "options": {"top_p": 5}}
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False, limits=LIMITS) as http:
         answer = http.post(path, json=body)
     assert json.loads(answer.text.splitlines()[-1])["error"]
 
@@ -378,7 +417,7 @@ NOT_CALLED = {
 
 
 def test_every_endpoint_serves_or_refuses_its_smallest_body(server: ServerProcess) -> None:
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False, limits=LIMITS) as http:
         schema = http.get("/openapi.json").json()
         called, failed = 0, {}
         for path, methods in schema["paths"].items():

@@ -21,6 +21,7 @@ import pytest
 import requests
 from hypothesis import HealthCheck, Phase, given, settings
 
+from sglang_elora.control.connections import LIMITS
 from sglang_elora.testbed.adapters import ALL_LINEAR
 from sglang_elora.testbed.server import ServerProcess
 from tests.e2e.test_hostile_requests import NAMES, NOT_CALLED, assert_right
@@ -75,7 +76,9 @@ async def test_no_schema_request_causes_a_server_error(
     assert server.returncode is None, server.log_tail()
     assert codes.total() > (1000 if FULL else 250) and codes[200] > 50 and codes[400] > 20
     assert rounds[200, 200, 200] > 3 or not under_way
-    with httpx.Client(base_url=server.url, timeout=TIMEOUT_S, trust_env=False) as http:
+    with httpx.Client(
+        base_url=server.url, timeout=TIMEOUT_S, trust_env=False, limits=LIMITS
+    ) as http:
         _undo(http)
     await assert_right(client, reference, prompts[0])
 
@@ -122,7 +125,9 @@ def _every(
     is_over = threading.Event()
 
     def repeat(move: Callable[[httpx.Client], Any]) -> None:
-        with httpx.Client(base_url=url, timeout=2 * TIMEOUT_S, trust_env=False) as http:
+        with httpx.Client(
+            base_url=url, timeout=2 * TIMEOUT_S, trust_env=False, limits=LIMITS
+        ) as http:
             while not is_over.wait(interval_s):
                 move(http)
 

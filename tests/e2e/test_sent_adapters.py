@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 from collections.abc import Sequence
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -16,22 +12,13 @@ from safetensors.torch import load_file
 
 from tests.harness.client import Client
 from tests.harness.reference import Reference
+from tests.harness.sent_adapters import PATH, sent
 
 
 @pytest.fixture(autouse=True)
 def share_by_file_name() -> None:
     """A server that is not our child cannot be handed file descriptors."""
     torch.multiprocessing.set_sharing_strategy("file_system")
-
-
-def request(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, object]:
-    buffer = io.BytesIO()
-    ForkingPickler(buffer).dump(tensors)
-    return {
-        "lora_name": name,
-        "config_dict": json.loads((folder / "adapter_config.json").read_text()),
-        "serialized_named_tensors": [base64.b64encode(buffer.getvalue()).decode()],
-    }
 
 
 async def test_adapters_sent_as_tensors_are_served_or_refused(
@@ -46,15 +33,14 @@ async def test_adapters_sent_as_tensors_are_served_or_refused(
         name: (tensor[:, :128].clone() if "lora_A" in name else tensor)
         for name, tensor in tensors.items()
     }
-    path = "/load_lora_adapter_from_tensors"
-    refused = await client.post(path, request(folder, "sent", narrow))
+    refused = await client.post(PATH, sent(folder, "sent", narrow))
     assert refused.status_code == 400
     message = refused.json()["error_message"]
     assert "LoRA adapter 'sent' (request/tensors)" in message
     assert "128" in message
     assert "256" in message
 
-    loaded = await client.post(path, request(folder, "sent", tensors))
+    loaded = await client.post(PATH, sent(folder, "sent", tensors))
     assert loaded.status_code == 200, loaded.text
     answer = await client.generate("sent", prompts[0])
     assert list(answer.token_ids) == reference.generate("rslora-r8", prompts[0])

@@ -14,7 +14,9 @@ from sglang_elora.testbed.adapters import demo_adapters, make_adapters
 pytest.importorskip("sglang_router", reason="needs the extra [router]")
 
 EXAMPLE = runpy.run_path(str(Path(__file__).parents[2] / "examples/two_replicas/run.py"))
-NUM_ADAPTERS, NUM_TURNS = 4, 3  # an adapter per session
+NUM_ADAPTERS, NUM_TURNS = 12, 3
+"""An adapter per session. The router assigns keys at random while it is idle, so few of them might
+all be on one replica."""
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import httpx
 
+from sglang_elora.control.connections import LIMITS
+
 T = TypeVar("T")
 MODEL = "demo"
 
@@ -27,9 +29,7 @@ class Client:
     """Requests to one server; use it as an async context manager."""
 
     def __init__(self, url: str) -> None:
-        self._http = httpx.AsyncClient(
-            base_url=url, timeout=120, trust_env=False, limits=httpx.Limits(max_connections=None)
-        )
+        self._http = httpx.AsyncClient(base_url=url, timeout=120, trust_env=False, limits=LIMITS)
 
     async def __aenter__(self) -> Client:
         return self

@@ -35,7 +35,7 @@ class Family:
 
     name: str
     model_type: str
-    targets: Mapping[str, Sequence[str]] = field(
+    targets: Mapping[str, Sequence[str] | str] = field(
         default_factory=lambda: {"attention": _ATTENTION, "all": (*_ATTENTION, *_MLP)}
     )
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -62,6 +62,21 @@ FAMILIES = (
             "tie_word_embeddings": True,
         },
         embedding_std=0.02,  # it is scaled up, and is the output layer too: or tokens repeat
+        differs=True,
+    ),
+    Family(
+        "Mellum 2",
+        "mellum",
+        targets={"attention": _ATTENTION, "query": ("q_proj",)},
+        options={
+            "head_dim": 32,
+            "num_hidden_layers": 5,
+            "sliding_window": 16,
+            "layer_types": [*["sliding_attention", "full_attention"] * 2, "sliding_attention"],
+            "mlp_layer_types": ["dense"] * 5,
+            "num_experts": 1,
+            "num_experts_per_tok": 1,
+        },
         differs=True,
     ),
     Family(
@@ -133,7 +148,8 @@ def make_family(family: Family, folder: Path) -> Made:
         _save_processor(tokenizer, checkpoint)
     adapters = {}
     for name, modules in family.targets.items():
-        lora = LoraConfig(r=8, lora_alpha=16, target_modules=list(modules), task_type="CAUSAL_LM")
+        wanted = modules if isinstance(modules, str) else list(modules)
+        lora = LoraConfig(r=8, lora_alpha=16, target_modules=wanted, task_type="CAUSAL_LM")
         adapted = get_peft_model(model, lora)
         with torch.no_grad():
             for path, weight in adapted.named_parameters():

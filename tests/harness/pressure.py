@@ -211,6 +211,7 @@ class Record:
     output: tuple[int, ...]
     num_aborted: int  # requests of this turn that were aborted before this one
     error: str | None = None
+    num_retractions: int = 0
 
     @property
     def key(self) -> tuple[int, int]:
@@ -227,6 +228,7 @@ def run_trace(
     concurrency: int = 16,
     abort_every: int = 0,
     names_sessions: bool = False,
+    num_priorities: int = 1,
     on_record: OnRecord | None = None,
 ) -> list[Record]:
     """Hold ``concurrency`` sessions at a time, the next one starting when one ends.
@@ -235,12 +237,15 @@ def run_trace(
         abort_every: Before each n-th turn its prompt is sent once for a long answer, which is
             aborted after its first token, in turn by closing the stream and by /abort_request.
         names_sessions: Requests name their session, which is announced before each later turn.
+        num_priorities: Requests have priorities below this number, by their session.
         on_record: Called between a turn's answer and the session's next turn.
 
     Returns:
         Records in the order in which they came; a session ends with its first error.
     """
-    return asyncio.run(_Run(url, trace, abort_every, names_sessions, on_record).run(concurrency))
+    return asyncio.run(
+        _Run(url, trace, abort_every, names_sessions, num_priorities, on_record).run(concurrency)
+    )
 
 
 class _Run:
@@ -250,12 +255,14 @@ class _Run:
         trace: Trace,
         abort_every: int,
         names_sessions: bool,
+        num_priorities: int,
         on_record: OnRecord | None,
     ) -> None:
         self._url = url
         self._waiting = iter(trace.sessions)
         self._abort_every = abort_every
         self._names_sessions = names_sessions
+        self._num_priorities = num_priorities
         self._on_record = on_record
         self._records: list[Record] = []
 
@@ -288,6 +295,8 @@ class _Run:
                 body["session_id"] = str(session.number)
                 if i:
                     await announce_turn(http, session.number)
+            if self._num_priorities > 1:
+                body["priority"] = session.number % self._num_priorities
             answer = await http.post("/generate", json=body)
             record = _record(session, i, len(history), int(aborts), answer, not_aborted)
             self._records.append(record)
@@ -327,7 +336,8 @@ def _record(
     finished = meta["finish_reason"]["type"]
     error = not_aborted if finished == "length" else f"finished by {finished}"
     output = tuple(body["output_ids"])
-    return Record(*facts, meta["cached_tokens"], from_host, output, num_aborted, error)
+    counts = meta["cached_tokens"], from_host, output, num_aborted
+    return Record(*facts, *counts, error, meta["num_retractions"])
 
 
 async def _abort(http: httpx.AsyncClient, body: dict[str, Any], by_request: bool) -> str | None:

@@ -70,6 +70,16 @@ class Reference:
         chosen: torch.Tensor = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])
         return [float(value) for value in chosen[:, 0]]
 
+    def embedding(self, adapter: str | None, prompt: Sequence[int]) -> torch.Tensor:
+        """The last token's hidden state after the final norm, of length 1: float32 ``[hidden]``."""
+        tokens = torch.tensor([list(prompt)])
+        with torch.inference_mode():
+            output = self._with_adapter(
+                adapter, lambda: self._model(tokens, output_hidden_states=True)
+            )
+        last: torch.Tensor = output.hidden_states[-1][0, -1]
+        return last / last.norm()
+
     def shortfall(self, adapter: str | None, prompt: Sequence[int], output: Sequence[int]) -> float:
         """How far the logit of a token of the output lies below the highest one, at most: 0 where
         it is what ``generate`` gives, and very little where rounding decides between two."""

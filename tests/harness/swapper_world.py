@@ -25,7 +25,7 @@ with warnings.catch_warnings():  # SGLang's
         PoolTooSmall,
         Residency,
     )
-    from sglang_elora.srt.scheduler.admission import MAX_BYPASS, Admission
+    from sglang_elora.srt.scheduler.admission import MAX_BYPASS, Admission, preempt
     from sglang_elora.srt.scheduler.swapper import EVICT_LEAVES, Swapper
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "Residency",
     "SwapperWorld",
     "adapter_id",
+    "preempt",
 ]
 
 HEAD_DIM = 16

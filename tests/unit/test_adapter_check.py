@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sglang_elora.adapters import EMBEDDING_MODULES, AdapterFacts, BaseShapes, check_adapter
+from sglang_elora.adapters import (
+    EMBEDDING_MODULES,
+    AdapterFacts,
+    BaseShapes,
+    check_adapter,
+    read_adapter,
+)
 from tests.harness.peft_adapters import (
     ALL_LINEAR,
     FAMILIES,
@@ -158,6 +165,39 @@ def test_adapter_check_downloads_a_hub_id(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert check_adapter("a", "org/adapter", base).folder == saved
     assert asked == ["org/adapter"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_of_an_encoder_are_dropped_only_if_asked(tmp_path: Path, base: BaseShapes) -> None:
+    folder = save_adapter(tmp_path / "x", target_modules="all-linear", rank_pattern={"q_proj": 2})
+    tower = "base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj"
+
+    def add(tensors: Tensors) -> None:
+        tensors[f"{tower}.lora_A.weight"] = torch.ones(9, HIDDEN)
+        tensors[f"{tower}.lora_B.weight"] = torch.ones(HIDDEN, 9)
+
+    alone = check_adapter("a", str(folder), base)
+    edit_tensors(folder, add)
+    assert_in(refusal(folder, base), "vision_tower", "vision or audio encoder")
+    found = check_adapter("a", str(folder), base, drops_towers=True)
+    assert found == replace(alone, num_dropped=2)
+    assert read_adapter("a", str(folder)).keys().isdisjoint([f"{tower}.lora_A.weight"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapter_of_an_encoder_alone_is_refused_also_if_its_weights_may_be_dropped(
+    tmp_path: Path, base: BaseShapes
+) -> None:
+    folder = save_adapter(tmp_path / "x", target_modules="all-linear")
+    tower = "base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj"
+
+    def only(tensors: Tensors) -> None:
+        tensors.clear()
+        tensors[f"{tower}.lora_A.weight"] = torch.ones(RANK, HIDDEN)
+        tensors[f"{tower}.lora_B.weight"] = torch.ones(HIDDEN, RANK)
+
+    edit_tensors(folder, only)
+    assert_in(refusal(folder, base, drops_towers=True), "vision_tower", "vision or audio encoder")
 
 
 # The server's limits

@@ -70,7 +70,7 @@ def test_adapter_config_without_a_required_key_is_refused(
         ("lora_alpha", float("nan"), "lora_alpha must be a number"),
         ("target_modules", None, "target_modules must be a list"),
         ("target_modules", [], "target_modules is empty"),
-        ("target_modules", r".*self_attn\.q_proj", "regular expression"),
+        ("target_modules", "", "target_modules is empty"),
         ("peft_type", "ADALORA", "peft_type is 'ADALORA'"),
         ("use_dora", True, "use_dora"),
         ("use_qalora", True, "use_qalora"),
@@ -87,8 +87,11 @@ def test_adapter_config_without_a_required_key_is_refused(
         ("init_lora_weights", "olora", "'olora'"),
         ("rank_pattern", {"(": 3}, "rank_pattern must map"),
         ("alpha_pattern", {"q_proj": "x"}, "alpha_pattern must map"),
-        ("alpha_pattern", {"q_proj": 32}, "alpha_pattern gives model.layers.0.self_attn.q_proj 32"),
-        ("rank_pattern", {r"layers\.1\..*up_proj": 8}, "model.layers.1.mlp.up_proj 8"),
+        ("alpha_pattern", {"q_proj": 1e6}, "layers.0.self_attn.q_proj a factor of 250000"),
+        ("alpha_pattern", {"q_proj": float("inf")}, "alpha_pattern has the value inf"),
+        ("rank_pattern", {"q_proj": 2.5}, "rank_pattern has the value 2.5"),
+        ("rank_pattern", {"q_proj": 0}, "rank_pattern has the value 0"),
+        ("rank_pattern", {"q_proj": 10**6}, "rank_pattern has the value 1e+06"),
     ],
 )
 def test_unsupported_adapter_config_value_is_refused(
@@ -96,6 +99,12 @@ def test_unsupported_adapter_config_value_is_refused(
 ) -> None:
     edit_config(adapter, **{key: value})
     assert_in(refusal(adapter, base), f"{adapter}/{CONFIG}", part)
+
+
+def test_rank_that_differs_from_its_pattern_is_refused(adapter: Path, base: BaseShapes) -> None:
+    edit_config(adapter, rank_pattern={r"layers\.1\..*up_proj": 8})
+    text = refusal(adapter, base)
+    assert_in(text, "layers.1.mlp.up_proj", "rank 4", "says r=8", "patterns in adapter_config.json")
 
 
 def test_every_peft_option_is_read_refused_or_harmless() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sglang_elora.adapters import content_digest
+from sglang_elora.adapters import content_digest, is_factor
 from sglang_elora.adapters.errors import AdapterFolder
 from sglang_elora.adapters.weight_files import load_tensors
 from sglang_elora.pages import AdapterImage, AdapterLayout, ModuleShape
@@ -28,7 +28,9 @@ def test_content_digest_is_equal_for_equal_tensors_in_different_files(tmp_path: 
         folder.mkdir()
     save_file(tensors(), first / "adapter_model.safetensors", metadata={"format": "pt"})
     torch.save(dict(reversed(tensors().items())), second / "adapter_model.bin")
-    found = [content_digest(load_tensors(AdapterFolder("a", f))) for f in (first, second)]
+    found = [
+        content_digest(load_tensors(AdapterFolder("a", f), is_factor)) for f in (first, second)
+    ]
     assert found == [wanted, wanted]
 
 

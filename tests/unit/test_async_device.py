@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -220,3 +221,24 @@ def test_device_synchronize_completes_all_operations() -> None:
     world.device.synchronize()
     assert world.journal == ["copy 0", "copy 1", "copy 2"]
     assert world.device.num_operations == world.device.num_delayed == 3
+
+
+@pytest.mark.parametrize(("order", "seed"), ORDERS)
+def test_elapsed_time_is_how_long_operations_ran_whenever_they_ran(order: Order, seed: int) -> None:
+    world = DeviceWorld(order, seed)
+    with StreamContext(world.forward):
+        world.device.launch("first", lambda: time.sleep(0.2), is_forward=True)
+    begun = world.forward.record_event()
+    ended = world.run("second", inside=lambda: time.sleep(0.01))
+    time.sleep(0.2)  # the host's time is not the stream's
+    ended.synchronize()
+    assert 10 <= begun.elapsed_time(ended) < 200
+    assert begun.elapsed_time(begun) == 0
+
+
+def test_elapsed_time_of_pending_operations_is_an_error() -> None:
+    world = DeviceWorld(Order.LATEST)
+    begun = world.copies.record_event()
+    ended = world.copy("copy", 1)
+    with pytest.raises(RuntimeError, match="must be completed"):
+        begun.elapsed_time(ended)

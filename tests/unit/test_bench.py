@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from sglang_elora.bench.__main__ import QUICK, SWEEP, parse, plan_of
+from sglang_elora.bench.__main__ import QUICK, SWEEP, SWEPT, main_sides, parse, plan_of
 from sglang_elora.bench.apis import Answer, ChatCompletions, Completions, Native, words
 from sglang_elora.bench.endpoint import Endpoint, EndpointError, find
-from sglang_elora.bench.figures import Bars, Spread, figures
-from sglang_elora.bench.matrix import rotated
+from sglang_elora.bench.figures import Bars, figures, warm_up_s
+from sglang_elora.bench.matrix import in_turn
 from sglang_elora.bench.page import page
 from sglang_elora.bench.plain_table import markdown_table, plain_table
 from sglang_elora.bench.plots import save_plots
@@ -63,7 +63,8 @@ def result(side: str, rate: float = 2.0, number: int = 0, ttft_ms: float = 100) 
         else PoolSample(0.5 * i, 100, {"running": 10}, None, None, 0, 1)
         for i in range(4)
     )
-    return Result("chat", side, number, 10.0, records, None, None, rate, pool)
+    times = (None, None, rate, pool)
+    return Result("chat", side, number, 10.0, records, *times, warm_up_s=2.0)
 
 
 def test_goodput_is_the_share_of_requests_within_both_limits() -> None:
@@ -75,8 +76,16 @@ def test_goodput_is_the_share_of_requests_within_both_limits() -> None:
         record(6, 500, tpot_ms=60, num_output=1),  # has no second token
         record(0, 900),  # in the warm-up
     ]
-    assert figures(records, 10.0, bars=Bars(500, 50))["goodput"] == 2 / 5
-    assert figures(records, 10.0, bars=Bars(700, 70))["goodput"] == 4 / 5
+    assert figures(records, 2.0, 10.0, bars=Bars(500, 50))["goodput"] == 2 / 5
+    assert figures(records, 2.0, 10.0, bars=Bars(700, 70))["goodput"] == 4 / 5
+
+
+def test_warm_up_is_a_session_life_between_a_fifth_and_half_of_the_trace() -> None:
+    assert warm_up_s(300.0, 123.0) == 123.0
+    assert warm_up_s(300.0, 6.75) == 60.0
+    assert warm_up_s(75.0, 123.0) == 37.5
+    chat = make_trace(CHAT, turns_per_s=4, duration_s=10)
+    assert chat.mean_life_s == pytest.approx(6 * 20.5)
 
 
 def test_native_chat_history_is_the_exact_tokens() -> None:
@@ -141,15 +150,27 @@ def test_bench_pool_sample_counts_kv_without_its_adapter() -> None:
 def test_bench_options_select_quick_or_full_plan() -> None:
     assert plan_of(parse(["--quick"])).sides == QUICK.sides
     assert plan_of(parse(["--quick", "--runs", "2"])).runs == 2
-    assert len(plan_of(parse([])).swept_sides) == len(SWEEP)
+    assert len(plan_of(parse([])).swept_sides) == len(SWEEP) * len(SWEPT)
+    main = plan_of(parse(["--main", "--slots", "10", "--workloads", "chat"]))
+    assert (main.runs, main.duration_s, main.workloads) == (5, 300.0, ["chat"])
+    assert main.sides == main_sides(10) and main.swept_sides == ()
+    assert main.sides[-2:] == ("stock-tuned:10+grouped+overlap", "elora:elora")
+    assert any(side.endswith("+grouped+overlap") for side in QUICK.sides)
+    assert QUICK.allow_dirty and not main.allow_dirty
     assert plan_of(parse(["--sides", "elora:lru"])).swept_sides == ()
     with pytest.raises(ValueError, match="--duration must be positive, got 0"):
         plan_of(parse(["--duration", "0"]))
 
 
-def test_bench_rotates_which_side_runs_first() -> None:
+def test_bench_turns_the_order_of_sides_around_and_rotates_it() -> None:
     sides = [make_side(f"elora:{policy}", Sizes(), 8, 100) for policy in ("lru", "gdsf", "elora")]
-    assert [side.name for side in rotated(sides, 4)] == ["elora:gdsf", "elora:elora", "elora:lru"]
+    orders = [[side.name[6:] for side in in_turn(sides, number)] for number in range(4)]
+    assert orders == [
+        ["lru", "gdsf", "elora"],
+        ["elora", "gdsf", "lru"],
+        ["gdsf", "elora", "lru"],
+        ["lru", "elora", "gdsf"],
+    ]
 
 
 def test_bench_variant_plugin_points_at_the_named_function(tmp_path: Path) -> None:
@@ -228,11 +249,6 @@ def test_bench_trace_is_assigned_the_servers_adapters() -> None:
     assert {session.adapter for session in few.assigned(trace).sessions} == {"x", "y"}
     none = replace(few, adapters=())
     assert {session.adapter for session in none.assigned(trace).sessions} == {""}
-
-
-def test_report_of_a_single_run_has_no_range() -> None:
-    assert str(Spread(0.628, 0.628, 0.628)) == "0.628"
-    assert str(Spread(0.5, 0.6, 0.7)) == "0.600 (0.500 to 0.700)"
 
 
 def test_report_tables_are_not_wrapped_or_truncated() -> None:

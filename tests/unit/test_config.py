@@ -41,6 +41,8 @@ def test_config_environment_round_trips_every_field() -> None:
         ({"SGLANG_ELORA_LINK_GBYTES_PER_S": "nan"}, "must be finite"),
         ({"SGLANG_ELORA_LINK_LATENCY_US": "5"}, "needs a bandwidth"),
         ({"SGLANG_ELORA_ADAPTER_EVENTS": "1"}, "--elora-adapter-events"),
+        ({"SGLANG_ELORA_SESSION_FROM": "user"}, "--elora-session-from"),
+        ({"SGLANG_ELORA": "1", "SGLANG_ELORA_SESSION_FROM": "ip,user"}, "got 'ip'"),
         ({"SGLANG_ELORA_BAD_ADAPTER": "ignore"}, "('skip', 'exit')"),
         (
             {"SGLANG_ELORA_POLICY_OFF": "recency"},
@@ -127,3 +129,9 @@ def test_sglang_pin_is_the_same_in_every_file(name: str) -> None:
 def test_check_streams_config_refuses_unsupported_values(values: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         EloraConfig(**values)
+
+
+@pytest.mark.parametrize("name", ["link_latency_us", "link_to_host_gbytes_per_s"])
+def test_options_of_an_emulated_link_need_its_bandwidth(name: str) -> None:
+    with pytest.raises(ValueError, match="set --elora-link-gbytes-per-s as well"):
+        EloraConfig(**{name: 1.0})  # type: ignore[arg-type]

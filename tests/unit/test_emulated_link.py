@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from sglang_elora.platforms.emulated_link import Event, Link, Stream, StreamContext
+from sglang_elora.platforms.emulated_link import Direction, Event, Link, Stream, StreamContext
 
 
 class Clock:
@@ -43,6 +43,20 @@ def test_copy_on_a_compute_stream_blocks_for_latency_and_bytes(link: Link, clock
     link.copy(2000)
     assert clock.now_s == pytest.approx(102.5)
     assert (link.num_copies, link.num_bytes) == (1, 2000)
+
+
+def test_copies_to_the_host_have_an_engine_of_their_own_and_may_take_no_time(
+    link: Link, clock: Clock, copy_stream: Stream
+) -> None:
+    link.copy(1000, Direction.TO_HOST)
+    assert (clock.now_s, link.num_copies) == (100.0, 0), "they have no bandwidth yet"
+    link.to_host_bytes_per_s = 500.0
+    with StreamContext(copy_stream):
+        link.copy(1000, Direction.TO_HOST)
+    link.copy(1000)
+    assert clock.now_s == pytest.approx(101.5), "the other direction is free"
+    copy_stream.synchronize()
+    assert clock.now_s == pytest.approx(102.5)
 
 
 def test_copy_on_a_copy_stream_blocks_waiters_of_its_event(

@@ -102,6 +102,28 @@ def test_prefill_cost_fit_follows_a_change() -> None:
     assert cost.rates()[0] == pytest.approx(120e-6, rel=0.1)
 
 
+def test_prefill_cost_fit_ignores_batches_in_which_the_process_was_stopped() -> None:
+    cost = PrefillCost()
+    for num_new in range(100, 300):
+        cost.add([(num_new, 0)], 1e-3 + 2e-4 * num_new)
+    before = cost.rates()
+    for _ in range(3):
+        cost.add([(200, 0)], 10.0)
+    cost.add([(200, 0)], 1e-3 + 2e-4 * 200)
+    assert cost.rates() == pytest.approx(before, rel=0.02)
+
+
+def test_prefill_cost_fit_follows_a_change_by_a_factor_of_a_hundred() -> None:
+    cost = PrefillCost()
+    for token_s in (2e-4, 2e-2):
+        for i in range(2000):
+            num_new = 100 + i % 200
+            cost.add([(num_new, 0)], token_s * num_new)
+            if i % 64 == 0:
+                cost.rates()
+        assert cost.seconds(200, 0) == pytest.approx(token_s * 200, rel=0.05)
+
+
 def test_prefill_cost_fit_is_stable_for_batches_of_one_size() -> None:
     """Equal batches cannot separate a constant from a rate; the sum must still be right."""
     cost = PrefillCost()

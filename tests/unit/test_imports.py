@@ -34,7 +34,7 @@ LIBRARIES = {
 ALLOWED = {
     ".": {".", "frontend", "platforms", "srt/install"},
     "adapters": {"adapters"},
-    "bench": {"bench", "demo", "platforms", "testbed", "workloads"},
+    "bench": {"bench", "control", "demo", "platforms", "testbed", "workloads"},
     "commands": {
         ".",
         "bench",
@@ -77,13 +77,14 @@ ALLOWED = {
         "srt/scheduler",
     },
     "srt/tokenizer": {*LIBRARIES, "srt", "srt/tokenizer"},
+    "stock": {".", "srt/lora", "stock"},
     "swapper": {"control", "estimators", "pages", "policy", "swapper", "tree"},
     "testbed": {"platforms", "testbed"},
     "tree": {"policy", "tree"},
     "upstream": {"upstream"},
     "workloads": {"workloads"},
 }
-MAY_IMPORT_SGLANG = {"frontend", "platforms", *(name for name in ALLOWED if "srt" in name)}
+MAY_IMPORT_SGLANG = {"frontend", "platforms", "stock", *(name for name in ALLOWED if "srt" in name)}
 LINES_MAX = 500
 
 

@@ -15,6 +15,7 @@ from sglang_elora.pages import (
     ModuleShape,
     PagedAdapter,
     SlotTable,
+    StridedRows,
 )
 
 LAYERS, SLOTS, POISON = 3, 700, 0xA5
@@ -141,17 +142,42 @@ def test_adapter_in_one_plane_is_read_back_exactly() -> None:
     check_equal(PagedAdapter(image.layout, SlotTable(slots), planes, 1.0), truth)
 
 
-@pytest.mark.parametrize(("order", "is_view"), [(contiguous, True), (scattered, False)])
-def test_adapter_matrices_are_views_if_slots_are_adjacent(order: Order, is_view: bool) -> None:
+def placed(order: Order) -> tuple[list[list[torch.Tensor]], PagedAdapter]:
+    """A pool, and an adapter in slots of that order."""
     pool = make_pool(torch.float32)
     planes = KVPlanes(pool, torch.float32)
     image, _ = make_image(8, torch.float32)
     slots = torch.tensor(order(image.layout.num_slots(64, 1)))
     planes.write(SlotTable(slots), image)
-    adapter = PagedAdapter(image.layout, SlotTable(slots), planes, 1.0)
+    return pool, PagedAdapter(image.layout, SlotTable(slots), planes, 1.0)
+
+
+@pytest.mark.parametrize(("order", "is_view"), [(contiguous, True), (scattered, False)])
+def test_adapter_matrices_are_views_if_slots_are_adjacent(order: Order, is_view: bool) -> None:
+    pool, adapter = placed(order)
     a = adapter.a(0, "qkv_proj")
     assert (a.untyped_storage().data_ptr() == pool[0][0].untyped_storage().data_ptr()) == is_view
-    assert (adapter.a(0, "qkv_proj").data_ptr() == a.data_ptr()) == is_view  # kept or copied
+    assert adapter.a(0, "qkv_proj").data_ptr() == a.data_ptr()
+
+
+def test_copy_of_scattered_slots_is_made_once_per_layer_and_pass() -> None:
+    pool, adapter = placed(scattered)
+
+    def storage(layer: int, module: str) -> int:
+        return adapter.a(layer, module).untyped_storage().data_ptr()
+
+    first = adapter.a(0, "qkv_proj")
+    assert storage(0, "o_proj") == first.untyped_storage().data_ptr(), "one copy of a layer"
+    assert adapter.b(0, "qkv_proj", 0).untyped_storage().data_ptr() != storage(0, "o_proj")
+    assert adapter.a(0, "qkv_proj") is first
+    before = adapter.a(1, "qkv_proj").clone()
+    for plane in pool:
+        for layer in plane:
+            layer.mul_(2)
+    assert torch.equal(adapter.a(1, "qkv_proj"), before)
+    for free in (False, True):
+        adapter.forget_copies(free=free)
+        assert torch.equal(adapter.a(1, "qkv_proj"), 2 * before), "the pool is read again"
 
 
 def test_matrix_read_copies_only_if_its_slots_are_scattered() -> None:
@@ -167,6 +193,25 @@ def test_matrix_read_copies_only_if_its_slots_are_scattered() -> None:
     for name in ("qkv_proj", "o_proj"):  # A of qkv_proj fills the first 96 slots
         storage = adapter.a(1, name).untyped_storage().data_ptr()
         assert storage == pool[0][1].untyped_storage().data_ptr()
+
+
+def test_copy_holds_only_the_slots_of_scattered_matrices() -> None:
+    pool = make_pool(torch.float32)
+    planes = KVPlanes(pool, torch.float32)
+    image, truth = make_image(8, torch.float32)
+    places, count = image.layout.places, image.layout.num_slots(64, 1)
+    slots = list(range(10, 10 + count))
+    first, end, _ = planes.slots_of(
+        StridedRows(places["o_proj"].a_offset, places["o_proj"].a_rows, places["o_proj"].a_stride)
+    )
+    slots[first] = 500  # no longer next to the slot after it
+    planes.write(SlotTable(torch.tensor(slots)), image)
+    adapter = PagedAdapter(image.layout, SlotTable(torch.tensor(slots)), planes, 1.0)
+    check_equal(adapter, truth)
+    copied = adapter.a(1, "o_proj").untyped_storage()
+    assert copied.nbytes() == (end - first) * planes.slot_bytes
+    own = adapter.a(1, "qkv_proj").untyped_storage()
+    assert own.data_ptr() == pool[0][1].untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sglang_elora.config import POLICIES
@@ -21,6 +21,7 @@ from sglang_elora.policy import (
     Elora,
     EloraPaper,
     Policy,
+    SessionState,
     Term,
 )
 from sglang_elora.policy.elora_paper import ADAPTER, KV, log_add_exp, lora_eval
@@ -227,6 +228,7 @@ def test_order_within_a_class_does_not_depend_on_query_time(
 @pytest.mark.parametrize("name", MAKERS)
 @settings(max_examples=40, deadline=None)
 @given(shift=st.integers(1, 100), seed=st.integers(0, 2**32 - 1))
+@example(shift=1, seed=14022)  # entries of equal weight: 200 slots and a visit, 100 slots and two
 def test_policy_victims_do_not_depend_on_the_start_time(name: str, shift: float, seed: int) -> None:
     victims = []
     for start in (0.0, shift):
@@ -424,3 +426,49 @@ def test_elora_keeps_a_reused_class_and_drops_it_when_overdue() -> None:
     new = kv()
     policy.create(new)
     assert rank(policy, new) > 20 * late
+
+
+def test_elora_host_order_evicts_conversations_that_are_over_by_their_turns() -> None:
+    """All conversations have three turns, 0.05 turnovers apart."""
+    policy = Elora(Costs())
+    for _ in range(200):
+        item = kv()
+        policy.create(item)
+        for turn in (1, 2, 3):
+            item.turns_of_user = turn
+            policy.advance(0.05)
+            if turn < 3:
+                policy.visit([item])
+        policy.advance(1.0)
+        policy.remove(item)
+    policy.learn()
+    begun, over = kv(turns_of_user=1), kv(turns_of_user=3)
+    policy.create(begun)
+    policy.create(over)
+
+    def host_rank(item: CacheEntry) -> float:
+        return policy.host_rank(policy.host_kind(item), policy.host_priority(item))
+
+    assert host_rank(begun) > 5 * host_rank(over)
+    assert rank(policy, begun) == rank(policy, over), "the order on the device ignores turns"
+    over.session_state = SessionState.ALIVE
+    assert policy.host_kind(over) != policy.host_kind(begun)
+    over.turns_of_user = 1
+    kind = policy.host_kind(over)
+    over.turns_of_user = 3
+    assert policy.host_kind(over) == kind, "a named session has precedence"
+
+
+def test_elora_ranks_a_popular_adapter_above_a_rare_one_that_was_used_as_recently() -> None:
+    policy = Elora(Costs())
+    popular, rare = (CacheEntry(True, 100, name, backed=True) for name in ("popular", "rare"))
+    for item in (popular, rare):
+        policy.place(item)
+    for _ in range(20):
+        policy.advance(0.1)
+        policy.visit([popular])
+    policy.visit([rare])
+    assert 2 < rank(policy, popular) / rank(policy, rare) < 20
+    policy.advance(30)
+    policy.visit([rare])
+    assert rank(policy, popular) < rank(policy, rare), "popularity is forgotten"

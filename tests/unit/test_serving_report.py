@@ -27,7 +27,7 @@ def run_of(side: str, number: int, ttft_ms: dict[int, float]) -> Result:
         )
         for session, ms in ttft_ms.items()
     )
-    return Result("chat", side, number, DURATION_S, records, None, None)
+    return Result("chat", side, number, DURATION_S, records, None, None, warm_up_s=0.2 * DURATION_S)
 
 
 def test_recovery_time_is_the_end_of_the_last_window_over_the_mark() -> None:

@@ -69,6 +69,23 @@ def test_sim_split_pool_loads_before_the_batch() -> None:
     assert record.ttft_s == pytest.approx(0.011 + 0.015)
 
 
+def test_sim_split_with_overlapped_loads_decodes_while_an_adapter_loads() -> None:
+    """The second's adapter loads from 32 to 43 ms, while the first one is decoded. Its prefill
+    takes until 59 ms, and the first one's last step 7 ms more. A blocking load adds 13 ms."""
+    sessions = (session("a", 0.0, (30, 5, 0.0)), session("b", 0.030, (30, 5, 0.0)))
+    first, second = play("stock-tuned:2+overlap", BY_HAND, *sessions)
+    assert first.last_s == pytest.approx(0.066)
+    assert second.first_s == pytest.approx(0.059)
+    assert play("stock-tuned:2", BY_HAND, *sessions)[0].last_s == pytest.approx(0.079)
+
+
+def test_sim_split_with_overlapped_loads_evicts_no_adapter_in_use() -> None:
+    sessions = (session("a", 0.0, (30, 5, 0.0)), session("b", 0.030, (30, 5, 0.0)))
+    first, second = play("stock-tuned:1+overlap", BY_HAND, *sessions)
+    assert first.last_s == pytest.approx(0.050)
+    assert second.first_s == pytest.approx(0.050 + 0.026)
+
+
 @pytest.mark.parametrize("side", ["elora:lru", "elora:elora", "elora:elora_paper", "stock-tuned:2"])
 def test_sim_second_turn_hits_the_kv_of_the_first(side: str) -> None:
     """All of 20 + 30 + 5 tokens but the answer's last, which was not computed."""

@@ -17,6 +17,7 @@ NAMES = [adapter_name(i) for i in range(64)]
 SIDES = (
     "stock-default",
     "stock-tuned:8",
+    "stock-tuned:8+overlap",
     "elora:lru",
     "elora:gdsf",
     "elora:elora_paper",
@@ -27,6 +28,11 @@ SIDES = (
     "slora",
     "chameleon",
     "clairvoyant",
+    "clairvoyant:host",
+    "clairvoyant:device",
+    "clairvoyant:adapters",
+    "clairvoyant+hints",
+    "unlimited",
 )
 EACH_WORKLOAD = pytest.mark.parametrize("workload", WORKLOADS)
 EACH_SIDE = pytest.mark.parametrize("side", SIDES)
@@ -62,7 +68,9 @@ def test_sim_completes_every_request_none_before_it_is_due(side: str, workload: 
         assert record.num_from_host <= record.num_cached < record.num_prompt
 
 
-@pytest.mark.parametrize("side", [side for side in SIDES if not side.startswith("stock")])
+@pytest.mark.parametrize(
+    "side", [side for side in SIDES if not side.startswith(("stock", "unlimited"))]
+)
 @pytest.mark.parametrize("pool_slots", [5000, 14336])
 def test_sim_pool_is_never_overfull_nor_kv_without_its_adapter(side: str, pool_slots: int) -> None:
     engine = make_engine(side, replace(CPU, pool_slots=pool_slots, host_slots=6000), NAMES)

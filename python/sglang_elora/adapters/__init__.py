@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = [
     "EMBEDDING_MODULES",
+    "NUM_DROPPED",
     "AdapterError",
     "AdapterFacts",
     "AllowedSources",
@@ -20,12 +21,17 @@ __all__ = [
     "content_digest",
     "download",
     "has_adapter",
+    "is_factor",
     "is_url",
     "keep_only",
     "leads_out",
+    "needs_one_rank",
+    "one_rank_config",
+    "one_rank_tensors",
     "read_adapter",
     "served_modules",
     "served_names",
+    "stored_shapes",
     "why_not_stacked",
 ]
 
@@ -38,10 +44,18 @@ from sglang_elora.adapters.check import (
     content_digest,
     read_adapter,
     served_modules,
+    stored_shapes,
 )
 from sglang_elora.adapters.errors import AdapterError
 from sglang_elora.adapters.folder_scan import FolderScan, FoundAdapter, leads_out
 from sglang_elora.adapters.module_names import EMBEDDING_MODULES, served_names
+from sglang_elora.adapters.one_rank import (
+    NUM_DROPPED,
+    needs_one_rank,
+    one_rank_config,
+    one_rank_tensors,
+)
 from sglang_elora.adapters.refusals import Refusals
 from sglang_elora.adapters.remote import cache_folder, download, has_adapter, is_url, keep_only
 from sglang_elora.adapters.stacked_shapes import why_not_stacked
+from sglang_elora.adapters.tensor_rules import is_factor

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+from sglang_elora.adapters.base_rows import BaseRows
 
 # Path components that depend on the transformers class that wraps the text model: the same layer
 # may be "model.layers.0", "language_model.model.layers.0" or "model.language_model.layers.0".
@@ -58,6 +61,8 @@ class BaseShapes:
     vocab_size: int | None = None
     num_layers: int | None = None
     reason: str | None = None
+    rows: BaseRows = field(default=BaseRows(None), compare=False)
+    """To compare copies of embeddings with."""
     _aliases: dict[str, str | None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -90,7 +95,8 @@ class BaseShapes:
             )
         except _BUILD_ERRORS as error:
             return cls.unknown(f"no configuration of {model_path!r}: {_one_line(error)}")
-        return cls.from_config(config, trust_remote_code=trust_remote_code)
+        found = cls.from_config(config, trust_remote_code=trust_remote_code)
+        return replace(found, rows=BaseRows(_local_folder(model_path, revision)))
 
     @classmethod
     def from_config(cls, config: Any, *, trust_remote_code: bool = False) -> BaseShapes:
@@ -98,7 +104,7 @@ class BaseShapes:
         torch: Any = importlib.import_module("torch")
         transformers: Any = importlib.import_module("transformers")
         text = config.get_text_config()
-        sizes = {
+        sizes: dict[str, Any] = {
             "vocab_size": getattr(text, "vocab_size", None),
             "num_layers": getattr(text, "num_hidden_layers", None),
         }
@@ -155,6 +161,15 @@ def canonical(path: str) -> str:
     parts = [part for part in path.split(".") if part not in _WRAPPERS]
     # "unembed_tokens" is the output layer in adapters of some trainers; SGLang accepts it.
     return ".".join("lm_head" if part == "unembed_tokens" else part for part in parts)
+
+
+def _local_folder(model_path: str, revision: str | None) -> Path | None:
+    """The folder of a model given by its path or by a Hugging Face id that is in the cache."""
+    if Path(model_path).is_dir():
+        return Path(model_path)
+    hub: Any = importlib.import_module("huggingface_hub")
+    found = hub.try_to_load_from_cache(model_path, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _shapes_of(model: Any) -> list[tuple[str, ModuleShape]]:

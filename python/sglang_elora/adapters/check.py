@@ -29,7 +29,14 @@ from sglang_elora.adapters.errors import AdapterError, AdapterFolder, Problem
 from sglang_elora.adapters.module_names import served_name, served_names
 from sglang_elora.adapters.names import MAX_NAME_CHARS, name_problem
 from sglang_elora.adapters.source import find_folder
-from sglang_elora.adapters.tensor_rules import LoraPair, check_shapes, pair_tensors
+from sglang_elora.adapters.tensor_rules import (
+    Difference,
+    LoraPair,
+    check_shapes,
+    is_factor,
+    num_unserved,
+    pair_tensors,
+)
 from sglang_elora.adapters.weight_files import (
     CONFIG_FILE,
     TensorInfo,
@@ -52,14 +59,17 @@ class AdapterFacts:
     """Local folder, also for an adapter given by its Hugging Face id."""
     files: tuple[Path, ...]
     rank: int
+    """The largest of its modules."""
     alpha: float
     scaling: float
-    """alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+    """alpha / r, or alpha / sqrt(r) for rsLoRA; modules may have another by a pattern."""
     modules: frozenset[str]
     """Leaf names of the modules that have weights, as in the file ("q_proj")."""
     num_parameters: int
     size_bytes: int
     """Bytes of the LoRA factors as stored, in the file's dtype."""
+    num_dropped: int = 0
+    """Stored factors of a vision or audio encoder, which are not served."""
 
     @property
     def served_modules(self) -> frozenset[str]:
@@ -76,6 +86,7 @@ def check_adapter(
     max_rank: int | None = None,
     target_modules: Iterable[str] | None = None,
     refused_modules: Iterable[str] = (),
+    drops_towers: bool = False,
     read_weights: bool = True,
 ) -> AdapterFacts:
     """Check an adapter against the base model and the server's limits.
@@ -88,6 +99,8 @@ def check_adapter(
         target_modules: The server's ``--lora-target-modules``, plain or fused names; "all"
             allows everything.
         refused_modules: Served names of modules that the server cannot adapt at all.
+        drops_towers: Leave out weights of a vision or audio encoder instead of refusing the
+            adapter.
         read_weights: Also read the data, and refuse NaN and values beyond float16's range;
             otherwise only headers are read.
 
@@ -101,7 +114,13 @@ def check_adapter(
     files = find_weight_files(folder)
     check_added_tokens(folder, base.vocab_size)
     tensors = read_tensors(folder, files)
-    facts = _check_parts(folder, config, base, tensors)
+
+    def difference(module: str, info: TensorInfo) -> str | None:
+        """Reads the tensor, and the base model's."""
+        (copy,) = load_tensors(folder, lambda name: name == info.name).values()
+        return base.rows.difference(module, copy)
+
+    facts = _check_parts(folder, config, base, tensors, difference, drops_towers=drops_towers)
     _check_limits(folder, config, facts, max_rank, target_modules, refused_modules)
     if read_weights:
         folder.raise_if_any(unusable_tensors(folder, files), _DIVERGED)
@@ -110,13 +129,14 @@ def check_adapter(
 
 @refused_not_raised
 def read_adapter(name: str, path: str) -> dict[str, Any]:
-    """The weights of an adapter that was checked before, as torch tensors by their stored names.
+    """The LoRA factors of an adapter that was checked before, as torch tensors by their stored
+    names. Copies of the base model's embeddings, which the check compared, are left out.
 
     Raises:
         AdapterError: The folder or a file can no longer be read, or a weight is NaN or too large.
     """
     folder = find_folder(name, path)
-    tensors = load_tensors(folder)
+    tensors = load_tensors(folder, is_factor)
     folder.raise_if_any(unusable("the weights", tensors.items()), _DIVERGED)
     return tensors
 
@@ -142,9 +162,19 @@ def served_modules(name: str, path: str) -> frozenset[str]:
     Raises:
         AdapterError: There is no such folder, or no file in it that can be read.
     """
+    shapes = stored_shapes(name, path)
+    return served_names(key.rsplit(".lora_", 1)[0] for key in shapes if is_factor(key))
+
+
+@refused_not_raised
+def stored_shapes(name: str, path: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of an adapter's tensors by their stored names, from its files' headers.
+
+    Raises:
+        AdapterError: There is no such folder, or no file in it that can be read.
+    """
     folder = find_folder(name, path)
-    tensors = read_tensors(folder, find_weight_files(folder))
-    return served_names(t.name.rsplit(".lora_", 1)[0] for t in tensors if ".lora_" in t.name)
+    return {tensor.name: tensor.shape for tensor in read_tensors(folder, find_weight_files(folder))}
 
 
 @refused_not_raised
@@ -157,6 +187,7 @@ def check_tensors(
     max_rank: int | None = None,
     target_modules: Iterable[str] | None = None,
     refused_modules: Iterable[str] = (),
+    drops_towers: bool = False,
 ) -> AdapterFacts:
     """``check_adapter`` for an adapter whose tensors arrive in a request.
 
@@ -174,7 +205,14 @@ def check_tensors(
         TensorInfo("tensors", key, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         for key, tensor in tensors.items()
     ]
-    facts = _check_parts(folder, parsed, base, stored)
+    facts = _check_parts(
+        folder,
+        parsed,
+        base,
+        stored,
+        lambda module, info: base.rows.difference(module, tensors[info.name]),
+        drops_towers=drops_towers,
+    )
     _check_limits(folder, parsed, facts, max_rank, target_modules, refused_modules)
     folder.raise_if_any(unusable("tensors", tensors.items()), _DIVERGED)
     return facts
@@ -190,9 +228,12 @@ def _check_parts(
     config: AdapterConfig,
     base: BaseShapes,
     stored: Sequence[TensorInfo],
+    difference: Difference,
+    *,
+    drops_towers: bool,
 ) -> AdapterFacts:
     """Check that configuration, tensors and base model agree; returns the adapter's facts."""
-    pairs = pair_tensors(folder, config, base, stored)
+    pairs = pair_tensors(folder, config, base, stored, difference, drops_towers=drops_towers)
     check_patterns(folder, config, (pair.stored_path for pair in pairs))
     check_shapes(folder, config, base, pairs)
     _check_targets(folder, config, base, pairs)
@@ -201,12 +242,13 @@ def _check_parts(
         name=folder.name,
         folder=folder.path,
         files=(),
-        rank=config.rank,
+        rank=max((pair.a.shape[0] for pair in pairs if pair.a is not None), default=config.rank),
         alpha=config.alpha,
         scaling=config.scaling,
         modules=frozenset(_leaf(pair) for pair in pairs),
         num_parameters=sum(tensor.num_elements for tensor in tensors),
         size_bytes=sum(tensor.size_bytes for tensor in tensors),
+        num_dropped=num_unserved(tensor.name for tensor in stored),
     )
 
 
@@ -248,7 +290,9 @@ def _check_limits(
     target_modules: Iterable[str] | None,
     refused_modules: Iterable[str],
 ) -> None:
-    needed = facts.served_modules | served_names(config.target_modules or ())
+    needed = facts.served_modules
+    if not facts.num_dropped:  # otherwise modules of an encoder are named, too
+        needed |= served_names(config.target_modules or ())
     refused = sorted(needed & frozenset(refused_modules))
     if refused:
         raise folder.error(
@@ -256,11 +300,11 @@ def _check_limits(
             f"it adapts {', '.join(refused)}, where --elora does not serve LoRA",
             "Train it on modules of the layers only, or run the server without --elora",
         )
-    if max_rank is not None and config.rank > max_rank:
+    if max_rank is not None and facts.rank > max_rank:
         raise folder.error(
             CONFIG_FILE,
-            f"its rank r={config.rank} is above the server's --max-lora-rank {max_rank}",
-            f"Start the server with --max-lora-rank {config.rank} or more",
+            f"its rank r={facts.rank} is above the server's --max-lora-rank {max_rank}",
+            f"Start the server with --max-lora-rank {facts.rank} or more",
         )
     allowed = frozenset(target_modules) if target_modules is not None else None
     if allowed is None or allowed & ALL_LINEAR:

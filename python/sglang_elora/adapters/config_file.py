@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sglang_elora.adapters.bounded_files import MAX_JSON_BYTES, MAX_TOKENS_BYTES, read_bounded
 from sglang_elora.adapters.errors import MERGE, AdapterFolder, Problem
+from sglang_elora.adapters.module_patterns import ModulePattern
 from sglang_elora.adapters.weight_files import ADDED_TOKENS_FILE, CONFIG_FILE
 
 MAX_SCALING = 4096.0
@@ -25,14 +26,8 @@ MAX_SCALING = 4096.0
 products overflow."""
 
 _MAX_RANK = 1 << 16
+_MAX_COMPARED = 1 << 20  # pairs of a pattern's key and a module
 _MAX_NAMES = 2048  # names in a list; a 405B model has 882 linear layers
-_MAX_COMPARED = 1 << 20  # pairs of a pattern's key and a module; an expression counts as 32 keys
-_MAX_PATTERN_CHARS = 512
-_MAX_ALTERNATIVES = 4
-_MAX_BRANCHING = 32  # expressions with repetitions or alternatives in one pattern
-_PLAIN = re.compile(r"[\w.-]+")  # names: the part after the last dot matches only itself
-_REPETITION = re.compile(r"[*+?{]")
-_UNREAD = re.compile(r"\)[*+?{]|\(\?|\\[1-9]|\[[^\]]*(\[|--|&&|~~|\|\|)")  # see _check_expressions
 
 ALL_LINEAR = frozenset({"all", "all-linear"})
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
@@ -61,19 +56,39 @@ class AdapterConfig:
     """The validated fields of adapter_config.json that serving needs."""
 
     rank: int
+    """r, of the modules that rank_pattern does not name."""
     alpha: float
     use_rslora: bool
     target_modules: tuple[str, ...] | None
-    """As saved by PEFT; None for "all-linear"."""
+    """As saved by PEFT; None for "all-linear" and for a regular expression, which is not read: the
+    adapter's weights say which modules it matched."""
     modules_to_save: tuple[str, ...]
-    rank_pattern: Mapping[str, float]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: ModulePattern
+    """Empty also if all its values are r; and so for alpha."""
+    alpha_pattern: ModulePattern
     base_model_name: str | None
 
     @property
     def scaling(self) -> float:
-        """The factor on B A x. rsLoRA (arXiv 2312.03732) divides by sqrt(rank), not by rank."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        """The factor on B A x, of the modules that no pattern names."""
+        return self._scaling(self.rank, self.alpha)
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether modules may differ in rank or scaling."""
+        return bool(self.rank_pattern or self.alpha_pattern)
+
+    def rank_of(self, path: str) -> int:
+        """The rank of a module, given by its path as stored."""
+        return int(self.rank_pattern.value(path, self.rank))
+
+    def scaling_of(self, path: str) -> float:
+        """The factor on B A x of a module, given by its path as stored."""
+        return self._scaling(self.rank_of(path), self.alpha_pattern.value(path, self.alpha))
+
+    def _scaling(self, rank: int, alpha: float) -> float:
+        """RsLoRA (arXiv 2312.03732) divides by sqrt(rank), not by rank."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, path: str) -> bool:
         """Whether ``path`` is targeted, by PEFT's rule: the whole path or its last components."""
@@ -128,38 +143,30 @@ def parse_config(folder: AdapterFolder, raw: Mapping[str, Any]) -> AdapterConfig
         use_rslora=bool(raw.get("use_rslora")),
         target_modules=_targets(folder, raw["target_modules"]),
         modules_to_save=_names(raw.get("modules_to_save"))[:_MAX_NAMES],
-        rank_pattern=_pattern(folder, raw, "rank_pattern"),
-        alpha_pattern=_pattern(folder, raw, "alpha_pattern"),
+        rank_pattern=_pattern(folder, raw, "rank_pattern", rank),
+        alpha_pattern=_pattern(folder, raw, "alpha_pattern", float(alpha)),
         base_model_name=base_name if isinstance(base_name, str) and base_name else None,
     )
 
 
 def check_patterns(folder: AdapterFolder, config: AdapterConfig, modules: Iterable[str]) -> None:
-    """Refuse a rank_pattern or alpha_pattern that changes one of the adapter's modules."""
+    """Refuse a rank_pattern or alpha_pattern that is too long to compare with the modules, or that
+    gives one of them too large a factor."""
     paths = sorted(modules)
-    for option, pattern, default in (
-        ("rank_pattern", config.rank_pattern, config.rank),
-        ("alpha_pattern", config.alpha_pattern, config.alpha),
-    ):
-        if all(value == default for value in pattern.values()):
-            continue
-        plain = {key: _PLAIN.fullmatch(key) is not None for key in pattern}
-        if sum(1 if plain[key] else 32 for key in pattern) * len(paths) > _MAX_COMPARED:
+    patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
+    for option, pattern in patterns.items():
+        if pattern.num_comparisons(len(paths)) > _MAX_COMPARED:
             text = f"{option} has {len(pattern)} keys, too many for {len(paths)} modules"
             raise folder.error(CONFIG_FILE, text, _RESAVE)
-        expressions = [
-            (key.rsplit(".", 1)[-1] if plain[key] else "", re.compile(rf"(.*\.)?({key})$"), value)
-            for key, value in pattern.items()
-        ]
-        problems = []
-        for path in paths:
-            matching = (v for end, e, v in expressions if path.endswith(end) and e.match(path))
-            value = next(matching, default)
-            if value != default:
-                text = f"{option} gives {path} {value:g} where the rest has {default:g}"
-                problems.append(Problem(CONFIG_FILE, text))
+    if config.has_patterns:
+        scalings = {path: config.scaling_of(path) for path in paths}
         folder.raise_if_any(
-            problems, f"Train or re-save it with one rank and one lora_alpha. Or: {MERGE}"
+            [
+                Problem(CONFIG_FILE, f"its patterns give {path} a factor of {scaling:g}")
+                for path, scaling in scalings.items()
+                if abs(scaling) > MAX_SCALING
+            ],
+            f"Re-save it with factors of at most {MAX_SCALING:g}",
         )
 
 
@@ -219,14 +226,9 @@ def _refuse_options(folder: AdapterFolder, raw: Mapping[str, Any]) -> None:
 
 def _targets(folder: AdapterFolder, targets: Any) -> tuple[str, ...] | None:
     if isinstance(targets, str):
-        if targets in ALL_LINEAR:
-            return None
-        raise folder.error(
-            CONFIG_FILE,
-            f"target_modules is the regular expression {targets!r}, which SGLang does not read",
-            "Replace it by the list of module names it matched, such as "
-            '["q_proj", "v_proj"], or by "all-linear"',
-        )
+        if not targets:
+            raise folder.error(CONFIG_FILE, "target_modules is empty", _RESAVE)
+        return None
     if not isinstance(targets, list) or not all(isinstance(t, str) and t for t in targets):
         raise folder.error(
             CONFIG_FILE, f"target_modules must be a list of names, got {targets!r}", _RESAVE
@@ -239,42 +241,23 @@ def _targets(folder: AdapterFolder, targets: Any) -> tuple[str, ...] | None:
     return tuple(targets)
 
 
-def _pattern(folder: AdapterFolder, raw: Mapping[str, Any], option: str) -> dict[str, float]:
+def _pattern(
+    folder: AdapterFolder, raw: Mapping[str, Any], option: str, default: float
+) -> ModulePattern:
     pattern = raw.get(option) or {}
     try:
-        values = {key: float(value) for key, value in dict(pattern).items()}
-        _check_expressions(values)
+        found = ModulePattern({key: float(value) for key, value in dict(pattern).items()})
     except (re.error, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise folder.error(
             CONFIG_FILE, f"{option} must map module patterns to numbers: {error}", _RESAVE
         ) from error
-    return values
-
-
-def _check_expressions(keys: Collection[str]) -> None:
-    """Refuse expressions whose match with a module's path may take long.
-
-    A failing match tries every way to match: one repetition of a character or class takes the
-    square of the path's length, and each alternative doubles that. Several repetitions, or a
-    repeated group, may take exponential time. Extensions, back references and the set syntax that
-    Python warns about are refused too.
-    """
-    num_branching = 0
-    if len(keys) > _MAX_NAMES:
-        raise ValueError(f"it has {len(keys)} keys, of at most {_MAX_NAMES}")
-    for key in keys:
-        num_repetitions, num_alternatives = len(_REPETITION.findall(key)), key.count("|")
-        if len(key) > _MAX_PATTERN_CHARS:
-            raise ValueError(f"{key[:40]!r}... has more than {_MAX_PATTERN_CHARS} characters")
-        if num_repetitions > 1 or num_alternatives > _MAX_ALTERNATIVES or _UNREAD.search(key):
-            raise ValueError(
-                f"{key[:80]!r} is an expression that is not read: at most one repetition, of one "
-                f"character or class, and {_MAX_ALTERNATIVES} alternatives"
-            )
-        num_branching += num_repetitions > 0 or num_alternatives > 0
-        if num_branching > _MAX_BRANCHING:
-            raise ValueError(f"more than {_MAX_BRANCHING} expressions have a repetition")
-        re.compile(key)
+    if option == "rank_pattern":
+        wrong = [v for v in found.values() if not (v == int(v) and 0 < v <= _MAX_RANK)]
+    else:
+        wrong = [v for v in found.values() if not math.isfinite(v)]
+    if wrong:
+        raise folder.error(CONFIG_FILE, f"{option} has the value {wrong[0]:g}", _RESAVE)
+    return found if any(value != default for value in found.values()) else ModulePattern({})
 
 
 def _names(value: Any) -> tuple[str, ...]:

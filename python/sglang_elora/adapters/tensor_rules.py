@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from sglang_elora.adapters.base_shapes import (
     BaseShapes,
@@ -14,7 +15,7 @@ from sglang_elora.adapters.base_shapes import (
     layer_of,
 )
 from sglang_elora.adapters.config_file import AdapterConfig
-from sglang_elora.adapters.errors import MERGE, SHOWN, AdapterFolder, Problem
+from sglang_elora.adapters.errors import MERGE, AdapterFolder, Problem
 from sglang_elora.adapters.weight_files import TensorInfo
 
 _PREFIX = "base_model.model."
@@ -23,7 +24,42 @@ _LORA_KEY = re.compile(
     r"(?:\.default)?(?P<weight>\.weight)?"
 )
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
+_MAX_COPIES = 4  # of embed_tokens and lm_head; each is read and compared
 _RETRAIN = f"Train the adapter without it. Or: {MERGE}"
+Difference: TypeAlias = Callable[[str, TensorInfo], "str | None"]
+"""How a stored tensor differs from the base model's weight of a module; None if it is equal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """What the name of a stored tensor says: one of a module's two matrices."""
+
+    path: str  # of the module, as stored; PEFT's patterns match this path
+    side: str  # "A" or "B"
+    is_embedding: bool
+
+
+def factor_of(name: str) -> Factor | None:
+    """The LoRA factor that a stored tensor of that name is; None if it is none."""
+    match = _LORA_KEY.fullmatch(name.removeprefix(_PREFIX))
+    if match is None:
+        return None
+    is_embedding = "embedding" in match["kind"]
+    # PEFT writes "q_proj.lora_A.weight" but "embed_tokens.lora_embedding_A".
+    if match["weight"] is None and not is_embedding:
+        return None
+    return Factor(match["path"], match["kind"][-1], is_embedding)
+
+
+def is_factor(name: str) -> bool:
+    """Whether a stored tensor of that name is A or B of a module of the language model."""
+    factor = factor_of(name)
+    return factor is not None and not is_tower(factor.path)
+
+
+def num_unserved(names: Iterable[str]) -> int:
+    """How many of an adapter's stored tensors are A or B of a module that is not served."""
+    return sum(factor_of(name) is not None and not is_factor(name) for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +84,32 @@ def pair_tensors(
     config: AdapterConfig,
     base: BaseShapes,
     tensors: Sequence[TensorInfo],
+    difference: Difference,
+    *,
+    drops_towers: bool = False,
 ) -> list[LoraPair]:
     """Group tensors by base module.
+
+    ``difference`` is called with embeddings that are saved whole; unchanged copies are skipped, and
+    so are factors of vision and audio encoders with ``drops_towers``.
 
     Raises AdapterError on a tensor that is not a LoRA factor, is not floating-point, has no module
     in the base model, or lacks its other half.
     """
     factors, others = _split(tensors)
+    if drops_towers and any(is_factor(tensor.name) for tensor in tensors):
+        factors = [found for found in factors if not is_tower(found[1])]
     paths = {canonical(path) for _, path, _ in factors}
-    refused = [tensor for tensor in others if not _is_frozen_copy(tensor, paths, base)]
-    problems = [Problem(t.file, _why_not_lora(t.name, config)) for t in refused[:SHOWN]]
-    problems += [Problem(t.file, "") for t in refused[SHOWN:]]  # only counted
-    folder.raise_if_any(problems, _RETRAIN)
+    if sum(copied_module(tensor.name) is not None for tensor in others) > _MAX_COPIES:
+        text = f"it holds more than {_MAX_COPIES} copies of embeddings"
+        raise folder.error(others[0].file, text, _RETRAIN)
+    refused = [
+        (tensor, problem)
+        for tensor in others
+        if not _is_frozen_copy(tensor, paths, base)
+        and (problem := _why_refused(tensor, config, difference)) is not None
+    ]
+    folder.raise_if_any([Problem(tensor.file, problem) for tensor, problem in refused], _RETRAIN)
     folder.raise_if_any(
         [
             Problem(t.file, f"{t.name} has dtype {t.dtype}, not a floating-point type")
@@ -93,8 +143,9 @@ def check_shapes(
                 sizes.append(Problem(tensor.file, text))
                 continue
             rank, size = tensor.shape[rank_axis], tensor.shape[1 - rank_axis]
-            if rank != config.rank:
-                text = f"{tensor.name} has rank {rank}, adapter_config.json says r={config.rank}"
+            stated = config.rank_of(pair.stored_path)
+            if rank != stated:
+                text = f"{tensor.name} has rank {rank}, adapter_config.json says r={stated}"
                 ranks.append(Problem(tensor.file, text))
             side = "input" if rank_axis == 0 else "output"
             wanted = _size_of(pair.shape, side)
@@ -107,7 +158,8 @@ def check_shapes(
     )
     folder.raise_if_any(sizes, _other_base_remedy(config))
     folder.raise_if_any(
-        ranks, "Correct r (and lora_alpha) in adapter_config.json, or re-save at one rank"
+        ranks,
+        "Correct r, lora_alpha and the patterns in adapter_config.json, or save the adapter again",
     )
 
 
@@ -117,13 +169,11 @@ def _split(
     """Split tensors into LoRA factors, as (tensor, module path, "A" or "B"), and all others."""
     factors, others = [], []
     for tensor in tensors:
-        match = _LORA_KEY.fullmatch(tensor.name.removeprefix(_PREFIX))
-        embedding = match is not None and "embedding" in match["kind"]
-        # PEFT writes "q_proj.lora_A.weight" but "embed_tokens.lora_embedding_A".
-        if match is None or (match["weight"] is None and not embedding):
+        factor = factor_of(tensor.name)
+        if factor is None:
             others.append(tensor)
         else:
-            factors.append((tensor, match["path"], match["kind"][-1]))
+            factors.append((tensor, factor.path, factor.side))
     return factors, others
 
 
@@ -139,6 +189,24 @@ def _is_frozen_copy(tensor: TensorInfo, paths: set[str], base: BaseShapes) -> bo
     return found is None or sorted(tensor.shape) == sorted((found[1].in_size, found[1].out_size))
 
 
+def _why_refused(tensor: TensorInfo, config: AdapterConfig, difference: Difference) -> str | None:
+    """Why a tensor that is no LoRA factor is refused; None for a copy of the base model's."""
+    module = copied_module(tensor.name)
+    if module is None or not tensor.is_float or len(tensor.shape) != 2:
+        return _why_not_lora(tensor.name, config)
+    problem = difference(module, tensor)
+    return problem and f"{tensor.name} is a saved embedding, not served: {problem}"
+
+
+def copied_module(name: str) -> str | None:
+    """The embedding that a stored tensor of that name may be a whole copy of."""
+    path = name.removeprefix(_PREFIX).removesuffix(".weight")
+    for wrapper in (".base_layer", ".modules_to_save.default", ".original_module"):
+        path = path.removesuffix(wrapper)
+    leaf = canonical(path).rsplit(".", 1)[-1]
+    return leaf if leaf in _EMBEDDINGS and name.endswith(".weight") else None
+
+
 def _why_not_lora(name: str, config: AdapterConfig) -> str:
     path = name.removeprefix(_PREFIX)
     if "lora_magnitude_vector" in path:
@@ -151,11 +219,6 @@ def _why_not_lora(name: str, config: AdapterConfig) -> str:
         return f"{name} is a trained bias, not served"
     if any(f"{module}." in path for module in config.modules_to_save):
         return f"{name} is a fully trained module (modules_to_save), not served"
-    if _EMBEDDINGS.intersection(path.split(".")):
-        return (
-            f"{name} is a saved embedding, not served; if it was not trained, save with "
-            "save_embedding_layers=False"
-        )
     return f"{name} is not a LoRA factor of a module"
 
 

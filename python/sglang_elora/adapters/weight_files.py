@@ -35,6 +35,7 @@ _FLOATS = {
     "F64": ("float64", 8),
 }
 _SIZES = dict(_FLOATS.values())
+_CHANGED = (ValueError, LookupError, TypeError, struct.error)  # of a header that was checked before
 _SERIAL_ELEMENTS = 1 << 14
 _MAX_TENSORS = 16_384  # a factor pair of each linear layer of a 405B model: 1764
 _MAX_NAME_CHARS = 256
@@ -128,11 +129,11 @@ def read_tensors(folder: AdapterFolder, files: Sequence[Path]) -> list[TensorInf
     return tensors
 
 
-def load_tensors(folder: AdapterFolder) -> dict[str, Any]:
-    """All tensors of the adapter as torch tensors by name; raises as ``read_tensors``."""
+def load_tensors(folder: AdapterFolder, wanted: Callable[[str], bool]) -> dict[str, Any]:
+    """The wanted tensors of the adapter as torch tensors by name; raises as ``read_tensors``."""
     files = find_weight_files(folder)
     read_tensors(folder, files)  # raises errors that name file and remedy
-    return {name: tensor for file in files for name, tensor in _data(folder, file)}
+    return {name: tensor for file in files for name, tensor in _data(folder, file, wanted)}
 
 
 def unusable_tensors(folder: AdapterFolder, files: Sequence[Path]) -> list[Problem]:
@@ -240,11 +241,6 @@ def _open_as_loader_does(folder: AdapterFolder, file: Path) -> None:
         ) from error
 
 
-def _whole(file: Path) -> bytes:
-    with open_regular(file) as stream:
-        return stream.read()
-
-
 def _number(value: Any) -> int:
     if type(value) is not int:
         raise TypeError(f"{str(value)[:40]!r} is not a whole number")
@@ -296,13 +292,37 @@ def _load_pickle(folder: AdapterFolder, file: Path) -> dict[str, Any]:
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
-def _data(folder: AdapterFolder, file: Path) -> Iterator[tuple[str, Any]]:
+def _data(
+    folder: AdapterFolder, file: Path, wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, Any]]:
     if file.suffix != ".safetensors":
-        yield from _load_pickle(folder, file).items()
+        loaded = _load_pickle(folder, file).items()
+        yield from ((name, tensor) for name, tensor in loaded if wanted(name))
         return
     safetensors: Any = importlib.import_module("safetensors.torch")
     try:
         # Read, not mapped: truncating a mapped file would kill this process with SIGBUS.
-        yield from safetensors.load(_whole(file)).items()
-    except (safetensors.SafetensorError, OSError) as error:
+        yield from safetensors.load(_part(file, wanted)).items()
+    except (safetensors.SafetensorError, OSError, *_CHANGED) as error:
         raise folder.error(file.name, f"cannot read it: {error}", _COPY_AGAIN) from error
+
+
+def _part(file: Path, wanted: Callable[[str], bool]) -> bytes:
+    """The content of a safetensors file with the wanted tensors only; no others are read."""
+    with open_regular(file) as stream:
+        (header_bytes,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(min(header_bytes, MAX_HEADER_BYTES)))
+        header.pop("__metadata__", None)
+        names = [name for name in header if wanted(name)]
+        if len(names) == len(header):
+            stream.seek(0)
+            return stream.read()
+        entries, parts, end_made = {}, list[bytes](), 0
+        for name in names:
+            begin, end = header[name]["data_offsets"]
+            stream.seek(8 + header_bytes + begin)
+            parts.append(stream.read(end - begin))
+            begin_made, end_made = end_made, end_made + len(parts[-1])
+            entries[name] = {**header[name], "data_offsets": [begin_made, end_made]}
+    text = json.dumps(entries).encode()
+    return b"".join([struct.pack("<Q", len(text)), text, *parts])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +18,10 @@ from typing import Any
 import httpx
 
 from sglang_elora.bench.apis import Answer, Conversation, Native, Open
+from sglang_elora.bench.clock import Clock
 from sglang_elora.bench.pool import pool_sample
 from sglang_elora.bench.record import Played, PoolSample, Record
+from sglang_elora.control.connections import LIMITS
 from sglang_elora.workloads import Session, Trace, Turn
 
 _TIMEOUT_S = 300.0
@@ -47,6 +48,14 @@ def play(url: str, trace: Trace, manner: Manner = PLAIN) -> Played:
     return asyncio.run(_play(url, trace, manner))
 
 
+async def play_by(clock: Clock, url: str, trace: Trace, manner: Manner = PLAIN) -> Played:
+    """As ``play``, with all times by a clock that others start and stop: no turn is sent while it
+    is stopped."""
+    async with _client(url) as http:
+        player = _Player(http, manner, clock, trace.duration_s)
+        return await player.play(map(player.hold, trace.sessions))
+
+
 def play_closed(
     url: str, sessions: Sequence[Session], num_clients: int, manner: Manner = PLAIN
 ) -> Played:
@@ -56,9 +65,9 @@ def play_closed(
 
 
 async def _play(url: str, trace: Trace, manner: Manner) -> Played:
-    async with _client(url) as http:
-        player = _Player(http, manner, trace.duration_s)
-        return await player.play(map(player.hold, trace.sessions))
+    clock = Clock()
+    clock.start()
+    return await play_by(clock, url, trace, manner)
 
 
 async def _play_closed(
@@ -66,7 +75,9 @@ async def _play_closed(
 ) -> Played:
     waiting = deque(sessions)
     async with _client(url) as http:
-        player = _Player(http, manner)
+        clock = Clock()
+        clock.start()
+        player = _Player(http, manner, clock)
 
         async def hold_next() -> None:
             while waiting:
@@ -77,16 +88,20 @@ async def _play_closed(
 
 
 def _client(url: str) -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    return httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_S, trust_env=False, limits=limits)
+    return httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_S, trust_env=False, limits=LIMITS)
 
 
 class _Player:
     def __init__(
-        self, http: httpx.AsyncClient, manner: Manner, duration_s: float = math.inf
+        self,
+        http: httpx.AsyncClient,
+        manner: Manner,
+        clock: Clock,
+        duration_s: float = math.inf,
     ) -> None:
         self._http = http
         self._manner = manner
+        self._clock = clock
         self._duration_s = duration_s
         self._records: list[Record] = []
         self._pool: list[PoolSample] = []
@@ -94,7 +109,7 @@ class _Player:
 
     async def play(self, parts: Iterable[Coroutine[Any, Any, None]]) -> Played:
         before = await _statistics(self._http)
-        self._started_s = time.perf_counter()
+        self._started_s = self._clock.now_s()
         watching = asyncio.create_task(self._watch())
         await asyncio.gather(*parts)
         wall_s = self.now_s()
@@ -106,7 +121,7 @@ class _Player:
         return Played(tuple(self._records), wall_s, before, after, tuple(self._pool))
 
     def now_s(self) -> float:
-        return time.perf_counter() - self._started_s
+        return self._clock.now_s() - self._started_s
 
     async def hold(self, session: Session) -> None:
         conversation, due_s = self._manner.open(session), session.start_s
@@ -114,7 +129,7 @@ class _Player:
             due_s += turn.think_s
             if due_s >= self._duration_s:
                 return
-            await asyncio.sleep(due_s - self.now_s())
+            await self._clock.sleep_until(self._started_s + due_s)
             answer, record = await self._request(session, conversation, number, turn, due_s)
             self._records.append(record)
             if self._manner.on_record is not None:
@@ -174,7 +189,7 @@ class _Player:
             if sample is None:
                 return
             self._pool.append(sample)
-            await asyncio.sleep(interval_s)
+            await self._clock.sleep_until(self._clock.now_s() + interval_s)
 
 
 def _name(session: Session) -> str:

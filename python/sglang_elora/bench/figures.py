@@ -1,4 +1,4 @@
-"""Metrics per run, ratios between runs, and tables of both."""
+"""Metrics per run, and tables of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy as np
 from sglang_elora.bench.plain_table import plain_table
 from sglang_elora.bench.record import Record
 
-WARM_UP = 0.2  # share of the trace's duration, at its beginning, whose requests are not counted
+WARM_UP = 0.2  # least share of the trace's duration, at its beginning, that is not counted
+WARM_UP_MOST = 0.5  # largest share, if a session lives longer
 COLUMNS = (
     "requests",
     "errors",
@@ -22,6 +23,7 @@ COLUMNS = (
     "ttft_p95_ms",
     "ttft_p99_ms",
     "tpot_mean_ms",
+    "e2e_mean_ms",
     "goodput",
     "cached_device",
     "cached_host",
@@ -30,7 +32,6 @@ COLUMNS = (
 )
 TTFT_BAR_MS = 500.0
 TPOT_BAR_MS = 50.0
-_RATIOS = ("ttft_mean_ms", "ttft_p95_ms", "tpot_mean_ms", "requests_per_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +51,23 @@ class Bars:
 BARS = Bars()
 
 
-def counted(records: Sequence[Record], duration_s: float) -> list[Record]:
+def warm_up_s(duration_s: float, session_life_s: float = 0.0) -> float:
+    """Seconds at the beginning of a trace whose requests are not counted.
+
+    A trace begins with sessions that are under way and whose KV is nowhere, so the mean life of a
+    session is left out, but at most half of the trace, and at least a fifth.
+    """
+    return min(max(WARM_UP * duration_s, session_life_s), WARM_UP_MOST * duration_s)
+
+
+def counted(records: Sequence[Record], warm_up_s: float) -> list[Record]:
     """The records that were due after the warm-up."""
-    return [record for record in records if record.due_s >= WARM_UP * duration_s]
+    return [record for record in records if record.due_s >= warm_up_s]
 
 
 def figures(
     records: Sequence[Record],
+    warm_up_s: float,
     duration_s: float,
     before: Mapping[str, Any] | None = None,
     after: Mapping[str, Any] | None = None,
@@ -68,7 +79,7 @@ def figures(
     ``goodput`` the share of the requests that met both bars (unanswered ones do not). ``late`` is
     the client's delay in sending a request after it was due.
     """
-    mine = counted(records, duration_s)
+    mine = counted(records, warm_up_s)
     good = [record for record in mine if record.error is None]
     ttft = [1e3 * s for record in good if (s := record.ttft_s) is not None]
     tpot = [1e3 * s for record in good if (s := record.tpot_s) is not None]
@@ -81,57 +92,18 @@ def figures(
     return {
         "requests": len(mine),
         "errors": len(mine) - len(good),
-        "requests_per_s": len(good) / (ended_s - WARM_UP * duration_s),
+        "requests_per_s": len(good) / (ended_s - warm_up_s),
         "ttft_mean_ms": _mean(ttft),
         "ttft_p50_ms": _percentile(ttft, 50),
         "ttft_p95_ms": _percentile(ttft, 95),
         "ttft_p99_ms": _percentile(ttft, 99),
         "tpot_mean_ms": _mean(tpot),
+        "e2e_mean_ms": _mean([1e3 * s for record in good if (s := record.e2e_s) is not None]),
         "goodput": sum(map(bars.met, mine)) / len(mine) if mine else None,
         "cached_device": (sum(record.num_cached for record in good) - from_host) / prompt,
         "cached_host": from_host / prompt,
         "adapter_loads": loads,
         "late_p99_ms": _percentile([1e3 * (r.sent_s - r.due_s) for r in good], 99),
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Minimum, median and maximum of one metric over runs; all equal for a single run."""
-
-    low: float
-    median: float
-    high: float
-
-    def __str__(self) -> str:
-        if self.low == self.high:
-            return f"{self.median:.3f}"
-        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
-
-
-def ratios(
-    ours: Mapping[int, Sequence[Record]],
-    theirs: Mapping[int, Sequence[Record]],
-    duration_s: float,
-) -> dict[str, Spread]:
-    """Ratio ours / theirs of each metric, over the runs that both have.
-
-    Only requests that both sides answered count, as the slower side reaches fewer late turns.
-    """
-    values: dict[str, list[float]] = {name: [] for name in _RATIOS}
-    for run in sorted(ours.keys() & theirs.keys()):
-        sides = [{r.key: r for r in runs[run] if r.error is None} for runs in (ours, theirs)]
-        common = sides[0].keys() & sides[1].keys()
-        both = [key for key in common if all(s[key].due_s >= WARM_UP * duration_s for s in sides)]
-        mine, their = (figures([side[key] for key in both], duration_s) for side in sides)
-        for name in _RATIOS:
-            numerator, denominator = mine[name], their[name]
-            if numerator is not None and denominator:
-                values[name].append(numerator / denominator)
-    return {
-        name: Spread(min(found), statistics.median(found), max(found))
-        for name, found in values.items()
-        if found
     }
 
 

@@ -10,13 +10,15 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from sglang_elora.bench.compared import Comparison, compared, extent, systems
 from sglang_elora.bench.figures import COLUMNS, cell, medians
-from sglang_elora.bench.report import BEST, best_split, compared
+from sglang_elora.bench.main_table import main_table
 from sglang_elora.bench.result import Result, by_block, by_side
 
 Facts = Mapping[str, Any]
 _COLUMNS = {
-    "requests": "answers to requests that were due after the warm-up (20% of the trace)",
+    "requests": "requests that were due after the warm-up (a session's mean life, at least 20% and "
+    "at most 50% of the trace)",
     "goodput": "share of them under both bars",
     "cached_device, cached_host": "shares of the prompts' tokens, by where they were found",
     "adapter_loads": "of the whole run; stock does not count them",
@@ -53,6 +55,8 @@ def page(title: str, results: Sequence[Result], facts: Facts, plots: Mapping[str
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    blocks = by_block(results)
+    comparisons = {name: compared(block) for name, block in blocks.items()}
     silent = [r.side for r in results if not any(s.invalid_kv is not None for s in r.pool)]
     return templates.get_template("page.html.j2").render(
         title=title,
@@ -60,9 +64,10 @@ def page(title: str, results: Sequence[Result], facts: Facts, plots: Mapping[str
         num_runs=len({result.run for result in results}),
         duration_s=results[0].duration_s,
         how=_how(facts),
+        main=main_table(blocks, comparisons),
         blocks=[
-            _Block(name, _figures(block), _ratios(block))
-            for name, block in by_block(results).items()
+            _Block(name, _figures(block), _ratios(block, comparisons[name]))
+            for name, block in blocks.items()
         ],
         plots={name: base64.b64encode(path.read_bytes()).decode() for name, path in plots.items()},
         facts=_flat(facts),
@@ -87,19 +92,18 @@ def _figures(block: Sequence[Result]) -> _Table:
     return _Table(head, [[s, *(cell(row[name]) for name in COLUMNS)] for s, row in rows.items()])
 
 
-def _ratios(block: Sequence[Result]) -> _Table | None:
-    found = compared(block)
+def _ratios(block: Sequence[Result], found: Comparison) -> _Table | None:
     columns = list(dict.fromkeys(name for ratios in found.values() for name in ratios))
     if not columns:
         return None
-    best = best_split(by_side(block))
+    sides = systems(by_side(block))
     rows = [
-        [f"{ours} / {f'{BEST} ({best})' if other == BEST else other}"]
-        + [str(ratios[name]) if name in ratios else "-" for name in columns]
+        [f"{ours} / {other if sides[other] == other else f'{other} ({sides[other]})'}"]
+        + [ratios[name].with_runs if name in ratios else "-" for name in columns]
         for (ours, other), ratios in found.items()
     ]
-    head = ["median ratio (range) over runs", *(c.replace("_", " ") for c in columns)]
-    return _Table(head, rows)
+    head = f"ratio [95% interval over sessions], {extent(block)}"
+    return _Table([head, *(c.replace("_", " ") for c in columns)], rows)
 
 
 def _flat(facts: Facts) -> list[list[str]]:

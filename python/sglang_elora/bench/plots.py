@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 COLOURS = ("#8a9099", "#3b6ea5", "#4b9b6e", "#d98032", "#8a5aa8", "#b8474b", "#5fa8b5", "#a5893b")
+_NAMES_THAT_FIT = 60  # letters of names below one axes
 _INK = "#20242b"
 _GRID = "#e3e5e8"
 _USES = {
@@ -127,7 +128,7 @@ def _latency(axes: Axes, block: Sequence[Result], colours: Mapping[str, str]) ->
 
 def _distribution(axes: Axes, block: Sequence[Result], colours: Mapping[str, str]) -> None:
     for side, by_run in by_side(block).items():
-        mine = [r for result in by_run.values() for r in counted(result.records, result.duration_s)]
+        mine = [r for result in by_run.values() for r in counted(result.records, result.warm_up_s)]
         times = sorted(1e3 * r.ttft_s for r in mine if r.error is None and r.ttft_s is not None)
         shares = [(i + 1) / len(mine) for i in range(len(times))]
         axes.plot(times, shares, color=colours[side], label=side, drawstyle="steps-post")
@@ -145,7 +146,9 @@ def _hits(axes: Axes, block: Sequence[Result], colours: Mapping[str, str]) -> No
     places = range(len(rows))
     axes.bar(places, device, width=0.6, color="#3b6ea5", label="device")
     axes.bar(places, host, width=0.6, bottom=device, color="#9dbbd8", label="host")
-    axes.set_xticks(places, list(rows), fontsize=7)
+    long = max(map(len, rows)) * len(rows) > _NAMES_THAT_FIT
+    turned = {"rotation": 20, "ha": "right"} if long else {}
+    axes.set_xticks(places, list(rows), fontsize=7, **turned)
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.legend(fontsize=7, frameon=False)

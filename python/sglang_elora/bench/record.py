@@ -48,6 +48,11 @@ class Record:
             return None
         return (self.last_s - self.first_s) / (self.num_output - 1)
 
+    @property
+    def e2e_s(self) -> float | None:
+        """Seconds from due time to last token."""
+        return None if self.last_s is None else self.last_s - self.due_s
+
 
 @dataclass(frozen=True, slots=True)
 class PoolSample:

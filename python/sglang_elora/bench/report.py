@@ -2,10 +2,11 @@
 
     python -m sglang_elora.bench.report DIR [--window 5] [--relative-to SIDE]
 
-Per workload: a row per side with medians over its runs; then ratios of each ELORA side to each
-stock side, per run. The static split with the lowest mean TTFT is named the best. With --window
-also the mean TTFT over time, over all runs, in windows of that many seconds, and how long a side
-takes to recover from a step in the number of active adapters.
+The main table (``main_table``); then per workload a row per side with medians over its runs, and
+ratios of each ELORA side to each of stock's systems with 95% intervals by bootstrap over sessions
+(``intervals``). The static split with the lowest mean TTFT is named the best. With --window also
+the mean TTFT over time, over all runs, in windows of that many seconds, and how long a side takes
+to recover from a step in the number of active adapters.
 """
 
 from __future__ import annotations
@@ -17,14 +18,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_elora.bench.figures import Spread, counted, medians, ratios, table
+from sglang_elora.bench.compared import (
+    Comparison,
+    at_edge,
+    best_splits,
+    compared,
+    extent,
+    records_of,
+)
+from sglang_elora.bench.figures import counted, medians, table
+from sglang_elora.bench.intervals import ratios
+from sglang_elora.bench.main_table import main_table
+from sglang_elora.bench.over_base import is_base, over_base
 from sglang_elora.bench.plain_table import plain_table
-from sglang_elora.bench.record import Record
-from sglang_elora.bench.result import Result, by_block, by_side, peak_of, read
+from sglang_elora.bench.result import Result, by_block, by_side, peak_of, provenance, read
 from sglang_elora.workloads import GROWS_AT, WORKLOADS
 
-TUNED = "stock-tuned:"
-BEST = "best static split"
 RECOVERED = 1.5
 
 
@@ -39,42 +48,27 @@ def peaks(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(sorted(lines))
 
 
-def summary(results: Sequence[Result]) -> str:
+def summary(results: Sequence[Result], comparison: Comparison) -> str:
     """Tables of one workload: all sides, and ratios of ELORA's sides to stock's."""
     runs = by_side(results)
     lines = [table(_rows(runs))]
-    best = best_split(runs)
-    if best is not None:
-        lines.append(f"{BEST}: {best}")
-    for (ours, stock), found in compared(results).items():
-        figures_of = ", ".join(f"{name} {spread}" for name, spread in found.items())
-        lines.append(f"{ours} / {stock}: {figures_of}")
+    for label, side in best_splits(runs).items():
+        edge = " (at the edge of what was tried: a better one may lie beyond)"
+        lines.append(f"{label}: {side}{edge if at_edge(side, runs) else ''}")
+    for (ours, stock), found in comparison.items():
+        figures_of = ", ".join(f"{name} {ratio.with_runs}" for name, ratio in found.items())
+        lines.append(f"{ours} / {stock}: {figures_of}, {extent(results)}")
     return "\n".join(lines)
 
 
-def compared(results: Sequence[Result]) -> dict[tuple[str, str], dict[str, Spread]]:
-    """For one workload, the ratios of each ELORA side to stock's default and best split."""
-    runs = by_side(results)
-    stocks = {side: side for side in runs if not side.startswith(("elora", TUNED))}
-    best = best_split(runs)
-    if best is not None:
-        stocks[BEST] = best
-    return {
-        (ours, name): ratios(_records(runs[ours]), _records(runs[side]), results[0].duration_s)
-        for ours in runs
-        if ours.startswith("elora")
-        for name, side in stocks.items()
-    }
-
-
-def across(blocks: Mapping[str, Sequence[Result]]) -> str:
-    """Mean of the workloads' median ratios, for the pairs of sides that all workloads have."""
-    found = [compared(results) for results in blocks.values()]
-    lines = [f"mean of the ratios of {', '.join(blocks)}"]
+def across(comparisons: Mapping[str, Comparison]) -> str:
+    """Mean of the workloads' ratios, for the pairs of sides that all workloads have."""
+    found = list(comparisons.values())
+    lines = [f"mean of the ratios of {', '.join(comparisons)}"]
     for pair in found[0]:
         if all(pair in ratios_of for ratios_of in found):
             means = (
-                f"{name} {statistics.mean(ratios_of[pair][name].median for ratios_of in found):.3f}"
+                f"{name} {statistics.mean(ratios_of[pair][name].value for ratios_of in found):.3f}"
                 for name in found[0][pair]
             )
             lines.append(f"{' / '.join(pair)}: {', '.join(means)}")
@@ -84,15 +78,16 @@ def across(blocks: Mapping[str, Sequence[Result]]) -> str:
 def relative(blocks: Mapping[str, Sequence[Result]], base: str) -> str:
     """Mean TTFT of each side relative to ``base``, by workload, and the mean over workloads.
 
-    Ratios are medians over the runs that both sides have.
+    Ratios are over all runs that both sides have.
     """
     found: dict[str, dict[str, float]] = {}
     for name, results in blocks.items():
         runs = by_side(results)
         for side in runs:
-            ratio = ratios(_records(runs[side]), _records(runs[base]), results[0].duration_s)
+            warm_up_s = max(result.warm_up_s for result in results)
+            ratio = ratios(records_of(runs[side]), records_of(runs[base]), warm_up_s)
             if "ttft_mean_ms" in ratio:
-                found.setdefault(side, {})[name] = ratio["ttft_mean_ms"].median
+                found.setdefault(side, {})[name] = ratio["ttft_mean_ms"].value
     rows = []
     for side, by_workload in found.items():
         cells = [by_workload.get(name) for name in blocks]
@@ -102,21 +97,17 @@ def relative(blocks: Mapping[str, Sequence[Result]], base: str) -> str:
     return f"mean TTFT over that of {base}\n{plain_table(['', *blocks, 'mean'], rows)}"
 
 
-def best_split(runs: Mapping[str, Mapping[int, Result]]) -> str | None:
-    """The stock-tuned side with the lowest mean TTFT among those with most runs, or None."""
-    splits = {side: by_run for side, by_run in runs.items() if side.startswith(TUNED)}
-    most = max(map(len, splits.values()), default=0)
-    rows = _rows({side: by_run for side, by_run in splits.items() if len(by_run) == most})
-    means = {side: row["ttft_mean_ms"] for side, row in rows.items()}
-    known = {side: mean for side, mean in means.items() if mean is not None}
-    return min(known, key=known.__getitem__, default=None)
-
-
 def report(results: Sequence[Result]) -> str:
-    """The tables of each workload and rate, and their mean."""
+    """The main table, the tables of each workload and rate, and their mean."""
     blocks = by_block(results)
-    texts = [f"{name}\n{summary(block)}" for name, block in blocks.items()]
-    return "\n\n".join([*texts, *([across(blocks)] if len(blocks) > 1 else [])])
+    comparisons = {name: compared(block) for name, block in blocks.items()}
+    mixed = {name: block for name, block in blocks.items() if not is_base(block[0].workload)}
+    over = {name: comparisons[name] for name in mixed}
+    main = main_table(mixed, over)
+    texts = [f"{name}\n{summary(block, comparisons[name])}" for name, block in blocks.items()]
+    last = [across(over)] if len(over) > 1 else []
+    first = [] if main is None else [str(main)]
+    return "\n\n".join([*first, *texts, *last, *over_base(results)])
 
 
 def over_time(results: Sequence[Result], window_s: float) -> str:
@@ -143,7 +134,9 @@ def after_growth(results: Sequence[Result], window_s: float) -> str:
     grows_s = GROWS_AT * duration_s
     lines = [f"active adapters grow at {grows_s:.0f} s: mean TTFT in ms"]
     for side, by_run in by_side(results).items():
-        records = [r for result in by_run.values() for r in counted(result.records, duration_s)]
+        records = [
+            r for result in by_run.values() for r in counted(result.records, result.warm_up_s)
+        ]
         ttft = [(r.due_s, 1e3 * r.ttft_s) for r in records if r.ttft_s is not None]
         before = statistics.mean(ms for due_s, ms in ttft if due_s < grows_s)
         windows: dict[int, list[float]] = {}
@@ -169,14 +162,11 @@ def _rows(runs: Mapping[str, Mapping[int, Result]]) -> dict[str, dict[str, float
     }
 
 
-def _records(by_run: Mapping[int, Result]) -> dict[int, Sequence[Record]]:
-    return {run: result.records for run, result in by_run.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--window", type=float, help="seconds")
+    parser.add_argument("--markdown", action="store_true", help="only the main table, in Markdown")
     parser.add_argument("--relative-to", help="a side: mean TTFT of all others over its")
     options = parser.parse_args()
     rows = read(options.folder)
@@ -187,8 +177,13 @@ def main() -> None:
         )
     if found := [row for row in rows if "rise" in row]:
         print(peaks(found))
+    print(f"{provenance(rows)}\n")
     results = [Result.from_row(row) for row in rows if "rise" not in row]
-    if results:
+    if results and options.markdown:
+        blocks = by_block(results)
+        main = main_table(blocks, {name: compared(block) for name, block in blocks.items()})
+        print("no side of ELORA, or none of stock" if main is None else main.markdown)
+    elif results:
         print(report(results))
     if options.relative_to is not None:
         print(f"\n{relative(by_block(results), options.relative_to)}")

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_elora.bench.figures import BARS, Bars, figures
+from sglang_elora.bench.figures import BARS, Bars, figures, warm_up_s
+from sglang_elora.bench.machine import is_dirty
 from sglang_elora.bench.peak import peak_factor
 from sglang_elora.bench.record import PoolSample, Record
 from sglang_elora.workloads import Rise
@@ -31,24 +32,28 @@ class Result:
     turns_per_s: float = 0.0  # of the trace
     pool: tuple[PoolSample, ...] = ()
     bars: Bars = BARS
+    warm_up_s: float = 0.0  # requests that were due before it are not counted
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Result:
+        duration_s = row["trace"]["duration_s"]
         return cls(
             workload=row["trace"]["workload"]["name"],
             side=row["side"],
             run=row["run"],
-            duration_s=row["trace"]["duration_s"],
+            duration_s=duration_s,
             records=tuple(map(Record.from_row, row["records"])),
             before=row["elora_before"],
             after=row["elora_after"],
             turns_per_s=row["trace"]["turns_per_s"],
             pool=tuple(PoolSample(**sample) for sample in row.get("pool", ())),
             bars=Bars(**row.get("bars", {})),
+            warm_up_s=row.get("warm_up_s", warm_up_s(duration_s)),
         )
 
     def figures(self) -> dict[str, float | None]:
-        return figures(self.records, self.duration_s, self.before, self.after, self.bars)
+        times = (self.warm_up_s, self.duration_s)
+        return figures(self.records, *times, self.before, self.after, self.bars)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -57,6 +62,30 @@ def read(folder: Path) -> list[dict[str, Any]]:
     packed = (gzip.decompress(path.read_bytes()) for path in sorted(folder.glob("*.json.gz")))
     rows = map(json.loads, itertools.chain(plain, packed))
     return [row for row in rows if "records" in row]
+
+
+def provenance(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Where rows come from: commits, machines and times, and what is unfit for publication."""
+
+    def told(name: str) -> list[str]:
+        return sorted({str(row.get(name) or "unknown") for row in rows})
+
+    begun = [text for text in told("begun_at") if text != "unknown"]
+    commits, hosts = told("commit"), told("host")
+    foreign = [
+        row
+        for row in rows
+        if (found := row.get("link")) and found.get("calibrated_on", "") != row.get("host", "")
+    ]
+    faults = [
+        *(["rows of several commits"] if len(commits) > 1 else []),
+        *(["rows of several machines"] if len(hosts) > 1 else []),
+        *(["rows of a tree with uncommitted changes"] if any(map(is_dirty, commits)) else []),
+        *([f"{len(foreign)} rows with another machine's link"] if foreign else []),
+    ]
+    times = f", begun {begun[0]} to {begun[-1]}" if begun else ""
+    line = f"commit {', '.join(commits)}; machine {', '.join(hosts)} ({', '.join(told('cpu'))})"
+    return f"{line}{times}" + (f"\nNOT FOR RESULTS: {'; '.join(faults)}" if faults else "")
 
 
 def peak_of(row: Mapping[str, Any]) -> float | None:

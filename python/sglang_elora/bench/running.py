@@ -9,8 +9,9 @@ from pathlib import Path
 
 from sglang_elora.bench.driver import Manner, play
 from sglang_elora.bench.endpoint import Api, Endpoint, find
-from sglang_elora.bench.machine import machine
-from sglang_elora.bench.matrix import SAMPLE_S, Plan, Row, Watcher
+from sglang_elora.bench.figures import warm_up_s
+from sglang_elora.bench.machine import machine, now
+from sglang_elora.bench.matrix import SAMPLE_S, Plan, Row, Watcher, measured
 from sglang_elora.workloads import Trace
 
 
@@ -53,15 +54,14 @@ def play_running(
 
 
 def _row(endpoint: Endpoint, trace: Trace, number: int, watcher: Watcher) -> Row:
+    begun_at = now()
     manner = Manner(endpoint.open, sample_s=SAMPLE_S, on_record=watcher.answered)
     played = play(endpoint.url, endpoint.assigned(trace), manner)
     return {
         "side": f"{endpoint.model} ({endpoint.api})",
         "run": number,
+        "begun_at": begun_at,
         "trace": trace.facts(),
-        "wall_s": played.wall_s,
-        "elora_before": played.before,
-        "elora_after": played.after,
-        "pool": [asdict(sample) for sample in played.pool],
-        "records": [asdict(record) for record in played.records],
+        "warm_up_s": warm_up_s(trace.duration_s, trace.mean_life_s),
+        **measured(played),
     }

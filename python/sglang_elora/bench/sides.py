@@ -1,13 +1,10 @@
-"""The compared servers ("sides"), all with the same bytes on the device and on the host.
+"""The compared servers ("sides") by name, all with the same bytes on the device.
 
-``stock-default``: SGLang's defaults, with 8 adapter slots. ``stock-tuned:N``: N adapter slots, a
-host tier for KV, and adapters loaded concurrently with batches if stock allows it; with
-``+write_through`` KV is copied to that tier when it is computed, not when it is evicted.
-``elora:POLICY``: one pool, the same host tier. ``elora:POLICY+VARIANT`` changes one thing in ELORA
-by a plugin (``variant``), for example disables a term of the paper's policy. With
-``elora:POLICY+sessions`` requests name their session, and the last one closes it.
-
-Stock's adapter slots have the size of the largest rank; the remaining bytes are its KV pool.
+``side_names`` has the grammar of names. Stock's adapter slots have the size of the largest rank;
+the remaining bytes are its KV pool. All sides but ``stock-default``, which has no host tier unless
+it is named ``stock-default+hicache``, have the same bytes of KV on the host. Adapters on the host
+are outside of both. ``vllm:N`` and ``vllm:N+grouped`` are vLLM with N adapter slots
+(``vllm.side``).
 """
 
 from __future__ import annotations
@@ -17,6 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sglang_elora.bench.apis import Native, Open
+from sglang_elora.bench.side_names import (
+    STOCK_VARIANTS,
+    TUNED,
+    WRITE_POLICIES,
+    parse_side,
+)
 from sglang_elora.testbed.adapters import ALL_LINEAR, AdapterSpec
 from sglang_elora.testbed.checkpoint import ModelShape
 from sglang_elora.testbed.server import ELORA_SERVER, python_module
@@ -52,7 +56,7 @@ def adapter_bytes(rank: int, shape: ModelShape) -> int:
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """Memory sizes of all sides: device bytes are those of stock's default; ``host_share`` is the
-    size of the host tier relative to the device bytes."""
+    size of the host tier, where a side has one, relative to the device bytes."""
 
     stock_kv_tokens: int = 6_144  # in addition to STOCK_DEFAULT_SLOTS adapter slots
     host_share: float = 2.0
@@ -105,13 +109,20 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """A server to start: ``program`` with ``flags`` added to the common ones, and a plugin."""
+    """A server to start: ``program`` with ``flags`` added to the common ones, and plugins.
+
+    ``stock_variants`` are functions of ``stock.variants``, ``variants`` of the benchmark's file.
+    """
 
     name: str
     program: Sequence[str]
     flags: tuple[str, ...]
-    variant: str | None = None
+    stock_variants: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
     names_sessions: bool = False
+    threads: int | None = None  # of OpenMP; None: the CPU platform's default
+    open: Open = Native
+    flush: str = "/flush_cache?timeout=30"  # path that empties the cache
 
 
 def make_side(name: str, sizes: Sizes, num_adapters: int, longest: int) -> Side:
@@ -123,27 +134,37 @@ def make_side(name: str, sizes: Sizes, num_adapters: int, longest: int) -> Side:
     Raises:
         ValueError: No such side, or its split leaves too little for KV.
     """
-    kind, _, argument = name.partition(":")
-    if kind == "elora" and argument:
-        argument, sessions, _ = argument.partition("+sessions")
-        argument, _, variant = argument.partition("+")
-        flags: tuple[str, ...] = ("--elora", "--elora-policy", argument)
-        flags += ("--max-total-tokens", str(sizes.pool_slots))
-        flags += _host_tier(sizes, sizes.pool_slots)
-        return Side(name, ELORA_SERVER, flags, variant or None, names_sessions=bool(sessions))
-    if name == "stock-default":
-        return Side(name, _STOCK, _split(STOCK_DEFAULT_SLOTS, sizes, longest))
-    slots, _, write_policy = argument.partition("+")
-    if kind == "stock-tuned" and slots.isdigit():
-        num_slots = int(slots)
-        split = _split(num_slots, sizes, longest)
-        host = _host_tier(sizes, sizes.kv_tokens(num_slots), write_policy or "write_back")
-        # Stock pins adapters for overlapped loading, and requires a slot per two loaded adapters.
-        overlap = ("--enable-lora-overlap-loading", "--max-loaded-loras", str(num_adapters))
+    parsed = parse_side(name)
+    if parsed.is_elora:
+        pool = ("--max-total-tokens", str(sizes.pool_slots))
         return Side(
-            name, _STOCK, (*split, *host, *(overlap if 2 * num_slots >= num_adapters else ()))
+            name,
+            ELORA_SERVER,
+            (
+                *("--elora", "--elora-policy", parsed.argument, *pool),
+                *(*_host_tier(sizes, sizes.pool_slots), *parsed.setting_flags),
+            ),
+            variants=parsed.others,
+            names_sessions=parsed.has("sessions"),
+            threads=parsed.threads,
         )
-    raise ValueError(f"side {name!r} must be stock-default, stock-tuned:SLOTS or elora:POLICY")
+    num_slots = int(parsed.argument or STOCK_DEFAULT_SLOTS)
+    flags = _split(num_slots, sizes, longest)
+    if parsed.system == TUNED or parsed.has("hicache"):
+        policy = "write_back" if parsed.system == TUNED else "write_through"
+        policy = next((o for o in parsed.options if o in WRITE_POLICIES), policy)
+        flags += _host_tier(sizes, sizes.kv_tokens(num_slots), policy)
+    fits = parsed.system == TUNED and 2 * num_slots >= num_adapters
+    if fits or parsed.has("overlap"):
+        # SGLang refuses more loaded adapters than twice the slots; the variant lifts that.
+        flags += ("--enable-lora-overlap-loading", "--max-loaded-loras", str(num_adapters))
+    return Side(
+        name,
+        _STOCK,
+        (*flags, *parsed.setting_flags),
+        stock_variants=tuple(o for o in parsed.options if o in STOCK_VARIANTS),
+        threads=parsed.threads,
+    )
 
 
 def common_flags(checkpoint: Path, adapters: Mapping[str, Path]) -> list[str]:

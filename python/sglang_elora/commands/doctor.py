@@ -106,6 +106,7 @@ def _platform(config: EloraConfig) -> Iterator[Finding]:
             "the CPU platform of this package (no accelerator found)"
             + (stand_in if ensure_torchvision_importable() else ""),
         )
+        yield _threads()
     else:
         yield Finding("platform", f"SGLang's own: {declined}")
     for name, variable, is_set in (
@@ -119,6 +120,15 @@ def _platform(config: EloraConfig) -> Iterator[Finding]:
                 f"Unset {variable}; it is for the CPU platform.",
                 fatal=True,
             )
+
+
+def _threads() -> Finding:
+    from sglang_elora.platforms.threads import VARIABLE, default_threads, usable_cores
+
+    if chosen := os.environ.get(VARIABLE):
+        return Finding("threads", f"{VARIABLE}={chosen}, from the environment")
+    num = default_threads(None, 1, usable_cores())
+    return Finding("threads", f"{VARIABLE}={num} will be set for a server; 1 for a small model")
 
 
 def _seams(config: EloraConfig) -> Iterator[Finding]:

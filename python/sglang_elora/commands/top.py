@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import httpx
 from rich.live import Live
 
+from sglang_elora.control.connections import LIMITS
 from sglang_elora.control.screen import SWAPS_SHOWN, moves, screen
 
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     headers = {} if options.api_key is None else {"Authorization": f"Bearer {options.api_key}"}
     before, swaps = None, deque[str](maxlen=SWAPS_SHOWN)
     with (
-        httpx.Client(base_url=options.url, headers=headers, timeout=10) as http,
+        httpx.Client(base_url=options.url, headers=headers, timeout=10, limits=LIMITS) as http,
         Live(screen=not options.once, auto_refresh=False) as live,
     ):
         while True:

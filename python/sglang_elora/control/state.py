@@ -29,6 +29,7 @@ class AdapterState(msgspec.Struct, frozen=True, array_like=True):
     kv_tokens_host: int
     visits: int  # requests that ran with it
     last_used_s: float | None
+    num_dropped_weights: int = 0  # in its files, and not served (--elora-tower-weights drop)
 
 
 class PoolState(msgspec.Struct, frozen=True, array_like=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import shlex
 import sys
 import textwrap
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 from sglang_elora.demo.examples import example_lines
 from sglang_elora.demo.loads import adapter_moves
 from sglang_elora.demo.terminal import Terminal
-from sglang_elora.testbed.server import SMALL_MODEL_ENV, ServerProcess, ServerStartError
+from sglang_elora.testbed.server import ServerProcess, ServerStartError
 from sglang_elora.testbed.signals import signals_ignored, sigterm_acts_as_ctrl_c
 
 if TYPE_CHECKING:
@@ -114,7 +113,6 @@ def _run(terminal: Terminal, options: argparse.Namespace, server_flags: Sequence
     server = ServerProcess(
         launch_flags(checkpoint, paths, [*pool, *server_flags]),
         log_path=directory / "server.log",
-        env={name: value for name, value in SMALL_MODEL_ENV.items() if name not in os.environ},
     )
     terminal.say_verbatim(f"\n$ {_shown(server.command)}\n", style="dim")
     try:

@@ -13,6 +13,7 @@ from openai import AsyncOpenAI, OpenAIError
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletionMessageParam
 
+from sglang_elora.control.connections import LIMITS
 from sglang_elora.demo.turns import TurnFailure, TurnRecord, TurnResult
 from sglang_elora.testbed.corpus import paragraph
 
@@ -87,7 +88,7 @@ async def hold_chats(
             on_result(result)
 
     async with (
-        httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None)) as http,
+        httpx.AsyncClient(trust_env=False, limits=LIMITS) as http,
         AsyncOpenAI(
             base_url=f"{url}/v1",
             api_key="none",

@@ -13,6 +13,7 @@ import httpx
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from sglang_elora.control.connections import LIMITS
 from sglang_elora.control.screen import SWAPS_SHOWN, State, moves, screen
 
 INTERVAL_S = 0.5
@@ -75,7 +76,9 @@ class CacheWatch:
         )
 
     def _watch(self) -> None:
-        with httpx.Client(base_url=self._url, timeout=_TIMEOUT_S, trust_env=False) as http:
+        with httpx.Client(
+            base_url=self._url, timeout=_TIMEOUT_S, trust_env=False, limits=LIMITS
+        ) as http:
             last = False
             while not last:
                 last = self._stopped.wait(INTERVAL_S)

@@ -14,6 +14,7 @@ __all__ = [
     "ModuleShape",
     "PagedAdapter",
     "SlotTable",
+    "StridedRows",
     "WeightRef",
     "block_bytes_for",
     "lazy_memory",
@@ -38,5 +39,5 @@ from sglang_elora.pages.layout import (
     stacked_modules,
 )
 from sglang_elora.pages.paged_adapter import PagedAdapter
-from sglang_elora.pages.planes import KVPlanes, SlotTable
+from sglang_elora.pages.planes import KVPlanes, SlotTable, StridedRows
 from sglang_elora.pages.weight_ref import WeightRef

@@ -2,20 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from sglang_elora.kernels import MISSING, adapter_record
 from sglang_elora.pages.layout import AdapterLayout
-from sglang_elora.pages.planes import KVPlanes, SlotTable
+from sglang_elora.pages.planes import KVPlanes, SlotTable, StridedRows
+
+_A = -1  # in place of a part of B
+_Matrix = tuple[str, int]  # module, part
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a matrix lies in the adapter's addresses."""
+
+    plane: int
+    rows: StridedRows
+    width: int
+
+
+class _Copy:
+    """A copy of one layer's matrices in one plane that are not views of the pool.
+
+    The same ones are copied in every layer. The memory, and the views of it, are kept until
+    ``free``.
+
+    Args:
+        slots: All their slots, in the order of the adapter's addresses.
+        places: Per matrix its place, and where it begins in the copy.
+    """
+
+    def __init__(
+        self, slots: torch.Tensor, places: Mapping[_Matrix, tuple[_Place, int]], planes: KVPlanes
+    ) -> None:
+        self.slots = slots
+        self._places = places
+        self._planes = planes
+        self._memory: torch.Tensor | None = None
+        self._views: dict[_Matrix, torch.Tensor] = {}
+        self._layer: int | None = None  # the layer that it holds
+
+    def __contains__(self, matrix: _Matrix) -> bool:
+        return matrix in self._places
+
+    def view(self, plane: int, layer: int, matrix: _Matrix) -> torch.Tensor:
+        """One matrix of this layer, valid until another layer is asked for."""
+        if self._layer != layer:
+            self._memory = self._planes.gather(plane, layer, self.slots, self._memory)
+            self._layer = layer
+        kept = self._views.get(matrix)
+        if kept is None:
+            assert self._memory is not None
+            place, offset = self._places[matrix]
+            shape, strides = (place.rows.count, place.width), (place.rows.stride, 1)
+            kept = self._views[matrix] = self._memory.as_strided(shape, strides, offset)
+        return kept
+
+    def forget(self) -> None:
+        self._layer = None
+
+    def free(self) -> None:
+        self._memory, self._layer = None, None
+        self._views.clear()
 
 
 class PagedAdapter:
     """Matrices of an adapter whose weights are in its slots.
 
-    Valid until those slots are freed. Views of the pool are cached; copies, which are made if the
-    slots are scattered, are not.
+    Valid until those slots are freed. Matrices in consecutive slots are views of the pool. The
+    others of a layer are gathered into one copy per plane, which is valid until another layer is
+    asked for or ``forget_copies``.
     """
 
     def __init__(
@@ -27,7 +88,8 @@ class PagedAdapter:
         self._table = table
         self._planes = planes
         self._records: dict[tuple[str, ...], NDArray[np.int32]] = {}
-        self._views: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._views: dict[tuple[int, _Matrix], torch.Tensor] = {}
+        self._copies: dict[int, _Copy] = {}  # by plane
 
     def record(self, modules: tuple[str, ...]) -> NDArray[np.int32]:
         """The adapter's record for the kernels, with the modules' offsets in the given order."""
@@ -46,24 +108,66 @@ class PagedAdapter:
 
     def a(self, layer: int, module: str) -> torch.Tensor:
         """A of all parts: ``[parts * rank, in_features]``."""
-        place = self._places[module]
-        rows = self._read(0, layer, place.a_offset, place.a_rows, place.a_stride)
-        return rows[:, : place.shape.in_features]
+        return self._matrix(layer, (module, _A))
 
     def b(self, layer: int, module: str, part: int) -> torch.Tensor:
         """B of one part, transposed: ``[rank, out_features[part]]``."""
-        place = self._places[module]
-        plane = self._planes.num_planes - 1
-        offset, stride = place.b_offsets[part], place.b_stride(part)
-        rows = self._read(plane, layer, offset, place.rank, stride)
-        return rows[:, : place.shape.out_features[part]]
+        return self._matrix(layer, (module, part))
 
-    def _read(self, plane: int, layer: int, offset: int, rows: int, stride: int) -> torch.Tensor:
-        key = (plane, layer, offset)
-        kept = self._views.get(key)
+    def forget_copies(self, *, free: bool = False) -> None:
+        """Read the pool again in the next forward pass. Call between forward passes.
+
+        Args:
+            free: Also free the memory of the copies.
+        """
+        for copy in self._copies.values():
+            if free:
+                copy.free()
+            else:
+                copy.forget()
+
+    def _matrix(self, layer: int, matrix: _Matrix) -> torch.Tensor:
+        kept = self._views.get((layer, matrix))
         if kept is not None:
             return kept
-        matrix = self._planes.read(plane, layer, self._table, offset, rows, stride)
-        if self._planes.is_view(plane, layer, matrix):
-            self._views[key] = matrix
-        return matrix
+        plane = 0 if matrix[1] == _A else self._planes.num_planes - 1
+        copy = self._copies.get(plane)
+        if copy is None:
+            copy = self._copies[plane] = self._copy_of(plane)
+        if matrix in copy:
+            return copy.view(plane, layer, matrix)
+        place = self._place(matrix)
+        view = self._planes.view(plane, layer, self._table, place.rows)
+        return self._views.setdefault((layer, matrix), view[:, : place.width])
+
+    def _place(self, matrix: _Matrix) -> _Place:
+        module, part = matrix
+        place = self._places[module]
+        if part == _A:
+            rows = StridedRows(place.a_offset, place.a_rows, place.a_stride)
+            return _Place(0, rows, place.shape.in_features)
+        rows = StridedRows(place.b_offsets[part], place.rank, place.b_stride(part))
+        return _Place(self._planes.num_planes - 1, rows, place.shape.out_features[part])
+
+    def _matrices(self) -> Iterator[_Matrix]:
+        for module, place in self._places.items():
+            for part in (_A, *range(len(place.b_offsets))):
+                yield module, part
+
+    def _copy_of(self, plane: int) -> _Copy:
+        """A copy of all matrices of the plane whose slots are not consecutive."""
+        scattered: dict[_Matrix, tuple[_Place, int, int]] = {}  # first slot, element in it
+        is_copied = np.zeros(len(self._table), np.bool_)
+        for matrix in self._matrices():
+            place = self._place(matrix)
+            first, end, shift = self._planes.slots_of(place.rows)
+            if place.plane == plane and self._table.run(first, end) is None:
+                is_copied[first:end] = True
+                scattered[matrix] = place, first, shift
+        position = np.cumsum(is_copied) - 1  # of each slot in the copy
+        places = {
+            matrix: (place, int(position[first]) * self._planes.slot_elems + shift)
+            for matrix, (place, first, shift) in scattered.items()
+        }
+        slots = self._table.slots
+        return _Copy(slots[torch.from_numpy(is_copied).to(slots.device)], places, self._planes)

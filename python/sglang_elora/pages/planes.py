@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from sglang_elora.kernels import Contiguous, PoolPlanes, job_ints, page_copy, reference
 from sglang_elora.pages.image import PIECE_BYTES, AdapterImage, Piece
+
+
+@dataclass(frozen=True, slots=True)
+class StridedRows:
+    """A matrix in an adapter's addresses: ``count`` rows from ``offset``, ``stride`` elements from
+    a row to the next."""
+
+    offset: int
+    count: int
+    stride: int
 
 
 class SlotTable:
@@ -207,23 +218,35 @@ class KVPlanes:
         rows = tensor.view(len(tensor), -1).view(torch.uint8)
         return rows.view(self.weight_dtype)  # [slots, slot_elems]
 
-    def read(
-        self, plane: int, layer: int, table: SlotTable, offset: int, num_rows: int, stride: int
-    ) -> torch.Tensor:
-        """A matrix ``[num_rows, stride]``: a view of the pool if its slots are consecutive,
-        otherwise a copy of only the slots it touches.
-        """
-        rows = self._planes[plane][layer]
-        first, shift = divmod(offset, self.slot_elems)
-        end = -(-(offset + num_rows * stride) // self.slot_elems)
-        run = table.run(first, end)
-        if run is not None:
-            touched = rows[run : run + end - first]
-        else:
-            touched = rows.index_select(0, table.slots[first:end])
-        return touched.view(-1)[shift : shift + num_rows * stride].view(num_rows, stride)
+    def slots_of(self, rows: StridedRows) -> tuple[int, int, int]:
+        """First slot of a matrix in its table, end (exclusive), and its first element there."""
+        first, shift = divmod(rows.offset, self.slot_elems)
+        return first, -(-(rows.offset + rows.count * rows.stride) // self.slot_elems), shift
 
-    def is_view(self, plane: int, layer: int, tensor: torch.Tensor) -> bool:
-        """Whether a tensor that ``read`` returned is a view of the pool."""
-        storage = self._planes[plane][layer].untyped_storage()
-        return bool(tensor.untyped_storage().data_ptr() == storage.data_ptr())
+    def view(self, plane: int, layer: int, table: SlotTable, rows: StridedRows) -> torch.Tensor:
+        """A matrix ``[rows.count, rows.stride]`` in the pool.
+
+        Raises:
+            ValueError: Its slots are not consecutive.
+        """
+        first, end, shift = self.slots_of(rows)
+        run = table.run(first, end)
+        if run is None:
+            raise ValueError(f"slots {first} to {end} of the table are not consecutive")
+        touched = self._planes[plane][layer][run : run + end - first]
+        return touched.view(-1)[shift : shift + rows.count * rows.stride].view(-1, rows.stride)
+
+    def gather(
+        self, plane: int, layer: int, slots: torch.Tensor, memory: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A flat copy of these slots in one plane of a layer.
+
+        Args:
+            slots: Integers ``[num_slots]``.
+            memory: An earlier copy of as many slots, which is overwritten.
+        """
+        source = self._planes[plane][layer]
+        if memory is None:
+            return source.index_select(0, slots).view(-1)
+        torch.index_select(source, 0, slots, out=memory.view(len(slots), -1))
+        return memory

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -63,6 +64,7 @@ class Operation:
     is_forward: bool = False
     is_over: bool = False
     num_queries: int = 0
+    busy_s: float = 0.0  # seconds that its stream has run operations for, up to its end
 
 
 class AsyncDevice:
@@ -215,6 +217,7 @@ class AsyncDevice:
         self._pending.pop(operation, None)
         outer, self.stream = self.stream, operation.stream
         self._running.append(operation)
+        begun_s = time.perf_counter()
         try:
             operation.run()
         except Exception:
@@ -223,6 +226,8 @@ class AsyncDevice:
         finally:
             self._running.pop()
             self.stream = outer
+            operation.stream.busy_s += time.perf_counter() - begun_s
+            operation.busy_s = operation.stream.busy_s
             operation.is_over = True
             operation.after = []
         self.races.end(operation.footprint)
@@ -237,6 +242,7 @@ class Stream:
         self.asynchronous = False
         self.clock: Clock = {}
         self.num_operations = 0
+        self.busy_s = 0.0
         self.last: Operation | None = None
         self.awaited: list[Operation] = []
 
@@ -274,13 +280,14 @@ class Event:
         self.device_ = device
         self.operation: Operation | None = None
         self.clock: Clock = {}
+        self._last: Operation | None = None  # of the stream
 
     def record(self, stream: Stream | None = None) -> None:
         stream = stream or self.device_.stream
         if not stream.asynchronous:  # the host itself executes its operations
             join(stream.clock, self.device_.host_clock)
         self.clock = dict(stream.clock)
-        self.operation = stream.last
+        self.operation = self._last = stream.last
         for awaited in stream.awaited:  # the stream's next operation would wait for these
             if self.operation is None or self.operation.is_over:
                 self.operation = awaited
@@ -305,8 +312,21 @@ class Event:
         join(self.device_.host_clock, self.clock)
 
     def elapsed_time(self, end: Event) -> float:
-        """0, since operations have no duration here."""
-        return 0.0
+        """Milliseconds for which the stream ran operations between two events recorded on it.
+
+        Time for which an operation was pending is not included, unlike CUDA's.
+
+        Raises:
+            RuntimeError: The stream has not yet run all of them.
+        """
+        return (end._busy_s() - self._busy_s()) * 1e3
+
+    def _busy_s(self) -> float:
+        if self._last is None:
+            return 0.0
+        if not self._last.is_over:
+            raise RuntimeError("Both events must be completed before calculating elapsed time.")
+        return self._last.busy_s
 
 
 def _both(device: AsyncDevice, stream: Stream, one: Operation, other: Operation) -> Operation:

@@ -7,7 +7,8 @@ are queries, as on a GPU.
 
 from __future__ import annotations
 
-from typing import Any
+from copy import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
@@ -15,9 +16,43 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from torch.nn.functional import scaled_dot_product_attention
 from typing_extensions import override
 
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
 
 class CpuAttention(TorchNativeAttnBackend):
-    """``torch_native`` with its own prefill for causal attention without a sliding window."""
+    """``torch_native`` with its own prefill for causal attention without a sliding window, and with
+    the verification of drafted trees."""
+
+    _tree_mask: torch.Tensor | None = None  # of the batch that is being verified
+
+    @override
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        """Attention of new tokens ``[tokens, heads * head_dim]``.
+
+        The drafted tokens of a request see its verified tokens and what the draft's mask has: bool
+        ``[drafted, verified + drafted]``, request after request.
+        """
+        batch = forward_batch
+        if forward_batch.forward_mode.is_target_verify():
+            batch, draft = copy(forward_batch), forward_batch.spec_info
+            batch.extend_prefix_lens = batch.seq_lens
+            batch.extend_seq_lens = torch.full_like(batch.seq_lens, draft.draft_token_num)
+            self._tree_mask = draft.custom_mask
+        try:
+            result: torch.Tensor = super().forward_extend(q, k, v, layer, batch, save_kv_cache)
+        finally:
+            self._tree_mask = None
+        return result
 
     @override
     def _run_sdpa_forward_extend(
@@ -42,11 +77,9 @@ class CpuAttention(TorchNativeAttnBackend):
             k_cache: ``[slots, kv heads, head_dim]``, as ``v_cache``.
             req_to_token: int32 ``[requests, context]``: slots of each row's tokens.
         """
-        if (
-            encoder_lens is not None
-            or not options["causal"]
-            or options.get("sliding_window_size") is not None
-        ):
+        tree_mask, has_window = self._tree_mask, options.get("sliding_window_size") is not None
+        is_ours = options["causal"] and (tree_mask is not None or not has_window)
+        if encoder_lens is not None or not is_ours:
             result: torch.Tensor = super()._run_sdpa_forward_extend(
                 query,
                 output,
@@ -67,7 +100,12 @@ class CpuAttention(TorchNativeAttnBackend):
             slots = req_to_token[row, : num_cached + num_new]
             k, v = (_heads_first(cache[slots].to(query.dtype)) for cache in (k_cache, v_cache))
             seen = None
-            if num_cached:
+            if tree_mask is not None:
+                num_seen = num_new * len(slots)
+                seen, tree_mask = tree_mask[:num_seen].view(num_new, -1), tree_mask[num_seen:]
+                if has_window:
+                    seen = within_window(seen, num_cached, options["sliding_window_size"])
+            elif num_cached:
                 seen = torch.ones(num_new, len(slots), dtype=torch.bool).tril(num_cached)
             found = scaled_dot_product_attention(
                 _heads_first(query[start : start + num_new]),
@@ -81,6 +119,19 @@ class CpuAttention(TorchNativeAttnBackend):
             output[start : start + num_new] = found.squeeze(0).movedim(1, 0)
             start += num_new
         return output
+
+
+def within_window(seen: torch.Tensor, num_cached: int, window: int) -> torch.Tensor:
+    """Limit what drafted tokens see to tokens at most ``window`` positions before them.
+
+    Args:
+        seen: bool ``[drafted, cached + drafted]``; of the drafted ones, itself and its ancestors.
+        num_cached: Number of tokens before the drafted ones.
+        window: As SGLang's ``sliding_window_size``.
+    """
+    own = num_cached + seen[:, num_cached:].sum(-1) - 1  # positions of the drafted tokens
+    positions = torch.cat([torch.arange(num_cached), own])
+    return seen & (positions >= own[:, None] - window)
 
 
 def _heads_first(tokens: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,18 @@ operators take their native torch forward, attention and LoRA run on their
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 from typing_extensions import override
+
+from sglang_elora.platforms.threads import VARIABLE, set_default_threads
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +45,21 @@ class EloraCpuPlatform(CpuDeviceMixin, SRTPlatform):
         model runner."""
         from sglang_elora.platforms.attention import use_cpu_attention
         from sglang_elora.platforms.host_memory import use_plain_host_tier, use_plain_memory
+        from sglang_elora.platforms.speculative import use_torch_copies
 
         use_cpu_attention()
         use_plain_memory()
         use_plain_host_tier()
+        use_torch_copies()
 
     @override
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Set defaults for a CPU: backends that need no GPU."""
+        """Set defaults for a CPU: backends that need no GPU, and threads that leave a core to
+        the server's other processes."""
+        num_ranks = server_args.tp_size * server_args.dp_size * server_args.pp_size
+        threads = set_default_threads(server_args.model_path, num_ranks)
+        if threads is not None:
+            logger.info("The CPU platform sets %s=%d; set it to choose.", VARIABLE, threads)
         if server_args.device is None:
             server_args.device = "cpu"
         if server_args.attention_backend is None:
@@ -65,3 +78,21 @@ class EloraCpuPlatform(CpuDeviceMixin, SRTPlatform):
     @override
     def get_default_attention_backend(self) -> str:
         return "torch_native"
+
+    @override
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm == "NGRAM"
+
+    @override
+    def get_speculative_worker_cls(self, algorithm: str) -> type | None:
+        """None: SGLang's own worker, whose kernels are replaced here, before it is imported."""
+        from sglang_elora.platforms.speculative import use_torch_trees
+
+        use_torch_trees()
+        return None
+
+    @override
+    def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
+        from sglang_elora.platforms.speculative import slots_of_drafts
+
+        return slots_of_drafts

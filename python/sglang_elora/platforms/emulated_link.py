@@ -14,7 +14,8 @@ time until which it is busy:
 * recording an event stores the stream's time; an asynchronous stream that waits for it is
   busy until then, any other stream and the host block.
 
-One direction is emulated, with copies in order of issue, as by a single copy engine.
+Each direction has a copy engine of its own, which makes copies in order of issue. Copies to the
+host take no time unless they have a bandwidth.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
+
+
+class Direction(Enum):
+    """Of a copy."""
+
+    TO_DEVICE = "host to device"
+    TO_HOST = "device to host"
 
 
 class Link:
@@ -31,6 +40,7 @@ class Link:
     Args:
         bytes_per_s: Bandwidth, positive.
         latency_s: Seconds added to every copy, not negative.
+        to_host_bytes_per_s: Bandwidth of copies to the host; None: they take no time.
         clock: Seconds, monotonic. Tests pass their own.
         sleep: Blocks for that many seconds.
     """
@@ -40,24 +50,30 @@ class Link:
         bytes_per_s: float,
         latency_s: float,
         *,
+        to_host_bytes_per_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.bytes_per_s = bytes_per_s
+        self.to_host_bytes_per_s = to_host_bytes_per_s
         self.latency_s = latency_s
         self.num_copies = 0
         self.num_bytes = 0
         self.clock = clock
         self._sleep = sleep
-        self._busy_until_s = 0.0
+        self._busy_until_s = dict.fromkeys(Direction, 0.0)
         self.stream = Stream(self)  # the current stream, switched by StreamContext
 
-    def copy(self, num_bytes: int) -> None:
+    def copy(self, num_bytes: int, direction: Direction = Direction.TO_DEVICE) -> None:
         """Account for one copy on the current stream; blocks unless that is asynchronous."""
+        to_host = direction is Direction.TO_HOST
+        bytes_per_s = self.to_host_bytes_per_s if to_host else self.bytes_per_s
+        if bytes_per_s is None:
+            return
         stream = self.stream
-        start_s = max(self.clock(), self._busy_until_s, stream.busy_until_s)
-        stream.busy_until_s = start_s + self.latency_s + num_bytes / self.bytes_per_s
-        self._busy_until_s = stream.busy_until_s
+        start_s = max(self.clock(), self._busy_until_s[direction], stream.busy_until_s)
+        stream.busy_until_s = start_s + self.latency_s + num_bytes / bytes_per_s
+        self._busy_until_s[direction] = stream.busy_until_s
         self.num_copies += 1
         self.num_bytes += num_bytes
         if not stream.asynchronous:

@@ -7,6 +7,9 @@ from enum import IntEnum
 
 NEVER = float("-inf")
 
+UNCOUNTED = -1
+"""``CacheEntry.turns`` of KV that no finished request has used yet."""
+
 
 class SessionState(IntEnum):
     """State of the sessions that use a cache entry, as far as requests name sessions."""
@@ -32,6 +35,9 @@ class CacheEntry:
     queue_position: int | None = None  # position of the first queued request that needs it
     prefetched: bool = False  # loaded without a request that needs it, and not used since
     session_state: SessionState = SessionState.UNKNOWN  # set by ``Policy.set_session_state``
+    turns: int = UNCOUNTED  # conversation turns in the prompt up to its end (``tree/turns.py``)
+    turns_recalled: int = 0  # of ghosts whose tokens it contains (``tree/ghosts.py``)
+    turns_of_user: int = 0  # turns so far of the conversation that used it last; 0: shared KV
     visits: int = 0  # requests that used it, including the one that created it
     last: float = NEVER  # policy clock (turnovers) at its last visit
     score: float = NEVER

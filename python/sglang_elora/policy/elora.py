@@ -5,6 +5,9 @@ learned separately for adapters and for KV, and for each ``SessionState``. A hit
 the host (adapters, and KV with a host copy) or the recompute (other KV), at measured rates. Evicted
 KV is copied to the host, where adapters have a copy in any case. While the host tier is full, each
 such copy drops another one; KV that stays on the device saves the value of that copy, too.
+Host copies, and only they, are ranked by the turns of their conversation (``tree/turns.py``): a
+life table for each number of turns tells which conversations are over. An adapter's value is the
+geometric mean of that by hit density and that by its own rate of visits.
 
 An adapter cannot be evicted before its KV. A few KV slots of high value could therefore keep a
 large adapter of low value. To prevent that, an adapter and its KV are also valued together (total
@@ -20,6 +23,7 @@ their order only when one is visited, so nothing is rescanned.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -41,8 +45,16 @@ the other direction of the link, mostly while a batch runs."""
 _PRICE_WEIGHT = 0.02
 """Weight of one copy in the moving average of the host price; higher follows changes faster."""
 
+_RATE_TURNOVERS = 3.0
+"""Pool turnovers over which an adapter's rate of visits is averaged. Raising it follows changes of
+popularity more slowly."""
+
 _ERAS_PER_TURNOVER = 8
 """Age classes per pool turnover. More of them value groups more exactly, at more work per era."""
+_HOST_ERAS_PER_TURNOVER = 4
+"""As ``_ERAS_PER_TURNOVER``, for host copies, which have more classes and longer lives."""
+MOST_TURNS = 8
+"""Turns that have a life table of their own; conversations with more share the last one."""
 NO_ERA = -1
 """Era of entries that were never visited."""
 
@@ -69,6 +81,7 @@ class Elora(Policy):
     """
 
     name = "elora"
+    ghost_turnovers = 4.0
 
     def __init__(
         self,
@@ -79,6 +92,7 @@ class Elora(Policy):
         super().__init__(costs)
         self._writes_back = writes_back
         self._adapters, self._kv = ([ReuseTable() for _ in SessionState] for _ in range(2))
+        self._by_turns = [ReuseTable() for _ in range(MOST_TURNS + 1)]
         self._is_held = is_held
         self._host_price = 0.0  # mean hit density of the host copies dropped for new ones
         self._groups: dict[str, _Group] = {}
@@ -90,8 +104,9 @@ class Elora(Policy):
 
     def visit(self, path: Iterable[CacheEntry]) -> None:
         for item in path:
-            if item.last != NEVER:
-                self._reuse_of(item).end(self.clock - item.last, returned=True)
+            self._observe(item, returned=True)
+            if item.is_adapter:
+                item.score = 1.0 + self._recent_visits(item)
             item.visits += 1
             item.last = self.clock
             if item.counted is not None:
@@ -108,8 +123,7 @@ class Elora(Policy):
             self.place(item)
 
     def remove(self, item: CacheEntry) -> None:
-        if item.last != NEVER:
-            self._reuse_of(item).end(self.clock - item.last, returned=False)
+        self._observe(item, returned=False)
 
     def place(self, item: CacheEntry) -> None:
         if item.group is None:
@@ -142,37 +156,40 @@ class Elora(Policy):
 
     def rank(self, kind: Kind, priority: float) -> float:
         group, family, session_state = kind
-        own = self._value(family, session_state, priority)
         if group is None:
-            return own
+            return self._value(family, session_state, priority)
+        if family == ADAPTER and (adapter := self._groups[group].adapter) is not None:
+            own = self._value_of_adapter(adapter)
+        else:
+            own = self._value(family, session_state, priority)
         whole = self._value_of_whole(group)
         return own if own <= whole or self._is_held(group) else whole
 
     def learn(self) -> bool:
-        return any(table.learn() for table in (*self._adapters, *self._kv))
+        return any(table.learn() for table in (*self._adapters, *self._kv, *self._by_turns))
 
     def host_kind(self, item: CacheEntry) -> tuple[int, int]:
-        """Age class and session state of a host copy.
+        """Age class and life table of a host copy.
 
         On the host the oldest copy is not always the victim, so that KV can outlast long pauses
         between turns even if the host tier cannot hold that of all sessions.
         """
-        era = NO_ERA if item.last == NEVER else int(item.last * _ERAS_PER_TURNOVER)
-        return era, item.session_state
+        era = NO_ERA if item.last == NEVER else int(item.last * _HOST_ERAS_PER_TURNOVER)
+        return era, _host_class(item)
 
     def host_rank(self, kind: tuple[int, int], priority: float) -> float:
         """Hit density of a host copy. A hit saves the same (recompute - load) for every slot, so
         that factor is left out."""
-        era, session_state = kind
-        return (
-            0.0 if era == NO_ERA else self._kv[session_state].hit_density_at(self.clock - priority)
-        )
+        era, host_class = kind
+        if era == NO_ERA:
+            return 0.0
+        return self._host_table(host_class).hit_density_at(self.clock - priority)
 
     def worth_host_copy(self, item: CacheEntry) -> bool:
         """Whether the expected saving (recompute - load, times the chance of a hit) exceeds the
         cost of the copy, taken as that of one load."""
         load = self.costs.load_of(item)
-        chance = self._kv[item.session_state].chance(self.clock - item.last)
+        chance = self._host_table(_host_class(item)).chance(self.clock - item.last)
         return chance * (self.costs.recompute - load) > load
 
     def price_host(self, rank: float | None) -> None:
@@ -214,6 +231,21 @@ class Elora(Policy):
         copied = density * costs.load * (1.0 if family == KV_ON_HOST else 1.0 + _COPY_OUT)
         return min(dropped, copied + self._host_price * max(costs.recompute - costs.load, 0.0))
 
+    def _value_of_adapter(self, adapter: CacheEntry) -> float:
+        """As ``_value``, with the geometric mean of hit density and the adapter's own rate of
+        visits: the one depends on its last visit only, the other on all recent ones."""
+        by_age = self._value(ADAPTER, adapter.session_state, adapter.last)
+        if not by_age:
+            return 0.0
+        by_rate = self._recent_visits(adapter) / _RATE_TURNOVERS * self.costs.load
+        return math.sqrt(by_age * by_rate)
+
+    def _recent_visits(self, adapter: CacheEntry) -> float:
+        """Visits of an adapter, each of which counts less with its age."""
+        if adapter.last == NEVER:
+            return 0.0
+        return adapter.score * math.exp((adapter.last - self.clock) / _RATE_TURNOVERS)
+
     def _value_of_whole(self, adapter_id: str) -> float:
         """Mean value per slot of an adapter with its KV on the device. O(eras) once per era,
         otherwise O(1)."""
@@ -224,7 +256,7 @@ class Elora(Policy):
         total, num_slots = max(group.value, 0.0), group.num_slots
         if group.adapter is not None:
             adapter = group.adapter
-            total += adapter.num_slots * self._value(ADAPTER, adapter.session_state, adapter.last)
+            total += adapter.num_slots * self._value_of_adapter(adapter)
             num_slots += adapter.num_slots
         return total / num_slots
 
@@ -246,5 +278,25 @@ class Elora(Policy):
     def _era(self) -> int:
         return int(self.clock * _ERAS_PER_TURNOVER)
 
+    def _observe(self, item: CacheEntry, *, returned: bool) -> None:
+        """Record a hit or a removal in the life tables of the entry."""
+        if item.last == NEVER:
+            return
+        age = self.clock - item.last
+        self._reuse_of(item).end(age, returned=returned)
+        if not item.is_adapter and item.session_state == SessionState.UNKNOWN:
+            self._host_table(_host_class(item)).end(age, returned=returned)
+
+    def _host_table(self, host_class: int) -> ReuseTable:
+        return self._by_turns[host_class] if host_class >= 0 else self._kv[-host_class]
+
     def _reuse_of(self, item: CacheEntry) -> ReuseTable:
         return (self._adapters if item.is_adapter else self._kv)[item.session_state]
+
+
+def _host_class(item: CacheEntry) -> int:
+    """Life table of KV on the host: minus the state of its named sessions, or the number of turns
+    of the conversation that used it last."""
+    if item.session_state != SessionState.UNKNOWN:
+        return -int(item.session_state)
+    return min(item.turns_of_user, MOST_TURNS)

@@ -99,11 +99,12 @@ class EloraPaper(Policy):
         """
         if item.visits == 0:
             return NEVER
-        rank = 0.0
+        weight = 1  # an integer, so that entries of equal weight have exactly equal ranks
         if Term.SWAP_COST not in self._off:
-            rank += math.log(item.num_slots)
+            weight *= item.num_slots
         if Term.VISIT_FREQUENCY not in self._off:
-            rank += math.log(item.visits)
+            weight *= item.visits
+        rank = math.log(weight)
         if Term.RECENCY not in self._off:
             tau = self._time_constant
             rank -= log_add_exp(-self.clock / tau, -item.last / tau)

@@ -67,6 +67,8 @@ class Policy(ABC):
     """
 
     name: ClassVar[str]
+    ghost_turnovers: ClassVar[float] = 0.0
+    """Pool turnovers for which KV that left device and host is remembered (``tree/ghosts.py``)."""
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
@@ -98,7 +100,7 @@ class Policy(ABC):
         return item.split(num_slots)
 
     def remove(self, item: CacheEntry) -> None:
-        """Record that an entry left both device and host. Its content may return as a new one."""
+        """Record that an entry left both device and host, and is no longer observed."""
         return
 
     def place(self, item: CacheEntry) -> None:
@@ -128,6 +130,10 @@ class Policy(ABC):
     def host_kind(self, item: CacheEntry) -> Hashable:
         """As ``kind``, for a copy on the host."""
         return None
+
+    def host_priority(self, item: CacheEntry) -> float:
+        """As ``priority``, for a copy on the host."""
+        return self.priority(item)
 
     def host_rank(self, kind: Any, priority: float) -> float:
         """As ``rank``, for copies on the host."""

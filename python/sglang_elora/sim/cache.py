@@ -12,12 +12,13 @@ from operator import attrgetter
 
 from sglang_elora.control import Counters
 from sglang_elora.policy import CacheEntry, Policy
-from sglang_elora.sim.clairvoyant import Clairvoyant
+from sglang_elora.sim.clairvoyant import Foreseer
 from sglang_elora.sim.segment import Segment
 from sglang_elora.tree import (
     MAX_REMEMBERED,
     AdapterTable,
     Eviction,
+    Ghosts,
     Reason,
     Sessions,
     TierOrders,
@@ -45,9 +46,10 @@ class Cache:
         self.orders = TierOrders[Segment](policy, attrgetter("on_host"))
         self.leaves, self.host_leaves = self.orders.device, self.orders.host
         self.sessions = Sessions[Segment](path_of, self.orders.set_session_state)
+        self.ghosts = Ghosts(policy)
         self._adapters: dict[str, Segment] = {}
         self._duplicates: dict[Segment, None] = {}  # KV on both tiers, in order
-        self._lowers = isinstance(policy, Clairvoyant)
+        self._lowers = isinstance(policy, Foreseer)
 
     @property
     def evictable(self) -> int:
@@ -109,6 +111,7 @@ class Cache:
             self.adapter_table.count_kv(segment.adapter, device=segment.num_slots, host=0)
         self.policy.advance(segment.num_slots / self.pool_slots)
         if not (segment.entry.is_adapter or segment.on_host):
+            self.ghosts.recall(segment.entry.group, [segment], segment.entry)
             self.policy.create(segment.entry)
         self.policy.place(segment.entry)
         if segment.parent is not None:
@@ -247,7 +250,7 @@ class Cache:
         for child in list(segment.children):
             self._leave_host(child)
             self._drop(child)
-        self.policy.remove(segment.entry)
+        self.ghosts.add(segment.entry.group, segment, segment.entry)
         self.sessions.drop(segment)
         segment.num_sessions = 0
         segment.entry = CacheEntry(

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from typing_extensions import override
 
 from sglang_elora.policy import CacheEntry, Costs, Policy, PolicyContext, register
 
-_SOON_S = 1e-3
+SOON_S = 1e-3
+"""Seconds until the next use below which entries are not told apart."""
+
+
+@runtime_checkable
+class Foreseer(Protocol):
+    """A policy that is told when each entry is used next."""
+
+    now_s: float
+
+    def foresee(self, item: CacheEntry, next_s: float) -> None:
+        """Set the time of the entry's next use, infinity for never. The entry must be locked, or
+        not on the device."""
+        ...
 
 
 @register
@@ -39,8 +52,6 @@ class Clairvoyant(Policy):
         return cls(context.costs, context.writes_back, **options)
 
     def foresee(self, item: CacheEntry, next_s: float) -> None:
-        """Set the time of the entry's next use, infinity for never. The entry must be locked, or
-        not on the device."""
         item.score = -next_s
 
     def visit(self, path: Iterable[CacheEntry]) -> None:
@@ -64,7 +75,7 @@ class Clairvoyant(Policy):
             saved = min(costs.recompute, 2 * costs.load)
         else:
             saved = costs.recompute
-        return saved / max(-priority - self.now_s, _SOON_S)
+        return saved / max(-priority - self.now_s, SOON_S)
 
     def worth_host_copy(self, item: CacheEntry) -> bool:
         return item.score > float("-inf")

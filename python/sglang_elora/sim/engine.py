@@ -15,13 +15,13 @@ from sglang_elora.estimators import OnlineCosts
 from sglang_elora.policy import CacheEntry
 from sglang_elora.sim.cache import Cache
 from sglang_elora.sim.calibration import Calibration
-from sglang_elora.sim.clairvoyant import Clairvoyant
+from sglang_elora.sim.clairvoyant import Foreseer
 from sglang_elora.sim.future import Future
 from sglang_elora.sim.link import Link
 from sglang_elora.sim.request import Record, Request, Talk
 from sglang_elora.sim.residence import Residence
 from sglang_elora.sim.segment import Segment
-from sglang_elora.tree import Eviction
+from sglang_elora.tree import Eviction, end_turn, fork
 from sglang_elora.workloads import Session, Trace
 
 MOST_LOOKED_AT = 128
@@ -41,7 +41,8 @@ class Engine:
         keeps_kv: Whether the KV of a request stays cached after its end.
         touches_at_end: The end of a request counts as a use of its path, as in SGLang.
         names_sessions: Requests name their session, and the end of the last one closes it.
-        hints: The client sends a hint ``HINT_LEAD_S`` before each turn but the first.
+        hints: The client sends a hint ``HINT_LEAD_S`` before each turn but the first; with a policy
+            that knows the future, before the first one, too.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Engine:
             ValueError: The pool cannot hold one of the sessions.
         """
         self._duration_s = trace.duration_s
-        if isinstance(self._cache.policy, Clairvoyant):
+        if isinstance(self._cache.policy, Foreseer):
             self._future = Future(trace, self._cache.policy)
         for session in trace.sessions:
             if session.start_s < trace.duration_s and session.turns:
@@ -137,7 +138,7 @@ class Engine:
         num_prompt = talk.num_tokens + len(said.new_tokens)
         request = Request(talk, turn, due_s, num_prompt, said.num_output)
         self._push(due_s, request)
-        if self._hints and turn > 0:
+        if self._hints and (turn > 0 or self._future is not None):
             self._push(max(self._now_s, due_s - HINT_LEAD_S), talk)
 
     def _push(self, moment_s: float, arrival: Request | Talk) -> None:
@@ -244,6 +245,8 @@ class Engine:
         self._residence.used(request)
         if self._future is not None:
             self._future.used(request, [*request.missing, *used])
+        if len(request.locked) == 1 and request.talk.session.system:
+            fork(request.locked[0].entry, ())  # the prompt diverges after the system prompt
         self._cache.policy.visit(segment.entry for segment in used)
 
     def _run(self, batch: list[Request], load_s: float) -> None:
@@ -325,6 +328,7 @@ class Engine:
             cache.release(request.num_reserved)
             cache.place(segment)
             talk.path.append(segment)
+            end_turn([segment.entry for segment in reversed(talk.path)])
         else:
             cache.release(request.num_reserved)
         request.num_reserved = 0

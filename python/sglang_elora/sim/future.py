@@ -1,11 +1,11 @@
-"""Times of the next use of all entries, from the trace, for the clairvoyant policy."""
+"""Times of the next use of all entries, from the trace, for clairvoyant policies."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from sglang_elora.sim.clairvoyant import Clairvoyant
+from sglang_elora.sim.clairvoyant import Foreseer
 from sglang_elora.sim.request import Request
 from sglang_elora.sim.segment import Segment
 from sglang_elora.workloads import Session, Trace, due_s
@@ -35,9 +35,9 @@ class _Uses:
 
 
 class Future:
-    """Informs the clairvoyant policy of each entry's next use."""
+    """Informs a clairvoyant policy of each entry's next use."""
 
-    def __init__(self, trace: Trace, policy: Clairvoyant) -> None:
+    def __init__(self, trace: Trace, policy: Foreseer) -> None:
         self._policy = policy
         self._due: list[list[float]] = []
         self._begun: set[_Turn] = set()

@@ -21,6 +21,10 @@ PREPARES_PER_STEP = 4
 and takes longer to simulate."""
 
 
+MOST_LOADED_FOR = 128
+"""Waiting requests that a static split with overlapped loads looks at per step."""
+
+
 class Residence(ABC):
     """Decides when requests have their adapters on the device."""
 
@@ -111,6 +115,58 @@ class SplitResidence(Residence):
         self._used[adapter] -= 1
         if not self._used[adapter]:
             del self._used[adapter]
+
+
+class OverlapResidence(SplitResidence):
+    """A static split whose loads start for waiting requests and run concurrently with batches, as
+    with SGLang's ``--enable-lora-overlap-loading``: a request enters a batch once its adapter is
+    loaded."""
+
+    def __init__(self, num_slots: int, calibration: Calibration, link: Link) -> None:
+        super().__init__(num_slots, calibration, link)
+        self._loaded_s: dict[Segment, float] = {}  # loads in progress -> when each ends
+
+    @property
+    def next_s(self) -> float:  # type: ignore[override]
+        return min(self._loaded_s.values(), default=math.inf)
+
+    def step(self, now_s: float, waiting: Sequence[Request], *, is_busy: bool) -> None:
+        for adapter in [a for a, end_s in self._loaded_s.items() if end_s <= now_s]:
+            del self._loaded_s[adapter]
+        needed: set[Segment] = set()
+        for request in waiting[:MOST_LOADED_FOR]:
+            needed.add(request.talk.adapter)
+            if len(needed) > self._num_slots:
+                break
+            if request.talk.adapter not in self._slots and self._make_room(needed):
+                self._load(now_s, request.talk.adapter)
+
+    def is_there(self, adapter: Segment) -> bool:
+        return adapter in self._slots and adapter not in self._loaded_s
+
+    def may_enter(self, request: Request, batch: Sequence[Request], is_idle: bool) -> bool:
+        return self.is_there(request.talk.adapter)
+
+    def blocked_s(self, now_s: float, batch: Sequence[Request]) -> float:
+        for request in batch:
+            self._slots.move_to_end(request.talk.adapter)
+        return now_s
+
+    def _make_room(self, needed: set[Segment]) -> bool:
+        if len(self._slots) < self._num_slots:
+            return True
+        kept = (self._used, self._loaded_s, needed)
+        victims = (a for a in self._slots if not any(a in group for group in kept))
+        victim = next(victims, None)
+        if victim is not None:
+            del self._slots[victim]
+        return victim is not None
+
+    def _load(self, now_s: float, adapter: Segment) -> None:
+        copies = self._calibration.copies_per_adapter_split
+        self._loaded_s[adapter] = self._link.copy(now_s, adapter.num_slots, copies)
+        self._slots[adapter] = None
+        self.num_loads += 1
 
 
 class PoolResidence(Residence):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Architecture = Literal["llama", "qwen2", "qwen3"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-_FORMAT = 1  # increment when the same parameters yield different bytes
+_FORMAT = 2  # increment when the same parameters yield different bytes
 _GAIN = {  # weight std = gain / sqrt(fan_in); tuned for varied greedy output, see _random_weight
     "q_proj": 1.5,
     "k_proj": 1.5,

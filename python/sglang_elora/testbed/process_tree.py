@@ -40,6 +40,17 @@ class ProcessTree:
         """Collected processes that still run. Zombies, which only wait for their parent, do not."""
         return [process for process in self._processes if _runs(process)]
 
+    def suspend(self) -> None:
+        """Send SIGSTOP to every process of the tree."""
+        self.collect()
+        for process in self.alive():
+            _send(process, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Send SIGCONT to every collected process."""
+        for process in self.alive():
+            _send(process, signal.SIGCONT)
+
     def end(self, patience_s: float) -> None:
         """Send SIGTERM to the leader, and SIGKILL to the rest when it has ended or after
         ``patience_s``.

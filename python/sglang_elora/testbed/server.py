@@ -19,9 +19,6 @@ from sglang_elora.testbed.signals import signals_ignored, sigterm_acts_as_ctrl_c
 
 HOST = "127.0.0.1"
 LOG_TAIL_LINES = 40
-SMALL_MODEL_ENV: Mapping[str, str] = {"OMP_NUM_THREADS": "1"}
-"""Environment for models as small as the demo's on a CPU: synchronising a second thread takes
-longer than the work it saves, several times longer when other processes use the cores too."""
 
 _POLL_S = 0.1
 _HEALTH_TIMEOUT_S = 25.0  # above the 20 s timeout of SGLang's /health
@@ -150,8 +147,19 @@ class ServerProcess:
         if self._popen is None or self._tree is None:
             return
         with signals_ignored():
+            self.resume()  # a stopped process would not see SIGTERM
             self._tree.end(self._stop_timeout_s)
             self._popen.wait()
+
+    def suspend(self) -> None:
+        """Stop all processes of the server (SIGSTOP) until ``resume``."""
+        assert self._tree is not None, "the server was not started"
+        self._tree.suspend()
+
+    def resume(self) -> None:
+        """Let all processes run again. Idempotent."""
+        assert self._tree is not None, "the server was not started"
+        self._tree.resume()
 
     def wait(self) -> int:
         """Block until the main process exits by itself; return its exit status."""

@@ -66,6 +66,7 @@ def train_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
         bos_token=BEGIN,
         eos_token=END,
         pad_token=END,
+        unk_token=END,  # transformers loads it as Qwen2's, which adds one that has no embedding
         extra_special_tokens=list(ROLES),
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,

@@ -10,11 +10,15 @@ __all__ = [
     "AdapterTable",
     "Eviction",
     "EvictionOrder",
+    "Ghosts",
+    "PrefixHash",
     "Reason",
     "Sessions",
     "TierOrders",
     "Victims",
     "adapter_of",
+    "end_turn",
+    "fork",
     "namespace_of",
 ]
 
@@ -27,4 +31,6 @@ from sglang_elora.tree.eviction import (
     Victims,
 )
 from sglang_elora.tree.eviction_order import EvictionOrder
+from sglang_elora.tree.ghosts import Ghosts, PrefixHash
 from sglang_elora.tree.sessions import NOBODY, Sessions
+from sglang_elora.tree.turns import end_turn, fork

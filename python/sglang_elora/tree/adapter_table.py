@@ -42,6 +42,7 @@ class Adapter:
     num_slots: int = 0
     pinned: bool = False
     version: str = ""  # digest of the weights
+    num_dropped: int = 0  # stored weights that are not served
     retired: bool = False  # unloaded; its slots and KV are freed once no request holds them
     resident: bool = False
     device_tokens: int = 0

@@ -125,7 +125,7 @@ class TierOrders(Generic[N]):
         self._policy = policy
         # These run thousands of times per second: bound once, without attributes of ``self``.
         kind_of, rank_of, priority_of = policy.kind, policy.rank, policy.priority
-        host_kind_of = policy.host_kind
+        host_kind_of, host_priority_of = policy.host_kind, policy.host_priority
 
         def kind(node: N) -> Hashable:
             entry = node.entry
@@ -142,7 +142,9 @@ class TierOrders(Generic[N]):
 
         self.device: EvictionOrder[N] = EvictionOrder(priority, kind, rank)
         self.host: EvictionOrder[N] = EvictionOrder(
-            priority, lambda node: host_kind_of(node.entry), policy.host_rank
+            lambda node: host_priority_of(node.entry),
+            lambda node: host_kind_of(node.entry),
+            policy.host_rank,
         )
 
     def set_queue_position(self, node: N, position: int | None) -> None:
@@ -185,7 +187,7 @@ class TierOrders(Generic[N]):
             return False
         lowest = None if has_room() else self.host.lowest_rank()
         policy.price_host(lowest)
-        rank = policy.host_rank(policy.host_kind(item), policy.priority(item))
+        rank = policy.host_rank(policy.host_kind(item), policy.host_priority(item))
         return lowest is None or bool(rank > lowest)
 
     def next_victims(self, most_leaves: int, is_wanted: Callable[[N], bool]) -> list[N]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "AGENT",
+    "BASE",
     "CHAT",
     "FIRST_TOKEN",
     "FULL_SIZE",
@@ -49,5 +50,5 @@ from sglang_elora.workloads.presets import (
 )
 from sglang_elora.workloads.published import shared_prefix, slora
 from sglang_elora.workloads.rise import Rise
-from sglang_elora.workloads.trace import Session, Trace, Turn, due_s
+from sglang_elora.workloads.trace import BASE, Session, Trace, Turn, due_s
 from sglang_elora.workloads.workload import GROWS_AT, Recorded, Workload

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from sglang_elora.workloads.popularity import draw
-from sglang_elora.workloads.trace import NOMINAL_ANSWER_S, Session, Trace, Turn, due_s
+from sglang_elora.workloads.trace import Session, Trace, Turn, due_s
 from sglang_elora.workloads.workload import GROWS_AT, Workload
 
 FIRST_TOKEN = 3  # lowest generated token id; special tokens are below
@@ -37,8 +37,7 @@ def make_trace(
     rng = random.Random(f"{workload.name}/{seed}")
     mean_gap_s = workload.mean_turns / turns_per_s
     shape = workload.start_cv**-2
-    life_s = workload.mean_turns * (workload.think_s + NOMINAL_ANSWER_S)
-    start_s = -_LEAD_SESSIONS * life_s
+    start_s = -_LEAD_SESSIONS * workload.mean_life_s
     tokens = draw_tokens if with_tokens else _no_tokens
     sessions: list[Session] = []
     for number in itertools.count():

@@ -16,7 +16,8 @@ from typing import Any
 
 from sglang_elora.workloads.assignment import DEFAULT, Assignment, bad_row
 from sglang_elora.workloads.generate import draw_tokens
-from sglang_elora.workloads.trace import NOMINAL_ANSWER_S, Session, Trace, Turn
+from sglang_elora.workloads.trace import Session, Trace, Turn
+from sglang_elora.workloads.workload import NOMINAL_ANSWER_S
 
 BLOCK = 512
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from sglang_elora.workloads.popularity import Law
 from sglang_elora.workloads.rise import Rise
-from sglang_elora.workloads.workload import Recorded, Workload
+from sglang_elora.workloads.workload import NOMINAL_ANSWER_S, Recorded, Workload
 
-NOMINAL_ANSWER_S = 0.5  # assumed duration of an answer, only to estimate when turns are due
+BASE = "-base"  # suffix of the name of a workload without adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,11 @@ class Trace:
     sessions: tuple[Session, ...]
 
     @property
+    def mean_life_s(self) -> float:
+        """Mean life of a session; 0 for a recorded trace, which begins with whole sessions."""
+        return self.workload.mean_life_s if isinstance(self.workload, Workload) else 0.0
+
+    @property
     def num_turns(self) -> int:
         """Number of turns due before the end if answers take ``NOMINAL_ANSWER_S``."""
         return sum(
@@ -72,7 +77,7 @@ class Trace:
     def live_kv_tokens(self, time_s: float) -> int:
         """Tokens of KV of all sessions with a later turn; each system prompt counts once."""
         lengths = {session: session.tokens_at(time_s) for session in self.sessions}
-        alive = {session.adapter: len(session.system) for session, n in lengths.items() if n}
+        alive = {(s.adapter, s.system): len(s.system) for s, n in lengths.items() if n}
         return sum(lengths.values()) + sum(alive.values())
 
     @property
@@ -96,6 +101,12 @@ class Trace:
             for session in self.sessions
         )
         return replace(self, duration_s=rise.new_duration_s, sessions=sessions)
+
+    def without_adapters(self) -> Trace:
+        """The same sessions, all with the base model; the workload's name ends in ``BASE``."""
+        workload = replace(self.workload, name=f"{self.workload.name}{BASE}")
+        sessions = tuple(replace(session, adapter="") for session in self.sessions)
+        return replace(self, workload=workload, sessions=sessions)
 
     def facts(self) -> dict[str, Any]:
         return {

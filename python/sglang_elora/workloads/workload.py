@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sglang_elora.workloads.popularity import Law
 
+NOMINAL_ANSWER_S = 0.5  # assumed duration of an answer, only to estimate when turns are due
 GROWS_AT = 2 / 3  # share of the duration after which the second value of ``active`` applies
 
 
@@ -41,6 +42,11 @@ class Workload:
     @property
     def mean_turns(self) -> float:
         return sum(self.turns) / 2
+
+    @property
+    def mean_life_s(self) -> float:
+        """Mean seconds from a session's first turn to the end of its last."""
+        return self.mean_turns * (self.think_s + NOMINAL_ANSWER_S)
 
 
 @dataclass(frozen=True, slots=True)

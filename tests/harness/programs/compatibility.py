@@ -42,6 +42,8 @@ def change(server_args, raw=None, model=None, env=None, **fields):
     for name, value in (model or {}).items():
         if "experts" in name:
             setattr(changed._model_config.hf_text_config, name, value)
+        elif name == "architectures":
+            changed._model_config.hf_config.architectures = value
         else:
             assert hasattr(changed._model_config, name), name
             value = AttentionArch[value] if name == "attention_arch" else value
@@ -75,14 +77,13 @@ def every_refusal(lora, cases):
 
 
 def real_flags(lora):
-    flags = ["--enable-streaming-session", "--enable-priority-scheduling"]
-    flags += ["--lora-backend", "triton", "--enable-lora-overlap-loading"]
+    flags = ["--lora-backend", "triton", "--enable-lora-overlap-loading"]
     flags += ["--lora-drain-wait-threshold", "2", "--max-loaded-loras", "64"]
-    flags += ["--is-embedding", "--disable-radix-cache"]
+    flags += ["--disable-radix-cache"]
     return (
         problems(resolve(*lora, *flags)),
         problems(resolve(*flags)),
-        problems(resolve("--lora-paths", "a=/none", "--enable-streaming-session")),
+        problems(resolve("--lora-paths", "a=/none", "--disable-radix-cache")),
     )
 
 

@@ -57,6 +57,9 @@ class Host(HostKVCache):
     def load_to_device_per_layer(self, pool, host, device, layer, backend, *, is_draft=False):
         pool.append(layer)
 
+    def backup_from_device_all_layer(self, pool, host, device, backend):
+        pool.append("host")
+
     def unused(self, *args, **kwargs):
         raise AssertionError
 
@@ -78,4 +81,12 @@ assert len(waits) == 1, "a copy of KV on the transfer stream blocked"
 assert not completion.finish_event.query()
 completion.finish_event.synchronize()
 assert len(waits) == 2
+
+before = link.num_bytes
+assert link.to_host_bytes_per_s == 1e6
+completion = engine.submit_device_to_host([L2Transfer(Host(), layers, tokens, tokens)])
+assert layers[-1] == "host"
+assert link.num_bytes - before == 10 * 2 * 128
+assert len(waits) == 2, "a copy of KV to the host blocked"
+assert not completion.finish_event.query()
 print("emulated")

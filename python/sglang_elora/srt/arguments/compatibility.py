@@ -18,7 +18,7 @@ from sglang.srt.arg_groups.overrides import (
     resolving_view,
     use_mla_backend,
 )
-from sglang.srt.configs.model_config import AttentionArch
+from sglang.srt.configs.model_config import AttentionArch, is_hybrid_swa_model
 from sglang.srt.environ import envs
 from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
@@ -176,12 +176,6 @@ CACHES = (
         "use --enable-hierarchical-cache, or run without --elora",
     ),
     Refusal(
-        "--enable-streaming-session",
-        lambda cfg: cfg.enable_streaming_session,
-        "an open session keeps KV outside the tree, where nothing ties it to its adapter",
-        "use plain sessions or chat history, or run without --elora",
-    ),
-    Refusal(
         "--enable-session-radix-cache",
         lambda cfg: cfg.enable_session_radix_cache,
         "its references to KV do not survive the unloading of an adapter",
@@ -238,9 +232,10 @@ CACHES = (
 SCHEDULING = (
     Refusal(
         "--speculative-algorithm {cfg.speculative_algorithm}",
-        lambda cfg: cfg.speculative_algorithm not in (None, "UNO"),
-        "draft and verify steps have other rows per request than the LoRA backend lays out",
-        values="other than UNO",
+        lambda cfg: cfg.speculative_algorithm not in (None, "NGRAM", "UNO"),
+        "a draft model has KV of its own in the pool's slots, which is untested with adapters",
+        "use --speculative-algorithm NGRAM, or run without --elora",
+        values="other than NGRAM and UNO",
     ),
     Refusal(
         "--speculative-algorithm UNO",
@@ -251,7 +246,7 @@ SCHEDULING = (
     Refusal(
         "--decoupled-spec-role {cfg.decoupled_spec_role}",
         lambda cfg: cfg.decoupled_spec_role != "null",
-        "draft and verify steps have other rows per request than the LoRA backend lays out",
+        "drafts come from another server, which was not tested with adapters",
         values="other than null",
     ),
     Refusal(
@@ -259,12 +254,6 @@ SCHEDULING = (
         lambda cfg: cfg.dllm_algorithm is not None,
         "KV of a diffusion model does not belong to a prefix of tokens, and SGLang turns LoRA off",
         with_lora_only=False,
-    ),
-    Refusal(
-        "--enable-priority-scheduling with preemption",
-        lambda cfg: cfg.enable_priority_scheduling and not cfg.disable_priority_preemption,
-        "a preemption can evict the adapter of the request it makes room for",
-        "add --disable-priority-preemption, or run without --elora",
     ),
 )
 
@@ -328,10 +317,10 @@ MODELS = (
         WITHOUT_ELORA,
     ),
     Refusal(
-        "this model (sliding windows and full attention)",
-        lambda cfg: model_config_of(cfg).is_hybrid_swa,
-        "it has two KV pools, an adapter's slots are in one",
-        "add --disable-hybrid-swa-memory, or run without --elora",
+        "this model (sliding windows and full attention, of a class that does not tell their size)",
+        lambda cfg: _has_windows(cfg) and not _tells_window_size(cfg),
+        "SGLang knows its windows only with two KV pools, an adapter's slots are in one",
+        WITHOUT_ELORA,
     ),
     Refusal(
         "this model (state spaces or linear attention)",
@@ -352,12 +341,6 @@ MODELS = (
         lambda cfg: _has_experts(cfg) and not _names_attention_only(cfg),
         "LoRA on MoE experts is not served",
         "give --lora-target-modules q_proj k_proj v_proj o_proj, or run without --elora",
-    ),
-    Refusal(
-        "this model (embeddings, rewards or classes) or --is-embedding",
-        lambda cfg: not model_config_of(cfg).is_generation,
-        "a prompt that does not fit into the pool with its adapter would wait indefinitely",
-        WITHOUT_ELORA,
     ),
 )
 
@@ -389,6 +372,11 @@ def check_compatible(server_args: Any) -> None:
         raise ValueError("--elora-adapter-events needs --enable-lora and --kv-events-config")
     if lora:
         _ignore_without_effect(server_args)
+        if _has_windows(cfg):
+            logger.info(
+                "KV of layers with sliding windows is kept for whole prompts, in one pool with "
+                "that of the others, as with --disable-hybrid-swa-memory: adapters need one pool"
+            )
 
 
 def run_eagerly(server_args: Any) -> None:
@@ -438,6 +426,24 @@ def _ignore_without_effect(server_args: Any) -> None:
     if limit is not None and 0 < limit < cfg.max_loras_per_batch:
         # SGLang requires at least as many loaded adapters as slots.
         declare_resolution(server_args, "sglang_elora", max_loras_per_batch=limit)
+
+
+def _has_windows(cfg: Any) -> bool:
+    """Whether SGLang would by default keep the KV of sliding windows in a pool of their own."""
+    config = model_config_of(cfg)
+    return bool(is_hybrid_swa_model(config.hf_config.architectures, config.hf_text_config))
+
+
+def _tells_window_size(cfg: Any) -> bool:
+    """Whether SGLang learns the windows' size without a second pool; it would otherwise attend to
+    whole prompts in these layers (``resolve_sliding_window_size``)."""
+    from sglang.srt.models.registry import ModelRegistry  # imports every model
+
+    config = model_config_of(cfg)
+    if config.attention_chunk_size is not None:
+        return True
+    model, _ = ModelRegistry.resolve_model_cls(config.hf_config.architectures)
+    return hasattr(model, "get_attention_sliding_window_size")
 
 
 def _has_experts(cfg: Any) -> bool:

@@ -15,6 +15,9 @@ from sglang_elora.srt.mem_cache.radix_cache import BACKEND
 def select_parts(result: None, server_args: Any) -> None:
     """Select ELORA's radix cache and LoRA backend. Runs after ``handle_platform_defaults``.
 
+    With LoRA, layers with sliding windows keep their KV in the pool of the others (SGLang's
+    ``--disable-hybrid-swa-memory``): a slot of an adapter is one slot of every layer.
+
     By default the LoRA backend is ``elora_triton`` on CUDA and ``elora_torch`` elsewhere. Another
     ``--lora-backend`` is refused by ``check_compatible``.
 
@@ -32,5 +35,7 @@ def select_parts(result: None, server_args: Any) -> None:
     declare_resolution(
         server_args, "sglang_elora", radix_cache_backend=BACKEND, lora_backend=lora_backend
     )
-    if lora_backend == TORCH and wants_lora(resolving_view(server_args)):
-        run_eagerly(server_args)
+    if wants_lora(resolving_view(server_args)):
+        declare_resolution(server_args, "sglang_elora", disable_hybrid_swa_memory=True)
+        if lora_backend == TORCH:
+            run_eagerly(server_args)

@@ -1,15 +1,19 @@
-"""Hook bodies that make SGLang's outputs equal to PEFT's for two kinds of adapters.
+"""Hook bodies that make SGLang's outputs equal to PEFT's for three kinds of adapters.
 
-Two PEFT features load without an error in SGLang 0.5.23 but give different outputs:
-rank-stabilised scaling, and adapters on part of a fused projection.
+Three PEFT features load without an error in SGLang 0.5.23 but give different outputs:
+rank-stabilised scaling, ranks and scalings by module, and adapters on part of a fused projection.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from sglang_elora.adapters import needs_one_rank, one_rank_config, stored_shapes
+from sglang_elora.config import active_config
 
 if TYPE_CHECKING:
     from sglang.srt.lora.lora import LoRAAdapter
@@ -19,6 +23,29 @@ _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Projections that SGLang stacks into one matrix (qkv_proj, gate_up_proj)."""
 
 _MEMBER = re.compile(r"(?<=\.)(q_proj|k_proj|v_proj|gate_proj|up_proj)(?=\.lora_([AB])\.)")
+
+
+def read_one_rank(result: None, self: LoRAConfig, *_: Any, **__: Any) -> None:
+    """Read a configuration with patterns as that of an adapter of one rank, and take modules that
+    an expression names from the weights. Runs after ``LoRAConfig.__init__``; ``stored_config`` is
+    what ``one_rank_tensors`` needs.
+
+    Raises:
+        AdapterError: The files cannot be read any more.
+    """
+    may_drop = active_config().tower_weights == "drop"
+    if self.path is None or not (needs_one_rank(self.hf_config) or may_drop):
+        return
+    self.elora_stored = self.hf_config
+    self.hf_config = one_rank_config(self.path, self.hf_config, stored_shapes(self.path, self.path))
+    self.r, self.lora_alpha = self.hf_config["r"], self.hf_config["lora_alpha"]
+    self.target_modules = self.hf_config["target_modules"]
+
+
+def stored_config(config: LoRAConfig) -> Mapping[str, Any]:
+    """The content of the adapter's file, before ``read_one_rank``."""
+    found: Mapping[str, Any] = getattr(config, "elora_stored", config.hf_config)
+    return found
 
 
 def scale_rslora(

@@ -21,13 +21,16 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from typing_extensions import override
 
 from sglang_elora.adapters import (
+    NUM_DROPPED,
     content_digest,
+    one_rank_tensors,
     read_adapter,
     served_modules,
     why_not_stacked,
 )
 from sglang_elora.control import StateMirror
 from sglang_elora.pages import AdapterImage, AdapterLayout, PagedAdapter
+from sglang_elora.srt.lora.adapter_weights import stored_config
 from sglang_elora.srt.lora.lora_backend import MAX_RANK, Graph, PagedLoRABackend
 from sglang_elora.srt.lora.lora_pool import PagedLoRAPool
 from sglang_elora.srt.measured_costs import MeasuredCosts
@@ -174,6 +177,7 @@ class EloraLoRAManager(LoRAManager):
                 image.layout,
                 image.nbytes,
                 pinned=bool(lora_ref.pinned),
+                num_dropped=self._num_dropped(lora_ref.lora_id),
                 image=image,
             )
             self._take_in(source)
@@ -260,7 +264,12 @@ class EloraLoRAManager(LoRAManager):
         layout = AdapterLayout.build(self.configs[adapter_id].r, shapes)
         num_bytes = self.memory_pool.num_layer * sum(layout.plane_elems) * self.dtype.itemsize
         read = partial(self._read_image, lora_ref, self.configs[adapter_id], layout)
-        return AdapterSource(adapter_id, name, layout, num_bytes, bool(lora_ref.pinned), read=read)
+        pinned, num_dropped = bool(lora_ref.pinned), self._num_dropped(adapter_id)
+        return AdapterSource(adapter_id, name, layout, num_bytes, pinned, num_dropped, read=read)
+
+    def _num_dropped(self, adapter_id: str) -> int:
+        number: int = self.configs[adapter_id].hf_config.get(NUM_DROPPED, 0)
+        return number
 
     def _read_image(
         self,
@@ -278,6 +287,10 @@ class EloraLoRAManager(LoRAManager):
         """
         tensors = read_adapter(lora_ref.lora_name, lora_ref.lora_path)
         version = content_digest(tensors)  # of the whole file, so equal on all ranks
+        try:
+            tensors = one_rank_tensors(lora_ref.lora_name, stored_config(config), tensors)
+        except (LookupError, ValueError) as error:
+            raise AdapterChanged(f"{_CHANGED} ({error})") from error
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if problem := why_not_stacked(shapes, config.r):
             raise AdapterChanged(f"{_CHANGED} ({problem})")

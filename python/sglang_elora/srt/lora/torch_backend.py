@@ -9,15 +9,16 @@ from itertools import accumulate, pairwise
 import torch
 
 from sglang_elora.pages import ModuleShape, PagedAdapter, WeightRef
+from sglang_elora.srt.lora.grouped_rows import Index, expand_rows, rows_by_adapter, shrink_rows
 from sglang_elora.srt.lora.lora_backend import TORCH, Graph, PagedLoRABackend, Segment
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of one adapter in a batch: a slice if adjacent, otherwise int64 indices."""
+    """The rows of one adapter in a batch."""
 
     adapter: PagedAdapter
-    index: slice | torch.Tensor
+    index: Index
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,31 +40,19 @@ class PagedBatch:
     @classmethod
     def of(cls, segments: Sequence[Segment], device: torch.device) -> PagedBatch:
         """Build from segments in row order; segments of one adapter become one group."""
-        pieces: dict[int, tuple[PagedAdapter, list[range]]] = {}
-        start = 0
-        for adapter, length in segments:
-            end = start + length
-            if adapter is not None and length:
-                ranges = pieces.setdefault(id(adapter), (adapter, []))[1]
-                if ranges and ranges[-1].stop == start:
-                    ranges[-1] = range(ranges[-1].start, end)
-                else:
-                    ranges.append(range(start, end))
-            start = end
-        groups = tuple(Rows(adapter, _index(ranges, device)) for adapter, ranges in pieces.values())
-        return cls(groups, start)
-
-
-def _index(ranges: Sequence[range], device: torch.device) -> slice | torch.Tensor:
-    if len(ranges) == 1:
-        return slice(ranges[0].start, ranges[0].stop)
-    return torch.tensor([row for rows in ranges for row in rows], device=device)
+        adapters = {id(adapter): adapter for adapter, _ in segments if adapter is not None}
+        rows, num_rows = rows_by_adapter(
+            ((None if adapter is None else id(adapter), length) for adapter, length in segments),
+            device,
+        )
+        return cls(tuple(Rows(adapters[key], index) for key, index in rows.items()), num_rows)
 
 
 class EloraTorchBackend(PagedLoRABackend):
     """A backend with two matrix products per adapter and module. CUDA graphs cannot replay it."""
 
     name = TORCH
+    _groups: Sequence[Rows] = ()  # of the last batch with adapters
 
     def set_model(
         self, shapes: Sequence[ModuleShape], dtype: torch.dtype, *, max_rank: int, tp_size: int
@@ -73,6 +62,10 @@ class EloraTorchBackend(PagedLoRABackend):
     def set_batch(self, segments: Sequence[Segment], graph: Graph | None = None) -> None:
         assert graph is None, "elora_torch runs eagerly"
         self.batch_info = PagedBatch.of(segments, self.device)
+        adapters = {id(group.adapter) for group in self.batch_info.groups}
+        for group in self._groups:
+            group.adapter.forget_copies(free=id(group.adapter) not in adapters)
+        self._groups = self.batch_info.groups
 
     def shrink(self, x: torch.Tensor, weights: WeightRef) -> torch.Tensor:
         """Compute ``x @ A^T * scaling`` of each row's adapter.
@@ -86,23 +79,18 @@ class EloraTorchBackend(PagedLoRABackend):
         width = max((len(a) for a in matrices), default=0)
         output = x.new_zeros(len(x), width)
         for group, a in zip(groups, matrices, strict=True):
-            rows = output[group.index, : len(a)]
-            rows.addmm_(x[group.index], a.T, beta=0, alpha=group.adapter.scaling)
-            if not isinstance(group.index, slice):  # rows is a copy
-                output[group.index, : len(a)] = rows
+            shrink_rows(x, group.index, a, group.adapter.scaling, output)
         return output
 
     def expand(self, inner: torch.Tensor, weights: WeightRef, output: torch.Tensor) -> torch.Tensor:
         ends = [0, *accumulate(self._out_features[weights.module])]
         for group in self._batch.groups_with(weights.module, inner):
-            own_inner = inner[group.index]
-            own_output = output[group.index]
-            rank = group.adapter.rank
-            for part, (start, end) in enumerate(pairwise(ends)):
-                b = group.adapter.b(weights.layer, weights.module, part)
-                own_output[:, start:end].addmm_(own_inner[:, part * rank : (part + 1) * rank], b)
-            if not isinstance(group.index, slice):  # own_output is a copy
-                output.index_copy_(0, group.index, own_output)
+            adapter = group.adapter
+            parts = (
+                (start, end, adapter.b(weights.layer, weights.module, part))
+                for part, (start, end) in enumerate(pairwise(ends))
+            )
+            expand_rows(inner, group.index, parts, adapter.rank, output)
         return output
 
     @property

@@ -28,6 +28,7 @@ class AdapterNode(UnifiedTreeNode):
     def __init__(self, adapter: Adapter, no_slots: torch.Tensor) -> None:
         super().__init__((FULL,))
         self.sessions, self.num_sessions = NOBODY, 0
+        self.prefix_len = self.prefix_hash = 0
         self.adapter = adapter
         self.no_slots = no_slots
         self.kv_nodes: OrderedDict[int, UnifiedTreeNode] = OrderedDict()

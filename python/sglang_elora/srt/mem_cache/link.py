@@ -9,7 +9,7 @@ import torch
 from sglang.srt.managers.utils import allocate_distinct_stream
 
 from sglang_elora.config import EloraConfig
-from sglang_elora.platforms.emulated_link import Link
+from sglang_elora.platforms.emulated_link import Direction, Link
 
 if TYPE_CHECKING:
     from sglang.srt.lora.lora_overlap_loader import LoRAOverlapLoader
@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 def use_emulated_link(config: EloraConfig) -> None:
     """Replace torch's CPU streams and events by those of an emulated link."""
-    Link(config.link_gbytes_per_s * 1e9, config.link_latency_us * 1e-6).install(torch.cpu)
+    link = Link(
+        config.link_gbytes_per_s * 1e9,
+        config.link_latency_us * 1e-6,
+        to_host_bytes_per_s=config.link_to_host_gbytes_per_s * 1e9 or None,
+    )
+    link.install(torch.cpu)
 
 
 def delay_adapter_copy(buffer_view: torch.Tensor, weight: torch.Tensor) -> None:
@@ -56,6 +61,15 @@ def delay_kv_load(
     ``host_indices`` is int64 ``[tokens]``; ``size_per_token`` counts all layers.
     """
     _link().copy(len(host_indices) * self.size_per_token // self.layer_num)
+
+
+def delay_kv_backup(
+    self: HostKVCache, device_pool: Any, host_indices: torch.Tensor, *_: Any, **__: Any
+) -> None:
+    """Delay a copy of KV from device to host, which is one copy per layer; runs before it."""
+    for _layer in range(self.layer_num):
+        num_bytes = len(host_indices) * self.size_per_token // self.layer_num
+        _link().copy(num_bytes, Direction.TO_HOST)
 
 
 def mark_kv_streams(result: None, self: L2TransferEngine, io_backend: str) -> None:

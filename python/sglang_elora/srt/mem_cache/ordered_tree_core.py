@@ -7,12 +7,14 @@ evicted in the order of --radix-eviction-policy, found by a heap instead of a sc
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.mem_cache.unified_cache.unified_tree_core import (
@@ -28,9 +30,13 @@ from sglang_elora.tree import (
     MAX_REMEMBERED,
     Eviction,
     EvictionOrder,
+    Ghosts,
+    PrefixHash,
     Reason,
     TierOrders,
     adapter_of,
+    end_turn,
+    fork,
 )
 from sglang_elora.tree.sessions import NOBODY, Sessions
 
@@ -42,8 +48,11 @@ class OrderedTreeCore(UnifiedTreeCore):
         self.policy: Policy | None = None
         self.eviction: Eviction | None = None  # the current one; None in SGLang's own evictions
         self.orders: TierOrders[UnifiedTreeNode] | None = None  # with a policy
+        self.ghosts: Ghosts | None = None  # with a policy that keeps them
+        self._prefix_hash = PrefixHash()
         self._pool_slots = 1
         self._next_entry = _no_entry()  # entry of the node that is created next
+        self.splits_at_prompt_end = False  # True while a request's answer is split off its prompt
         self.counts = Counters()
         self.evicted: deque[NodeId] = deque(maxlen=MAX_REMEMBERED)  # most valuable last
         self.sessions = Sessions[UnifiedTreeNode](self.path_of, self._set_session_state)
@@ -55,6 +64,8 @@ class OrderedTreeCore(UnifiedTreeCore):
         for node in self._node_arena.values():
             self._forget(node)
         self.sessions.clear()
+        if self.ghosts is not None:
+            self.ghosts.clear()
         super().reset()
         self._make_orders()
         self.evicted.clear()
@@ -62,6 +73,7 @@ class OrderedTreeCore(UnifiedTreeCore):
     def use_policy(self, policy: Policy, pool_slots: int) -> None:
         """Order nodes by this policy. Call while the tree is empty."""
         self.policy, self._pool_slots = policy, pool_slots
+        self.ghosts = Ghosts(policy) if policy.ghost_turnovers else None
         self._make_orders()
 
     @property
@@ -95,6 +107,7 @@ class OrderedTreeCore(UnifiedTreeCore):
         node = super()._new_node(priority=priority)
         node.entry, self._next_entry = self._next_entry, _no_entry()
         node.sessions, node.num_sessions = NOBODY, 0
+        node.prefix_len = node.prefix_hash = 0
         return node
 
     @override
@@ -104,6 +117,10 @@ class OrderedTreeCore(UnifiedTreeCore):
         first, action = super()._split_node(key, child, split_len)
         if self.policy is not None:
             first.entry = self.policy.split(child.entry, split_len)
+            if not self.splits_at_prompt_end:
+                fork(first.entry, (node.entry for node in self._above(first)))
+            if self.ghosts is not None:
+                self._hash_prefix(first)
         if child.num_sessions:
             self.sessions.split(child, first)
         return first, action
@@ -118,17 +135,30 @@ class OrderedTreeCore(UnifiedTreeCore):
             self.sessions.drop(node)
         if self.policy is not None:
             self.policy.displace(node.entry)
-            if not node.entry.is_adapter:
+            if node.entry.is_adapter:
+                return
+            if self.ghosts is not None and node.prefix_len:
+                self.ghosts.add(_namespace(node.key), node.prefix_hash, node.entry)
+            else:
                 self.policy.remove(node.entry)
+
+    def end_turn(self, end: UnifiedTreeNode) -> None:
+        """Record that a request has finished, with its KV ending at node ``end``."""
+        if self.policy is not None:
+            end_turn([node.entry for node in self.path_of(end)])
 
     def path_of(self, node: UnifiedTreeNode) -> list[UnifiedTreeNode]:
         """The nodes from this one up to its adapter, or to a child of the root for KV of the base
         model."""
-        path = []
-        while node.parent is not None:
-            path.append(node)
-            node = node.parent
-        return path
+        return [node, *self._above(node)] if node.parent is not None else []
+
+    @staticmethod
+    def _above(node: UnifiedTreeNode) -> Iterator[UnifiedTreeNode]:
+        """The nodes above this one, from its parent up to the adapter; the root is left out."""
+        above = node.parent
+        while above is not None and above.parent is not None:
+            yield above
+            above = above.parent
 
     def _set_session_state(self, node: UnifiedTreeNode, state: SessionState) -> None:
         if self.orders is not None:
@@ -195,8 +225,26 @@ class OrderedTreeCore(UnifiedTreeCore):
         if self.policy is not None:
             self.policy.create(item)
         self._next_entry = item
-        return super()._add_new_node(parent, key, value, **options)
+        node = super()._add_new_node(parent, key, value, **options)
+        if self.ghosts is not None:
+            hashes = self._hash_prefix(node)
+            if self.ghosts.has(namespace := _namespace(key)):
+                self.ghosts.recall(namespace, hashes.tolist(), item)
+        return node
+
+    def _hash_prefix(self, node: UnifiedTreeNode) -> NDArray[np.uint64]:
+        """Set the length and hash of all tokens up to the node's end; returns the hashes up to each
+        of its tokens."""
+        parent, tokens = node.parent, np.array(node.key.raw_token_ids(), dtype=np.int64)
+        hashes = self._prefix_hash.after(parent.prefix_hash, parent.prefix_len, tokens)
+        node.prefix_len = parent.prefix_len + len(tokens)
+        node.prefix_hash = int(hashes[-1])
+        return hashes
 
 
 def _no_entry() -> CacheEntry:
     return CacheEntry(is_adapter=False, num_slots=0)
+
+
+def _namespace(key: RadixKey) -> Hashable:
+    return key.extra_key, key.cache_salt

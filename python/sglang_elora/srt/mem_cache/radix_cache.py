@@ -41,7 +41,7 @@ class EloraRadixCache(UnifiedRadixCache):
     tree_core: EloraTreeCore
     elora: Any = None  # set by ``scheduler.assembly``, read by ``scheduler.parts.elora_of``
     adapter_moves: AdapterMoves | None = None  # None: adapter events are off
-    _turn_end: NodeId | None = None  # end node of the request that is being inserted
+    _inserted: list[NodeId] | None = None  # end nodes of inserts in the current checkpoint
 
     @override
     def take_events(self) -> list[Any]:
@@ -104,17 +104,29 @@ class EloraRadixCache(UnifiedRadixCache):
 
     @override
     def checkpoint_into_tree(self, req: Req, *, up_to: int, **options: Any) -> None:
-        self._turn_end = None
-        super().checkpoint_into_tree(req, up_to=up_to, **options)
-        node = None if self._turn_end is None else self.tree_core.find(self._turn_end)
+        ends: list[NodeId] = []
+        self._inserted = ends
+        try:
+            super().checkpoint_into_tree(req, up_to=up_to, **options)
+        finally:
+            self._inserted = None
+        node = self.tree_core.find(ends[0]) if ends else None
         if node is not None and req.finished():
-            self.sessions.turn(str(req.session_id), node)
+            self.tree_core.end_turn(node)
+            if req.session_id is not None:
+                self.sessions.turn(str(req.session_id), node)
 
     @override
     def insert(self, params: InsertParams) -> InsertResult:
-        result: InsertResult = super().insert(params)
-        if params.session_id is not None and self._turn_end is None:
-            self._turn_end = result.last_device_node  # of the whole turn; the prompt follows
+        # A checkpoint inserts a request as a whole, and then its prompt, which splits the node.
+        ends = self._inserted
+        self.tree_core.splits_at_prompt_end = bool(ends)
+        try:
+            result: InsertResult = super().insert(params)
+        finally:
+            self.tree_core.splits_at_prompt_end = False
+        if ends is not None:
+            ends.append(result.last_device_node)
         return result
 
     @property

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import BaseEvictionResult
 
 from sglang_elora.control import Histogram, Tier
@@ -18,6 +19,7 @@ from sglang_elora.srt.mem_cache.copy_stream import CopyStream
 from sglang_elora.srt.mem_cache.free_order import FreeOrder
 from sglang_elora.srt.mem_cache.freed import parts_of
 from sglang_elora.srt.mem_cache.kv_pool import planes_of
+from sglang_elora.srt.mem_cache.longest_runs import take_longest_runs
 from sglang_elora.srt.mem_cache.ranks import Ranks
 from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
 from sglang_elora.swapper.adapter_copy import AdapterCopy, Copied
@@ -63,6 +65,7 @@ class AdapterSource:
     layout: AdapterLayout
     num_bytes: int  # size of its image on this rank
     pinned: bool
+    num_dropped: int = 0  # stored weights that are not served
     read: ReadImage | None = None
     image: AdapterImage | None = None
 
@@ -80,10 +83,17 @@ class Residency:
         weight_dtype: Dtype of the LoRA weights.
         host: The host tier with the adapters' images.
         forward_stream: The stream that batches run on, which may still read freed slots.
+        is_async: Work on streams is asynchronous. If not, adapters get consecutive slots.
     """
 
     def __init__(
-        self, cache: Any, weight_dtype: torch.dtype, host: HostTier, forward_stream: Any
+        self,
+        cache: Any,
+        weight_dtype: torch.dtype,
+        host: HostTier,
+        forward_stream: Any,
+        *,
+        is_async: bool = True,
     ) -> None:
         self.cache = cache
         self.core: EloraTreeCore = cache.tree_core
@@ -92,6 +102,7 @@ class Residency:
         self.host = host
         self.ranks = Ranks(cache)
         self.allocator = cache.token_to_kv_pool_allocator
+        self._takes_runs = not is_async and type(self.allocator) is TokenToKVPoolAllocator
         pool = self.allocator.get_kvcache()
         self.planes = planes_of(pool, weight_dtype)
         # Attention kernels may load the unused end of a request's last page. Old adapter weights
@@ -148,7 +159,7 @@ class Residency:
         version = "" if source.image is None else source.image.version
         self.adapter_table.register(
             source.adapter_id, num_slots=num_slots, pinned=source.pinned, version=version
-        )
+        ).num_dropped = source.num_dropped
         self.names[source.adapter_id] = name
 
     def pin(self, adapter_id: str) -> None:
@@ -249,7 +260,10 @@ class Residency:
         assert not adapter.retired and not adapter.resident, (
             f"adapter {adapter_id} cannot be loaded"
         )
-        slots = self.allocator.alloc(adapter.num_slots)
+        if self._takes_runs:
+            slots = take_longest_runs(self.allocator, adapter.num_slots)
+        else:
+            slots = self.allocator.alloc(adapter.num_slots)
         if slots is None:
             return False
         copy = self.copies[adapter_id] = self._start_copy(adapter_id, slots)

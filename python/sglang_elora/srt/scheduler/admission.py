@@ -2,8 +2,9 @@
 
 For each queued request, in queue order, SGLang's scheduler checks whether its adapter can run
 (``Scheduler.can_schedule_lora_req``), and then matches, budgets and locks the request. Adapters are
-loaded while requests are queued (``swapper.py``). Nothing is evicted between the check and the
-lock; after that, the lock on the request's path protects the adapter until the request releases it.
+loaded while requests are queued (``swapper.py``). Between the check and the lock only a preemption
+evicts, and it keeps the adapter; after that, the lock on the request's path protects the adapter
+until the request releases it.
 
 No request holds a part of its resources while it waits for the rest, so there is no deadlock. A
 request whose adapter is not on the device is skipped, and requests after it in the queue are
@@ -16,8 +17,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from sglang.srt.session.streaming_session import is_virtual_node
 
 from sglang_elora.srt.mem_cache.residency import Residency
 from sglang_elora.srt.scheduler.parts import elora_of
@@ -62,12 +67,23 @@ class _Refusal:
 
 class Admission:
     """Admission of one scheduler. Its inputs are equal on all tensor-parallel ranks, and so are its
-    decisions."""
+    decisions.
 
-    def __init__(self, residency: Residency, swapper: Swapper, max_adapters: int) -> None:
+    Args:
+        residency: The adapters on the device.
+        swapper: Loads adapters.
+        max_adapters: Most distinct adapters in one batch.
+        num_drafted: Slots that a running request has in addition to those of its tokens, for
+            speculative decoding.
+    """
+
+    def __init__(
+        self, residency: Residency, swapper: Swapper, max_adapters: int, num_drafted: int = 0
+    ) -> None:
         self.residency = residency
         self.swapper = swapper
-        self.max_adapters = max_adapters  # most distinct adapters in one batch
+        self.max_adapters = max_adapters
+        self.num_drafted = num_drafted
         self._pass = _Pass()
 
     def begin_pass(self, adder: PrefillAdder) -> None:
@@ -87,9 +103,15 @@ class Admission:
         if not req.retracted_stain:
             self._count_prompt(req)
         self._pass.num_admitted += 1
-        self.residency.core.visit(req.last_node)
+        self._visit(req)
         if req.lora_id is not None:
             self.swapper.used(req.lora_id)
+
+    def _visit(self, req: Req) -> None:
+        core, node = self.residency.core, req.last_node
+        if is_virtual_node(node):  # the KV of an open streaming session is its own
+            node = core.root_node.id if req.lora_id is None else core.node_of(req.lora_id).id
+        core.visit(node)
 
     def _count_prompt(self, req: Req) -> None:
         tokens, found = self.residency.core.counts.prompt_tokens, req.prefix_len
@@ -113,6 +135,19 @@ class Admission:
             return False
         return True
 
+    @contextmanager
+    def keeping_adapter_of(self, req: Req) -> Iterator[None]:
+        """Protect the adapter of an admitted request, which is not locked yet, from evictions."""
+        core = self.residency.core
+        node = None if req.lora_id is None else core.node_of(req.lora_id)
+        if node is not None:
+            core.inc_full_pin(node.id)
+        try:
+            yield
+        finally:
+            if node is not None:
+                core.dec_full_pin(node.id)
+
     def received(self, req: Req) -> None:
         """Limit the answer's length to the slots that the pool has in addition to the adapter, as
         SGLang limits it to the whole pool. A prompt that does not fit with its adapter ends with
@@ -125,6 +160,7 @@ class Admission:
         others = residency.adapter_table.pinned_slots - adapter.num_slots * adapter.pinned
         num_tokens = -(-len(req.origin_input_ids) // page_size) * page_size
         room = residency.pool_slots - adapter.num_slots - others - num_tokens - page_size - 1
+        room -= self.num_drafted
         if room < 1:
             req.set_finish_with_abort(
                 f"The input ({len(req.origin_input_ids)} tokens) does not fit into the KV pool of "
@@ -181,6 +217,16 @@ def note_taken(result: Any, self: PrefillAdder, req: Req, *_: Any, **__: Any) ->
         elora.admission.taken(req)
 
 
+def preempt(original: Callable[..., bool], self: PrefillAdder, req: Req) -> bool:
+    """Preempt running requests for an admitted one, whose adapter stays. Runs around
+    ``PrefillAdder.preempt_to_schedule``, which evicts."""
+    elora = elora_of(self)
+    if elora is None:
+        return original(self, req)
+    with elora.admission.keeping_adapter_of(req):
+        return original(self, req)
+
+
 def admit(self: Scheduler, req: Req, running_loras: set[str | None]) -> bool:
     """Whether the request may be added to the batch. Replaces ``Scheduler.can_schedule_lora_req``,
     which counts the slots of SGLang's LoRA pool and drains them."""
@@ -194,4 +240,12 @@ def refuse_too_long(result: None, self: Scheduler, req: Req) -> None:
     after ``Scheduler.init_req_max_new_tokens``."""
     elora = elora_of(self)
     if elora is not None:
+        elora.admission.received(req)
+
+
+def refuse_too_long_embedding(self: Scheduler, req: Req, *_: Any, **__: Any) -> None:
+    """As ``refuse_too_long`` for models that generate nothing, whose requests do not get there.
+    Runs before ``Scheduler._add_request_to_queue``."""
+    elora = elora_of(self)
+    if elora is not None and not self.is_generation:
         elora.admission.received(req)

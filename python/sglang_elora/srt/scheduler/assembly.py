@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
 from sglang.srt.mem_cache.registry import (
     TreeCacheBuildContext,
@@ -13,7 +14,7 @@ from sglang.srt.mem_cache.registry import (
     register_radix_cache_backend,
 )
 from sglang.srt.mem_cache.unified_cache.tree_core_registry import register_tree_core_backend
-from sglang.srt.runtime_context import get_memory
+from sglang.srt.runtime_context import get_memory, get_spec
 
 from sglang_elora.config import active_config
 from sglang_elora.policy import PolicyContext, make_policy
@@ -57,7 +58,8 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
         config = active_config()
         core: EloraTreeCore = cache.tree_core
         stream = ctx.tp_worker.model_runner.forward_stream
-        is_async = str(ctx.params.token_to_kv_pool_allocator.device) != "cpu"
+        device = str(ctx.params.token_to_kv_pool_allocator.device)
+        is_async = device != "cpu" or bool(config.check_streams)
         measure = MeasuredCosts(cache, is_async=is_async)
         context = PolicyContext(
             measure.costs,
@@ -68,19 +70,22 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
         )
         policy = make_policy(config.policy, context)
         core.use_policy(policy, pool_slots=ctx.params.token_to_kv_pool_allocator.size)
-        device = str(ctx.params.token_to_kv_pool_allocator.device)
         host = HostTier(
             arena_for(manager, int(config.host_gb * 1e9), device),
             core.image_priority,
             core.adapter_table.image_position,
             core.adapter_table.touch,
         )
-        residency = Residency(cache, manager.dtype, host, stream)
+        residency = Residency(cache, manager.dtype, host, stream, is_async=is_async)
         manager.bind(residency, measure)
         if config.adapter_events:
             cache.adapter_moves = AdapterMoves(residency)
         swapper = Swapper(residency, measure)
-        admission = Admission(residency, swapper, manager.lora_backend.max_adapters)
+        speculates = get_spec().speculative_algorithm is not None
+        num_drafted = get_alloc_reserve_per_decode() if speculates else 0
+        admission = Admission(
+            residency, swapper, manager.lora_backend.max_adapters, num_drafted=num_drafted
+        )
         cache.elora = Elora(residency, measure, swapper, admission)
     return cache
 

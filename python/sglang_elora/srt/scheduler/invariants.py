@@ -81,12 +81,13 @@ def _live_requests(scheduler: Scheduler, arguments: tuple[Any, ...]) -> list[Req
 
 
 def _check_page_owners(scheduler: Scheduler, core: EloraTreeCore, requests: list[Req]) -> None:
-    """Check that each page has exactly one owner: the free list, a node or a request."""
+    """Check that each page has exactly one owner: the free list, a node, a request or an open
+    streaming session."""
     allocator = scheduler.token_to_kv_pool_allocator
     page_size, rows = allocator.page_size, scheduler.req_to_token_pool.req_to_token
     owned = [allocator.get_all_free_pages(), core.all_values_flatten()[::page_size] // page_size]
-    for request in requests:
-        kv = request.kv
+    held = [kv for kv in scheduler.tree_cache.session_records().values() if kv.holds_kv]
+    for kv in {id(kv): kv for kv in [*held, *(request.kv for request in requests)]}.values():
         row = rows[kv.req_pool_idx, kv.cache_protected_len : kv.kv_allocated_len]
         owned.append(row[::page_size] // page_size)
     counts = torch.bincount(torch.cat([pages.to(torch.int64).cpu() for pages in owned]))

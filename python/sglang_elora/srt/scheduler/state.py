@@ -46,6 +46,7 @@ def adapter_state(residency: Residency, adapter_id: str) -> AdapterState:
         kv_tokens_host=adapter.host_tokens,
         visits=adapter.num_requests,
         last_used_s=adapter.used_s,
+        num_dropped_weights=adapter.num_dropped,
     )
 
 

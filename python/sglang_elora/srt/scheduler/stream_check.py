@@ -178,6 +178,8 @@ def run_forward(
     device, found = _device(), []
     # Logits to be filled in; None until the first batch has shown their shape and dtype.
     like = getattr(self, "elora_logits_like", None)
+    if forward_batch.forward_mode.is_target_verify():
+        like = None  # it has logits of several tokens per request, which the host reads next
     later = None if like is None else like.new_empty(forward_batch.batch_size, like.shape[1])
     restored = _kept(self, forward_batch)
 

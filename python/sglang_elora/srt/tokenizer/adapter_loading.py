@@ -22,12 +22,16 @@ from sglang.srt.runtime_context import get_lora, get_model
 from sglang_elora.adapters import (
     EMBEDDING_MODULES,
     AdapterError,
+    AdapterFacts,
     BaseShapes,
     Refusals,
     check_adapter,
     check_tensors,
     download,
+    is_factor,
     is_url,
+    one_rank_config,
+    one_rank_tensors,
 )
 from sglang_elora.config import active_config
 from sglang_elora.srt.tokenizer.adapter_sources import (
@@ -130,9 +134,14 @@ def check_before_load_from_tensors(
     """
     name, base, limits = lora_ref.lora_name or "", _base_of(get_model()), _limits_of(get_lora())
     try:
-        check_tensors(name, config_dict, tensors, base, **limits)
+        facts = check_tensors(name, config_dict, tensors, base, **limits)
     except AdapterError as error:
         return self.create_lora_update_result(success=False, error_message=str(error))
+    _warn_of_dropped(facts)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    tensors = {key: tensor for key, tensor in tensors.items() if is_factor(key)}
+    tensors = one_rank_tensors(name, config_dict, tensors)
+    config_dict = one_rank_config(name, config_dict, shapes)
     return original(self, lora_ref, tensors, config_dict, *rest)
 
 
@@ -153,7 +162,19 @@ def refuse_unreadable_tensors(
 def _check(name: str, path: str, model: Any, lora: Any, *, read_weights: bool = True) -> Path:
     base, limits = _base_of(model), _limits_of(lora)
     check = functools.partial(check_adapter, name, path, base, **limits, read_weights=read_weights)
-    return _REFUSALS.check(name, path, check).folder
+    facts = _REFUSALS.check(name, path, check)
+    _warn_of_dropped(facts)
+    return facts.folder
+
+
+def _warn_of_dropped(facts: AdapterFacts) -> None:
+    if facts.num_dropped:
+        logger.warning(
+            "LoRA adapter %r: its %d weights for a vision or audio encoder are not served "
+            "(--elora-tower-weights drop)",
+            facts.name,
+            facts.num_dropped,
+        )
 
 
 def _at(adapter: LoRARef, folder: Path) -> LoRARef:
@@ -169,6 +190,7 @@ def _limits_of(lora: Any) -> dict[str, Any]:
         "max_rank": lora.max_lora_rank,
         "target_modules": set(modules) if modules else None,
         "refused_modules": EMBEDDING_MODULES,
+        "drops_towers": active_config().tower_weights == "drop",
     }
 
 

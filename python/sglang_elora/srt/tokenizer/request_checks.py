@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -116,10 +116,7 @@ def check_values(self: TokenizerManager, obj: GenerateReqInput | EmbeddingReqInp
         raise ValueError("lora_id is internal to SGLang: name the adapter with lora_path")
     config = self.model_config
     for ids in _of_each_prompt(obj, "input_ids"):
-        if len(ids) and not 0 <= min(ids) <= max(ids) < config.vocab_size:
-            wrong = next(id_ for id_ in ids if not 0 <= id_ < config.vocab_size)
-            text = f"input_ids has the token {wrong}; valid range is [0, {config.vocab_size})"
-            raise ValueError(text)
+        _check_vocabulary("input_ids has", ids, config.vocab_size)
     for rows in _of_each_prompt(obj, "input_embeds"):
         if any(len(row) != config.hidden_size for row in rows):
             raise ValueError(f"input_embeds must be rows of {config.hidden_size} numbers each")
@@ -172,19 +169,31 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def check_num_tokens(
+def check_tokens(
     self: TokenizerManager, obj: GenerateReqInput | EmbeddingReqInput, input_ids: list[int] | None
 ) -> None:
-    """Refuse a prompt without tokens: a batch of such requests ends the scheduler in its forward
-    pass. Runs before ``_validate_one_request``. Multimodal inputs and earlier turns of a session
-    also count as tokens.
+    """Refuse a prompt without tokens, or with tokens that the model has no embedding for: a batch
+    of such requests ends the scheduler in its forward pass. Runs before
+    ``_validate_one_request``. Multimodal inputs and earlier turns of a session also count as
+    tokens. A tokenizer may have more tokens than the model, so texts are checked as well.
 
     Raises:
-        ValueError: The prompt has no tokens (SGLang answers HTTP 400).
+        ValueError: The prompt is one of these (SGLang answers HTTP 400).
     """
-    others = obj.contains_mm_input() or getattr(obj, "session_params", None)
-    if input_ids is not None and not len(input_ids) and not others:
+    if input_ids is None:
+        return
+    has_mm_input = obj.contains_mm_input()
+    if not len(input_ids) and not has_mm_input and not getattr(obj, "session_params", None):
         raise ValueError(_NO_TOKENS)
+    # ``check_values`` has checked tokens that a client sent; those of images may lie outside.
+    if obj.input_ids is None and not has_mm_input:
+        _check_vocabulary("the prompt has", input_ids, self.model_config.vocab_size)
+
+
+def _check_vocabulary(what: str, ids: Sequence[int], vocab_size: int) -> None:
+    if len(ids) and not 0 <= min(ids) <= max(ids) < vocab_size:
+        wrong = next(id_ for id_ in ids if not 0 <= id_ < vocab_size)
+        raise ValueError(f"{what} the token {wrong}; valid range is [0, {vocab_size})")
 
 
 def refuse_no_tokens(result: None, self: Scheduler, req: Req) -> None:

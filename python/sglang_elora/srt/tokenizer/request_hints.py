@@ -12,6 +12,7 @@ from sglang_elora.srt.orders import hear_failures
 from sglang_elora.srt.tokenizer.endpoints import add_endpoints
 from sglang_elora.srt.tokenizer.kv_hints import adapters_named
 from sglang_elora.srt.tokenizer.named_adapters import adapter_of
+from sglang_elora.srt.tokenizer.session_names import name_native_session, name_openai_session
 from sglang_elora.srt.tokenizer.tokenizer_control import TokenizerControl
 
 if TYPE_CHECKING:
@@ -43,22 +44,24 @@ def attach(result: None, self: TokenizerManager) -> None:
 
 
 def announce_openai(self: OpenAIServingBase, request: Any, raw_request: Any) -> None:
-    """Announce the adapter and session of an OpenAI request. Runs before
+    """Name the session of an OpenAI request, and announce it and its adapter. Runs before
     ``OpenAIServingBase.handle_request``, which renders and tokenizes before the request reaches the
     tokenizer manager."""
+    name_openai_session(request, raw_request)
     control: TokenizerControl | None = getattr(self.tokenizer_manager, "elora", None)
     if control is not None:
         control.announce(adapter_of(self, request), getattr(request, "session_id", None))
 
 
 def announce_native(self: TokenizerManager, obj: Any) -> None:
-    """Announce the adapter and session of a request, and its ``kv_hints``. Runs before
+    """Name the session of a request; announce it, its adapter and its ``kv_hints``. Runs before
     ``TokenizerManager._validate_and_resolve_lora``. A request without text to tokenize reaches the
     scheduler at once, so its own adapter is not announced.
 
     Raises:
         ValueError: ``kv_hints`` is malformed.
     """
+    name_native_session(obj)
     control: TokenizerControl | None = getattr(self, "elora", None)
     if control is None:
         return

@@ -1,0 +1,109 @@
+"""Every kind of adapter that PEFT saves: served with the answers of HF + PEFT, or refused."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from sglang_elora.testbed.server import ServerProcess
+from tests.harness import peft_kinds
+from tests.harness.client import Client
+from tests.harness.peft_adapters import WEIGHTS
+from tests.harness.reference import Reference
+from tests.harness.server_flags import server_flags
+
+POOL_SLOTS = 1400
+
+
+@pytest.fixture(scope="module")
+def kinds(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    names = [*peft_kinds.SERVED, *peft_kinds.REFUSED]
+    return peft_kinds.make(checkpoint, tmp_path_factory.mktemp("kinds"), names)
+
+
+@pytest.fixture(scope="module")
+def served(kinds: dict[str, Path]) -> dict[str, Path]:
+    return {name: kinds[name] for name in peft_kinds.SERVED}
+
+
+@pytest.fixture(scope="module")
+def truth(checkpoint: Path, served: dict[str, Path]) -> Reference:
+    return Reference(checkpoint, served)
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path, served: dict[str, Path], logs: Path) -> Iterator[ServerProcess]:
+    """Half of the adapters are given at start; the pool holds a few of them."""
+    at_start = dict(list(served.items())[::2])
+    flags = [*server_flags(checkpoint, at_start), "--max-total-tokens", str(POOL_SLOTS)]
+    flags += ["--max-lora-rank", "64", "--lora-target-modules", "all"]
+    log_path = logs / "peft-options.log"
+    with ServerProcess(["--elora", "--elora-check", *flags], log_path=log_path) as server:
+        yield server
+
+
+async def first_logprob(client: Client, name: str, prompt: Sequence[int]) -> tuple[int, float]:
+    """The first token of the answer and its log-probability."""
+    sampling = {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}
+    body = {"input_ids": list(prompt), "lora_path": name, "sampling_params": sampling}
+    answer = (await client.post("/generate", {**body, "return_logprob": True})).json()
+    logprob, token, *_ = answer["meta_info"]["output_token_logprobs"][0]
+    return token, logprob
+
+
+async def test_served_kinds_answer_as_peft_alone_and_under_pressure(
+    client: Client, served: dict[str, Path], truth: Reference
+) -> None:
+    rng = random.Random(0)
+    prompts = [[rng.randrange(3, 600) for _ in range(length)] for length in (6, 40, 90)]
+    for name, path in list(served.items())[1::2]:
+        body = {"lora_name": name, "lora_path": str(path)}
+        loaded = await client.post("/load_lora_adapter", body)
+        assert loaded.status_code == 200, loaded.text
+    for name in served:
+        token, logprob = await first_logprob(client, name, prompts[0])
+        expected = truth.logprobs(name, [*prompts[0], token])[-1]
+        assert logprob == pytest.approx(expected, abs=1e-4), name
+    requests = [(name, prompt) for _ in range(2) for prompt in prompts for name in served]
+    answers = await asyncio.gather(*(client.generate(*request) for request in requests))
+    for (name, prompt), answer in zip(requests, answers, strict=True):
+        output = list(answer.token_ids)
+        if output != truth.generate(name, prompt):  # rounding decides between two tokens
+            assert truth.shortfall(name, prompt, output) < 1e-4, name
+    assert len({answer.token_ids for answer in answers}) > len(served), "the answers say nothing"
+    found = (await client.get("/server_info")).json()["internal_states"][0]["elora"]
+    assert found["adapter_evictions"] > 0 and found["checks"] > 0, "the pool was too large"
+
+
+@pytest.mark.parametrize("name", peft_kinds.REFUSED)
+async def test_other_kinds_are_refused_with_the_reason(
+    client: Client, kinds: dict[str, Path], name: str
+) -> None:
+    body = {"lora_name": name, "lora_path": str(kinds[name])}
+    refused = await client.post("/load_lora_adapter", body)
+    assert refused.status_code == 400
+    assert peft_kinds.REFUSED[name][1] in refused.json()["error_message"]
+    assert str(kinds[name]) in refused.json()["error_message"]
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+async def test_adapter_with_a_changed_row_of_an_embedding_is_refused(
+    client: Client, kinds: dict[str, Path], truth: Reference, module: str, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(kinds["copies"], tmp_path / "changed"))
+    tensors = load_file(folder / WEIGHTS)
+    (name,) = [name for name in tensors if name.endswith(f"{module}.weight")]
+    tensors[name][17, 3] += 1e-3
+    save_file(tensors, folder / WEIGHTS)
+    body = {"lora_name": "changed", "lora_path": str(folder)}
+    refused = await client.post("/load_lora_adapter", body)
+    assert refused.status_code == 400
+    assert f"{module}.weight is a saved embedding, not served: row 17 differs" in refused.text
+    answer = await client.generate("plain", [5, 6, 7])
+    assert list(answer.token_ids) == truth.generate("plain", [5, 6, 7])

@@ -1,0 +1,82 @@
+"""Adapters of every kind that PEFT saves for a dense model, written by PEFT itself."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
+from sglang_elora.testbed.noise import noise
+
+_ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Options = Mapping[str, Any]
+
+SERVED: Mapping[str, Options] = {
+    "plain": {},
+    "query": {"target_modules": ["q_proj"]},
+    "key-and-up": {"target_modules": ["k_proj", "up_proj"]},
+    "rslora": {"use_rslora": True},
+    "ranks": {"rank_pattern": {"q_proj": 16, "down_proj": 2, r"layers\.1\.mlp\.up_proj": 24}},
+    "alphas": {"alpha_pattern": {"v_proj": 64, r"layers\.0\..*": 4}},
+    "both": {"rank_pattern": {"o_proj": 32}, "alpha_pattern": {"o_proj": 8, "gate_proj": 2}},
+    "rslora-ranks": {"rank_pattern": {"q_proj": 2, "up_proj": 16}, "use_rslora": True},
+    "no-default": {"rank_pattern": dict.fromkeys(_ALL, 4), "r": 64},
+    "expression": {"target_modules": r".*layers\.1\.self_attn\.(q|o)_proj"},
+    "all-but": {"target_modules": "all-linear", "exclude_modules": ["lm_head", "o_proj"]},
+    "one-layer": {"layers_to_transform": [1], "alpha_pattern": {"k_proj": 40}},
+    "copies": {"rank_pattern": {"q_proj": 2}},  # saved with embed_tokens and lm_head
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+}
+"""Name -> options of ``LoraConfig`` that are not the default."""
+
+REFUSED: Mapping[str, tuple[Options, str]] = {
+    "dora": ({"use_dora": True}, "use_dora is set"),
+    "factor-bias": ({"lora_bias": True}, "lora_bias is set"),
+    "saved-norm": ({"modules_to_save": ["norm"]}, "fully trained module (modules_to_save)"),
+    "saved-head": ({"modules_to_save": ["lm_head"]}, "lm_head.weight is a saved embedding"),
+    "tokens": ({"trainable_token_indices": [5]}, "trainable_token_indices is set"),
+    "pissa": ({"init_lora_weights": "pissa"}, "changed the base weights"),
+    "olora": ({"init_lora_weights": "olora"}, "changed the base weights"),
+    "replicated": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication is set"),
+    "activated": ({"alora_invocation_tokens": [7, 8]}, "alora_invocation_tokens is set"),
+    "embedding": ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
+    "head": ({"target_modules": ["lm_head"]}, "lm_head"),
+    "embedding-all": ({"target_modules": [*_ALL, "embed_tokens"]}, "embed_tokens"),
+}
+"""Name -> (options, a part of the reason)."""
+
+
+def make(checkpoint: Path, folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Write the adapters to subfolders with their names. What was trained is random."""
+    ensure_torchvision_importable()
+    made = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns about what some options mean
+        for name in names:
+            made[name] = _write(checkpoint, folder, name)
+    return made
+
+
+def _write(checkpoint: Path, folder: Path, name: str) -> Path:
+    import peft
+    import transformers
+
+    options = SERVED[name] if name in SERVED else REFUSED[name][0]
+    base: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": _ALL, **options}
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for path, weight in model.named_parameters():
+            values = noise(f"{name}/{path}", weight.shape)
+            if "lora_magnitude" in path:
+                weight *= 1 + 0.3 * values
+            elif "lora_" in path and weight.dim() == 2:
+                weight.copy_(0.6 * values * weight.shape[1] ** -0.5)
+            elif "lora_" in path or "trainable_tokens_delta" in path or "modules_to_save" in path:
+                weight += 0.3 * values
+    model.save_pretrained(str(folder / name), save_embedding_layers=name == "copies" or "auto")
+    return folder / name
