@@ -6,15 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
-from sglang_elora.testbed.server import ServerProcess, ServerStartError, python_module
+from sglang_elora.testbed.server import ServerProcess, ServerStartError, free_port, python_module
 from tests.harness.programs import source
 
 
@@ -28,13 +30,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def fake_server(folder: Path, flags: Sequence[str] = (), timeout_s: float = 30) -> ServerProcess:
+def fake_server(
+    folder: Path, flags: Sequence[str] = (), timeout_s: float = 30, port: int | None = None
+) -> ServerProcess:
     return ServerProcess(
         flags,
         program=python_module("fake_server"),
         log_path=folder / "logs" / "server.log",
         startup_timeout_s=timeout_s,
         stop_timeout_s=1.0,
+        port=port,
     )
 
 
@@ -62,6 +67,49 @@ def test_demo_server_serves_and_stops(folder: Path) -> None:
         assert set(running(folder)) <= set(server.alive())
     assert running(folder) == []
     assert server.alive() == []
+
+
+@pytest.fixture
+def other_server() -> Iterator[int]:
+    """Port of a server that answers ``GET /health`` and is not ours."""
+    other = HTTPServer(("127.0.0.1", 0), Healthy)
+    threading.Thread(target=other.serve_forever).start()
+    yield other.server_port
+    other.shutdown()
+    other.server_close()
+
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_demo_server_takes_another_port_when_its_own_was_taken(
+    folder: Path, other_server: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = free_port()
+    ports = iter([other_server, free])
+    monkeypatch.setattr("sglang_elora.testbed.server.free_port", lambda: next(ports))
+    with fake_server(folder) as server:
+        assert server.port == free
+        assert server.command[-1] == str(free)
+        assert len(running(folder)) == 3
+    assert running(folder) == []
+
+
+def test_demo_server_does_not_take_another_server_for_its_own(
+    folder: Path, other_server: int
+) -> None:
+    with (
+        pytest.raises(ServerStartError, match=r"(?i)address already in use"),
+        fake_server(folder, port=other_server),
+    ):
+        pass
+    assert running(folder) == []
 
 
 @pytest.mark.parametrize("error", [KeyError("body"), KeyboardInterrupt(), SystemExit(1)])

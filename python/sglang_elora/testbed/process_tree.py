@@ -40,6 +40,10 @@ class ProcessTree:
         """Collected processes that still run. Zombies, which only wait for their parent, do not."""
         return [process for process in self._processes if _runs(process)]
 
+    def listens_on(self, port: int) -> bool:
+        """Whether a collected process listens on TCP port ``port``."""
+        return any(port in _listening_ports(process) for process in self.alive())
+
     def suspend(self) -> None:
         """Send SIGSTOP to every process of the tree."""
         self.collect()
@@ -82,6 +86,14 @@ def _gone_within(patience_s: float, processes: list[psutil.Process]) -> bool:
             return False
         time.sleep(_POLL_S)
     return True
+
+
+def _listening_ports(process: psutil.Process) -> set[int]:
+    try:
+        connections = process.net_connections(kind="tcp")
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return set()
+    return {each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}
 
 
 def _runs(process: psutil.Process) -> bool:

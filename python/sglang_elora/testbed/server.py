@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import sys
 import time
@@ -20,6 +21,9 @@ from sglang_elora.testbed.signals import signals_ignored, sigterm_acts_as_ctrl_c
 HOST = "127.0.0.1"
 LOG_TAIL_LINES = 40
 
+_PORTS = range(10_000, 22_000)  # below SGLang's own, and those of outgoing connections
+_PORT_TAKEN = "address already in use"
+_MAX_STARTS = 3  # on other ports
 _POLL_S = 0.1
 _HEALTH_TIMEOUT_S = 25.0  # above the 20 s timeout of SGLang's /health
 
@@ -52,7 +56,8 @@ class ServerProcess:
         program: Command to run; it must answer ``GET /health`` with 200 once it can serve.
         startup_timeout_s: Seconds to wait for that answer.
         stop_timeout_s: Seconds between SIGTERM and SIGKILL; SGLang checks for SIGTERM every 5 s.
-        port: Port to listen on; a free one by default.
+        port: Port to listen on. By default a free one, and another one when a process takes that
+            before the server does.
     """
 
     def __init__(
@@ -68,13 +73,19 @@ class ServerProcess:
     ) -> None:
         self.port = free_port() if port is None else port
         self.log_path = log_path
-        self.command = [*program, *flags, "--host", HOST, "--port", str(self.port)]
+        self._may_change_port = port is None
+        self._program_and_flags = [*program, *flags]
         self._env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
         self._startup_timeout_s = startup_timeout_s
         self._stop_timeout_s = stop_timeout_s
         self._popen: Popen[bytes] | None = None
         self._tree: ProcessTree | None = None
         self._signals = ExitStack()
+
+    @property
+    def command(self) -> list[str]:
+        """The whole command line, host and port included."""
+        return [*self._program_and_flags, "--host", HOST, "--port", str(self.port)]
 
     @property
     def url(self) -> str:
@@ -122,6 +133,16 @@ class ServerProcess:
             ServerStartError: The server exited early, or was not healthy in time.
         """
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        for num_starts in range(1, _MAX_STARTS + 1):
+            try:
+                return self._start_once()
+            except ServerStartError:
+                port_taken = _PORT_TAKEN in self.log_path.read_text(errors="replace").lower()
+                if not (self._may_change_port and port_taken) or num_starts == _MAX_STARTS:
+                    raise
+            self.port = free_port()
+
+    def _start_once(self) -> None:
         try:
             with self.log_path.open("wb") as log:
                 self._popen = Popen(
@@ -188,7 +209,8 @@ class ServerProcess:
             remaining_s = self._startup_timeout_s - elapsed_s
             if self._is_healthy(timeout_s=min(_HEALTH_TIMEOUT_S, remaining_s)):
                 tree.collect()
-                return
+                if tree.listens_on(self.port):  # and not another server that had the port first
+                    return
             time.sleep(_POLL_S)
         raise self._start_error("was not healthy", self._startup_timeout_s)
 
@@ -208,8 +230,19 @@ class ServerProcess:
 
 
 def free_port() -> int:
-    """A TCP port on 127.0.0.1 that was free just now."""
-    with socket.socket() as listener:
-        listener.bind((HOST, 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """A TCP port on 127.0.0.1 that was free just now, and that no outgoing connection is given.
+
+    Raises:
+        OSError: No port could be bound.
+    """
+    ports = list(_PORTS)
+    random.SystemRandom().shuffle(ports)
+    for port in ports:
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
+            try:
+                listener.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"no free port in {_PORTS.start} to {_PORTS.stop - 1} on {HOST}")

@@ -7,6 +7,7 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+SEEN_S = 0.5  # long enough to be seen with all children before it ends
 child = subprocess.Popen([sys.executable, "-c", STUBBORN])
 daemon = subprocess.Popen([sys.executable, "-c", STUBBORN], start_new_session=True)
 with open(os.environ["FAKE_PIDS"], "w") as file:
@@ -25,7 +26,12 @@ port = int(sys.argv[sys.argv.index("--port") + 1])
 if "--never-healthy" in sys.argv:
     time.sleep(600)
 if "--fail" in sys.argv:
-    time.sleep(0.5)  # long enough to be seen with all children
+    time.sleep(SEEN_S)
     print("\n".join(f"line {i}" for i in range(100)))
     sys.exit(3)
-HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+try:
+    server = HTTPServer(("127.0.0.1", port), Handler)
+except OSError:
+    time.sleep(SEEN_S)
+    raise
+server.serve_forever()
