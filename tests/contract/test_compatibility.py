@@ -29,7 +29,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"enable_pdmux": True}, "--enable-pdmux: "),
     ({"disaggregation_mode": "prefill"}, "--disaggregation-mode prefill: "),
     ({"disaggregation_mode": "decode"}, "--disaggregation-mode decode: "),
-    ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num 2: "),
     ({"use_ray": True}, "--use-ray: "),
     ({"disable_radix_cache": True}, "--disable-radix-cache (given, or set by SGLang "),
     ({"hicache_storage_backend": "file"}, "--hicache-storage-backend file: "),
@@ -73,7 +72,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"lora_drain_wait_threshold": 0.5}, "--lora-drain-wait-threshold 0.5: "),
     ({"lora_use_virtual_experts": True}, "--lora-use-virtual-experts: "),
     ({"experts_shared_outer_loras": False}, "--experts-shared-outer-loras / --no-"),
-    ({"lora_target_modules": ["q_proj", "lm_head"]}, "--lora-target-modules with embed_tokens or "),
+    (
+        {"lora_target_modules": ["q_proj", "embed_tokens"]},
+        "--lora-target-modules with embed_tokens",
+    ),
     ({"model": {"attention_arch": "MLA"}}, "this model (multi-head latent attention): "),
     (
         {"model": {"architectures": ["Step3p5ForCausalLM"]}},
@@ -107,6 +109,8 @@ ACCEPTED: list[dict[str, Any]] = [
     {"enable_priority_scheduling": True, "disable_priority_preemption": True},
     {"radix_eviction_policy": "tlru"},
     {"lora_target_modules": ["all"]},
+    {"lora_target_modules": ["q_proj", "lm_head"]},
+    {"tokenizer_worker_num": 2},
     {"model": {"num_experts": 8}, "lora_target_modules": ATTENTION},
     {"model": {"architectures": ["GptOssForCausalLM"]}},
     {"model": {"architectures": ["Step3p5ForCausalLM"], "attention_chunk_size": 8192}},
@@ -222,24 +226,25 @@ def test_launch_error_lists_all_reasons(run_python: RunPython, checkpoint: Path)
 
 @pytest.fixture
 def embedding_adapter(checkpoint: Path, tmp_path: Path) -> Path:
-    """An adapter of the demo whose configuration also targets lm_head, and its factors."""
+    """An adapter of the demo whose configuration also targets embed_tokens, and its factors."""
     import torch
     from safetensors.torch import load_file, save_file
 
     spec = AdapterSpec("law", rank=8, alpha=16, target_modules=("q_proj",))
     folder = make_adapters(checkpoint, tmp_path, [spec])["law"]
     config = json.loads((folder / "adapter_config.json").read_text())
-    config["target_modules"] = ["q_proj", "lm_head"]
+    config["target_modules"] = ["q_proj", "embed_tokens"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
     base = json.loads((checkpoint / "config.json").read_text())
     weights = load_file(folder / "adapter_model.safetensors")
-    weights["base_model.model.lm_head.lora_A.weight"] = torch.ones(8, base["hidden_size"])
-    weights["base_model.model.lm_head.lora_B.weight"] = torch.ones(base["vocab_size"], 8)
+    module = "base_model.model.model.embed_tokens"
+    weights[f"{module}.lora_embedding_A"] = torch.ones(8, base["vocab_size"])
+    weights[f"{module}.lora_embedding_B"] = torch.ones(base["hidden_size"], 8)
     save_file(weights, folder / "adapter_model.safetensors")
     return folder
 
 
-def test_adapter_on_lm_head_is_refused(
+def test_adapter_on_embed_tokens_is_refused(
     run_python: RunPython, checkpoint: Path, embedding_adapter: Path
 ) -> None:
     result = run_python(
@@ -247,5 +252,5 @@ def test_adapter_on_lm_head_is_refused(
         *("--model-path", str(checkpoint), "--lora-paths", f"law={embedding_adapter}"),
     )
     assert result.returncode != 0
-    assert "it adapts lm_head, where --elora does not serve LoRA" in result.stderr
+    assert "it adapts embed_tokens, where --elora does not serve LoRA" in result.stderr
     assert "run the server without --elora" in result.stderr

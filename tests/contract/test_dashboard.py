@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import re
 import runpy
@@ -40,14 +41,14 @@ def of_elora() -> Exported:
     pool = PoolState(**{**numbers, **lists, "counts": Counters().flat(), "load_s": Histogram()})
     mirror = StateMirror()
     mirror.apply(Changes(1, False, [], msgspec.convert(msgspec.to_builtins(pool), PoolState)), ())
-    process = SimpleNamespace(num_hints=0, gate=HintLimiter())
-    hints = TokenizerControl.counts.fget
-    assert hints is not None
-    registry = CollectorRegistry()
-    registry.register(StateCollector(mirror, dict, lambda: hints(process), "demo"))
+    registry = SimpleNamespace(uses=dict)
+    process = SimpleNamespace(num_hints=0, gate=HintLimiter(), _registry=registry, _leases={})
+    hints = asyncio.run(TokenizerControl._report(process, None)).hints
+    collected = CollectorRegistry()
+    collected.register(StateCollector(mirror, dict, lambda: hints, "demo"))
     return {
         sample.name: set(sample.labels)
-        for family in registry.collect()
+        for family in collected.collect()
         for sample in family.samples
     }
 

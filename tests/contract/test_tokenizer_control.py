@@ -29,7 +29,10 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def control_over(sent: list[Any]) -> TokenizerControl:
     refs = {name: LoRARef(lora_id=name, lora_name=name) for name in NAMES}
     registry = SimpleNamespace(_registry=refs)
-    manager: Any = SimpleNamespace(lora_registry=registry, _dispatch_to_scheduler=sent.append)
+    others = SimpleNamespace(handle=lambda *_: None)
+    manager: Any = SimpleNamespace(
+        lora_registry=registry, elora_workers=others, _dispatch_to_scheduler=sent.append
+    )
     return TokenizerControl(manager)
 
 

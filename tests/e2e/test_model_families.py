@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,14 +28,16 @@ SERVED = [each for each in FAMILIES if each.differs or "FAMILIES_FULL" in os.env
 async def test_model_family_answers_equal_those_of_transformers(
     family: Family, tmp_path: Path, logs: Path
 ) -> None:
+    if lacking := [program for program in family.programs if shutil.which(program) is None]:
+        pytest.skip(f"needs {lacking}")
     made = make_family(family, tmp_path)
     rng = random.Random(0)
     prompts = [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in (5, 40, 90)]
     names = (None, *made.adapters)
     # The second time from the cache.
     questions = [(name, prompt) for _ in range(2) for name in names for prompt in prompts]
-    flags = server_flags(made.checkpoint, made.adapters)
-    log_path = logs / f"family-{family.model_type}.log"
+    flags = [*server_flags(made.checkpoint, made.adapters), *family.flags]
+    log_path = logs / f"family-{family.name}.log"
     with ServerProcess(["--elora", "--elora-check", *flags], log_path=log_path) as server:
         async with Client(server.url) as client:
             answers = [await client.generate(*asked, num_tokens=16) for asked in questions]

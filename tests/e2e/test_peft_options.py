@@ -19,6 +19,14 @@ from tests.harness.reference import Reference
 from tests.harness.server_flags import server_flags
 
 POOL_SLOTS = 1400
+MODES = {
+    "plain": (),
+    "drafted-ngrams": ("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "4"),
+    "preemptions": ("--enable-priority-scheduling", "--max-running-requests", "4"),
+    "tokenizer-workers": ("--tokenizer-worker-num", "2"),
+    "tensor-parallel": ("--tp-size", "2"),
+}
+"""Flags of ways to serve in which all kinds answer the same."""
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +45,20 @@ def truth(checkpoint: Path, served: dict[str, Path]) -> Reference:
     return Reference(checkpoint, served)
 
 
-@pytest.fixture(scope="module")
-def server(checkpoint: Path, served: dict[str, Path], logs: Path) -> Iterator[ServerProcess]:
+@pytest.fixture(scope="module", params=["plain"])
+def server(
+    request: pytest.FixtureRequest, checkpoint: Path, served: dict[str, Path], logs: Path
+) -> Iterator[ServerProcess]:
     """Half of the adapters are given at start; the pool holds a few of them."""
+    if request.param == "drafted-ngrams" and not (shutil.which("g++") and shutil.which("ninja")):
+        pytest.skip("SGLang compiles its tables of n-grams with g++ and ninja")
     at_start = dict(list(served.items())[::2])
     flags = [*server_flags(checkpoint, at_start), "--max-total-tokens", str(POOL_SLOTS)]
-    flags += ["--max-lora-rank", "64", "--lora-target-modules", "all"]
-    log_path = logs / "peft-options.log"
-    with ServerProcess(["--elora", "--elora-check", *flags], log_path=log_path) as server:
+    flags += ["--max-lora-rank", "64", "--lora-target-modules", "all", *MODES[request.param]]
+    log_path = logs / f"peft-options-{request.param}.log"
+    env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if "--tp-size" in flags else {}
+    flags = ["--elora", "--elora-check", *flags]
+    with ServerProcess(flags, log_path=log_path, env=env) as server:
         yield server
 
 
@@ -57,8 +71,9 @@ async def first_logprob(client: Client, name: str, prompt: Sequence[int]) -> tup
     return token, logprob
 
 
+@pytest.mark.parametrize("server", MODES, indirect=True)
 async def test_served_kinds_answer_as_peft_alone_and_under_pressure(
-    client: Client, served: dict[str, Path], truth: Reference
+    server: ServerProcess, client: Client, served: dict[str, Path], truth: Reference
 ) -> None:
     rng = random.Random(0)
     prompts = [[rng.randrange(3, 600) for _ in range(length)] for length in (6, 40, 90)]
@@ -71,7 +86,13 @@ async def test_served_kinds_answer_as_peft_alone_and_under_pressure(
         expected = truth.logprobs(name, [*prompts[0], token])[-1]
         assert logprob == pytest.approx(expected, abs=1e-4), name
     requests = [(name, prompt) for _ in range(2) for prompt in prompts for name in served]
-    answers = await asyncio.gather(*(client.generate(*request) for request in requests))
+    has_priorities = "--enable-priority-scheduling" in server.command
+    answers = await asyncio.gather(
+        *(
+            client.generate(*request, priority=rng.randrange(100) if has_priorities else None)
+            for request in requests
+        )
+    )
     for (name, prompt), answer in zip(requests, answers, strict=True):
         output = list(answer.token_ids)
         if output != truth.generate(name, prompt):  # rounding decides between two tokens

@@ -230,6 +230,12 @@ VARIANTS = {
         programs=("g++", "ninja"),  # SGLang compiles its tables of n-grams
         check=_drafts_were_accepted,
     ),
+    "tokenizer-workers": Variant(
+        (_EARLIEST,),
+        flags=("--tokenizer-worker-num", "2"),
+        disturb=reload_copies,
+        check=_adapters_were_reloaded,
+    ),
     "tensor-parallel": Variant(
         (_LATEST,),
         tp_size=_TP_SIZE,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,27 @@ class Family:
     embedding_std: float = 1.0
     processor: bool = False  # of images, without which SGLang starts no such model
     auto: str = "AutoModelForCausalLM"
+    flags: Sequence[str] = ()  # that a server with its adapters needs
+    programs: Sequence[str] = ()  # that SGLang compiles something with
     differs: bool = False  # from Llama, in more than a detail of attention
 
+
+_MELLUM = Family(
+    "Mellum 2",
+    "mellum",
+    targets={"attention": _ATTENTION, "query": ("q_proj",)},
+    options={
+        "head_dim": 32,
+        "num_hidden_layers": 5,
+        "sliding_window": 16,
+        "layer_types": [*["sliding_attention", "full_attention"] * 2, "sliding_attention"],
+        "mlp_layer_types": ["dense"] * 5,
+        "num_experts": 1,
+        "num_experts_per_tok": 1,
+    },
+    differs=True,
+)
+_DRAFTED = ("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "4")
 
 FAMILIES = (
     Family("Llama", "llama"),
@@ -61,24 +80,12 @@ FAMILIES = (
             "query_pre_attn_scalar": 32,
             "tie_word_embeddings": True,
         },
+        targets={"attention": _ATTENTION, "all and head": (*_ATTENTION, *_MLP, "lm_head")},
         embedding_std=0.02,  # it is scaled up, and is the output layer too: or tokens repeat
         differs=True,
     ),
-    Family(
-        "Mellum 2",
-        "mellum",
-        targets={"attention": _ATTENTION, "query": ("q_proj",)},
-        options={
-            "head_dim": 32,
-            "num_hidden_layers": 5,
-            "sliding_window": 16,
-            "layer_types": [*["sliding_attention", "full_attention"] * 2, "sliding_attention"],
-            "mlp_layer_types": ["dense"] * 5,
-            "num_experts": 1,
-            "num_experts_per_tok": 1,
-        },
-        differs=True,
-    ),
+    _MELLUM,
+    replace(_MELLUM, name="Mellum 2, drafted n-grams", flags=_DRAFTED, programs=("g++", "ninja")),
     Family(
         "Qwen2.5-VL",
         "qwen2_5_vl",
@@ -101,6 +108,27 @@ FAMILIES = (
         auto="AutoModelForImageTextToText",
         processor=True,
         differs=True,
+    ),
+    Family(
+        "Qwen3-MoE",
+        "qwen3_moe",
+        targets={"attention": _ATTENTION, "query": ("q_proj",)},
+        options={
+            "head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
+        },
+        flags=("--lora-target-modules", *_ATTENTION),
+        differs=True,
+    ),
+    Family(
+        "Mixtral",
+        "mixtral",
+        targets={"attention": _ATTENTION, "query": ("q_proj",)},
+        options={"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+        flags=("--lora-target-modules", *_ATTENTION),
     ),
     Family(
         "Phi-4",

@@ -30,6 +30,8 @@ SERVED: Mapping[str, Options] = {
     "one-layer": {"layers_to_transform": [1], "alpha_pattern": {"k_proj": 40}},
     "copies": {"rank_pattern": {"q_proj": 2}},  # saved with embed_tokens and lm_head
     "orthogonal": {"init_lora_weights": "orthogonal"},
+    "head": {"target_modules": ["lm_head"]},
+    "head-and-all": {"target_modules": [*_ALL, "lm_head"], "rank_pattern": {"lm_head": 24}},
 }
 """Name -> options of ``LoraConfig`` that are not the default."""
 
@@ -44,7 +46,6 @@ REFUSED: Mapping[str, tuple[Options, str]] = {
     "replicated": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication is set"),
     "activated": ({"alora_invocation_tokens": [7, 8]}, "alora_invocation_tokens is set"),
     "embedding": ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
-    "head": ({"target_modules": ["lm_head"]}, "lm_head"),
     "embedding-all": ({"target_modules": [*_ALL, "embed_tokens"]}, "embed_tokens"),
 }
 """Name -> (options, a part of the reason)."""

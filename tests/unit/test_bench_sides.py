@@ -32,6 +32,9 @@ def test_side_name_is_split_into_system_options_and_threads() -> None:
     assert (name.system, name.argument, name.threads) == ("stock-tuned", "8", 2)
     assert name.options == ("grouped", "overlap", "drain=0.5")
     assert name.setting_flags == ("--lora-drain-wait-threshold", "0.5")
+    bounded = parse_side("elora:elora+most=8+sessions")
+    assert bounded.setting_flags == ("--elora-max-adapters-per-batch", "8")
+    assert bounded.others == ()
     assert parse_side("elora:elora_paper+without_recency").others == ("without_recency",)
     assert suffix("stock-tuned:8+grouped@1") == "+grouped@1"
     assert suffix("elora:elora@1") == "@1" and suffix("stock-default") == ""
@@ -56,6 +59,7 @@ def test_side_name_is_split_into_system_options_and_threads() -> None:
         ("elora:elora+grouped", "grouped does not fit"),
         ("elora:elora+lfu", "lfu does not fit"),
         ("elora:elora+drain=1", "drain=1 does not fit"),
+        ("stock-tuned:8+most=8", "most=8 does not fit"),
         ("stock-default+page=0", "page needs a positive number"),
         ("stock-default+drain=soon", "drain needs a positive number"),
     ],

@@ -6,7 +6,6 @@ Nothing here imports sglang, and torch and transformers are imported only inside
 from __future__ import annotations
 
 __all__ = [
-    "EMBEDDING_MODULES",
     "NUM_DROPPED",
     "AdapterError",
     "AdapterFacts",
@@ -48,7 +47,7 @@ from sglang_elora.adapters.check import (
 )
 from sglang_elora.adapters.errors import AdapterError
 from sglang_elora.adapters.folder_scan import FolderScan, FoundAdapter, leads_out
-from sglang_elora.adapters.module_names import EMBEDDING_MODULES, served_names
+from sglang_elora.adapters.module_names import served_names
 from sglang_elora.adapters.one_rank import (
     NUM_DROPPED,
     needs_one_rank,

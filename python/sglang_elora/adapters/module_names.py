@@ -21,9 +21,6 @@ _FUSED = {
     "unembed_tokens": "lm_head",
 }
 
-EMBEDDING_MODULES = frozenset({"embed_tokens", "lm_head"})
-"""Served names of the modules outside the decoder layers."""
-
 
 def served_name(path: str) -> str:
     """The served name of a module given by its path, its leaf name, or its served name."""

@@ -21,7 +21,8 @@ Options of stock:
 Options of both: ``lpm`` (``--schedule-policy``), ``chunk=TOKENS`` (``--chunked-prefill-size``),
 ``mixed`` (``--enable-mixed-chunk``), ``page=TOKENS`` (``--page-size``).
 
-Options of ELORA: ``sessions``: requests name their session, and the last one closes it. Any other
+Options of ELORA: ``most=N``: ``--elora-max-adapters-per-batch``, which the slots of a split bound,
+too; ``sessions``: requests name their session, and the last one closes it. Any other
 is a function of the file ``--variants``, which changes one thing in ELORA by a plugin
 (``benchmarks/serving/variants.py``), for example disables a term of the paper's policy.
 
@@ -106,7 +107,8 @@ def _is_elora(first: str) -> bool:
 
 def _belongs(option: str, name: SideName) -> bool:
     if _flags(option) is not None:
-        return not (name.is_elora and option.partition("=")[0] in (*_RADIX, "drain"))
+        key = option.partition("=")[0]
+        return key not in (*_RADIX, "drain") if name.is_elora else key != "most"
     if name.is_elora:
         return option not in (*STOCK_VARIANTS, *WRITE_POLICIES, "hicache", "")
     if option in WRITE_POLICIES:
@@ -124,6 +126,7 @@ _VALUED: Mapping[str, tuple[str, Callable[[str], float]]] = {
     "drain": ("--lora-drain-wait-threshold", float),
     "chunk": ("--chunked-prefill-size", int),
     "page": ("--page-size", int),
+    "most": ("--elora-max-adapters-per-batch", int),
 }
 
 

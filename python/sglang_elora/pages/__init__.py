@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "OUTPUT_LAYER",
     "TILE",
     "AdapterImage",
     "AdapterLayout",
@@ -12,6 +13,7 @@ __all__ = [
     "KVPlanes",
     "ModuleOffsets",
     "ModuleShape",
+    "OutputLayer",
     "PagedAdapter",
     "SlotTable",
     "StridedRows",
@@ -38,6 +40,7 @@ from sglang_elora.pages.layout import (
     ModuleShape,
     stacked_modules,
 )
+from sglang_elora.pages.output_layer import OUTPUT_LAYER, OutputLayer
 from sglang_elora.pages.paged_adapter import PagedAdapter
 from sglang_elora.pages.planes import KVPlanes, SlotTable, StridedRows
 from sglang_elora.pages.weight_ref import WeightRef

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sglang_elora.kernels import MISSING, adapter_record
 from sglang_elora.pages.layout import AdapterLayout
+from sglang_elora.pages.output_layer import OUTPUT_LAYER
 from sglang_elora.pages.planes import KVPlanes, SlotTable, StridedRows
 
 _A = -1  # in place of a part of B
@@ -76,7 +77,8 @@ class PagedAdapter:
 
     Valid until those slots are freed. Matrices in consecutive slots are views of the pool. The
     others of a layer are gathered into one copy per plane, which is valid until another layer is
-    asked for or ``forget_copies``.
+    asked for or ``forget_copies``. Those of the output layer have copies of their own: they are
+    read after all layers.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class PagedAdapter:
         self._planes = planes
         self._records: dict[tuple[str, ...], NDArray[np.int32]] = {}
         self._views: dict[tuple[int, _Matrix], torch.Tensor] = {}
-        self._copies: dict[int, _Copy] = {}  # by plane
+        self._copies: dict[tuple[int, bool], _Copy] = {}  # by plane, and of the output layer
 
     def record(self, modules: tuple[str, ...]) -> NDArray[np.int32]:
         """The adapter's record for the kernels, with the modules' offsets in the given order."""
@@ -131,9 +133,10 @@ class PagedAdapter:
         if kept is not None:
             return kept
         plane = 0 if matrix[1] == _A else self._planes.num_planes - 1
-        copy = self._copies.get(plane)
+        key = plane, matrix[0] == OUTPUT_LAYER
+        copy = self._copies.get(key)
         if copy is None:
-            copy = self._copies[plane] = self._copy_of(plane)
+            copy = self._copies[key] = self._copy_of(*key)
         if matrix in copy:
             return copy.view(plane, layer, matrix)
         place = self._place(matrix)
@@ -154,11 +157,13 @@ class PagedAdapter:
             for part in (_A, *range(len(place.b_offsets))):
                 yield module, part
 
-    def _copy_of(self, plane: int) -> _Copy:
+    def _copy_of(self, plane: int, output_layer: bool) -> _Copy:
         """A copy of all matrices of the plane whose slots are not consecutive."""
         scattered: dict[_Matrix, tuple[_Place, int, int]] = {}  # first slot, element in it
         is_copied = np.zeros(len(self._table), np.bool_)
         for matrix in self._matrices():
+            if (matrix[0] == OUTPUT_LAYER) != output_layer:
+                continue
             place = self._place(matrix)
             first, end, shift = self._planes.slots_of(place.rows)
             if place.plane == plane and self._table.run(first, end) is None:

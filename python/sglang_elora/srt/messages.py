@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import zmq
+from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import BaseReq, hook_custom_types
 
 from sglang_elora.control import Changes
@@ -63,9 +64,31 @@ class Undecodable(BaseReq, tag="elora.undecodable", kw_only=True):  # type: igno
     reason: str
 
 
+class WorkersCall(BaseReq, tag="elora.workers", kw_only=True):  # type: ignore[call-arg]
+    """Calls the other tokenizer workers. The scheduler sends it back, the router to all of them."""
+
+    do: str
+    data: bytes  # msgpack
+
+
+class WorkersAnswer(BaseReq, tag="elora.workers.answer", kw_only=True):  # type: ignore[call-arg]
+    """A tokenizer worker's answer to a call. The scheduler sends it to the caller."""
+
+    to: str  # the caller's ``http_worker_ipc``
+    data: bytes  # msgpack
+
+
+class LoadedRequest(BaseReq, tag="elora.loaded", kw_only=True):  # type: ignore[call-arg]
+    """Asks for the loaded adapters."""
+
+
+class LoadedAnswer(BaseReq, tag="elora.loaded.answer", kw_only=True):  # type: ignore[call-arg]
+    adapters: list[LoRARef]
+
+
 TYPES = (
     *(AdapterHint, StateRequest, StateAnswer, AdapterOrder, AdapterOrderAnswer),
-    *(OrderFailed, Undecodable),
+    *(OrderFailed, Undecodable, WorkersCall, WorkersAnswer, LoadedRequest, LoadedAnswer),
 )
 
 

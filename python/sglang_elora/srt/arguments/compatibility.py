@@ -22,7 +22,7 @@ from sglang.srt.configs.model_config import AttentionArch, is_hybrid_swa_model
 from sglang.srt.environ import envs
 from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
-from sglang_elora.adapters import EMBEDDING_MODULES, served_names
+from sglang_elora.adapters import served_names
 from sglang_elora.config import active_config
 from sglang_elora.srt.lora.lora_backend import TORCH, TRITON
 
@@ -120,12 +120,6 @@ PARALLELISM = (
         "KV arrives from another server before its adapter is on the device",
         WITHOUT_ELORA,
         values="prefill, decode",
-    ),
-    Refusal(
-        "--tokenizer-worker-num {cfg.tokenizer_worker_num}",
-        lambda cfg: cfg.tokenizer_worker_num > 1,
-        "SGLang starts these workers without plugins, adapters would be loaded unchecked",
-        values="above 1",
     ),
     Refusal(
         "--use-ray",
@@ -302,10 +296,10 @@ LORA = (
         "LoRA on MoE experts is not served",
     ),
     Refusal(
-        "--lora-target-modules with embed_tokens or lm_head",
-        lambda cfg: bool(served_names(cfg.lora_target_modules or ()) & EMBEDDING_MODULES),
-        "their LoRA weights have no place in the pages of a layer",
-        "leave them out, or run without --elora",
+        "--lora-target-modules with embed_tokens",
+        lambda cfg: "embed_tokens" in served_names(cfg.lora_target_modules or ()),
+        "its LoRA weights have no place in the pages of a layer",
+        "leave it out, or run without --elora",
     ),
 )
 

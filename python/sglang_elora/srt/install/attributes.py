@@ -16,6 +16,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "sglang.srt.entrypoints.anthropic.serving.AnthropicServing": ("_error_response",),
     "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase": ("_resolve_lora_path",),
     "sglang.srt.lora.lora_manager.LoRAManager": ("_use_cuda_graph_batch",),
+    "sglang.srt.lora.lora_registry.LoRARegistry": ("_register_adapter",),
     "sglang.srt.managers.scheduler.Scheduler": ("_engine_paused", "_release_aborted_request"),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager": (
         "_async_dispatch_to_scheduler",

@@ -86,12 +86,18 @@ ENDPOINT_HOOKS: tuple[Hook, ...] = (
         )
         for kind in ("chat", "generate")
     ),
-    Hook(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager.pause_generation",
-        ("self", "obj"),
-        HookType.AROUND,
-        endpoint_errors.run_what_is_aborted,
-        When.ELORA,
-        "Modes of a pause have no registry.",
+    *(
+        Hook(
+            f"sglang.srt.managers.{manager}.pause_generation",
+            ("self", "obj"),
+            HookType.AROUND,
+            endpoint_errors.run_what_is_aborted,
+            When.ELORA,
+            "Modes of a pause have no registry.",
+        )
+        for manager in (
+            "tokenizer_manager.TokenizerManager",
+            "multi_tokenizer_mixin.TokenizerWorker",
+        )
     ),
 )

@@ -33,6 +33,7 @@ from sglang_elora.srt.tokenizer import (
     named_adapters,
     request_checks,
     request_hints,
+    workers,
 )
 
 HOOKS: tuple[Hook, ...] = (
@@ -189,6 +190,15 @@ HOOKS: tuple[Hook, ...] = (
         adapter_uses.attach,
         When.ELORA,
         "The tokenizer manager names the registry's class itself.",
+    ),
+    Hook(
+        "sglang.srt.managers.multi_tokenizer_mixin.MultiTokenizerRouter"
+        "._distribute_result_to_workers",
+        ("self", "recv_obj"),
+        HookType.AROUND,
+        workers.pass_on,
+        When.ELORA,
+        "The router sends a message to all tokenizer workers for pauses only.",
     ),
     Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_batch_request",

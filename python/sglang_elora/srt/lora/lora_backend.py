@@ -7,14 +7,23 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
 import torch
+from sglang.srt.environ import envs
 from sglang.srt.lora.backend.base_backend import BaseLoRABackend
 from typing_extensions import override
 
-from sglang_elora.pages import KVPlanes, ModuleShape, PagedAdapter, WeightRef
+from sglang_elora.pages import (
+    OUTPUT_LAYER,
+    KVPlanes,
+    ModuleShape,
+    OutputLayer,
+    PagedAdapter,
+    WeightRef,
+)
 from sglang_elora.swapper.adapter_copy import AdapterCopy
 
 Segment = tuple[PagedAdapter | None, int]
@@ -25,7 +34,7 @@ MAX_RANK = 256
 """Largest rank, unless ``--max-lora-rank`` or an adapter of ``--lora-paths`` has a higher one.
 Raising it takes more memory in CUDA graphs."""
 
-_NO_EMBEDDINGS = "adapters on embed_tokens or lm_head are refused with --elora"
+_NO_EMBEDDINGS = "adapters on embed_tokens are refused with --elora"
 
 
 class Graph(Enum):
@@ -41,6 +50,7 @@ class PagedLoRABackend(BaseLoRABackend):
     name: str
     skip_inactive_lora_batches = True  # a batch without adapters uses the layers without LoRA
     max_rank: int | None = None  # largest supported rank; None: no limit
+    output_layer: OutputLayer | None = None  # None: adapters have no weights for it
     _awaited: Sequence[AdapterCopy] = ()  # copies that each layer of the batch waits for
 
     def __init__(
@@ -76,6 +86,36 @@ class PagedLoRABackend(BaseLoRABackend):
             graph: The kind of CUDA graphs that may replay it; None: it runs eagerly.
         """
 
+    @abstractmethod
+    def adapts_output(self, batch: Any = None) -> bool:
+        """Whether an adapter may have weights for the output layer.
+
+        Args:
+            batch: The rows that reach it, if not those of ``set_batch``.
+        """
+
+    @abstractmethod
+    def batch_of(self, segments: Sequence[Segment]) -> Any:
+        """The description of a batch that runs eagerly, as ``batch_info`` is. SGLang's output layer
+        reads its ``use_cuda_graph`` and ``expected_tokens``."""
+
+    def set_output_rows(self, segments: Sequence[Segment] | None) -> None:
+        """Set the rows of the next forward pass that reach the output layer.
+
+        SGLang computes logits in several passes if there are many rows
+        (``SGLANG_ENABLE_LOGPROB_CHUNK``); each pass has its own description.
+
+        Args:
+            segments: As of ``set_batch``. None: all rows of the batch reach it.
+        """
+        self.lm_head_batch_info = self.lm_head_pass_batch_infos = None
+        if segments is None:
+            return
+        self.lm_head_batch_info = self.batch_of(segments)
+        size, num_rows = envs.SGLANG_LOGPROB_CHUNK_SIZE.get(), sum(n for _, n in segments)
+        if envs.SGLANG_ENABLE_LOGPROB_CHUNK.get() and num_rows > size:
+            self.lm_head_pass_batch_infos = [self.batch_of(part) for part in _cut(segments, size)]
+
     def await_copies(self, copies: Sequence[AdapterCopy], graph: Graph | None) -> None:
         """Make the next batch wait for weights that may not be in their slots yet.
 
@@ -106,13 +146,17 @@ class PagedLoRABackend(BaseLoRABackend):
 
         Args:
             x: ``[rows, in_features]``.
-
-        Raises:
-            NotImplementedError: The layer is ``lm_head``, whose rows differ from the batch's.
         """
-        if "pruned_batch_info" in options:
-            raise NotImplementedError(_NO_EMBEDDINGS)
-        return self._shrink_when_there(x, weights)
+        if weights.module != OUTPUT_LAYER:
+            return self._shrink_when_there(x, weights)
+        batch = options.get("pruned_batch_info")
+        if not self.adapts_output(batch):
+            return x.new_empty(0)
+        assert self.output_layer is not None
+        for copy in self._awaited:
+            for layer in range(self.output_layer.num_layers):
+                copy.wait_layer(layer)
+        return self.shrink(x, weights, batch)
 
     @override
     def run_lora_b_sgemm(
@@ -123,15 +167,24 @@ class PagedLoRABackend(BaseLoRABackend):
         output_offset_cpu: torch.Tensor | None = None,
         *,
         base_output: torch.Tensor,
+        pruned_batch_info: Any = None,
         **_: Any,
     ) -> torch.Tensor:
         """Add ``x @ B^T`` of each row's adapter to ``base_output``, part by part, in place.
 
         Args:
             x: Result of ``run_lora_a_sgemm`` for the same module.
-            base_output: ``[rows, sum of out_features]``.
+            base_output: ``[rows, sum of out_features]``, or wider for the output layer.
         """
-        return self.expand(x, weights, base_output)
+        if weights.module != OUTPUT_LAYER:
+            return self.expand(x, weights, base_output)
+        if not self.adapts_output(pruned_batch_info):
+            return base_output
+        assert self.output_layer is not None
+        for layer, (start, end) in enumerate(self.output_layer.parts):
+            part = replace(weights, layer=layer)
+            self.expand(x, part, base_output[:, start:end], pruned_batch_info)
+        return base_output
 
     @override
     def run_qkv_lora(
@@ -155,9 +208,29 @@ class PagedLoRABackend(BaseLoRABackend):
         return self.shrink(x, weights)
 
     @abstractmethod
-    def shrink(self, x: torch.Tensor, weights: WeightRef) -> torch.Tensor:
-        """As ``run_lora_a_sgemm``, without waiting for copies."""
+    def shrink(self, x: torch.Tensor, weights: WeightRef, batch: Any = None) -> torch.Tensor:
+        """As ``run_lora_a_sgemm``, without waiting for copies.
+
+        Args:
+            batch: What the rows are, if not those of ``set_batch``.
+        """
 
     @abstractmethod
-    def expand(self, inner: torch.Tensor, weights: WeightRef, output: torch.Tensor) -> torch.Tensor:
-        """As ``run_lora_b_sgemm``."""
+    def expand(
+        self, inner: torch.Tensor, weights: WeightRef, output: torch.Tensor, batch: Any = None
+    ) -> torch.Tensor:
+        """As ``run_lora_b_sgemm`` of one layer, to which a part of the output layer belongs."""
+
+
+def _cut(segments: Sequence[Segment], size: int) -> list[list[Segment]]:
+    """The segments cut into runs of ``size`` rows; the last has fewer."""
+    runs: list[list[Segment]] = [[]]
+    room = size
+    for adapter, num_rows in segments:
+        while num_rows > room:
+            runs[-1].append((adapter, room))
+            num_rows, room = num_rows - room, size
+            runs.append([])
+        runs[-1].append((adapter, num_rows))
+        room -= num_rows
+    return runs

@@ -13,9 +13,9 @@ import torch
 from sglang.srt.lora.lora import LoRAAdapter
 from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.lora.utils import (
-    EMBEDDING_NAMES,
     capturing_lora_graph,
     generate_sequence_lengths,
+    get_lm_head_pruned_lens,
 )
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from typing_extensions import override
@@ -64,18 +64,20 @@ class EloraLoRAManager(LoRAManager):
         self.mirror = StateMirror()
         # Batches and pins are limited by memory, not by a number of slots.
         super().__init__(*args, max_loras_per_batch=sys.maxsize, **kwargs)
+        self.memory_pool.take_output_module(self.lm_head_module)
         self._shapes = self.memory_pool.module_shapes(self.lora_modules)
         max_rank = kwargs.get("max_lora_rank") or max(self.max_lora_rank, MAX_RANK)
         self.lora_backend.set_model(
             self._shapes, self.dtype, max_rank=max_rank, tp_size=self.memory_pool.tp_size
         )
+        self.lora_backend.output_layer = self.memory_pool.output_layer
         self.memory_pool.max_rank = self.lora_backend.max_rank
 
     @override
     def init_lora_shapes(self, *args: Any, **kwargs: Any) -> None:
         super().init_lora_shapes(*args, **kwargs)
-        # "all" includes them; adapters with weights for them were refused.
-        self.target_modules: set[str] = self.target_modules - set(EMBEDDING_NAMES)
+        # "all" includes it; adapters with weights for it were refused.
+        self.target_modules: set[str] = self.target_modules - {"embed_tokens"}
 
     @override
     def init_memory_pool(self) -> None:
@@ -210,6 +212,7 @@ class EloraLoRAManager(LoRAManager):
         if awaited and self._measure is not None:
             self._measure.batch_waited = True
         self.lora_backend.await_copies(awaited, graph)
+        self._set_output_rows(forward_batch, [adapters.get(adapter_id) for adapter_id in ids])
         self.max_adapters_in_batch = max(self.max_adapters_in_batch, len(distinct))
         rows = generate_sequence_lengths(forward_batch, device=torch.device("cpu")).tolist()
         self.lora_backend.set_batch(
@@ -219,6 +222,18 @@ class EloraLoRAManager(LoRAManager):
             ],
             graph,
         )
+
+    def _set_output_rows(
+        self, forward_batch: ForwardBatch, adapters: Sequence[PagedAdapter | None]
+    ) -> None:
+        """Set the rows that reach the output layer, if they are not all rows of the batch."""
+        if self.lm_head_module is None:
+            return
+        lengths = get_lm_head_pruned_lens(forward_batch)
+        if lengths is None:
+            self.lora_backend.set_output_rows(None)
+        else:
+            self.lora_backend.set_output_rows(list(zip(adapters, lengths, strict=False)))
 
     def _adapters_of(
         self, adapter_ids: Sequence[str]
@@ -261,6 +276,11 @@ class EloraLoRAManager(LoRAManager):
         adapter_id, name = lora_ref.lora_id, lora_ref.lora_name
         present = served_modules(name, lora_ref.lora_path)
         shapes = [shape for shape in self._shapes if shape.name in present]
+        if lacking := sorted(present - {shape.name for shape in shapes}):
+            raise ValueError(
+                f"LoRA adapter {name!r} has weights for {', '.join(lacking)}, which this server "
+                "adapts in no layer: name them in --lora-target-modules, if the model has them"
+            )
         layout = AdapterLayout.build(self.configs[adapter_id].r, shapes)
         num_bytes = self.memory_pool.num_layer * sum(layout.plane_elems) * self.dtype.itemsize
         read = partial(self._read_image, lora_ref, self.configs[adapter_id], layout)

@@ -15,9 +15,17 @@ from sglang.srt.lora.mem_pool import LoRAMemoryPool
 from sglang.srt.lora.utils import get_target_module_name
 from typing_extensions import override
 
-from sglang_elora.pages import AdapterImage, AdapterLayout, ModuleShape, WeightRef
+from sglang_elora.pages import (
+    OUTPUT_LAYER,
+    AdapterImage,
+    AdapterLayout,
+    ModuleShape,
+    OutputLayer,
+    WeightRef,
+)
 
 if TYPE_CHECKING:
+    from sglang.srt.lora.layers import ParallelLMHeadWithLoRA
     from sglang.srt.lora.lora import LoRAAdapter
     from sglang.srt.lora.lora_config import LoRAConfig
 
@@ -40,7 +48,7 @@ class _Shaped(LoRAMemoryPool):
             (self.A_buffer, self.get_lora_A_shape),
             (self.B_buffer, self.get_lora_B_shape),
         ):
-            for module in self.target_modules:
+            for module in self.target_modules - {OUTPUT_LAYER}:
                 shapes = [
                     shape_of(module, base_model, self.max_lora_rank, layer)
                     for layer in range(self.num_layer)
@@ -48,6 +56,13 @@ class _Shaped(LoRAMemoryPool):
                 buffers[module] = [
                     self._entry(layer, module, shape) for layer, shape in enumerate(shapes)
                 ]
+        if OUTPUT_LAYER in self.target_modules:
+            for buffer, shape_of in (
+                (self.lm_head_A_buffer, self.get_embedding_lora_A_shape),
+                (self.lm_head_B_buffer, self.get_embedding_lora_B_shape),
+            ):
+                shape = shape_of(OUTPUT_LAYER, base_model, self.max_lora_rank, 0)
+                buffer[OUTPUT_LAYER] = self._entry(0, OUTPUT_LAYER, shape)
 
 
 class PagedLoRAPool(_Shaped):
@@ -55,6 +70,8 @@ class PagedLoRAPool(_Shaped):
 
     on_removed: Callable[[str], None]  # called with an unloaded adapter's id; set by the manager
     max_rank: int | None = None  # largest rank of the backend; set by the manager
+    output_module: ParallelLMHeadWithLoRA | None = None  # set by the manager, as the next
+    output_layer: OutputLayer | None = None
 
     def _entry(self, layer: int, module: str, shape: tuple[int, ...]) -> WeightRef:
         device = next(self.base_model.parameters()).device
@@ -100,7 +117,18 @@ class PagedLoRAPool(_Shaped):
                         f"--elora needs layers of one shape, but {full_name} is {shape} and the "
                         f"first {name} is {shapes[name]}: run without --elora"
                     )
+        if self.output_layer is not None:
+            shapes[OUTPUT_LAYER] = self.output_layer.shape
         return tuple(shapes[name] for name in sorted(shapes))
+
+    def take_output_module(self, module: ParallelLMHeadWithLoRA | None) -> None:
+        """Set the output layer, if the model has one and adapters may have weights for it."""
+        if module is None:
+            return
+        _, _, in_features = self.lm_head_A_buffer[OUTPUT_LAYER].shape
+        _, vocab_size, _ = self.lm_head_B_buffer[OUTPUT_LAYER].shape
+        self.output_module = module
+        self.output_layer = OutputLayer(in_features, vocab_size, self.num_layer)
 
     def layout_of(self, adapter: LoRAAdapter, shapes: Sequence[ModuleShape]) -> AdapterLayout:
         """Layout of this adapter's weights, given the modules that it has."""
@@ -110,6 +138,8 @@ class PagedLoRAPool(_Shaped):
             for name in layer.weights
             if any(target in name for target in self.target_modules)
         }
+        if any(OUTPUT_LAYER in name for name in adapter.embedding_layers):
+            present.add(OUTPUT_LAYER)
         return AdapterLayout.build(
             adapter.config.r, [shape for shape in shapes if shape.name in present]
         )
@@ -129,13 +159,20 @@ class PagedLoRAPool(_Shaped):
                 new memory.
             version: As in ``AdapterImage.build``.
         """
-        staging = _Staging(self, adapter.config.r)
-        staging.load_lora_weight_to_buffer(adapter.uid, 0, adapter, modules, None, None)
+        layout, output_layer = self.layout_of(adapter, shapes), self.output_layer
+        left_out = set() if OUTPUT_LAYER in layout.places else {OUTPUT_LAYER}
+        staging = _Staging(self, adapter.config.r, self.target_modules - left_out)
+        staging.load_lora_weight_to_buffer(
+            adapter.uid, 0, adapter, modules, None, self.output_module
+        )
 
         def matrices(layer: int, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+            if module == OUTPUT_LAYER:
+                assert output_layer is not None
+                b = output_layer.part_of(layer, staging.lm_head_B_buffer[module][0])
+                return staging.lm_head_A_buffer[module][0], b
             return staging.A_buffer[module][layer][0], staging.B_buffer[module][layer][0]
 
-        layout = self.layout_of(adapter, shapes)
         return AdapterImage.build(
             layout, self.num_layer, matrices, self.dtype, adapter.scaling, chunks, version
         )
@@ -144,13 +181,13 @@ class PagedLoRAPool(_Shaped):
 class _Staging(_Shaped):
     """A buffer for one adapter in host memory, which SGLang's own loader fills."""
 
-    def __init__(self, pool: PagedLoRAPool, rank: int) -> None:
+    def __init__(self, pool: PagedLoRAPool, rank: int, target_modules: set[str]) -> None:
         super().__init__(
             base_hf_config=pool.base_hf_config,
             max_loras_per_batch=1,
             dtype=pool.dtype,
             max_lora_rank=rank,
-            target_modules=pool.target_modules,
+            target_modules=target_modules,
             base_model=pool.base_model,
             eviction_policy="lru",
             lora_added_tokens_size=0,

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from sglang_elora.pages import ModuleShape, PagedAdapter, WeightRef
+from sglang_elora.pages import OUTPUT_LAYER, ModuleShape, PagedAdapter, WeightRef
 from sglang_elora.srt.lora.grouped_rows import Index, expand_rows, rows_by_adapter, shrink_rows
 from sglang_elora.srt.lora.lora_backend import TORCH, Graph, PagedLoRABackend, Segment
 
@@ -27,6 +27,11 @@ class PagedBatch:
 
     groups: tuple[Rows, ...]
     num_rows: int
+    use_cuda_graph = False
+
+    @property
+    def expected_tokens(self) -> int:
+        return self.num_rows
 
     @property
     def has_active_lora(self) -> bool:
@@ -61,20 +66,29 @@ class EloraTorchBackend(PagedLoRABackend):
 
     def set_batch(self, segments: Sequence[Segment], graph: Graph | None = None) -> None:
         assert graph is None, "elora_torch runs eagerly"
-        self.batch_info = PagedBatch.of(segments, self.device)
+        self.batch_info = self.batch_of(segments)
         adapters = {id(group.adapter) for group in self.batch_info.groups}
         for group in self._groups:
             group.adapter.forget_copies(free=id(group.adapter) not in adapters)
         self._groups = self.batch_info.groups
 
-    def shrink(self, x: torch.Tensor, weights: WeightRef) -> torch.Tensor:
+    def adapts_output(self, batch: PagedBatch | None = None) -> bool:
+        groups = (batch or self._batch).groups
+        return any(group.adapter.has(OUTPUT_LAYER) for group in groups)
+
+    def batch_of(self, segments: Sequence[Segment]) -> PagedBatch:
+        return PagedBatch.of(segments, self.device)
+
+    def shrink(
+        self, x: torch.Tensor, weights: WeightRef, batch: PagedBatch | None = None
+    ) -> torch.Tensor:
         """Compute ``x @ A^T * scaling`` of each row's adapter.
 
         Returns:
             ``[rows, widest adapter's parts * rank]``; zero where an adapter has no such column,
             or a row has no adapter.
         """
-        groups = self._batch.groups_with(weights.module, x)
+        groups = (batch or self._batch).groups_with(weights.module, x)
         matrices = [group.adapter.a(weights.layer, weights.module) for group in groups]
         width = max((len(a) for a in matrices), default=0)
         output = x.new_zeros(len(x), width)
@@ -82,12 +96,20 @@ class EloraTorchBackend(PagedLoRABackend):
             shrink_rows(x, group.index, a, group.adapter.scaling, output)
         return output
 
-    def expand(self, inner: torch.Tensor, weights: WeightRef, output: torch.Tensor) -> torch.Tensor:
+    def expand(
+        self,
+        inner: torch.Tensor,
+        weights: WeightRef,
+        output: torch.Tensor,
+        batch: PagedBatch | None = None,
+    ) -> torch.Tensor:
         ends = [0, *accumulate(self._out_features[weights.module])]
-        for group in self._batch.groups_with(weights.module, inner):
+        if weights.module == OUTPUT_LAYER:
+            ends = [0, output.shape[1]]  # the last part may be shorter
+        for group in (batch or self._batch).groups_with(weights.module, inner):
             adapter = group.adapter
             parts = (
-                (start, end, adapter.b(weights.layer, weights.module, part))
+                (start, end, adapter.b(weights.layer, weights.module, part)[:, : end - start])
                 for part, (start, end) in enumerate(pairwise(ends))
             )
             expand_rows(inner, group.index, parts, adapter.rank, output)

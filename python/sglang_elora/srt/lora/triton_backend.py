@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -27,7 +27,14 @@ from sglang_elora.kernels import (
     shrink_config,
     tuned_tile_counts,
 )
-from sglang_elora.pages import KVPlanes, ModuleShape, PagedAdapter, WeightRef, stacked_modules
+from sglang_elora.pages import (
+    OUTPUT_LAYER,
+    KVPlanes,
+    ModuleShape,
+    PagedAdapter,
+    WeightRef,
+    stacked_modules,
+)
 from sglang_elora.srt.lora.lora_backend import TRITON, Graph, PagedLoRABackend, Segment
 from sglang_elora.srt.mem_cache.kv_pool import planes_of
 
@@ -49,12 +56,19 @@ class LaunchedBatch:
         max_rank: Largest rank that the tables may hold when the kernels run.
         graph: Whether the launches may be captured. The tables then change before a replay, so
             kernels are launched for as many tiles as the tables can hold.
+        adapts_output: Whether an adapter has weights for the output layer.
     """
 
     tables: BatchTables
     num_rows: int
     max_rank: int
     graph: bool
+    adapts_output: bool
+    use_cuda_graph = False  # of the output layer's own rows
+
+    @property
+    def expected_tokens(self) -> int:
+        return self.num_rows
 
     @property
     def has_active_lora(self) -> bool:
@@ -115,6 +129,16 @@ class EloraTritonBackend(PagedLoRABackend):
         )
 
     def set_batch(self, segments: Sequence[Segment], graph: Graph | None = None) -> None:
+        self.batch_info = self._loaded(segments, graph)
+
+    def adapts_output(self, batch: LaunchedBatch | None = None) -> bool:
+        batch = batch or self._batch
+        return batch.graph or batch.adapts_output
+
+    def batch_of(self, segments: Sequence[Segment]) -> LaunchedBatch:
+        return self._loaded(segments, None)
+
+    def _loaded(self, segments: Sequence[Segment], graph: Graph | None) -> LaunchedBatch:
         adapters = {id(adapter): adapter for adapter, _ in segments if adapter is not None}
         numbers = {key: number for number, key in enumerate(adapters)}
         batch = Batch(
@@ -131,7 +155,8 @@ class EloraTritonBackend(PagedLoRABackend):
             tile_rows = DECODE_TILE_ROWS if small else PREFILL_TILE_ROWS
             tables, max_rank = self._tables(num_rows, num_adapters, tile_rows), batch.max_rank
         tables.load(batch)
-        self.batch_info = LaunchedBatch(tables, batch.num_rows, max_rank, graph is not None)
+        adapts_output = any(adapter.has(OUTPUT_LAYER) for adapter in adapters.values())
+        return LaunchedBatch(tables, batch.num_rows, max_rank, graph is not None, adapts_output)
 
     @override
     def run_lora_a_sgemm(
@@ -142,14 +167,16 @@ class EloraTritonBackend(PagedLoRABackend):
         inner = super().run_lora_a_sgemm(x, weights, *args, **options)
         return inner.sum(dim=0, keepdim=True) if self._tp_size > 1 else inner
 
-    def shrink(self, x: torch.Tensor, weights: WeightRef) -> torch.Tensor:
+    def shrink(
+        self, x: torch.Tensor, weights: WeightRef, batch: LaunchedBatch | None = None
+    ) -> torch.Tensor:
         """Compute ``x @ A^T * scaling`` of each row's adapter.
 
         Returns:
             float32 ``[splits, rows, parts * largest rank]``, to be summed over the splits;
             undefined where an adapter has no such column, or a row has no adapter.
         """
-        batch, module = self._batch, self._modules[weights.module]
+        batch, module = batch or self._batch, self._modules[weights.module]
         assert len(x) >= batch.num_rows, (
             f"{weights.module}: {len(x)} rows in a batch of {batch.num_rows}"
         )
@@ -164,8 +191,16 @@ class EloraTritonBackend(PagedLoRABackend):
             config=self._shrink_config(module, batch.tables, num_tiles),
         )
 
-    def expand(self, inner: torch.Tensor, weights: WeightRef, output: torch.Tensor) -> torch.Tensor:
-        batch, module = self._batch, self._modules[weights.module]
+    def expand(
+        self,
+        inner: torch.Tensor,
+        weights: WeightRef,
+        output: torch.Tensor,
+        batch: LaunchedBatch | None = None,
+    ) -> torch.Tensor:
+        batch, module = batch or self._batch, self._modules[weights.module]
+        if weights.module == OUTPUT_LAYER and output.shape[1] < sum(module.out_features):
+            module = replace(module, out_features=(output.shape[1],))  # the last part
         num_tiles = batch.num_tiles(len(output))
         return lora_expand(
             inner,
@@ -185,7 +220,12 @@ class EloraTritonBackend(PagedLoRABackend):
         # Triton compiles separately for pointers that are multiples of 16 bytes and for others.
         differ = {tuple(plane.data_ptr() % 16 == 0 for plane in layer): layer for layer in layers}
         sizes = [DECODE_TILE_ROWS] if self._deterministic else [DECODE_TILE_ROWS, PREFILL_TILE_ROWS]
-        for tile_rows, module, (a, b) in product(sizes, self._modules.values(), differ.values()):
+        modules = list(self._modules.values())
+        if self.output_layer is not None:
+            start, end = self.output_layer.parts[-1]
+            last = replace(self._modules[OUTPUT_LAYER], out_features=(end - start,))
+            modules += [last] if last not in modules else []
+        for tile_rows, module, (a, b) in product(sizes, modules, differ.values()):
             tables = self._tables(1, 1, tile_rows)
             x = torch.zeros(1, module.in_features, dtype=self._dtype, device=self.device)
             output, width = x.new_zeros(1, sum(module.out_features)), module.inner_width(1)

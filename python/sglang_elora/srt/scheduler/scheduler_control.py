@@ -20,9 +20,13 @@ from sglang_elora.srt.messages import (
     AdapterHint,
     AdapterOrder,
     AdapterOrderAnswer,
+    LoadedAnswer,
+    LoadedRequest,
     StateAnswer,
     StateRequest,
     Undecodable,
+    WorkersAnswer,
+    WorkersCall,
     valid,
 )
 from sglang_elora.srt.orders import GuardedDispatcher
@@ -49,7 +53,14 @@ class Control:
 
     def add_to(self, dispatcher: TypeBasedDispatcher) -> None:
         """Register the handlers, and ``drop`` for messages without a handler."""
-        handlers = {AdapterHint: self.hint, StateRequest: self.state, AdapterOrder: self.order}
+        handlers: dict[type, Callable[[Any], Any]] = {
+            AdapterHint: self.hint,
+            StateRequest: self.state,
+            AdapterOrder: self.order,
+            LoadedRequest: self.loaded,
+            WorkersCall: lambda call: call,
+            WorkersAnswer: _to_caller,
+        }
         dispatcher += TypeBasedDispatcher(
             [(kind, partial(self._handle, handler)) for kind, handler in handlers.items()]
         )
@@ -77,6 +88,10 @@ class Control:
     def state(self, request: StateRequest) -> StateAnswer:
         changes = changes_since(self._residency, self._scheduler, request.version)
         return StateAnswer(rid=request.rid, changes=changes)
+
+    def loaded(self, request: LoadedRequest) -> LoadedAnswer:
+        manager = self._scheduler.tp_worker.model_runner.lora_manager
+        return LoadedAnswer(rid=request.rid, adapters=list(manager.lora_refs.values()))
 
     def order(self, order: AdapterOrder) -> AdapterOrderAnswer:
         adapter_id, orders = (
@@ -119,6 +134,11 @@ def add_to_dispatcher(result: None, self: Scheduler) -> None:
     if elora is not None:
         Control(self, elora.swapper).add_to(self._request_dispatcher)
     self._request_dispatcher = GuardedDispatcher(self._request_dispatcher)
+
+
+def _to_caller(answer: WorkersAnswer) -> WorkersAnswer:
+    answer.http_worker_ipc = answer.to
+    return answer
 
 
 def _text(message: Any) -> str:

@@ -11,6 +11,7 @@ from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput
 
 from sglang_elora.adapters import FolderScan, FoundAdapter
 from sglang_elora.config import active_config
+from sglang_elora.srt.tokenizer.workers import HostLock
 
 if TYPE_CHECKING:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -32,10 +33,16 @@ def begin(result: None, self: TokenizerManager) -> None:
 
 
 async def _watch(manager: TokenizerManager, folder: Path) -> None:
+    loaded_before: set[str] = set()
+    if manager.elora_workers.num_others:  # one of them watches; when it ends, another one
+        await HostLock(manager, "adapter-dir").acquire()
+        loaded_before = {ref.lora_path for ref in manager.lora_registry.get_all_adapters().values()}
     scan = FolderScan(folder)
     while True:
         for found in await asyncio.to_thread(scan.scan):
-            await _load(manager, found)
+            if str(found.path) not in loaded_before:
+                await _load(manager, found)
+        loaded_before = set()
         await asyncio.sleep(SCAN_S)
 
 

@@ -20,7 +20,6 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.runtime_context import get_lora, get_model
 
 from sglang_elora.adapters import (
-    EMBEDDING_MODULES,
     AdapterError,
     AdapterFacts,
     BaseShapes,
@@ -111,8 +110,10 @@ async def check_before_load(
                 text = f"LoRA adapter {name!r} ({path}): {text}"
             return LoadLoRAAdapterReqOutput(success=False, error_message=text)
     output = await original(self, obj, _)
-    if output.success and is_url(path) and (ref := self.lora_ref_cache.get(name)):
-        self.lora_ref_cache[name] = msgspec.structs.replace(ref, lora_path=path)
+    if output.success and is_url(path):
+        async with self.lora_update_lock:
+            if ref := self.lora_ref_cache.get(name):
+                self.lora_ref_cache[name] = msgspec.structs.replace(ref, lora_path=path)
     keep_loaded(self)
     if not output.success and path not in (output.error_message or ""):
         output.error_message = f"LoRA adapter '{name}' ({path}): {output.error_message}"
@@ -189,7 +190,7 @@ def _limits_of(lora: Any) -> dict[str, Any]:
     return {
         "max_rank": lora.max_lora_rank,
         "target_modules": set(modules) if modules else None,
-        "refused_modules": EMBEDDING_MODULES,
+        "refused_modules": {"embed_tokens"},
         "drops_towers": active_config().tower_weights == "drop",
     }
 

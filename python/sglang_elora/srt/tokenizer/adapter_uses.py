@@ -17,12 +17,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.lora.lora_registry import LoRARegistry
+from sglang.srt.lora.lora_registry import LoRARef, LoRARegistry
 from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput, UnloadLoRAAdapterReqOutput
 from sglang.srt.runtime_context import get_lora
 from typing_extensions import override
 
 from sglang_elora.srt.tokenizer.adapter_sources import keep_loaded
+from sglang_elora.srt.tokenizer.shared_table import TableLock
+from sglang_elora.srt.tokenizer.workers import Workers
 
 if TYPE_CHECKING:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -39,12 +41,32 @@ _SHOWN = 3  # most request ids in a message
 
 
 class AdapterUses(LoRARegistry):
-    """SGLang's registry of loaded adapters, with uses determined from the unfinished requests."""
+    """SGLang's registry of loaded adapters, with uses determined from the unfinished requests.
 
-    def __init__(self, manager: TokenizerManager) -> None:
+    Args:
+        manager: Has the unfinished requests.
+        workers: The other tokenizer workers, which have requests of their own.
+    """
+
+    def __init__(self, manager: TokenizerManager, workers: Workers) -> None:
         super().__init__(get_lora().lora_paths)
         self._manager = manager
+        self._workers = workers
         self._acquiring: set[object] = set()
+        workers.handle("retire", str, self._retire)
+
+    def add(self, ref: LoRARef) -> None:
+        """Register an adapter in place of an earlier one of its name."""
+        name = ref.lora_name or ""
+        if self._registry.get(name) != ref:
+            self.drop(name)
+            self._register_adapter(ref)
+
+    def drop(self, name: str) -> None:
+        """Remove an adapter, if there is one of this name. No request may be acquiring it."""
+        ref = self._registry.pop(name, None)
+        if ref is not None:
+            self._counters.pop(ref.lora_id, None)
 
     def uses(self) -> Counter[str]:
         """Number of unfinished requests by adapter id, without those of the base model."""
@@ -74,14 +96,15 @@ class AdapterUses(LoRARegistry):
 
     @override
     async def wait_for_unload(self, lora_id: str) -> None:
-        """Wait until no request uses the adapter, which accepts no new requests.
+        """Wait until no request of any tokenizer worker uses the adapter, which accepts no new
+        requests.
 
         Raises:
             ValueError: Requests still use it after ``UNLOAD_PATIENCE_S``.
         """
         earlier = set(self._acquiring)
         began = logged = time.monotonic()
-        while (rids := self._users(lora_id)) or earlier & self._acquiring:
+        while (rids := await self._users_anywhere(lora_id)) or earlier & self._acquiring:
             now = time.monotonic()
             if now - began > UNLOAD_PATIENCE_S:
                 raise ValueError(
@@ -94,15 +117,33 @@ class AdapterUses(LoRARegistry):
             await asyncio.sleep(_POLL_S)
         self._counters.pop(lora_id, None)
 
+    async def _users_anywhere(self, lora_id: str) -> list[str]:
+        others = await self._workers.ask("retire", lora_id, list[str])
+        return [*self._users(lora_id), *(rid for rids in others for rid in rids)]
+
+    async def _retire(self, lora_id: str) -> list[str]:
+        """Accept no new requests for an adapter that another worker unloads; return those that use
+        it."""
+        name = next((name for name, ref in self._registry.items() if ref.lora_id == lora_id), None)
+        if name is not None:
+            del self._registry[name]
+        earlier = set(self._acquiring)
+        while earlier & self._acquiring:
+            await asyncio.sleep(_POLL_S)
+        self._counters.pop(lora_id, None)
+        return self._users(lora_id)
+
     def _users(self, lora_id: str) -> list[str]:
         states = self._manager.rid_to_state.items()
         return [rid for rid, state in states if getattr(state.obj, "lora_id", None) == lora_id]
 
 
 def attach(result: None, self: TokenizerManager) -> None:
-    """Replace SGLang's adapter registry. Runs after ``TokenizerManager.init_lora``, which creates
-    it."""
-    self.lora_registry = AdapterUses(self)
+    """Replace SGLang's adapter registry and the lock of its changes. Runs after
+    ``TokenizerManager.init_lora``, which creates them."""
+    self.elora_workers = Workers(self)
+    self.lora_registry = AdapterUses(self, self.elora_workers)
+    self.lora_update_lock = TableLock(self, self.elora_workers)
 
 
 async def forget_what_was_never_sent(
@@ -133,7 +174,8 @@ async def forget_path(
     ``--max-loaded-loras`` evicted."""
     output = await original(self, obj, *rest)
     if output.success:
-        self.lora_ref_cache.pop(obj.lora_name, None)
+        async with self.lora_update_lock:
+            self.lora_ref_cache.pop(obj.lora_name, None)
     keep_loaded(self)
     return output
 

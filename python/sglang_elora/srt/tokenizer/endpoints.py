@@ -27,7 +27,12 @@ from sglang_elora.srt.messages import AdapterOrderAnswer
 from sglang_elora.srt.orders import OrderRefused
 from sglang_elora.srt.tokenizer.http_guard import PAGE, HttpGuard
 from sglang_elora.srt.tokenizer.request_checks import MAX_CHARS
-from sglang_elora.srt.tokenizer.tokenizer_control import NoAnswer, NotLoaded, TokenizerControl
+from sglang_elora.srt.tokenizer.tokenizer_control import (
+    ANSWER_S,
+    NoAnswer,
+    NotLoaded,
+    TokenizerControl,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -97,20 +102,20 @@ def _add_control(app: FastAPI, control: TokenizerControl) -> None:
         if lora_name is not None:
             control.id_of(lora_name)
             loaded = {lora_name: loaded[lora_name]}
-        uses = control.uses()
+        report = await control.report(ANSWER_S)
         rows = [
             {
                 "lora_name": name,
                 "lora_path": ref.lora_path,
                 **_row(mirror.adapters[ref.lora_id]),
-                "lease_s": control.lease_left_s(ref.lora_id),
-                "num_requests": uses.get(ref.lora_id, 0),
+                "lease_s": report.leases.get(ref.lora_id),
+                "num_requests": report.uses.get(ref.lora_id, 0),
             }
             for name, ref in loaded.items()
             if ref.lora_id in mirror.adapters
         ]
         pool = _pool(mirror.pool, control.names())
-        return ORJSONResponse({"adapters": rows, "pool": pool, "hints": control.counts})
+        return ORJSONResponse({"adapters": rows, "pool": pool, "hints": report.hints})
 
     page = resources.files("sglang_elora.control").joinpath("page.html").read_text()
     headers = {**_PAGE_HEADERS, "Content-Security-Policy": content_policy(page)}
@@ -194,16 +199,23 @@ def _hidden(value: Any, secrets: Sequence[str]) -> Any:
     return value
 
 
-def add_endpoints(app: FastAPI, control: TokenizerControl) -> None:
+def guard(app: FastAPI) -> None:
+    """Add checks of access and answers to errors. Call once, before the app has been started."""
     app.add_middleware(HttpGuard, routes=app)
     _close_to_users(app)
     _hide_secrets(app)
-    _add_control(app, control)
     for refusal in (NotLoaded, OrderRefused):
         app.add_exception_handler(refusal, _refused)
     for raised in (ValueError, TypeError, LookupError):
         app.add_exception_handler(raised, _misfit)
     app.add_exception_handler(NoAnswer, _no_answer)
+    app.state.elora_guarded = True
+
+
+def add_endpoints(app: FastAPI, control: TokenizerControl) -> None:
+    if not getattr(app.state, "elora_guarded", False):
+        guard(app)
+    _add_control(app, control)
     _add_tiers(app, control)
     if control.serves_metrics:
         _add_metrics(app, control)
@@ -219,12 +231,12 @@ def _add_metrics(app: FastAPI, control: TokenizerControl) -> None:
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     registry.register(
-        StateCollector(control.mirror, control.names, lambda: control.counts, control.model_name)
+        StateCollector(control.mirror, control.names, lambda: control.hints, control.model_name)
     )
     scrape = make_asgi_app(registry=registry)
 
     async def fresh(scope: Scope, receive: Receive, send: Send) -> None:
-        await control.glance()
+        await asyncio.gather(control.glance(), control.report())
         await scrape(scope, receive, send)
 
     route = Mount("/metrics", fresh)

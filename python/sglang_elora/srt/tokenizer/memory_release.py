@@ -36,16 +36,16 @@ async def check_release(
         ValueError: Requests are running, or the memory is already released (SGLang answers HTTP
             400).
     """
-    if not self.rid_to_state:
+    if not await _num_requests(self):
         await asyncio.sleep(_LAST_BATCH_S)
-    if self.rid_to_state:
+    if num_requests := await _num_requests(self):
         raise ValueError(
-            f"memory is released while no request is under way only; {len(self.rid_to_state)} are"
+            f"memory is released while no request is under way only; {num_requests} are"
         )
     released, tags = _released(self), _tags(obj)
     if tags & released:
         raise ValueError(f"already released: {', '.join(sorted(tags & released))}")
-    released |= tags
+    await _set_released(self, released | tags)
     await original(self, obj, *rest)
 
 
@@ -62,7 +62,7 @@ async def check_resume(
     if not tags <= released:
         raise ValueError(f"not released: {', '.join(sorted(tags - released))}")
     await original(self, obj, *rest)
-    released -= tags
+    await _set_released(self, released - tags)
 
 
 def release_if_idle(
@@ -97,6 +97,30 @@ def _tags(obj: Any) -> set[str]:
     return set(obj.tags or GPU_MEMORY_ALL_TYPES)
 
 
+def share(manager: TokenizerManager) -> None:
+    """Answer the calls of other tokenizer workers that release or resume memory."""
+
+    async def count(_: None) -> int:
+        return len(manager.rid_to_state)
+
+    async def set_released(tags: set[str]) -> None:
+        manager.elora_released = tags
+
+    manager.elora_released = set()
+    manager.elora_workers.handle("num_requests", type(None), count)
+    manager.elora_workers.handle("released", set[str], set_released)
+
+
+async def _num_requests(manager: TokenizerManager) -> int:
+    others: list[int] = await manager.elora_workers.ask("num_requests", None, int)
+    return len(manager.rid_to_state) + sum(others)
+
+
 def _released(manager: TokenizerManager) -> set[str]:
-    released: set[str] = manager.__dict__.setdefault("elora_released", set())
+    released: set[str] = manager.elora_released
     return released
+
+
+async def _set_released(manager: TokenizerManager, tags: set[str]) -> None:
+    manager.elora_released = tags
+    await manager.elora_workers.ask("released", tags, type(None))

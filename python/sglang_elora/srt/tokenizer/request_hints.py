@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_elora.srt.orders import hear_failures
+from sglang_elora.srt.tokenizer import memory_release
 from sglang_elora.srt.tokenizer.endpoints import add_endpoints
 from sglang_elora.srt.tokenizer.kv_hints import adapters_named
 from sglang_elora.srt.tokenizer.named_adapters import adapter_of
@@ -27,8 +28,10 @@ _HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 def attach(result: None, self: TokenizerManager) -> None:
     """Create the control channel and its endpoints. Runs after
     ``TokenizerManager.init_request_dispatcher``, when the HTTP app (if any) exists but takes no
-    requests yet."""
+    requests yet. The app of a tokenizer worker has been started by then (``worker_app``)."""
     hear_failures(self)
+    self.elora_workers.add_to(self._result_dispatcher)
+    memory_release.share(self)
     if not self.enable_lora:
         return
     if get_parallel().dp_size > 1:

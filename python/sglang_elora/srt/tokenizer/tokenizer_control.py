@@ -11,8 +11,12 @@ import contextlib
 import logging
 import time
 import uuid
+from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.runtime_context import get_memory
 from sglang.utils import TypeBasedDispatcher
 
@@ -21,9 +25,12 @@ from sglang_elora.srt.messages import (
     AdapterHint,
     AdapterOrder,
     AdapterOrderAnswer,
+    LoadedAnswer,
+    LoadedRequest,
     StateAnswer,
     StateRequest,
 )
+from sglang_elora.srt.tokenizer.workers import Workers
 
 if TYPE_CHECKING:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -54,17 +61,35 @@ class NoAnswer(RuntimeError):
     """The scheduler did not answer in time."""
 
 
+class WorkerReport(msgspec.Struct, frozen=True):
+    """What one tokenizer worker, or all of them, know and the scheduler does not.
+
+    Attributes:
+        uses: Numbers of unfinished requests by adapter id.
+        leases: Seconds left of pins by adapter id.
+        hints: Counts of adapter hints since the start.
+    """
+
+    uses: dict[str, int]
+    leases: dict[str, float]
+    hints: dict[str, int]
+
+
 class TokenizerControl:
     """The control channel of one tokenizer process. Hints never block and never fail."""
 
     def __init__(self, manager: TokenizerManager) -> None:
         self._manager = manager
         self._registry = manager.lora_registry
+        self._workers: Workers = manager.elora_workers
+        self._workers.handle("report", type(None), self._report)
+        self._workers.handle("end_lease", str, self._end_lease_of)
         self.gate = HintLimiter()  # limits hints per adapter
         self._session_gate = HintLimiter()
         # Only with a host tier for KV can the KV of a session be loaded in advance.
         self._announces_sessions = bool(get_memory().enable_hierarchical_cache)
         self.num_hints = 0
+        self.hints: dict[str, int] = {}  # of all workers, at the last report
         self._adapters: list[str] = []  # collected hints, not sent yet
         self._sessions: list[str] = []
         self._collecting: asyncio.TimerHandle | None = None
@@ -77,7 +102,7 @@ class TokenizerControl:
     def add_to(self, dispatcher: TypeBasedDispatcher) -> None:
         """Register the handlers of answers."""
         dispatcher += TypeBasedDispatcher(
-            [(StateAnswer, self._answered), (AdapterOrderAnswer, self._answered)]
+            [(kind, self._answered) for kind in (StateAnswer, AdapterOrderAnswer, LoadedAnswer)]
         )
         dispatcher.add_fallback_fn(self._drop)
 
@@ -124,6 +149,23 @@ class TokenizerControl:
                 await asyncio.wait_for(self.refresh(), _PATIENCE_S)
         return self.mirror
 
+    async def report(self, patience_s: float = _PATIENCE_S) -> WorkerReport:
+        """What the tokenizer workers know together."""
+        reports = [await self._report(None)]
+        reports += await self._workers.ask("report", None, WorkerReport, patience_s)
+        total = WorkerReport(
+            uses=_sum(report.uses for report in reports),
+            leases={key: left for report in reports for key, left in report.leases.items()},
+            hints=_sum(report.hints for report in reports),
+        )
+        self.hints = total.hints
+        return total
+
+    async def loaded_in_scheduler(self) -> list[LoRARef]:
+        """The adapters that the schedulers have loaded. Raises NoAnswer."""
+        answer: LoadedAnswer = await self._ask(LoadedRequest())
+        return answer.adapters
+
     async def order(self, do: str, adapter_id: str) -> AdapterOrderAnswer:
         """Send an order on an adapter or a session to the schedulers. Raises NoAnswer."""
         answer: AdapterOrderAnswer = await self._ask(AdapterOrder(do=do, adapter=adapter_id))
@@ -134,14 +176,14 @@ class TokenizerControl:
         replaces an earlier one."""
         answer = await self.order("pin", adapter_id)
         if not answer.error:
-            self._end_lease(adapter_id)
+            await self._end_lease_anywhere(adapter_id)
             if lease_s is not None:
                 loop = asyncio.get_running_loop()
                 self._leases[adapter_id] = loop.call_later(lease_s, self._lease_over, adapter_id)
         return answer
 
     async def unpin(self, adapter_id: str) -> AdapterOrderAnswer:
-        self._end_lease(adapter_id)
+        await self._end_lease_anywhere(adapter_id)
         return await self.order("unpin", adapter_id)
 
     def id_of(self, name: str) -> str:
@@ -155,10 +197,6 @@ class TokenizerControl:
         """``LoRARef`` of each loaded adapter by its served name."""
         return dict(self._registry.get_all_adapters())
 
-    def uses(self) -> dict[str, int]:
-        """Numbers of unfinished requests by adapter id."""
-        return dict(self._registry.uses())
-
     @property
     def serves_metrics(self) -> bool:
         return bool(self._manager.enable_metrics)
@@ -171,24 +209,23 @@ class TokenizerControl:
         """Names of the loaded adapters by id."""
         return {ref.lora_id: name for name, ref in self.loaded().items()}
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """Counts of adapter hints since the start of this process."""
-        return {
-            "sent": self.num_hints,
-            "repeated": self.gate.num_repeated,
-            "over_rate": self.gate.num_over_rate,
-        }
-
-    def lease_left_s(self, adapter_id: str) -> float | None:
-        timer = self._leases.get(adapter_id)
-        return None if timer is None else max(0.0, timer.when() - asyncio.get_running_loop().time())
+    async def _report(self, _: None) -> WorkerReport:
+        now_s = asyncio.get_running_loop().time()
+        return WorkerReport(
+            uses=dict(self._registry.uses()),
+            leases={key: max(0.0, timer.when() - now_s) for key, timer in self._leases.items()},
+            hints={
+                "sent": self.num_hints,
+                "repeated": self.gate.num_repeated,
+                "over_rate": self.gate.num_over_rate,
+            },
+        )
 
     def _ref(self, name: str) -> Any:
         # NOTE: ``get_all_adapters`` copies the whole table.
         return self._registry._registry.get(name)
 
-    async def _ask(self, request: StateRequest | AdapterOrder) -> Any:
+    async def _ask(self, request: StateRequest | AdapterOrder | LoadedRequest) -> Any:
         self._manager.auto_create_handle_loop()
         request.rid = uuid.uuid4().hex
         future = self._asked[request.rid] = asyncio.get_running_loop().create_future()
@@ -200,7 +237,7 @@ class TokenizerControl:
         finally:
             del self._asked[request.rid]
 
-    def _answered(self, answer: StateAnswer | AdapterOrderAnswer) -> None:
+    def _answered(self, answer: StateAnswer | AdapterOrderAnswer | LoadedAnswer) -> None:
         future = self._asked.get(answer.rid or "")
         if future is None or future.done():
             self._drop(answer)
@@ -213,6 +250,13 @@ class TokenizerControl:
         self._manager.asyncio_tasks.add(task)
         task.add_done_callback(self._manager.asyncio_tasks.discard)
 
+    async def _end_lease_anywhere(self, adapter_id: str) -> None:
+        self._end_lease(adapter_id)
+        await self._workers.ask("end_lease", adapter_id, type(None))
+
+    async def _end_lease_of(self, adapter_id: str) -> None:
+        self._end_lease(adapter_id)
+
     def _end_lease(self, adapter_id: str) -> None:
         timer = self._leases.pop(adapter_id, None)
         if timer is not None:
@@ -221,3 +265,10 @@ class TokenizerControl:
     def _drop(self, message: Any) -> None:
         """Log a message without a handler, or an answer whose request has timed out."""
         logger.warning("message dropped: %s", str(message)[:_SHOWN])
+
+
+def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return dict(total)
