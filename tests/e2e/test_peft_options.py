@@ -19,6 +19,7 @@ from tests.harness.reference import Reference
 from tests.harness.server_flags import server_flags
 
 POOL_SLOTS = 1400
+"""On one rank; two ranks have half of the heads in a slot, and not half of an adapter."""
 MODES = {
     "plain": (),
     "drafted-ngrams": ("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "4"),
@@ -53,10 +54,12 @@ def server(
     if request.param == "drafted-ngrams" and not (shutil.which("g++") and shutil.which("ninja")):
         pytest.skip("SGLang compiles its tables of n-grams with g++ and ninja")
     at_start = dict(list(served.items())[::2])
-    flags = [*server_flags(checkpoint, at_start), "--max-total-tokens", str(POOL_SLOTS)]
+    num_ranks = 2 if "--tp-size" in MODES[request.param] else 1
+    flags = [*server_flags(checkpoint, at_start)]
+    flags += ["--max-total-tokens", str(num_ranks * POOL_SLOTS)]
     flags += ["--max-lora-rank", "64", "--lora-target-modules", "all", *MODES[request.param]]
     log_path = logs / f"peft-options-{request.param}.log"
-    env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if "--tp-size" in flags else {}
+    env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if num_ranks == 2 else {}
     flags = ["--elora", "--elora-check", *flags]
     with ServerProcess(flags, log_path=log_path, env=env) as server:
         yield server

@@ -88,6 +88,7 @@ def _run(arguments: Sequence[str], env: Mapping[str, str], cwd: str, out: str, e
         (err, os.O_WRONLY | os.O_APPEND, 2),
     ):
         os.dup2(os.open(path, flags), target)
+    sys.stdin = open(0, closefd=False)  # uvicorn hands its number to its workers
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     os.environ.clear()
     os.environ.update(env)

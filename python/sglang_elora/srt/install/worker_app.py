@@ -16,6 +16,7 @@ from sglang.srt.plugins import load_plugins
 load_plugins()  # before the app's module binds names of SGLang
 
 from sglang.srt.entrypoints.http_server import app, get_global_state  # noqa: E402
+from sglang.srt.utils import configure_logger  # noqa: E402
 
 from sglang_elora.srt.tokenizer.endpoints import guard  # noqa: E402
 from sglang_elora.srt.tokenizer.shared_table import use_loaded  # noqa: E402
@@ -31,6 +32,7 @@ async def _with_loaded_adapters(served: FastAPI) -> AsyncIterator[Any]:
     then."""
     async with _lifespan(served) as state:
         manager = get_global_state().tokenizer_manager
+        configure_logger(manager.server_args)  # as the other processes; SGLang leaves it out here
         if getattr(manager, "elora", None) is not None:
             await use_loaded(manager)
         yield state

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from sglang.srt.lora.lora import LoRAAdapter
 from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.lora.utils import (
@@ -18,6 +20,7 @@ from sglang.srt.lora.utils import (
     get_lm_head_pruned_lens,
 )
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.runtime_context import get_exec
 from typing_extensions import override
 
 from sglang_elora.adapters import (
@@ -29,7 +32,7 @@ from sglang_elora.adapters import (
     why_not_stacked,
 )
 from sglang_elora.control import StateMirror
-from sglang_elora.pages import AdapterImage, AdapterLayout, PagedAdapter
+from sglang_elora.pages import OUTPUT_LAYER, AdapterImage, AdapterLayout, PagedAdapter
 from sglang_elora.srt.lora.adapter_weights import stored_config
 from sglang_elora.srt.lora.lora_backend import MAX_RANK, Graph, PagedLoRABackend
 from sglang_elora.srt.lora.lora_pool import PagedLoRAPool
@@ -74,10 +77,35 @@ class EloraLoRAManager(LoRAManager):
         self.memory_pool.max_rank = self.lora_backend.max_rank
 
     @override
-    def init_lora_shapes(self, *args: Any, **kwargs: Any) -> None:
-        super().init_lora_shapes(*args, **kwargs)
+    def init_lora_shapes(
+        self, max_lora_rank: int | None = None, target_modules: Iterable[str] | None = None
+    ) -> None:
+        """Find the target modules.
+
+        Raises:
+            ValueError: The output layer is named, and cannot be adapted.
+        """
+        super().init_lora_shapes(max_lora_rank, target_modules)
         # "all" includes it; adapters with weights for it were refused.
-        self.target_modules: set[str] = self.target_modules - {"embed_tokens"}
+        left_out = {"embed_tokens"}
+        if OUTPUT_LAYER in self.target_modules and (reason := self._why_output_layer_is_plain()):
+            if set(target_modules or ()) != {"all"}:
+                raise ValueError(f"LoRA on {OUTPUT_LAYER} is not served with this model: {reason}")
+            left_out.add(OUTPUT_LAYER)
+        self.target_modules: set[str] = self.target_modules - left_out
+
+    def _why_output_layer_is_plain(self) -> str | None:
+        """Why SGLang's LoRA layer would compute other logits than the plain output layer."""
+        config = self.base_hf_config
+        if get_exec().features.enable_fp32_lm_head or any(
+            getattr(config, f"enable_lm_head_{which}", False) for which in ("fp32", "output_fp32")
+        ):
+            return "its logits are computed in float32 (--enable-fp32-lm-head)"
+        for name, module in self.base_model.named_modules():
+            is_output = isinstance(module, ParallelLMHead) and OUTPUT_LAYER in name
+            if is_output and not isinstance(module.quant_method, UnquantizedEmbeddingMethod):
+                return "its output layer is quantized"
+        return None
 
     @override
     def init_memory_pool(self) -> None:

@@ -34,8 +34,9 @@ def begin(result: None, self: TokenizerManager) -> None:
 
 async def _watch(manager: TokenizerManager, folder: Path) -> None:
     loaded_before: set[str] = set()
+    watching = HostLock(manager, "adapter-dir")  # held until this process ends
     if manager.elora_workers.num_others:  # one of them watches; when it ends, another one
-        await HostLock(manager, "adapter-dir").acquire()
+        await watching.acquire()
         loaded_before = {ref.lora_path for ref in manager.lora_registry.get_all_adapters().values()}
     scan = FolderScan(folder)
     while True:

@@ -34,6 +34,8 @@ class HttpGuard:
         self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":  # begins before a tokenizer worker has its settings
+            return await self._app(scope, receive, send)
         headers = {
             name.lower(): value.decode("latin-1") for name, value in scope.get("headers", ())
         }
