@@ -24,6 +24,7 @@ from tests.harness.server_flags import server_flags
 SERVED = [each for each in FAMILIES if each.differs or "FAMILIES_FULL" in os.environ]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:peft.*")  # of output layers that are tied
 @pytest.mark.parametrize("family", SERVED, ids=lambda family: family.name)
 async def test_model_family_answers_equal_those_of_transformers(
     family: Family, tmp_path: Path, logs: Path

@@ -20,6 +20,7 @@ from tests.harness.server_flags import server_flags
 
 POOL_SLOTS = 1400
 """On one rank; two ranks have half of the heads in a slot, and not half of an adapter."""
+LOGITS_IN_PASSES = {"SGLANG_ENABLE_LOGPROB_CHUNK": "true", "SGLANG_LOGPROB_CHUNK_SIZE": "32"}
 MODES = {
     "plain": (),
     "drafted-ngrams": ("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "4"),
@@ -59,7 +60,7 @@ def server(
     flags += ["--max-total-tokens", str(num_ranks * POOL_SLOTS)]
     flags += ["--max-lora-rank", "64", "--lora-target-modules", "all", *MODES[request.param]]
     log_path = logs / f"peft-options-{request.param}.log"
-    env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if num_ranks == 2 else {}
+    env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if num_ranks == 2 else LOGITS_IN_PASSES
     flags = ["--elora", "--elora-check", *flags]
     with ServerProcess(flags, log_path=log_path, env=env) as server:
         yield server
@@ -103,6 +104,37 @@ async def test_served_kinds_answer_as_peft_alone_and_under_pressure(
     assert len({answer.token_ids for answer in answers}) > len(served), "the answers say nothing"
     found = (await client.get("/server_info")).json()["internal_states"][0]["elora"]
     assert found["adapter_evictions"] > 0 and found["checks"] > 0, "the pool was too large"
+
+
+async def test_logprobs_of_prompts_are_those_of_peft_in_one_batch(
+    client: Client, truth: Reference
+) -> None:
+    """Prompts of several adapters at once: the output layer gets all rows, in several passes."""
+    rng = random.Random(1)
+    asked = [
+        (name, [rng.randrange(3, 600) for _ in range(length)])
+        for name in ("head-and-all", "plain", "head")
+        for length in (20, 70)
+    ]
+    answers = await asyncio.gather(
+        *(
+            client.post(
+                "/generate",
+                {
+                    "input_ids": prompt,
+                    "lora_path": name,
+                    "sampling_params": {"temperature": 0, "max_new_tokens": 1},
+                    "return_logprob": True,
+                    "logprob_start_len": 0,
+                },
+            )
+            for name, prompt in asked
+        )
+    )
+    for (name, prompt), answer in zip(asked, answers, strict=True):
+        found = answer.json()["meta_info"]["input_token_logprobs"]
+        logprobs = [logprob for logprob, *_ in found[1:]]  # the first token has none
+        assert logprobs == pytest.approx(truth.logprobs(name, prompt), abs=1e-4), name
 
 
 @pytest.mark.parametrize("name", peft_kinds.REFUSED)

@@ -68,7 +68,14 @@ _DRAFTED = ("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens"
 FAMILIES = (
     Family("Llama", "llama"),
     Family("Mistral", "mistral", options={"head_dim": 32, "sliding_window": None}),
-    Family("Qwen2.5", "qwen2"),
+    Family(
+        "Qwen2.5",
+        "qwen2",
+        targets={"head": ("lm_head",), "all and head": (*_ATTENTION, *_MLP, "lm_head")},
+        options={"tie_word_embeddings": True},
+        embedding_std=0.3,  # it is the output layer, too
+        differs=True,
+    ),
     Family("Qwen3", "qwen3", options={"head_dim": 32}),
     Family(
         "Gemma 3",
@@ -80,7 +87,7 @@ FAMILIES = (
             "query_pre_attn_scalar": 32,
             "tie_word_embeddings": True,
         },
-        targets={"attention": _ATTENTION, "all and head": (*_ATTENTION, *_MLP, "lm_head")},
+        flags=("--lora-target-modules", "all", "--max-lora-rank", "8"),
         embedding_std=0.02,  # it is scaled up, and is the output layer too: or tokens repeat
         differs=True,
     ),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -48,13 +49,18 @@ def tiny_config(family: str, **changes: Any) -> Any:
     return getattr(transformers, family + "Config")(**sizes)
 
 
-def save_adapter(folder: Path, family: str = "Llama", **options: Any) -> Path:
+def save_adapter(
+    folder: Path,
+    family: str = "Llama",
+    sizes: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
+) -> Path:
     """Write an adapter with non-zero B by peft's own save_pretrained."""
     import peft
     import transformers
 
     torch.manual_seed(0)
-    base = transformers.AutoModelForCausalLM.from_config(tiny_config(family))
+    base = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **sizes))
     settings = {"r": RANK, "lora_alpha": 8, "target_modules": ALL_LINEAR} | options
     model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     with torch.no_grad():

@@ -229,6 +229,27 @@ def test_adapter_on_embedding_modules_is_refused(
         assert_in(text, f"adapts {module}", "without --elora")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_output_layer_tied_to_an_adapted_embedding_is_refused(tmp_path: Path) -> None:
+    """PEFT then puts the factors on the embedding, also if only the output layer was named."""
+    tied = {"tie_word_embeddings": True}
+    for ensured in (False, True):
+        folder = save_adapter(
+            tmp_path / str(ensured),
+            sizes=tied,
+            target_modules=["q_proj", "lm_head"],
+            ensure_weight_tying=ensured,
+        )
+        base = BaseShapes.from_config(tiny_config("Llama", **tied))
+        if ensured:
+            assert_in(refusal(folder, base), "weights of 'lm_head' are not in target_modules")
+            edit_config(folder, target_modules=["q_proj", "model.embed_tokens", "lm_head"])
+            assert_in(refusal(folder, base, refused_modules={"embed_tokens"}), "embed_tokens")
+        else:
+            facts = check_adapter("a", str(folder), base, refused_modules={"embed_tokens"})
+            assert facts.served_modules == {"qkv_proj", "lm_head"}
+
+
 def test_config_naming_a_refused_module_is_refused_without_weights(
     adapter: Path, base: BaseShapes
 ) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod
-from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.lora.lora import LoRAAdapter
 from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.lora.utils import (
@@ -101,10 +101,15 @@ class EloraLoRAManager(LoRAManager):
             getattr(config, f"enable_lm_head_{which}", False) for which in ("fp32", "output_fp32")
         ):
             return "its logits are computed in float32 (--enable-fp32-lm-head)"
-        for name, module in self.base_model.named_modules():
-            is_output = isinstance(module, ParallelLMHead) and OUTPUT_LAYER in name
-            if is_output and not isinstance(module.quant_method, UnquantizedEmbeddingMethod):
-                return "its output layer is quantized"
+        found = [
+            module
+            for name, module in self.base_model.named_modules(remove_duplicate=False)
+            if name.rsplit(".", 1)[-1] == OUTPUT_LAYER
+        ]
+        if not all(isinstance(module, VocabParallelEmbedding) for module in found):
+            return "SGLang's LoRA does not know the class of its output layer"
+        if not all(isinstance(m.quant_method, UnquantizedEmbeddingMethod) for m in found):
+            return "its output layer is quantized"
         return None
 
     @override
