@@ -20,6 +20,8 @@ from tests.harness.run_python import RunPython
 ROOT = Path(__file__).parents[2]
 PATCHES = {path.name: path.read_text() for path in (ROOT / "patches").glob("*.patch")}
 BY_CLASS = (Kind.HOOK, Kind.OVERRIDE, Kind.BASE, Kind.CALL, Kind.IMPORT, Kind.MEMBER, Kind.FIELD)
+OVERRIDES = "sglang.srt.managers.multi_tokenizer_mixin.TokenizerWorker."
+"""Methods that are still there, as the base class's, when they have been renamed."""
 
 
 class Edited(Files):
@@ -95,7 +97,9 @@ def test_check_sglang_finds_every_renamed_seam(
         those = [each for each in those if not each.name.endswith(".__init__")]
         those = [each for each in those if pinned.module(each.name) is None]
         for finding in compare(those, pinned, edited, PATCHES):
-            assert finding.verdict is Verdict.GONE, finding
+            inherited = finding.seam.name.startswith(OVERRIDES)
+            wanted = Verdict.READ_AGAIN if inherited else Verdict.GONE
+            assert finding.verdict is wanted, finding
         missing = Sources({"sglang": Edited(sglang, file, None), OURS: ours})
         for finding in compare(by_file[file], pinned, missing, PATCHES):
             assert finding.verdict is Verdict.GONE, finding

@@ -260,7 +260,7 @@ class EloraLoRAManager(LoRAManager):
         self, forward_batch: ForwardBatch, adapters: Sequence[PagedAdapter | None]
     ) -> None:
         """Set the rows that reach the output layer, if they are not all rows of the batch."""
-        if self.lm_head_module is None:
+        if self.lora_backend.output_layer is None:
             return
         lengths = get_lm_head_pruned_lens(forward_batch)
         if lengths is None:
