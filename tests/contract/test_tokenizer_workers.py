@@ -85,7 +85,18 @@ async def load(manager: Any, ref: LoRARef) -> None:
 
 
 async def unload(manager: Any, name: str) -> None:
-    """As SGLang's ``_unload_lora_adapter_locked``, and ``forget_path`` after it."""
+    """As ``forget_path`` around SGLang's ``_unload_lora_adapter_locked``."""
+    async with manager.lora_update_lock:
+        known = manager.lora_ref_cache.pop(name, None)
+    try:
+        await unload_locked(manager, name)
+    except ValueError:
+        async with manager.lora_update_lock:
+            manager.lora_ref_cache[name] = known
+        raise
+
+
+async def unload_locked(manager: Any, name: str) -> None:
     async with manager.lora_update_lock:
         adapter_id = manager.pending_lora_unloads.get(name)
         if adapter_id is None:
@@ -93,8 +104,6 @@ async def unload(manager: Any, name: str) -> None:
             manager.pending_lora_unloads[name] = adapter_id
         await manager.lora_registry.wait_for_unload(adapter_id)
         manager.pending_lora_unloads.pop(name)
-    async with manager.lora_update_lock:
-        manager.lora_ref_cache.pop(name)
 
 
 def known(manager: Any) -> Sequence[dict[str, Any]]:

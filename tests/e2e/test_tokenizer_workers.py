@@ -124,10 +124,14 @@ async def test_unload_waits_for_a_request_of_another_worker(
 ) -> None:
     running = await clients[0].begin("mlp-r24", prompts[0], num_tokens=300)
     body = {"lora_name": "mlp-r24"}
-    unloaded = await clients[1].post("/unload_lora_adapter", body)
+    unloading = asyncio.create_task(clients[1].post("/unload_lora_adapter", body))
+    await asyncio.sleep(0.5)
+    assert not unloading.done()
+    assert await served(clients[2], "mlp-r24", prompts[0]) is None  # it does not load it again
+    unloaded = await unloading
     assert unloaded.status_code == 200, unloaded.text
-    assert running.done() or len((await running).token_ids) == 300
     answer = await running
+    assert await served(clients[0], "mlp-r24", prompts[0]) is None
     assert list(answer.token_ids) == reference.generate("mlp-r24", prompts[0], num_tokens=300)
 
 

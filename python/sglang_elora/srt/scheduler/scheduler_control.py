@@ -58,8 +58,6 @@ class Control:
             StateRequest: self.state,
             AdapterOrder: self.order,
             LoadedRequest: self.loaded,
-            WorkersCall: lambda call: call,
-            WorkersAnswer: _to_caller,
         }
         dispatcher += TypeBasedDispatcher(
             [(kind, partial(self._handle, handler)) for kind, handler in handlers.items()]
@@ -130,6 +128,9 @@ class Control:
 
 def add_to_dispatcher(result: None, self: Scheduler) -> None:
     """Register the handlers. Runs after ``Scheduler.init_request_dispatcher``."""
+    self._request_dispatcher += TypeBasedDispatcher(
+        [(WorkersCall, lambda call: call), (WorkersAnswer, _to_caller)]
+    )
     elora = elora_of(self)
     if elora is not None:
         Control(self, elora.swapper).add_to(self._request_dispatcher)

@@ -169,13 +169,15 @@ async def forget_path(
     obj: UnloadLoRAAdapterReqInput,
     *rest: Any,
 ) -> UnloadLoRAAdapterReqOutput:
-    """Forget the path of an unloaded adapter. Runs around ``unload_lora_adapter``: otherwise SGLang
-    would load it again for the next request that names it, as it does with adapters that
-    ``--max-loaded-loras`` evicted."""
+    """Forget the path of an adapter that is unloaded. Runs around ``unload_lora_adapter``:
+    otherwise SGLang would load it again for a request that names it meanwhile or later, as it does
+    with adapters that ``--max-loaded-loras`` evicted."""
+    async with self.lora_update_lock:
+        known = self.lora_ref_cache.pop(obj.lora_name, None)
     output = await original(self, obj, *rest)
-    if output.success:
+    if not output.success and known is not None:
         async with self.lora_update_lock:
-            self.lora_ref_cache.pop(obj.lora_name, None)
+            self.lora_ref_cache.setdefault(obj.lora_name, known)
     keep_loaded(self)
     return output
 

@@ -28,7 +28,7 @@ from sglang_elora.srt.orders import OrderRefused
 from sglang_elora.srt.tokenizer.http_guard import PAGE, HttpGuard
 from sglang_elora.srt.tokenizer.request_checks import MAX_CHARS
 from sglang_elora.srt.tokenizer.tokenizer_control import (
-    ANSWER_S,
+    GLANCE_S,
     NoAnswer,
     NotLoaded,
     TokenizerControl,
@@ -102,7 +102,7 @@ def _add_control(app: FastAPI, control: TokenizerControl) -> None:
         if lora_name is not None:
             control.id_of(lora_name)
             loaded = {lora_name: loaded[lora_name]}
-        report = await control.report(ANSWER_S)
+        report = await control.report()
         rows = [
             {
                 "lora_name": name,
@@ -236,7 +236,7 @@ def _add_metrics(app: FastAPI, control: TokenizerControl) -> None:
     scrape = make_asgi_app(registry=registry)
 
     async def fresh(scope: Scope, receive: Receive, send: Send) -> None:
-        await asyncio.gather(control.glance(), control.report())
+        await asyncio.gather(control.glance(), control.report(GLANCE_S))
         await scrape(scope, receive, send)
 
     route = Mount("/metrics", fresh)

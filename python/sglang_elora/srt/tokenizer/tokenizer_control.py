@@ -30,7 +30,7 @@ from sglang_elora.srt.messages import (
     StateAnswer,
     StateRequest,
 )
-from sglang_elora.srt.tokenizer.workers import Workers
+from sglang_elora.srt.tokenizer.workers import PATIENCE_S, Workers
 
 if TYPE_CHECKING:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -48,8 +48,9 @@ a burst is sent at once."""
 ANSWER_S = 60.0
 """Seconds to wait for a scheduler's answer. A scheduler answers between two batches."""
 
-_PATIENCE_S = 0.2
-"""Seconds that ``glance`` waits for new state."""
+GLANCE_S = 0.2
+"""Seconds that ``glance``, and a scrape of metrics, wait for new state."""
+
 _SHOWN = 200  # most characters of a dropped message in the log
 
 
@@ -146,11 +147,11 @@ class TokenizerControl:
         """The state, at most ``FRESH_S`` old; older if the schedulers do not answer soon."""
         if time.monotonic() - self._mirrored_s > FRESH_S:
             with contextlib.suppress(NoAnswer, TimeoutError):
-                await asyncio.wait_for(self.refresh(), _PATIENCE_S)
+                await asyncio.wait_for(self.refresh(), GLANCE_S)
         return self.mirror
 
-    async def report(self, patience_s: float = _PATIENCE_S) -> WorkerReport:
-        """What the tokenizer workers know together."""
+    async def report(self, patience_s: float = PATIENCE_S) -> WorkerReport:
+        """What the tokenizer workers know together, without those that do not answer in time."""
         reports = [await self._report(None)]
         reports += await self._workers.ask("report", None, WorkerReport, patience_s)
         total = WorkerReport(
@@ -158,7 +159,8 @@ class TokenizerControl:
             leases={key: left for report in reports for key, left in report.leases.items()},
             hints=_sum(report.hints for report in reports),
         )
-        self.hints = total.hints
+        # Metrics may not decrease when a worker gives no answer.
+        self.hints = {key: max(n, self.hints.get(key, 0)) for key, n in total.hints.items()}
         return total
 
     async def loaded_in_scheduler(self) -> list[LoRARef]:

@@ -8,6 +8,8 @@ everything that the scheduler sent to it before.
 from __future__ import annotations
 
 import asyncio
+import errno
+import hashlib
 import logging
 import socket
 import uuid
@@ -130,7 +132,8 @@ class HostLock:
 
     def __init__(self, manager: TokenizerManager, what: str) -> None:
         endpoint = manager.send_to_scheduler.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._name = f"\0sglang_elora.{what}.{endpoint}"
+        digest = hashlib.sha256(endpoint.encode()).hexdigest()[:32]  # such a name is short
+        self._name = f"\0sglang_elora.{what}.{digest}"
         self._held: socket.socket | None = None
 
     async def acquire(self) -> None:
@@ -139,13 +142,19 @@ class HostLock:
 
     def try_acquire(self) -> bool:
         """Take the lock if it is free. An address of a socket without a file is in use until its
-        process closes it or ends."""
+        process closes it or ends.
+
+        Raises:
+            OSError: The system has no such addresses.
+        """
         held = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             held.bind(self._name)
-        except OSError:
+        except OSError as error:
             held.close()
-            return False
+            if error.errno == errno.EADDRINUSE:
+                return False
+            raise
         self._held = held
         return True
 
