@@ -1,8 +1,12 @@
-"""Every kind of adapter that PEFT saves: served with the answers of HF + PEFT, or refused."""
+"""Every kind of adapter that PEFT saves: served with the answers of HF + PEFT, or refused.
+
+PEFT_FULL=1 in the environment runs all kinds in further ways to serve.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -29,6 +33,7 @@ MODES = {
     "tensor-parallel": ("--tp-size", "2"),
 }
 """Flags of ways to serve in which all kinds answer the same."""
+TESTED = MODES if "PEFT_FULL" in os.environ else ("plain", "tensor-parallel")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +80,7 @@ async def first_logprob(client: Client, name: str, prompt: Sequence[int]) -> tup
     return token, logprob
 
 
-@pytest.mark.parametrize("server", MODES, indirect=True)
+@pytest.mark.parametrize("server", TESTED, indirect=True)
 async def test_served_kinds_answer_as_peft_alone_and_under_pressure(
     server: ServerProcess, client: Client, served: dict[str, Path], truth: Reference
 ) -> None:

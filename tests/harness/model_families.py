@@ -92,7 +92,13 @@ FAMILIES = (
         differs=True,
     ),
     _MELLUM,
-    replace(_MELLUM, name="Mellum 2, drafted n-grams", flags=_DRAFTED, programs=("g++", "ninja")),
+    replace(
+        _MELLUM,
+        name="Mellum 2, drafted n-grams",
+        flags=_DRAFTED,
+        programs=("g++", "ninja"),
+        differs=False,
+    ),
     Family(
         "Qwen2.5-VL",
         "qwen2_5_vl",
