@@ -262,7 +262,9 @@ def main() -> None:
     parser.add_argument("--duration", type=float, default=900.0, help="seconds of trace")
     parser.add_argument("--load", type=float, default=1.0, help="times the rates of the tables")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--overlap", action="store_true", help="splits load beside batches")
+    parser.add_argument(
+        "--overlap", action="store_true", help="splits load concurrently with batches"
+    )
     parser.add_argument("--shares", nargs="+", type=float, default=[*SHARES], help="of splits")
     parser.add_argument("--jobs", type=int, help="processes; one per CPU unless given")
     parser.add_argument("--out", type=Path, required=True)

@@ -128,12 +128,12 @@ def test_load_or_unload_through_one_is_known_to_all(
                 *("id-later", None, "id-first")
             ]
         await unload(server.managers[-1], "first")
-        anew = msgspec.structs.replace(FIRST, lora_id="id-anew")
-        await load(server.managers[0], anew)
+        second = msgspec.structs.replace(FIRST, lora_id="id-second")
+        await load(server.managers[0], second)
         for manager in server.managers:
-            table = {"later": LATER, "first": anew}
+            table = {"later": LATER, "first": second}
             assert known(manager) == (table, table, {})
-            assert await manager.lora_registry.acquire("first") == "id-anew"
+            assert await manager.lora_registry.acquire("first") == "id-second"
 
     asyncio.run(work())
 

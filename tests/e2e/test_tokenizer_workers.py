@@ -222,12 +222,12 @@ async def test_worker_that_was_started_again_serves_what_was_loaded_meanwhile(
     killed.send_signal(signal.SIGKILL)
     killed.wait(10)
     expected = reference.generate("rslora-r8", prompts[2])
-    async with clients_of(server) as anew:
-        for client in anew:
+    async with clients_of(server) as restarted:
+        for client in restarted:
             assert await served(client, "kept", prompts[2]) == expected
             assert await served(client, "all-r64", prompts[2]) is None
             state = (await client.get("/elora/state")).json()
             assert {row["lora_name"] for row in state["adapters"]} >= {"kept", "qv-r4"}
-        gone = await anew[-1].post("/unload_lora_adapter", {"lora_name": "kept"})
+        gone = await restarted[-1].post("/unload_lora_adapter", {"lora_name": "kept"})
         assert gone.status_code == 200, gone.text
     assert server.returncode is None

@@ -22,7 +22,7 @@ def keep_adapter(self: Session, req: Any, *_: Any, **__: Any) -> None:
     the turn would continue. Runs before ``Session.create_req``.
 
     Raises:
-        ValueError: It has another one, or the same one loaded anew (answered with HTTP 400).
+        ValueError: It has another one, or one loaded again under its name (answered with HTTP 400).
     """
     if not self.streaming:
         return
