@@ -35,6 +35,7 @@ import torch  # noqa: E402
 from benchmarks.kernels import (  # noqa: E402
     bench_both,
     bench_lora_expand,
+    bench_lora_lookup,
     bench_lora_shrink,
     bench_page_copy,
     replay,
@@ -111,6 +112,14 @@ def measure(case: Case, device: torch.device, rivals: bool) -> dict[str, Any]:
             timers = {name: Timer(work, world.num_layers) for name, work in works.items()}
             entry["times"] = interleaved(timers)
         row["modules"][shape.name] = entry
+    del world
+    tiny = {"hidden_size": 128, "num_tokens": 1000} if DRY_RUN else {}
+    lookups = bench_lora_lookup.works(case, device, **tiny)
+    if DRY_RUN:
+        for work in lookups.values():
+            work()
+    else:
+        row["lookup"] = interleaved({name: Timer(work) for name, work in lookups.items()})
     return row
 
 

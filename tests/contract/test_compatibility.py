@@ -6,9 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from sglang_elora.testbed.adapters import AdapterSpec, make_adapters
 from tests.harness.programs import source
 from tests.harness.run_python import RunPython
 
@@ -72,10 +69,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"lora_drain_wait_threshold": 0.5}, "--lora-drain-wait-threshold 0.5: "),
     ({"lora_use_virtual_experts": True}, "--lora-use-virtual-experts: "),
     ({"experts_shared_outer_loras": False}, "--experts-shared-outer-loras / --no-"),
-    (
-        {"lora_target_modules": ["q_proj", "embed_tokens"]},
-        "--lora-target-modules with embed_tokens",
-    ),
     ({"model": {"attention_arch": "MLA"}}, "this model (multi-head latent attention): "),
     (
         {"model": {"architectures": ["Step3p5ForCausalLM"]}},
@@ -109,7 +102,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"enable_priority_scheduling": True, "disable_priority_preemption": True},
     {"radix_eviction_policy": "tlru"},
     {"lora_target_modules": ["all"]},
-    {"lora_target_modules": ["q_proj", "lm_head"]},
+    {"lora_target_modules": ["embed_tokens", "q_proj", "lm_head"]},
     {"tokenizer_worker_num": 2},
     {"model": {"num_experts": 8}, "lora_target_modules": ATTENTION},
     {"model": {"architectures": ["GptOssForCausalLM"]}},
@@ -222,35 +215,3 @@ def test_launch_error_lists_all_reasons(run_python: RunPython, checkpoint: Path)
     assert "--elora does not run with:" in result.stderr
     assert "  --enable-session-radix-cache: its references" in result.stderr
     assert "  --enable-lora-overlap-loading: it loads into slots" in result.stderr
-
-
-@pytest.fixture
-def embedding_adapter(checkpoint: Path, tmp_path: Path) -> Path:
-    """An adapter of the demo whose configuration also targets embed_tokens, and its factors."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    spec = AdapterSpec("law", rank=8, alpha=16, target_modules=("q_proj",))
-    folder = make_adapters(checkpoint, tmp_path, [spec])["law"]
-    config = json.loads((folder / "adapter_config.json").read_text())
-    config["target_modules"] = ["q_proj", "embed_tokens"]
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    base = json.loads((checkpoint / "config.json").read_text())
-    weights = load_file(folder / "adapter_model.safetensors")
-    module = "base_model.model.model.embed_tokens"
-    weights[f"{module}.lora_embedding_A"] = torch.ones(8, base["vocab_size"])
-    weights[f"{module}.lora_embedding_B"] = torch.ones(base["hidden_size"], 8)
-    save_file(weights, folder / "adapter_model.safetensors")
-    return folder
-
-
-def test_adapter_on_embed_tokens_is_refused(
-    run_python: RunPython, checkpoint: Path, embedding_adapter: Path
-) -> None:
-    result = run_python(
-        *("-m", "sglang_elora.launch_server", "--elora", "--elora-bad-adapter", "exit"),
-        *("--model-path", str(checkpoint), "--lora-paths", f"law={embedding_adapter}"),
-    )
-    assert result.returncode != 0
-    assert "it adapts embed_tokens, where --elora does not serve LoRA" in result.stderr
-    assert "run the server without --elora" in result.stderr

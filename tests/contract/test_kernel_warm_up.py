@@ -20,17 +20,22 @@ import torch
 
 from sglang_elora.kernels import launch_configs
 from sglang_elora.pages import (
+    EMBEDDING,
+    OUTSIDE_LAYERS,
     AdapterImage,
     AdapterLayout,
     KVPlanes,
     ModuleShape,
     PagedAdapter,
     SlotTable,
+    VocabularyModule,
     WeightRef,
 )
+from sglang_elora.pages.layout import padded
 from tests.harness.specializations import Launches, unaligned
 
 NUM_LAYERS, NUM_SLOTS, MAX_RANK = 9, 600, 64
+VOCAB_SIZE = 9 * 64 - 10  # the last layer has a shorter part
 RANKS = (1, 3, 8, 15, 16, 24, MAX_RANK)
 SHAPES = (
     ModuleShape("qkv_proj", 96, (128, 64, 64)),
@@ -78,7 +83,20 @@ class Server:
     def forward(self, segments: Sequence[tuple[Any, int]], graph: Any, num_rows: int) -> None:
         """One pass of ``num_rows`` rows, padding included."""
         self.backend.set_batch(segments, graph)
-        for layer, shape in product((0, 1), self.shapes):
+        vocabulary = self.backend.vocabulary
+        for name, module in vocabulary.items():
+            weights = WeightRef(0, name, (), self.backend.device)
+            if name == EMBEDDING:  # not the first rows of their memory
+                tokens = torch.zeros(num_rows + 1, dtype=torch.int64)[1:]
+                inner = self.backend.run_lora_a_embedding(tokens, weights)
+                output = torch.empty(num_rows, module.hidden_size, dtype=self.dtype)
+            else:
+                x = torch.empty(num_rows, module.hidden_size, dtype=self.dtype)
+                inner = self.backend.run_lora_a_sgemm(x, weights)
+                output = x.new_empty(num_rows, padded(module.vocab_size))  # as SGLang pads logits
+            self.backend.run_lora_b_sgemm(inner, weights, base_output=output)
+        layers = [shape for shape in self.shapes if shape.name not in vocabulary]
+        for layer, shape in product((0, 1), layers):
             weights = WeightRef(layer, shape.name, (), self.backend.device)
             x = torch.empty(num_rows, shape.in_features, dtype=self.dtype)
             inner = self.backend.run_lora_a_sgemm(x, weights)
@@ -111,6 +129,7 @@ def serve(host: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         offset: int = 0,
         tp_size: int = 1,
         deterministic: bool = False,
+        vocabulary: bool = False,
     ) -> Server:
         pool = make_pool(kv_dtype, num_planes, offset)
         launches = Launches().record(monkeypatch)
@@ -120,7 +139,11 @@ def serve(host: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             max_adapters=32,
             server_args=SimpleNamespace(enable_deterministic_inference=deterministic),
         )
-        shapes = SHAPES[:num_modules]
+        names = sorted(OUTSIDE_LAYERS) if vocabulary else []
+        backend.vocabulary = {
+            name: VocabularyModule(name, 96, VOCAB_SIZE, NUM_LAYERS) for name in names
+        }
+        shapes = [*SHAPES[:num_modules], *(m.shape for m in backend.vocabulary.values())]
         backend.set_model(shapes, dtype, max_rank=MAX_RANK, tp_size=tp_size)
         context = host.forward_over(SimpleNamespace(k_buffer=pool[0], v_buffer=pool[-1]))
         context.__enter__()
@@ -156,6 +179,9 @@ CASES: dict[str, dict[str, Any]] = {
     "unaligned layers": {"num_modules": 1, "offset": 8},
     "tensor parallel": {"num_modules": 4, "tp_size": 2},
     "deterministic": {"num_modules": 4, "deterministic": True},
+    "vocabulary": {"num_modules": 2, "vocabulary": True},
+    "vocabulary, unaligned layers": {"num_modules": 1, "vocabulary": True, "offset": 8},
+    "vocabulary, tensor parallel": {"num_modules": 1, "vocabulary": True, "tp_size": 2},
 }
 
 
@@ -168,7 +194,9 @@ def test_warm_up_compiles_the_lora_kernels_of_any_batch(serve: Any, name: str) -
         server.launches.keys.clear()
         server.backend.warm_up(server.planes)
         warm = set(server.launches.keys)
-        assert {kernel for kernel, _ in warm} == {"lora_shrink", "lora_expand", "page_copy"}
+        looks_up = {"lora_lookup"} if server.backend.vocabulary else set()
+        expected = {"lora_shrink", "lora_expand", "page_copy"} | looks_up
+        assert {kernel for kernel, _ in warm} == expected
         all_batches(server)
         assert server.launches.keys == warm  # and warm-up compiles nothing that batches never use
 

@@ -42,6 +42,11 @@ async def test_model_family_answers_equal_those_of_transformers(
     with ServerProcess(["--elora", "--elora-check", *flags], log_path=log_path) as server:
         async with Client(server.url) as client:
             answers = [await client.generate(*asked, num_tokens=16) for asked in questions]
+            for name, path in made.refused.items():
+                body = {"lora_name": name, "lora_path": str(path)}
+                refused = await client.post("/load_lora_adapter", body)
+                assert refused.status_code == 400
+                assert "are included in `--lora-target-modules`" in refused.text
     reference = made.reference()
     outputs = set()
     for (name, prompt), answer in zip(questions, answers, strict=True):

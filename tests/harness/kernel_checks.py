@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from sglang_elora.kernels import ExpandConfig, ShrinkConfig, lora_expand, lora_shrink, reference
+from sglang_elora.kernels import (
+    ExpandConfig,
+    ShrinkConfig,
+    lora_expand,
+    lora_lookup,
+    lora_shrink,
+    reference,
+)
 from sglang_elora.pages import ModuleShape
 from tests.harness.kernel_cases import Segments
 from tests.harness.kernel_world import DEVICE, KernelWorld, rows_of
@@ -115,4 +122,53 @@ def check_shrink(
     torch.testing.assert_close(
         inner.sum(dim=0)[defined], expected[defined], **TOLERANCES[world.planes.weight_dtype]
     )
+    return inner
+
+
+def check_lookup(
+    world: KernelWorld,
+    shape: ModuleShape,
+    segments: Segments,
+    *,
+    tile_rows: int = 16,
+    spare_width: int = 5,
+    spare_rows: int = 2,
+) -> torch.Tensor:
+    """``lora_lookup`` and its reference agree, on every element that is defined.
+
+    The last part of the vocabulary is half as long. Some tokens are outside the vocabulary.
+    """
+    module, num_layers = world.modules[shape.name], world.planes.num_layers
+    vocab_size = (num_layers - 1) * shape.in_features + -(-shape.in_features // 2)
+    num_rows = sum(length for _, length in segments) + spare_rows
+    generator = torch.Generator().manual_seed(num_rows)
+    tokens = torch.randint(-1, vocab_size + 9, (num_rows,), generator=generator).to(DEVICE)
+    known = torch.tensor([0, shape.in_features - 1, vocab_size - 1, vocab_size], device=DEVICE)
+    tokens[: len(known)] = known[:num_rows]
+    tables = world.batch_tables(segments, tile_rows)
+    inner = lora_lookup(
+        tokens,
+        world.planes.addresses,
+        tables,
+        module,
+        vocab_size=vocab_size,
+        slot_elems=world.planes.slot_elems,
+        dtype=world.planes.weight_dtype,
+        width=max(world.ranks) + spare_width,
+        num_tiles=tables.num_tiles,
+    )
+    expected = reference.lora_lookup(
+        tokens,
+        [world.planes.plane(0, layer) for layer in range(num_layers)],
+        rows_of(segments, len(world.ranks)),
+        [table.slots for table in world.tables],
+        world.ranks,
+        world.scalings,
+        world.a_offsets(shape.name),
+        module,
+        vocab_size,
+        torch.full_like(inner[0], torch.nan),
+    )
+    defined = ~expected.isnan()
+    torch.testing.assert_close(inner[0][defined], expected[defined], rtol=1e-6, atol=0)
     return inner

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -22,6 +23,8 @@ from sglang_elora.pages import (
 
 POISON = float("nan")
 DEVICE = "cpu" if INTERPRETED else "cuda"
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A and B."""
 Order = Callable[[int, int], list[int]]
 """(number of slots, first free one) -> their numbers in the order of the adapter's addresses."""
 
@@ -97,10 +100,13 @@ def make_world(
     page_size: int = 1,
     order: str = "scattered",
     num_planes: int = 2,
+    num_layers: int = 1,
     lacks: Callable[[int, str], bool] = lambda adapter, name: False,
     device: str = DEVICE,
 ) -> KernelWorld:
     """Adapters of given ranks, one after the other in whole pages of one pool.
+
+    The matrices of a layer are those of the layer before, rotated by a row.
 
     Args:
         lacks: Whether an adapter lacks a module.
@@ -114,10 +120,16 @@ def make_world(
     ]
     counts = [layout.num_slots(slot_elems, page_size) for layout in layouts]
     num_slots = sum(counts) + 2 * page_size
-    pool = [[torch.empty(num_slots, 1, kv_dim, dtype=kv_dtype, device=device)] for _ in range(2)]
-    planes = KVPlanes(pool[:num_planes], dtype)
-    for plane in range(num_planes):
-        planes.plane(plane, 0).fill_(POISON)
+    pool = [
+        [
+            torch.empty(num_slots, 1, kv_dim, dtype=kv_dtype, device=device)
+            for _ in range(num_layers)
+        ]
+        for _ in range(num_planes)
+    ]
+    planes = KVPlanes(pool, dtype)
+    for plane, layer in product(range(num_planes), range(num_layers)):
+        planes.plane(plane, layer).fill_(POISON)
     world = KernelWorld(planes, stacked_modules(shapes), layouts, [], [], [], list(ranks), [])
     first = page_size
     for i, (layout, count) in enumerate(zip(layouts, counts, strict=True)):
@@ -132,7 +144,12 @@ def make_world(
         }
         matrices = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in matrices.items()}
         scaling = (0.5, 1.0, 2.0)[i % 3]
-        image = AdapterImage.build(layout, 1, lambda _, n, m=matrices: m[n], dtype, scaling)
+
+        def of_layer(layer: int, name: str, matrices: Mapping[str, Pair] = matrices) -> Pair:
+            a, b = matrices[name]
+            return a.roll(layer, 0), b.roll(layer, 0)
+
+        image = AdapterImage.build(layout, num_layers, of_layer, dtype, scaling)
         pages = ORDERS[order](count // page_size, first // page_size)
         numbers = [page * page_size + i for page in pages for i in range(page_size)]
         table = SlotTable(torch.tensor(numbers, device=device))

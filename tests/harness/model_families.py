@@ -38,6 +38,8 @@ class Family:
     targets: Mapping[str, Sequence[str] | str] = field(
         default_factory=lambda: {"attention": _ATTENTION, "all": (*_ATTENTION, *_MLP)}
     )
+    refused: Mapping[str, Sequence[str]] = field(default_factory=dict)  # as ``targets``
+    lora_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by adapter
     options: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, Any] = field(default_factory=lambda: _SIZES)
     embedding_std: float = 1.0
@@ -71,7 +73,13 @@ FAMILIES = (
     Family(
         "Qwen2.5",
         "qwen2",
-        targets={"head": ("lm_head",), "all and head": (*_ATTENTION, *_MLP, "lm_head")},
+        targets={
+            "head": ("lm_head",),
+            "embedding": ("embed_tokens",),
+            "tied": ("lm_head",),
+            "all": (*_ATTENTION, *_MLP, "embed_tokens", "lm_head"),
+        },
+        lora_options={"tied": {"ensure_weight_tying": True}},
         options={"tie_word_embeddings": True},
         embedding_std=0.3,  # it is the output layer, too
         differs=True,
@@ -80,6 +88,7 @@ FAMILIES = (
     Family(
         "Gemma 3",
         "gemma3_text",
+        refused={"embedding": ("embed_tokens",), "head": ("lm_head",)},
         options={
             "head_dim": 32,
             "num_hidden_layers": 7,
@@ -155,10 +164,11 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class Made:
-    """A checkpoint and its adapters."""
+    """A checkpoint and its adapters, those that are served and those that are refused."""
 
     checkpoint: Path
     adapters: Mapping[str, Path]
+    refused: Mapping[str, Path]
     family: Family
 
     def reference(self) -> Reference:
@@ -188,9 +198,10 @@ def make_family(family: Family, folder: Path) -> Made:
     if family.processor:
         _save_processor(tokenizer, checkpoint)
     adapters = {}
-    for name, modules in family.targets.items():
+    for name, modules in {**family.targets, **family.refused}.items():
         wanted = modules if isinstance(modules, str) else list(modules)
-        lora = LoraConfig(r=8, lora_alpha=16, target_modules=wanted, task_type="CAUSAL_LM")
+        options = {"r": 8, "lora_alpha": 16, **family.lora_options.get(name, {})}
+        lora = LoraConfig(target_modules=wanted, task_type="CAUSAL_LM", **options)
         adapted = get_peft_model(model, lora)
         with torch.no_grad():
             for path, weight in adapted.named_parameters():
@@ -199,7 +210,8 @@ def make_family(family: Family, folder: Path) -> Made:
         adapters[name] = folder / name
         adapted.save_pretrained(str(adapters[name]))
         model = adapted.unload()
-    return Made(checkpoint, adapters, family)
+    served = {name: adapters[name] for name in family.targets}
+    return Made(checkpoint, served, {name: adapters[name] for name in family.refused}, family)
 
 
 def _save_processor(tokenizer: Any, folder: Path) -> None:

@@ -31,6 +31,12 @@ SERVED: Mapping[str, Options] = {
     "copies": {"rank_pattern": {"q_proj": 2}},  # saved with embed_tokens and lm_head
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "head": {"target_modules": ["lm_head"]},
+    "embedding": {"target_modules": ["embed_tokens"]},
+    "embedding-and-all": {
+        "target_modules": [*_ALL, "embed_tokens", "lm_head"],
+        "rank_pattern": {"embed_tokens": 24, "q_proj": 4},
+        "alpha_pattern": {"embed_tokens": 4},
+    },
     "head-and-all": {"target_modules": [*_ALL, "lm_head"], "rank_pattern": {"lm_head": 24}},
 }
 """Name -> options of ``LoraConfig`` that are not the default."""
@@ -45,8 +51,6 @@ REFUSED: Mapping[str, tuple[Options, str]] = {
     "olora": ({"init_lora_weights": "olora"}, "changed the base weights"),
     "replicated": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication is set"),
     "activated": ({"alora_invocation_tokens": [7, 8]}, "alora_invocation_tokens is set"),
-    "embedding": ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
-    "embedding-all": ({"target_modules": [*_ALL, "embed_tokens"]}, "embed_tokens"),
 }
 """Name -> (options, a part of the reason)."""
 

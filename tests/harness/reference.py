@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -36,12 +37,19 @@ class Reference:
         return AutoTokenizer.from_pretrained(self._checkpoint)
 
     @cached_property
-    def _model(self) -> Any:
+    def _shared(self) -> Any:
+        """The base with all adapters but those that tie embeddings: PEFT 0.21 does not load the
+        output layer of such an adapter into a model that has others."""
+        return self._with(
+            {name: path for name, path in self._adapters.items() if not _ties_embeddings(path)}
+        )
+
+    def _with(self, adapters: Mapping[str, Path]) -> Any:
         base = getattr(transformers, self._auto).from_pretrained(
             self._checkpoint, dtype=torch.float32
         )
         base.generation_config.eos_token_id = None  # the servers ignore it, too
-        first, *others = self._adapters.items()
+        first, *others = adapters.items()
         model = PeftModel.from_pretrained(base, first[1], adapter_name=first[0])
         for name, path in others:
             model.load_adapter(path, adapter_name=name)
@@ -66,7 +74,7 @@ class Reference:
         """Log-probability of each of the tokens but the first."""
         tokens = torch.tensor([list(ids)])
         with torch.inference_mode():
-            logits = self._with_adapter(adapter, lambda: self._model(tokens).logits[0, :-1])
+            logits = self._with_adapter(adapter, lambda model: model(tokens).logits[0, :-1])
         chosen: torch.Tensor = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])
         return [float(value) for value in chosen[:, 0]]
 
@@ -75,7 +83,7 @@ class Reference:
         tokens = torch.tensor([list(prompt)])
         with torch.inference_mode():
             output = self._with_adapter(
-                adapter, lambda: self._model(tokens, output_hidden_states=True)
+                adapter, lambda model: model(tokens, output_hidden_states=True)
             )
         last: torch.Tensor = output.hidden_states[-1][0, -1]
         return last / last.norm()
@@ -85,7 +93,7 @@ class Reference:
         it is what ``generate`` gives, and very little where rounding decides between two."""
         tokens = torch.tensor([[*prompt, *output]])
         with torch.inference_mode():
-            logits = self._with_adapter(adapter, lambda: self._model(tokens).logits[0, :-1])
+            logits = self._with_adapter(adapter, lambda model: model(tokens).logits[0, :-1])
         logits = logits[len(prompt) - 1 :]
         chosen: torch.Tensor = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
         return float((logits.amax(-1) - chosen).max())
@@ -105,13 +113,20 @@ class Reference:
             "pad_token_id": 0,
         }
         with torch.inference_mode():
-            output = self._with_adapter(adapter, lambda: self._model.generate(ids, **options))
+            output = self._with_adapter(adapter, lambda model: model.generate(ids, **options))
         generated: list[int] = output[0, ids.shape[1] :].tolist()
         return generated
 
-    def _with_adapter(self, adapter: str | None, work: Callable[[], Any]) -> Any:
+    def _with_adapter(self, adapter: str | None, work: Callable[[Any], Any]) -> Any:
         if adapter is None:
-            with self._model.disable_adapter():
-                return work()
-        self._model.set_adapter(adapter)
-        return work()
+            with self._shared.disable_adapter():
+                return work(self._shared)
+        path = self._adapters[adapter]
+        model = self._with({adapter: path}) if _ties_embeddings(path) else self._shared
+        model.set_adapter(adapter)
+        return work(model)
+
+
+def _ties_embeddings(adapter: Path) -> bool:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    return bool(config.get("ensure_weight_tying"))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from triton.compiler import ASTSource
 from sglang_elora.kernels import launch_configs
 from sglang_elora.kernels.batch_tables import END, FIRST, OFFSETS, RANK, SCALING, record_ints
 from sglang_elora.kernels.lora_expand import _lora_expand
+from sglang_elora.kernels.lora_lookup import _BLOCK_N, _WEIGHTS, _lora_lookup
 from sglang_elora.kernels.lora_shrink import _lora_shrink
 from sglang_elora.kernels.page_copy import _BLOCK_WORDS, JOB_INTS, _page_copy
 
@@ -29,8 +31,7 @@ POINTERS = {
     **dict.fromkeys(("x", "plane", "output"), "weights"),
     "inner": "*fp32",
     **dict.fromkeys(("tiles", "rows"), "*i32"),
-    "addresses": "*i64",
-    "jobs": "*i64",
+    **dict.fromkeys(("addresses", "jobs", "planes", "tokens"), "*i64"),
 }
 WEIGHTS = {"bf16": "default.json", "fp16": "default.json", "fp32": "float32.json"}
 LORA = {
@@ -43,7 +44,7 @@ LORA = {
     "OFFSETS": OFFSETS,
     "EMULATED": False,
 }
-ALIGNED = {*POINTERS, "x_stride", "output_stride"} - {"jobs"}
+ALIGNED = {*POINTERS, "x_stride", "output_stride", "inner_stride"} - {"jobs", "tokens"}
 
 
 def compiled(
@@ -128,6 +129,24 @@ def launches(sm: int) -> Iterator[dict[str, Any]]:
         for entry in entries["expand"]:
             constants = expand_constants(entry)
             yield {"kernel": "expand", **of_launch(_lora_expand, constants, weights, sm, entry)}
+    for (weights, dtype), tile_rows in product(
+        zip(WEIGHTS, _WEIGHTS.values(), strict=True), (16, 64)
+    ):
+        constants = {
+            **{name: value for name, value in LORA.items() if name != "EMULATED"},
+            "SCALING": SCALING,
+            "WEIGHTS": dtype,
+            "PART_SIZE": 4032,
+            "A_STRIDE": 4032,
+            "PLANES": 2,
+            "BLOCK_M": tile_rows,
+            "BLOCK_N": _BLOCK_N,
+        }
+        yield {
+            "kernel": "lookup",
+            "weights": weights,
+            **compiled(_lora_lookup, constants, weights, sm, 4, 1),
+        }
     for to_pool in (True, False):
         constants = {
             "WORD": triton.language.int32,

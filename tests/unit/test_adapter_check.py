@@ -30,8 +30,6 @@ from tests.harness.peft_adapters import (
     tiny_config,
 )
 
-NOT_SERVED = frozenset({"embed_tokens", "lm_head"})
-
 
 # Adapters that must pass
 @pytest.mark.parametrize("family", FAMILIES)
@@ -219,40 +217,30 @@ def test_adapter_modules_within_the_server_targets_are_accepted(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("module", sorted(NOT_SERVED))
-def test_adapter_on_embedding_modules_is_refused(
-    tmp_path: Path, base: BaseShapes, module: str
+@pytest.mark.parametrize("named", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("ensured", [False, True])
+def test_adapter_check_accepts_adapted_embeddings_and_output_layers(
+    ensured: bool, tied: bool, named: list[str], tmp_path: Path
 ) -> None:
-    folder = save_adapter(tmp_path / "x", target_modules=["q_proj", module])
-    for allowed in (None, {"all"}, {"q_proj", module}):
-        text = refusal(folder, base, target_modules=allowed, refused_modules=NOT_SERVED)
-        assert_in(text, f"adapts {module}", "without --elora")
+    """With ``ensure_weight_tying`` PEFT adapts both of a tied pair, whichever is named."""
+    sizes = {"tie_word_embeddings": tied}
+    targets = ["q_proj", *named]
+    folder = save_adapter(
+        tmp_path / "x", sizes=sizes, target_modules=targets, ensure_weight_tying=ensured
+    )
+    base = BaseShapes.from_config(tiny_config("Llama", **sizes))
+    facts = check_adapter("a", str(folder), base)
+    both = {"embed_tokens", "lm_head"} if ensured and tied else set(named)
+    assert facts.served_modules == {"qkv_proj", *both}
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_output_layer_tied_to_an_adapted_embedding_is_refused(tmp_path: Path) -> None:
-    """PEFT then puts the factors on the embedding, also if only the output layer was named."""
-    tied = {"tie_word_embeddings": True}
-    for ensured in (False, True):
-        folder = save_adapter(
-            tmp_path / str(ensured),
-            sizes=tied,
-            target_modules=["q_proj", "lm_head"],
-            ensure_weight_tying=ensured,
-        )
-        base = BaseShapes.from_config(tiny_config("Llama", **tied))
-        if ensured:
-            assert_in(refusal(folder, base), "weights of 'lm_head' are not in target_modules")
-            edit_config(folder, target_modules=["q_proj", "model.embed_tokens", "lm_head"])
-            assert_in(refusal(folder, base, refused_modules={"embed_tokens"}), "embed_tokens")
-        else:
-            facts = check_adapter("a", str(folder), base, refused_modules={"embed_tokens"})
-            assert facts.served_modules == {"qkv_proj", "lm_head"}
-
-
-def test_config_naming_a_refused_module_is_refused_without_weights(
-    adapter: Path, base: BaseShapes
+def test_output_layer_is_not_a_target_because_the_embedding_is_one(
+    tmp_path: Path, base: BaseShapes
 ) -> None:
-    check_adapter("a", str(adapter), base, refused_modules=NOT_SERVED)
-    edit_config(adapter, target_modules=[*ALL_LINEAR, "lm_head"])  # SGLang reads this list
-    assert_in(refusal(adapter, base, refused_modules=NOT_SERVED), "adapts lm_head")
+    folder = save_adapter(tmp_path / "x", target_modules=["embed_tokens", "lm_head"])
+    edit_config(folder, target_modules=["embed_tokens"])
+    assert_in(refusal(folder, base), "weights of 'lm_head' are not in target_modules")
+    edit_config(folder, ensure_weight_tying=True)
+    check_adapter("a", str(folder), base)

@@ -85,7 +85,6 @@ def check_adapter(
     *,
     max_rank: int | None = None,
     target_modules: Iterable[str] | None = None,
-    refused_modules: Iterable[str] = (),
     drops_towers: bool = False,
     read_weights: bool = True,
 ) -> AdapterFacts:
@@ -98,7 +97,6 @@ def check_adapter(
         max_rank: The server's ``--max-lora-rank``.
         target_modules: The server's ``--lora-target-modules``, plain or fused names; "all"
             allows everything.
-        refused_modules: Served names of modules that the server cannot adapt at all.
         drops_towers: Leave out weights of a vision or audio encoder instead of refusing the
             adapter.
         read_weights: Also read the data, and refuse NaN and values beyond float16's range;
@@ -121,7 +119,7 @@ def check_adapter(
         return base.rows.difference(module, copy)
 
     facts = _check_parts(folder, config, base, tensors, difference, drops_towers=drops_towers)
-    _check_limits(folder, config, facts, max_rank, target_modules, refused_modules)
+    _check_limits(folder, config, facts, max_rank, target_modules)
     if read_weights:
         folder.raise_if_any(unusable_tensors(folder, files), _DIVERGED)
     return replace(facts, files=tuple(files))
@@ -186,7 +184,6 @@ def check_tensors(
     *,
     max_rank: int | None = None,
     target_modules: Iterable[str] | None = None,
-    refused_modules: Iterable[str] = (),
     drops_towers: bool = False,
 ) -> AdapterFacts:
     """``check_adapter`` for an adapter whose tensors arrive in a request.
@@ -213,7 +210,7 @@ def check_tensors(
         lambda module, info: base.rows.difference(module, tensors[info.name]),
         drops_towers=drops_towers,
     )
-    _check_limits(folder, parsed, facts, max_rank, target_modules, refused_modules)
+    _check_limits(folder, parsed, facts, max_rank, target_modules)
     folder.raise_if_any(unusable("tensors", tensors.items()), _DIVERGED)
     return facts
 
@@ -288,18 +285,10 @@ def _check_limits(
     facts: AdapterFacts,
     max_rank: int | None,
     target_modules: Iterable[str] | None,
-    refused_modules: Iterable[str],
 ) -> None:
     needed = facts.served_modules
     if not facts.num_dropped:  # otherwise modules of an encoder are named, too
         needed |= served_names(config.target_modules or ())
-    refused = sorted(needed & frozenset(refused_modules))
-    if refused:
-        raise folder.error(
-            CONFIG_FILE,
-            f"it adapts {', '.join(refused)}, where --elora does not serve LoRA",
-            "Train it on modules of the layers only, or run the server without --elora",
-        )
     if max_rank is not None and facts.rank > max_rank:
         raise folder.error(
             CONFIG_FILE,

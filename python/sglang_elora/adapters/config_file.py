@@ -2,9 +2,9 @@
 
 Covers every field of peft 0.21's LoraConfig. Accepted and ignored, because they do not change the
 forward ``W x + scaling * B A x``: training options (lora_dropout, exclude_modules,
-layers_to_transform, layers_pattern, eva_config, velora_config, ensure_weight_tying,
-runtime_config, megatron_*), and fan_in_fan_out, which says how the *base* weight is
-stored and matters only for merging. modules_to_save and ``bias`` are refused by their tensors.
+layers_to_transform, layers_pattern, eva_config, velora_config, runtime_config, megatron_*), and
+fan_in_fan_out, which says how the *base* weight is stored and matters only for merging.
+modules_to_save and ``bias`` are refused by their tensors.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ _REFUSED = {
     "trainable_token_indices": "it replaces rows of the embedding",
 }
 _ALORA = "alora_invocation_tokens"
+TIES_EMBEDDINGS = "ensure_weight_tying"
+_TIED = frozenset({"embed_tokens", "lm_head"})
 # init_lora_weights: these subtract the initial B A from the base weight.
 _ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -67,6 +69,9 @@ class AdapterConfig:
     """Empty also if all its values are r; and so for alpha."""
     alpha_pattern: ModulePattern
     base_model_name: str | None
+    ties_embeddings: bool = False
+    """PEFT's ``ensure_weight_tying``: if the base model's embedding and output layer share their
+    weight, both are adapted if one of them is named."""
 
     @property
     def scaling(self) -> float:
@@ -95,6 +100,8 @@ class AdapterConfig:
         if self.target_modules is None:
             return True
         parts = path.split(".")
+        if self.ties_embeddings and parts[-1] in _TIED:
+            return any(target.rsplit(".", 1)[-1] in _TIED for target in self.target_modules)
         endings = {".".join(parts[i:]) for i in range(len(parts))}
         return not endings.isdisjoint(self.target_modules)
 
@@ -146,6 +153,7 @@ def parse_config(folder: AdapterFolder, raw: Mapping[str, Any]) -> AdapterConfig
         rank_pattern=_pattern(folder, raw, "rank_pattern", rank),
         alpha_pattern=_pattern(folder, raw, "alpha_pattern", float(alpha)),
         base_model_name=base_name if isinstance(base_name, str) and base_name else None,
+        ties_embeddings=bool(raw.get(TIES_EMBEDDINGS)),
     )
 
 

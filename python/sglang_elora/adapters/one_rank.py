@@ -11,7 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sglang_elora.adapters.config_file import ALL_LINEAR, AdapterConfig, parse_config
+from sglang_elora.adapters.config_file import (
+    ALL_LINEAR,
+    TIES_EMBEDDINGS,
+    AdapterConfig,
+    parse_config,
+)
 from sglang_elora.adapters.errors import AdapterFolder
 from sglang_elora.adapters.tensor_rules import factor_of, is_factor, num_unserved
 
@@ -25,8 +30,8 @@ def one_rank_config(
     """The adapter_config.json of the tensors that ``one_rank_tensors`` returns.
 
     Also replaces ``target_modules`` by the names of the modules that are served, if it is a regular
-    expression, which is not read, or if some of the tensors are not served (how many: key
-    ``NUM_DROPPED``).
+    expression, which is not read, if PEFT adapted a tied module with one that it names, or if some
+    of the tensors are not served (how many: key ``NUM_DROPPED``).
 
     Args:
         name: The adapter's name, for errors.
@@ -39,7 +44,7 @@ def one_rank_config(
     config, made = _parse(name, stored), dict(stored)
     found = [(factor_of(key), shape) for key, shape in shapes.items() if is_factor(key)]
     ranks = {factor.path: shape[0] for factor, shape in found if factor and factor.side == "A"}
-    if _is_expression(stored["target_modules"]) or len(found) < len(shapes):
+    if _names_other_modules(stored) or len(found) < len(shapes):
         made["target_modules"] = sorted({path.rsplit(".", 1)[-1] for path in ranks})
         made[NUM_DROPPED] = num_unserved(shapes)
     if config.has_patterns:
@@ -81,14 +86,16 @@ def one_rank_tensors(
 def needs_one_rank(stored: Mapping[str, Any]) -> bool:
     """Whether ``one_rank_config`` may differ from the stored configuration."""
     return bool(
-        _is_expression(stored.get("target_modules"))
-        or stored.get("rank_pattern")
-        or stored.get("alpha_pattern")
+        _names_other_modules(stored) or stored.get("rank_pattern") or stored.get("alpha_pattern")
     )
 
 
-def _is_expression(targets: Any) -> bool:
-    return isinstance(targets, str) and targets not in ALL_LINEAR
+def _names_other_modules(stored: Mapping[str, Any]) -> bool:
+    """Whether ``target_modules`` may be other names than those of the adapted modules: a regular
+    expression, or one of two modules that PEFT adapts together."""
+    targets = stored.get("target_modules")
+    is_expression = isinstance(targets, str) and targets not in ALL_LINEAR
+    return is_expression or bool(stored.get(TIES_EMBEDDINGS))
 
 
 def _parse(name: str, stored: Mapping[str, Any]) -> AdapterConfig:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 __all__ = [
+    "EMBEDDING",
     "OUTPUT_LAYER",
+    "OUTSIDE_LAYERS",
     "TILE",
     "AdapterImage",
     "AdapterLayout",
@@ -13,10 +15,10 @@ __all__ = [
     "KVPlanes",
     "ModuleOffsets",
     "ModuleShape",
-    "OutputLayer",
     "PagedAdapter",
     "SlotTable",
     "StridedRows",
+    "VocabularyModule",
     "WeightRef",
     "block_bytes_for",
     "lazy_memory",
@@ -40,7 +42,12 @@ from sglang_elora.pages.layout import (
     ModuleShape,
     stacked_modules,
 )
-from sglang_elora.pages.output_layer import OUTPUT_LAYER, OutputLayer
 from sglang_elora.pages.paged_adapter import PagedAdapter
 from sglang_elora.pages.planes import KVPlanes, SlotTable, StridedRows
+from sglang_elora.pages.vocabulary import (
+    EMBEDDING,
+    OUTPUT_LAYER,
+    OUTSIDE_LAYERS,
+    VocabularyModule,
+)
 from sglang_elora.pages.weight_ref import WeightRef

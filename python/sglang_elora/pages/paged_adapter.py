@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from sglang_elora.kernels import MISSING, adapter_record
 from sglang_elora.pages.layout import AdapterLayout
-from sglang_elora.pages.output_layer import OUTPUT_LAYER
 from sglang_elora.pages.planes import KVPlanes, SlotTable, StridedRows
+from sglang_elora.pages.vocabulary import OUTSIDE_LAYERS
 
 _A = -1  # in place of a part of B
 _Matrix = tuple[str, int]  # module, part
@@ -77,8 +77,8 @@ class PagedAdapter:
 
     Valid until those slots are freed. Matrices in consecutive slots are views of the pool. The
     others of a layer are gathered into one copy per plane, which is valid until another layer is
-    asked for or ``forget_copies``. Those of the output layer have copies of their own: they are
-    read after all layers.
+    asked for or ``forget_copies``. The embedding and the output layer have copies of their own:
+    they are read before and after all layers.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class PagedAdapter:
         self._planes = planes
         self._records: dict[tuple[str, ...], NDArray[np.int32]] = {}
         self._views: dict[tuple[int, _Matrix], torch.Tensor] = {}
-        self._copies: dict[tuple[int, bool], _Copy] = {}  # by plane, and of the output layer
+        self._copies: dict[tuple[int, str | None], _Copy] = {}  # by plane and module outside layers
 
     def record(self, modules: tuple[str, ...]) -> NDArray[np.int32]:
         """The adapter's record for the kernels, with the modules' offsets in the given order."""
@@ -116,6 +116,17 @@ class PagedAdapter:
         """B of one part, transposed: ``[rank, out_features[part]]``."""
         return self._matrix(layer, (module, part))
 
+    def a_columns(self, layer: int, module: str, columns: torch.Tensor) -> torch.Tensor:
+        """Some columns of A, read from the pool: ``[len(columns), rank]``.
+
+        Args:
+            columns: int64, on the pool's device.
+        """
+        place = self._places[module]
+        rows = torch.arange(place.a_rows, device=columns.device) * place.a_stride
+        addresses = columns[:, None] + (place.a_offset + rows)
+        return self._planes.elements(0, layer, self._table, addresses)
+
     def forget_copies(self, *, free: bool = False) -> None:
         """Read the pool again in the next forward pass. Call between forward passes.
 
@@ -133,7 +144,7 @@ class PagedAdapter:
         if kept is not None:
             return kept
         plane = 0 if matrix[1] == _A else self._planes.num_planes - 1
-        key = plane, matrix[0] == OUTPUT_LAYER
+        key = plane, _outside(matrix)
         copy = self._copies.get(key)
         if copy is None:
             copy = self._copies[key] = self._copy_of(*key)
@@ -157,12 +168,13 @@ class PagedAdapter:
             for part in (_A, *range(len(place.b_offsets))):
                 yield module, part
 
-    def _copy_of(self, plane: int, output_layer: bool) -> _Copy:
-        """A copy of all matrices of the plane whose slots are not consecutive."""
+    def _copy_of(self, plane: int, outside: str | None) -> _Copy:
+        """A copy of the matrices of a plane whose slots are not consecutive: those of a module
+        outside the layers, or of all others."""
         scattered: dict[_Matrix, tuple[_Place, int, int]] = {}  # first slot, element in it
         is_copied = np.zeros(len(self._table), np.bool_)
         for matrix in self._matrices():
-            if (matrix[0] == OUTPUT_LAYER) != output_layer:
+            if _outside(matrix) != outside:
                 continue
             place = self._place(matrix)
             first, end, shift = self._planes.slots_of(place.rows)
@@ -176,3 +188,8 @@ class PagedAdapter:
         }
         slots = self._table.slots
         return _Copy(slots[torch.from_numpy(is_copied).to(slots.device)], places, self._planes)
+
+
+def _outside(matrix: _Matrix) -> str | None:
+    """The matrix's module if that is outside the layers."""
+    return matrix[0] if matrix[0] in OUTSIDE_LAYERS else None

@@ -236,6 +236,18 @@ class KVPlanes:
         touched = self._planes[plane][layer][run : run + end - first]
         return touched.view(-1)[shift : shift + rows.count * rows.stride].view(-1, rows.stride)
 
+    def elements(
+        self, plane: int, layer: int, table: SlotTable, addresses: torch.Tensor
+    ) -> torch.Tensor:
+        """Copies of single elements of an adapter, of the shape of ``addresses`` (int64)."""
+        slots = table.slots[addresses // self.slot_elems]
+        return self._planes[plane][layer][slots, addresses % self.slot_elems]
+
+    @cached_property
+    def addresses(self) -> torch.Tensor:
+        """int64 ``[layers, planes]`` on the device: where each plane of each layer begins."""
+        return self._pool_planes.addresses
+
     def gather(
         self, plane: int, layer: int, slots: torch.Tensor, memory: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -219,7 +219,7 @@ class PoolResidence(Residence):
             adapter_id,
             request.num_prompt,
             is_idle=is_idle and not batch,
-            replays_graph=False,
+            waits_whole=False,
         )
 
     def enter(self, request: Request) -> None:

@@ -205,20 +205,20 @@ class Planner(Generic[N]):
     # ==== Admission ====
 
     def is_hidden(
-        self, adapter_id: str, num_tokens: int, *, is_idle: bool, replays_graph: bool
+        self, adapter_id: str, num_tokens: int, *, is_idle: bool, waits_whole: bool
     ) -> bool:
         """Whether a batch with this prompt may start before the adapter's copy has finished.
 
         It may if no other request can run, since nothing is delayed then. Otherwise the copies must
         take no longer than the computation before the batch needs them: batches launched since the
-        copy was started, and the batch's own layers, as it waits for the weights layer by layer. A
-        batch that is replayed from a prefill graph waits for the whole copy before it begins, so
-        its own computation hides nothing.
+        copy was started, and the batch's own layers, as it waits for the weights layer by layer.
+        The own computation of a batch that waits for the whole copy before it begins hides nothing.
 
         Args:
             num_tokens: Tokens of the prompt.
             is_idle: No other request could run instead.
-            replays_graph: The batch is replayed from a prefill graph.
+            waits_whole: The batch is replayed from a prefill graph, or the adapter has weights for
+                the embedding.
         """
         memory, costs, slots = self._memory, self._costs, 0
         copy = memory.copies[adapter_id]
@@ -233,7 +233,7 @@ class Planner(Generic[N]):
         copying = slots * costs.load + costs.load_latency
         # Lower bound of a batch's time: each batch reads all of the model's weights.
         hiding = (memory.num_launches - copy.launches_before) * costs.batch
-        if not replays_graph:
+        if not waits_whole:
             hiding += costs.batch + num_tokens * costs.recompute
         return copying <= hiding
 

@@ -295,12 +295,6 @@ LORA = (
         lambda cfg: cfg.experts_shared_outer_loras is not None,
         "LoRA on MoE experts is not served",
     ),
-    Refusal(
-        "--lora-target-modules with embed_tokens",
-        lambda cfg: "embed_tokens" in served_names(cfg.lora_target_modules or ()),
-        "its LoRA weights have no place in the pages of a layer",
-        "leave it out, or run without --elora",
-    ),
 )
 
 MODELS = (

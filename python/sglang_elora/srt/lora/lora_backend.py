@@ -6,9 +6,10 @@ SGLang's LoRA layers pass their weight buffers to the backend; with ELORA these 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from sglang.srt.lora.backend.base_backend import BaseLoRABackend
 from typing_extensions import override
 
 from sglang_elora.pages import (
+    EMBEDDING,
     OUTPUT_LAYER,
+    OUTSIDE_LAYERS,
     KVPlanes,
     ModuleShape,
-    OutputLayer,
     PagedAdapter,
+    VocabularyModule,
     WeightRef,
 )
 from sglang_elora.swapper.adapter_copy import AdapterCopy
@@ -33,8 +36,6 @@ TORCH, TRITON = "elora_torch", "elora_triton"
 MAX_RANK = 256
 """Largest rank, unless ``--max-lora-rank`` or an adapter of ``--lora-paths`` has a higher one.
 Raising it takes more memory in CUDA graphs."""
-
-_NO_EMBEDDINGS = "adapters on embed_tokens are refused with --elora"
 
 
 class Graph(Enum):
@@ -50,7 +51,8 @@ class PagedLoRABackend(BaseLoRABackend):
     name: str
     skip_inactive_lora_batches = True  # a batch without adapters uses the layers without LoRA
     max_rank: int | None = None  # largest supported rank; None: no limit
-    output_layer: OutputLayer | None = None  # None: adapters have no weights for it
+    vocabulary: Mapping[str, VocabularyModule] = MappingProxyType({})
+    """The embedding and the output layer, those of them that adapters may have weights for."""
     _awaited: Sequence[AdapterCopy] = ()  # copies that each layer of the batch waits for
 
     def __init__(
@@ -87,8 +89,8 @@ class PagedLoRABackend(BaseLoRABackend):
         """
 
     @abstractmethod
-    def adapts_output(self, batch: Any = None) -> bool:
-        """Whether an adapter may have weights for the output layer.
+    def adapts(self, module: str, batch: Any = None) -> bool:
+        """Whether an adapter may have weights for the embedding or the output layer.
 
         Args:
             batch: The rows that reach it, if not those of ``set_batch``.
@@ -119,8 +121,9 @@ class PagedLoRABackend(BaseLoRABackend):
     def await_copies(self, copies: Sequence[AdapterCopy], graph: Graph | None) -> None:
         """Make the next batch wait for weights that may not be in their slots yet.
 
-        Each layer waits for its own weights. A CUDA graph cannot do that, so a replayed batch waits
-        for the whole copies before it begins. ``Swapper.is_hidden`` relies on both.
+        Each layer waits for its own weights; the embedding and the output layer wait for all. A
+        CUDA graph cannot do that, so a replayed batch waits for the whole copies before it begins.
+        ``Swapper.is_hidden`` relies on both.
         """
         self._awaited = copies if graph is None else ()
         for copy in copies if graph is not None else ():
@@ -132,9 +135,19 @@ class PagedLoRABackend(BaseLoRABackend):
         raise NotImplementedError(f"{self.name} takes its batches from set_batch")
 
     @override
-    def run_lora_a_embedding(self, *_: Any, **__: Any) -> torch.Tensor:
-        """Not supported: SGLang's version returns None."""
-        raise NotImplementedError(_NO_EMBEDDINGS)
+    def run_lora_a_embedding(
+        self, input_ids: torch.Tensor, weights: WeightRef, *_: Any, **__: Any
+    ) -> torch.Tensor:
+        """``A[:, token] * scaling`` of each row's adapter, as input for ``run_lora_b_sgemm``.
+
+        Args:
+            input_ids: Integers ``[rows]``; those outside the vocabulary give zeros.
+        """
+        if not self.adapts(EMBEDDING):
+            return input_ids.new_empty(0)
+        for copy in self._awaited:  # the first layer to compute needs parts of all
+            copy.wait()
+        return self.lookup(input_ids, weights)
 
     @override
     def run_lora_a_sgemm(
@@ -150,12 +163,10 @@ class PagedLoRABackend(BaseLoRABackend):
         if weights.module != OUTPUT_LAYER:
             return self._shrink_when_there(x, weights)
         batch = options.get("pruned_batch_info")
-        if not self.adapts_output(batch):
+        if not self.adapts(OUTPUT_LAYER, batch):
             return x.new_empty(0)
-        assert self.output_layer is not None
         for copy in self._awaited:
-            for layer in range(self.output_layer.num_layers):
-                copy.wait_layer(layer)
+            copy.wait()
         return self.shrink(x, weights, batch)
 
     @override
@@ -173,15 +184,15 @@ class PagedLoRABackend(BaseLoRABackend):
         """Add ``x @ B^T`` of each row's adapter to ``base_output``, part by part, in place.
 
         Args:
-            x: Result of ``run_lora_a_sgemm`` for the same module.
+            x: Result of ``run_lora_a_sgemm`` or ``run_lora_a_embedding`` for the same module.
             base_output: ``[rows, sum of out_features]``, or wider for the output layer.
         """
-        if weights.module != OUTPUT_LAYER:
-            return self.expand(x, weights, base_output)
-        if not self.adapts_output(pruned_batch_info):
+        module = weights.module
+        if module in OUTSIDE_LAYERS and not self.adapts(module, pruned_batch_info):
             return base_output
-        assert self.output_layer is not None
-        for layer, (start, end) in enumerate(self.output_layer.parts):
+        if module != OUTPUT_LAYER:
+            return self.expand(x, weights, base_output)
+        for layer, (start, end) in enumerate(self.vocabulary[OUTPUT_LAYER].parts):
             part = replace(weights, layer=layer)
             self.expand(x, part, base_output[:, start:end], pruned_batch_info)
         return base_output
@@ -206,6 +217,10 @@ class PagedLoRABackend(BaseLoRABackend):
         for copy in self._awaited:
             copy.wait_layer(weights.layer)
         return self.shrink(x, weights)
+
+    @abstractmethod
+    def lookup(self, tokens: torch.Tensor, weights: WeightRef) -> torch.Tensor:
+        """As ``run_lora_a_embedding``, without waiting for copies."""
 
     @abstractmethod
     def shrink(self, x: torch.Tensor, weights: WeightRef, batch: Any = None) -> torch.Tensor:

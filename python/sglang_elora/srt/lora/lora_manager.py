@@ -32,7 +32,7 @@ from sglang_elora.adapters import (
     why_not_stacked,
 )
 from sglang_elora.control import StateMirror
-from sglang_elora.pages import OUTPUT_LAYER, AdapterImage, AdapterLayout, PagedAdapter
+from sglang_elora.pages import EMBEDDING, OUTPUT_LAYER, AdapterImage, AdapterLayout, PagedAdapter
 from sglang_elora.srt.lora.adapter_weights import stored_config
 from sglang_elora.srt.lora.lora_backend import MAX_RANK, Graph, PagedLoRABackend
 from sglang_elora.srt.lora.lora_pool import PagedLoRAPool
@@ -67,13 +67,13 @@ class EloraLoRAManager(LoRAManager):
         self.mirror = StateMirror()
         # Batches and pins are limited by memory, not by a number of slots.
         super().__init__(*args, max_loras_per_batch=sys.maxsize, **kwargs)
-        self.memory_pool.take_output_module(self.lm_head_module)
+        self.memory_pool.take_vocabulary(self.embed_tokens_module, self.lm_head_module)
         self._shapes = self.memory_pool.module_shapes(self.lora_modules)
         max_rank = kwargs.get("max_lora_rank") or max(self.max_lora_rank, MAX_RANK)
         self.lora_backend.set_model(
             self._shapes, self.dtype, max_rank=max_rank, tp_size=self.memory_pool.tp_size
         )
-        self.lora_backend.output_layer = self.memory_pool.output_layer
+        self.lora_backend.vocabulary = self.memory_pool.vocabulary
         self.memory_pool.max_rank = self.lora_backend.max_rank
 
     @override
@@ -83,16 +83,30 @@ class EloraLoRAManager(LoRAManager):
         """Find the target modules.
 
         Raises:
-            ValueError: The output layer is named, and cannot be adapted.
+            ValueError: The embedding or the output layer is named, and cannot be adapted.
         """
         super().init_lora_shapes(max_lora_rank, target_modules)
-        # "all" includes it; adapters with weights for it were refused.
-        left_out = {"embed_tokens"}
-        if OUTPUT_LAYER in self.target_modules and (reason := self._why_output_layer_is_plain()):
-            if set(target_modules or ()) != {"all"}:
-                raise ValueError(f"LoRA on {OUTPUT_LAYER} is not served with this model: {reason}")
-            left_out.add(OUTPUT_LAYER)
-        self.target_modules: set[str] = self.target_modules - left_out
+        # "all" includes them; adapters with weights for them are refused.
+        named = set(target_modules or ()) != {"all"}
+        served = self.target_modules
+        for module, reason_of in (
+            (EMBEDDING, self._why_embedding_is_plain),
+            (OUTPUT_LAYER, self._why_output_layer_is_plain),
+        ):
+            if module in served and (reason := reason_of()):
+                if named:
+                    raise ValueError(f"LoRA on {module} is not served with this model: {reason}")
+                served = served - {module}
+        self.target_modules: set[str] = served
+
+    def _why_embedding_is_plain(self) -> str | None:
+        """Why SGLang's LoRA layer cannot take the place of the embedding."""
+        found = self._modules_named(EMBEDDING)
+        if len(set(found)) != 1 or not isinstance(found[0], VocabParallelEmbedding):
+            return "SGLang's LoRA does not know the class of its embedding"
+        if not self._modules_named(OUTPUT_LAYER):
+            return "its embedding computes the logits, too"
+        return None
 
     def _why_output_layer_is_plain(self) -> str | None:
         """Why SGLang's LoRA layer would compute other logits than the plain output layer."""
@@ -101,16 +115,20 @@ class EloraLoRAManager(LoRAManager):
             getattr(config, f"enable_lm_head_{which}", False) for which in ("fp32", "output_fp32")
         ):
             return "its logits are computed in float32 (--enable-fp32-lm-head)"
-        found = [
-            module
-            for name, module in self.base_model.named_modules(remove_duplicate=False)
-            if name.rsplit(".", 1)[-1] == OUTPUT_LAYER
-        ]
+        found = self._modules_named(OUTPUT_LAYER)
         if not all(isinstance(module, VocabParallelEmbedding) for module in found):
             return "SGLang's LoRA does not know the class of its output layer"
         if not all(isinstance(m.quant_method, UnquantizedEmbeddingMethod) for m in found):
             return "its output layer is quantized"
         return None
+
+    def _modules_named(self, name: str) -> list[Any]:
+        """The model's modules of this name, a shared one under each of its names."""
+        return [
+            module
+            for path, module in self.base_model.named_modules(remove_duplicate=False)
+            if path.rsplit(".", 1)[-1] == name
+        ]
 
     @override
     def init_memory_pool(self) -> None:
@@ -260,7 +278,7 @@ class EloraLoRAManager(LoRAManager):
         self, forward_batch: ForwardBatch, adapters: Sequence[PagedAdapter | None]
     ) -> None:
         """Set the rows that reach the output layer, if they are not all rows of the batch."""
-        if self.lora_backend.output_layer is None:
+        if OUTPUT_LAYER not in self.lora_backend.vocabulary:
             return
         lengths = get_lm_head_pruned_lens(forward_batch)
         if lengths is None:

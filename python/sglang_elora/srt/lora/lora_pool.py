@@ -6,8 +6,9 @@ one holds references; the weights lie in the KV pool (``residency.py``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +17,13 @@ from sglang.srt.lora.utils import get_target_module_name
 from typing_extensions import override
 
 from sglang_elora.pages import (
+    EMBEDDING,
     OUTPUT_LAYER,
+    OUTSIDE_LAYERS,
     AdapterImage,
     AdapterLayout,
     ModuleShape,
-    OutputLayer,
+    VocabularyModule,
     WeightRef,
 )
 
@@ -48,7 +51,7 @@ class _Shaped(LoRAMemoryPool):
             (self.A_buffer, self.get_lora_A_shape),
             (self.B_buffer, self.get_lora_B_shape),
         ):
-            for module in self.target_modules - {OUTPUT_LAYER}:
+            for module in self.target_modules - OUTSIDE_LAYERS:
                 shapes = [
                     shape_of(module, base_model, self.max_lora_rank, layer)
                     for layer in range(self.num_layer)
@@ -56,13 +59,20 @@ class _Shaped(LoRAMemoryPool):
                 buffers[module] = [
                     self._entry(layer, module, shape) for layer, shape in enumerate(shapes)
                 ]
-        if OUTPUT_LAYER in self.target_modules:
-            for buffer, shape_of in (
-                (self.lm_head_A_buffer, self.get_embedding_lora_A_shape),
-                (self.lm_head_B_buffer, self.get_embedding_lora_B_shape),
+        for module in self.target_modules & OUTSIDE_LAYERS:
+            for buffer, shape_of in zip(
+                self.outside_buffers(module),
+                (self.get_embedding_lora_A_shape, self.get_embedding_lora_B_shape),
+                strict=True,
             ):
-                shape = shape_of(OUTPUT_LAYER, base_model, self.max_lora_rank, 0)
-                buffer[OUTPUT_LAYER] = self._entry(0, OUTPUT_LAYER, shape)
+                shape = shape_of(module, base_model, self.max_lora_rank, 0)
+                buffer[module] = self._entry(0, module, shape)
+
+    def outside_buffers(self, module: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """SGLang's tables of A and B of the embedding or the output layer."""
+        if module == EMBEDDING:
+            return self.embedding_A_buffer, self.embedding_B_buffer
+        return self.lm_head_A_buffer, self.lm_head_B_buffer
 
 
 class PagedLoRAPool(_Shaped):
@@ -71,7 +81,7 @@ class PagedLoRAPool(_Shaped):
     on_removed: Callable[[str], None]  # called with an unloaded adapter's id; set by the manager
     max_rank: int | None = None  # largest rank of the backend; set by the manager
     output_module: ParallelLMHeadWithLoRA | None = None  # set by the manager, as the next
-    output_layer: OutputLayer | None = None
+    vocabulary: Mapping[str, VocabularyModule] = MappingProxyType({})
 
     def _entry(self, layer: int, module: str, shape: tuple[int, ...]) -> WeightRef:
         device = next(self.base_model.parameters()).device
@@ -117,18 +127,22 @@ class PagedLoRAPool(_Shaped):
                         f"--elora needs layers of one shape, but {full_name} is {shape} and the "
                         f"first {name} is {shapes[name]}: run without --elora"
                     )
-        if self.output_layer is not None:
-            shapes[OUTPUT_LAYER] = self.output_layer.shape
+        shapes |= {name: module.shape for name, module in self.vocabulary.items()}
         return tuple(shapes[name] for name in sorted(shapes))
 
-    def take_output_module(self, module: ParallelLMHeadWithLoRA | None) -> None:
-        """Set the output layer, if the model has one and adapters may have weights for it."""
-        if module is None:
-            return
-        _, _, in_features = self.lm_head_A_buffer[OUTPUT_LAYER].shape
-        _, vocab_size, _ = self.lm_head_B_buffer[OUTPUT_LAYER].shape
-        self.output_module = module
-        self.output_layer = OutputLayer(in_features, vocab_size, self.num_layer)
+    def take_vocabulary(
+        self, embedding: torch.nn.Module | None, output: ParallelLMHeadWithLoRA | None
+    ) -> None:
+        """Set the embedding and the output layer, those of them that the model has and that
+        adapters may have weights for."""
+        self.output_module = output
+        vocabulary = {}
+        for name, module in ((EMBEDDING, embedding), (OUTPUT_LAYER, output)):
+            if module is not None:
+                a, b = (buffer[name] for buffer in self.outside_buffers(name))
+                sizes = (b.shape[1], a.shape[2]) if name == EMBEDDING else (a.shape[2], b.shape[1])
+                vocabulary[name] = VocabularyModule(name, *sizes, self.num_layer)
+        self.vocabulary = vocabulary
 
     def layout_of(self, adapter: LoRAAdapter, shapes: Sequence[ModuleShape]) -> AdapterLayout:
         """Layout of this adapter's weights, given the modules that it has."""
@@ -138,8 +152,11 @@ class PagedLoRAPool(_Shaped):
             for name in layer.weights
             if any(target in name for target in self.target_modules)
         }
-        if any(OUTPUT_LAYER in name for name in adapter.embedding_layers):
-            present.add(OUTPUT_LAYER)
+        present |= {
+            module
+            for module in self.vocabulary
+            if any(module in name for name in adapter.embedding_layers)
+        }
         return AdapterLayout.build(
             adapter.config.r, [shape for shape in shapes if shape.name in present]
         )
@@ -159,18 +176,17 @@ class PagedLoRAPool(_Shaped):
                 new memory.
             version: As in ``AdapterImage.build``.
         """
-        layout, output_layer = self.layout_of(adapter, shapes), self.output_layer
-        left_out = set() if OUTPUT_LAYER in layout.places else {OUTPUT_LAYER}
+        layout = self.layout_of(adapter, shapes)
+        left_out = OUTSIDE_LAYERS - layout.places.keys()
         staging = _Staging(self, adapter.config.r, self.target_modules - left_out)
         staging.load_lora_weight_to_buffer(
             adapter.uid, 0, adapter, modules, None, self.output_module
         )
 
         def matrices(layer: int, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-            if module == OUTPUT_LAYER:
-                assert output_layer is not None
-                b = output_layer.part_of(layer, staging.lm_head_B_buffer[module][0])
-                return staging.lm_head_A_buffer[module][0], b
+            if module in OUTSIDE_LAYERS:
+                a, b = (buffer[module][0] for buffer in staging.outside_buffers(module))
+                return self.vocabulary[module].part_of(layer, a, b)
             return staging.A_buffer[module][layer][0], staging.B_buffer[module][layer][0]
 
         return AdapterImage.build(

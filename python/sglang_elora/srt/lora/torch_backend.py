@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from sglang_elora.pages import OUTPUT_LAYER, ModuleShape, PagedAdapter, WeightRef
+from sglang_elora.pages import EMBEDDING, OUTPUT_LAYER, ModuleShape, PagedAdapter, WeightRef
 from sglang_elora.srt.lora.grouped_rows import Index, expand_rows, rows_by_adapter, shrink_rows
 from sglang_elora.srt.lora.lora_backend import TORCH, Graph, PagedLoRABackend, Segment
 
@@ -62,6 +62,7 @@ class EloraTorchBackend(PagedLoRABackend):
     def set_model(
         self, shapes: Sequence[ModuleShape], dtype: torch.dtype, *, max_rank: int, tp_size: int
     ) -> None:
+        self._dtype = dtype
         self._out_features = {shape.name: shape.out_features for shape in shapes}
 
     def set_batch(self, segments: Sequence[Segment], graph: Graph | None = None) -> None:
@@ -72,12 +73,31 @@ class EloraTorchBackend(PagedLoRABackend):
             group.adapter.forget_copies(free=id(group.adapter) not in adapters)
         self._groups = self.batch_info.groups
 
-    def adapts_output(self, batch: PagedBatch | None = None) -> bool:
-        groups = (batch or self._batch).groups
-        return any(group.adapter.has(OUTPUT_LAYER) for group in groups)
+    def adapts(self, module: str, batch: PagedBatch | None = None) -> bool:
+        return any(group.adapter.has(module) for group in (batch or self._batch).groups)
 
     def batch_of(self, segments: Sequence[Segment]) -> PagedBatch:
         return PagedBatch.of(segments, self.device)
+
+    def lookup(self, tokens: torch.Tensor, weights: WeightRef) -> torch.Tensor:
+        """``A[:, token] * scaling`` of each row's adapter.
+
+        Returns:
+            As ``shrink``.
+        """
+        part_size = self.vocabulary[EMBEDDING].part_size
+        groups = self._batch.groups_with(EMBEDDING, tokens)
+        width = max((group.adapter.rank for group in groups), default=0)
+        output = torch.zeros(len(tokens), width, dtype=self._dtype, device=tokens.device)
+        for group in groups:
+            own, adapter = tokens[group.index], group.adapter
+            columns = output.new_zeros(len(own), adapter.rank)
+            layers = own // part_size
+            for layer in set(layers.tolist()) & set(range(self.vocabulary[EMBEDDING].num_layers)):
+                here = (layers == layer).nonzero().flatten()
+                columns[here] = adapter.a_columns(layer, EMBEDDING, own[here] % part_size)
+            output[group.index, : adapter.rank] = columns * adapter.scaling
+        return output
 
     def shrink(
         self, x: torch.Tensor, weights: WeightRef, batch: PagedBatch | None = None

@@ -22,12 +22,14 @@ from sglang_elora.kernels import (
     StackedModule,
     expand_config,
     lora_expand,
+    lora_lookup,
     lora_shrink,
     record_ints,
     shrink_config,
     tuned_tile_counts,
 )
 from sglang_elora.pages import (
+    EMBEDDING,
     OUTPUT_LAYER,
     KVPlanes,
     ModuleShape,
@@ -35,6 +37,7 @@ from sglang_elora.pages import (
     WeightRef,
     stacked_modules,
 )
+from sglang_elora.pages.layout import padded
 from sglang_elora.srt.lora.lora_backend import TRITON, Graph, PagedLoRABackend, Segment
 from sglang_elora.srt.mem_cache.kv_pool import planes_of
 
@@ -56,14 +59,14 @@ class LaunchedBatch:
         max_rank: Largest rank that the tables may hold when the kernels run.
         graph: Whether the launches may be captured. The tables then change before a replay, so
             kernels are launched for as many tiles as the tables can hold.
-        adapts_output: Whether an adapter has weights for the output layer.
+        outside_layers: Which of the embedding and the output layer an adapter has weights for.
     """
 
     tables: BatchTables
     num_rows: int
     max_rank: int
     graph: bool
-    adapts_output: bool
+    outside_layers: frozenset[str]
     use_cuda_graph = False  # of the output layer's own rows
 
     @property
@@ -131,9 +134,9 @@ class EloraTritonBackend(PagedLoRABackend):
     def set_batch(self, segments: Sequence[Segment], graph: Graph | None = None) -> None:
         self.batch_info = self._loaded(segments, graph)
 
-    def adapts_output(self, batch: LaunchedBatch | None = None) -> bool:
+    def adapts(self, module: str, batch: LaunchedBatch | None = None) -> bool:
         batch = batch or self._batch
-        return batch.graph or batch.adapts_output
+        return batch.graph or module in batch.outside_layers
 
     def batch_of(self, segments: Sequence[Segment]) -> LaunchedBatch:
         return self._loaded(segments, None)
@@ -155,8 +158,12 @@ class EloraTritonBackend(PagedLoRABackend):
             tile_rows = DECODE_TILE_ROWS if small else PREFILL_TILE_ROWS
             tables, max_rank = self._tables(num_rows, num_adapters, tile_rows), batch.max_rank
         tables.load(batch)
-        adapts_output = any(adapter.has(OUTPUT_LAYER) for adapter in adapters.values())
-        return LaunchedBatch(tables, batch.num_rows, max_rank, graph is not None, adapts_output)
+        outside = frozenset(
+            module
+            for module in self.vocabulary
+            if any(adapter.has(module) for adapter in adapters.values())
+        )
+        return LaunchedBatch(tables, batch.num_rows, max_rank, graph is not None, outside)
 
     @override
     def run_lora_a_sgemm(
@@ -166,6 +173,36 @@ class EloraTritonBackend(PagedLoRABackend):
         sum the result."""
         inner = super().run_lora_a_sgemm(x, weights, *args, **options)
         return inner.sum(dim=0, keepdim=True) if self._tp_size > 1 else inner
+
+    def lookup(self, tokens: torch.Tensor, weights: WeightRef) -> torch.Tensor:
+        """``A[:, token] * scaling`` of each row's adapter.
+
+        Returns:
+            As ``shrink``, with one split.
+        """
+        batch = self._batch
+        assert len(tokens) >= batch.num_rows, (
+            f"{EMBEDDING}: {len(tokens)} rows in a batch of {batch.num_rows}"
+        )
+        return self._looked_up(
+            tokens, self._planes_of_forward(), batch, num_tiles=batch.num_tiles(len(tokens))
+        )
+
+    def _looked_up(
+        self, tokens: torch.Tensor, planes: KVPlanes, batch: LaunchedBatch, num_tiles: int
+    ) -> torch.Tensor:
+        module = self._modules[EMBEDDING]
+        return lora_lookup(
+            tokens,
+            planes.addresses,
+            batch.tables,
+            module,
+            vocab_size=self.vocabulary[EMBEDDING].vocab_size,
+            slot_elems=planes.slot_elems,
+            dtype=self._dtype,
+            width=module.inner_width(batch.max_rank),
+            num_tiles=num_tiles,
+        )
 
     def shrink(
         self, x: torch.Tensor, weights: WeightRef, batch: LaunchedBatch | None = None
@@ -220,19 +257,30 @@ class EloraTritonBackend(PagedLoRABackend):
         # Triton compiles separately for pointers that are multiples of 16 bytes and for others.
         differ = {tuple(plane.data_ptr() % 16 == 0 for plane in layer): layer for layer in layers}
         sizes = [DECODE_TILE_ROWS] if self._deterministic else [DECODE_TILE_ROWS, PREFILL_TILE_ROWS]
-        modules = list(self._modules.values())
-        if self.output_layer is not None:
-            start, end = self.output_layer.parts[-1]
-            last = replace(self._modules[OUTPUT_LAYER], out_features=(end - start,))
+        modules = list(self._modules.items())
+        if OUTPUT_LAYER in self.vocabulary:
+            start, end = self.vocabulary[OUTPUT_LAYER].parts[-1]
+            last = OUTPUT_LAYER, replace(self._modules[OUTPUT_LAYER], out_features=(end - start,))
             modules += [last] if last not in modules else []
-        for tile_rows, module, (a, b) in product(sizes, modules, differ.values()):
+        for tile_rows, (name, module), (a, b) in product(sizes, modules, differ.values()):
             tables = self._tables(1, 1, tile_rows)
             x = torch.zeros(1, module.in_features, dtype=self._dtype, device=self.device)
-            output, width = x.new_zeros(1, sum(module.out_features)), module.inner_width(1)
+            num_columns, width = sum(module.out_features), module.inner_width(1)
+            if name == OUTPUT_LAYER:
+                num_columns = padded(num_columns)  # as SGLang pads the rows of logits
+            output = x.new_zeros(1, num_columns)
+            inner = None
+            if name == EMBEDDING:
+                tokens = torch.zeros(1, dtype=torch.int64, device=self.device)
+                batch = LaunchedBatch(tables, 1, 1, graph=False, outside_layers=frozenset())
+                inner = self._looked_up(tokens, planes, batch, num_tiles=1)
             for tiles in tuned_tile_counts(self.device, self._dtype):
-                shrink = self._shrink_config(module, tables, tiles)
+                if name != EMBEDDING:
+                    shrink = self._shrink_config(module, tables, tiles)
+                    inner = lora_shrink(
+                        x, a, tables, module, width=width, num_tiles=1, config=shrink
+                    )
                 expand = self._expand_config(module, tables, tiles)
-                inner = lora_shrink(x, a, tables, module, width=width, num_tiles=1, config=shrink)
                 lora_expand(inner, b, tables, module, output, num_tiles=1, config=expand)
 
     def _shrink_config(

@@ -13,7 +13,7 @@ from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import BaseEvictionResult
 
 from sglang_elora.control import Histogram, Tier
-from sglang_elora.pages import AdapterImage, AdapterLayout, PagedAdapter
+from sglang_elora.pages import EMBEDDING, AdapterImage, AdapterLayout, PagedAdapter
 from sglang_elora.srt.mem_cache import branches
 from sglang_elora.srt.mem_cache.copy_stream import CopyStream
 from sglang_elora.srt.mem_cache.free_order import FreeOrder
@@ -341,6 +341,11 @@ class Residency:
     def paged(self, adapter_id: str) -> PagedAdapter:
         """The resident adapter for the LoRA backend. Its copy may still be in ``copies``."""
         return self._paged[adapter_id]
+
+    def adapts_embedding(self, adapter_id: str) -> bool:
+        """Whether a resident adapter has weights for the embedding, so that a batch waits for its
+        whole copy."""
+        return self._paged[adapter_id].has(EMBEDDING)
 
     def _evicted(self, adapter_id: str) -> None:
         copy = self.copies.pop(adapter_id, None)

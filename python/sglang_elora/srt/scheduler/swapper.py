@@ -90,7 +90,8 @@ class Swapper:
             copy.adapter_id,
             num_tokens,
             is_idle=is_idle,
-            replays_graph=not is_idle and self._replays_graph(num_tokens, adder),
+            waits_whole=self.residency.adapts_embedding(copy.adapter_id)
+            or (not is_idle and self._replays_graph(num_tokens, adder)),
         )
 
     def _replays_graph(self, num_tokens: int, adder: PrefillAdder) -> bool:

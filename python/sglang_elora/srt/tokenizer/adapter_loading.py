@@ -190,7 +190,6 @@ def _limits_of(lora: Any) -> dict[str, Any]:
     return {
         "max_rank": lora.max_lora_rank,
         "target_modules": set(modules) if modules else None,
-        "refused_modules": {"embed_tokens"},
         "drops_towers": active_config().tower_weights == "drop",
     }
 
