@@ -66,7 +66,7 @@ def server(
     flags += ["--max-lora-rank", "64", "--lora-target-modules", "all", *MODES[request.param]]
     log_path = logs / f"peft-options-{request.param}.log"
     env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if num_ranks == 2 else LOGITS_IN_PASSES
-    flags = ["--elora", "--elora-check", *flags]
+    flags = ["--elora", "--elora-check", "--elora-check-streams", "latest", *flags]
     with ServerProcess(flags, log_path=log_path, env=env) as server:
         yield server
 

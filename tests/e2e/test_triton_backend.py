@@ -17,14 +17,15 @@ import pytest
 from sglang_elora.testbed.adapters import make_adapters
 from sglang_elora.testbed.checkpoint import ModelShape, make_checkpoint
 from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess
+from tests.harness import peft_kinds
 from tests.harness.adapter_specs import SPECS
 from tests.harness.client import Answer, Client
 from tests.harness.plugin_packages import install_plugin
 from tests.harness.reference import Reference
 from tests.harness.server_flags import server_flags
 
-# Every module, ranks above and below a tile.
-NAMES = ("attention-r24", "all-r4", None)
+# Every module, the embedding and the output layer too; ranks above and below a tile.
+NAMES = ("embedding-and-all", "all-r4", None)
 NUM_TOKENS = 3  # because the interpreter takes up to 25 s for a batch
 PREFILL_TOKENS = 16
 GRAPHS = (
@@ -44,7 +45,10 @@ async def test_triton_backend_outputs_equal_the_reference(
     """Mixed batches of prefill and decode, then again from the cache in a shorter batch."""
     checkpoint = make_checkpoint(models / "two-layers", shape=ModelShape(num_layers=2))
     specs = [spec for spec in SPECS if spec.name in NAMES]
-    adapters = make_adapters(checkpoint, models / "two-layers-adapters", specs)
+    adapters = {
+        **peft_kinds.make(checkpoint, tmp_path / "kinds", NAMES[:1]),
+        **make_adapters(checkpoint, models / "two-layers-adapters", specs),
+    }
     reference = Reference(checkpoint, adapters)
     elora = ["--elora", "--elora-check", "--lora-backend", "elora_triton"]
     prompt = prompts[0][: PREFILL_TOKENS // 2]
