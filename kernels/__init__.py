@@ -19,6 +19,7 @@ __all__ = [
     "expand_config",
     "job_ints",
     "lora_expand",
+    "lora_logits",
     "lora_lookup",
     "lora_shrink",
     "page_copy",
@@ -42,6 +43,7 @@ from sglang_elora.kernels.launch_configs import (
     tuned_tile_counts,
 )
 from sglang_elora.kernels.lora_expand import lora_expand
+from sglang_elora.kernels.lora_logits import lora_logits
 from sglang_elora.kernels.lora_lookup import lora_lookup
 from sglang_elora.kernels.lora_shrink import lora_shrink
 from sglang_elora.kernels.page_copy import Contiguous, PoolPlanes, job_ints, page_copy

@@ -12,6 +12,101 @@ from sglang_elora.kernels.launch_configs import ExpandConfig
 from sglang_elora.kernels.stacked_module import StackedModule
 
 
+@triton.jit
+def add_product(
+    inner,
+    plane,
+    output,
+    tiles,
+    addresses,
+    rows,
+    inner_split_stride,
+    inner_stride,
+    output_stride,
+    num_splits,
+    num_tiles,
+    part,
+    before,
+    stride,
+    column,
+    n0,
+    out_features,
+    MODULE: tl.constexpr,
+    SLOT_ELEMS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RECORD: tl.constexpr,
+    FIRST: tl.constexpr,
+    END: tl.constexpr,
+    RANK: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """Add one block of columns of ``inner @ B^T``, for a stride over the tiles.
+
+    Args:
+        part: The part of the module that the columns belong to.
+        before: Elements of B before the part, per rank.
+        stride: Elements from one row of the part's B^T to the next.
+        column: The part's first column in the output.
+        n0: First column of the block, in the part.
+        out_features: Columns of the part.
+    """
+    n = tl.arange(0, BLOCK_N)
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        record = tiles + tile * RECORD
+        first = tl.load(record + FIRST)
+        end = tl.load(record + END)
+        rank = tl.load(record + RANK)
+        offset = tl.load(record + OFFSETS + 2 * MODULE + 1)
+        table = tl.load(addresses + tile * (RECORD // 2)).to(tl.pointer_type(tl.int32))
+        if (first < end) & (offset >= 0):
+            m = first + tl.arange(0, BLOCK_M)
+            mask_m = m < end
+            row = tl.load(rows + m, mask=mask_m, other=0).to(tl.int64)
+            product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for r0 in range(0, rank, BLOCK_R):
+                r = r0 + tl.arange(0, BLOCK_R)
+                mask_r = r < rank
+                inner_columns = inner + row[:, None] * inner_stride + (part * rank + r)[None, :]
+                mask_inner = mask_m[:, None] & mask_r[None, :]
+                inner_tile = tl.load(inner_columns, mask=mask_inner, other=0.0)
+                for split in range(1, num_splits):
+                    inner_tile += tl.load(
+                        inner_columns + split * inner_split_stride, mask=mask_inner, other=0.0
+                    )
+                starts = offset + before * rank + r * stride
+                b_tile = load_rows(
+                    plane,
+                    table,
+                    starts,
+                    mask_r,
+                    n0,
+                    out_features,
+                    SLOT_ELEMS,
+                    CHUNK,
+                    BLOCK_R,
+                    BLOCK_N,
+                    EVEN_N,
+                )
+                # Rounded to the weights' dtype, as in SGLang's kernels.
+                inner_tile = rounded(inner_tile, b_tile.dtype, EMULATED)
+                if EMULATED:
+                    inner_tile = inner_tile.to(tl.float32)
+                    b_tile = b_tile.to(tl.float32)
+                product = tl.dot(inner_tile, b_tile, product, input_precision="ieee")
+
+            to = output + row[:, None] * output_stride + (column + n0 + n)[None, :]
+            mask = mask_m[:, None]
+            if not EVEN_N:
+                mask = mask & (n0 + n < out_features)[None, :]
+            base = tl.load(to, mask=mask, other=0.0)
+            tl.store(to, rounded(base.to(tl.float32) + product, base.dtype, EMULATED), mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_splits", "num_tiles"])
 def _lora_expand(
     inner,
@@ -68,58 +163,38 @@ def _lora_expand(
         next_block += (OUT_FEATURES[p] + BLOCK_N - 1) // BLOCK_N
         next_column += OUT_FEATURES[p]
         next_before += B_STRIDES[p]
-    n0 = (block - first_block) * BLOCK_N
-    n = tl.arange(0, BLOCK_N)
-
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        record = tiles + tile * RECORD
-        first = tl.load(record + FIRST)
-        end = tl.load(record + END)
-        rank = tl.load(record + RANK)
-        offset = tl.load(record + OFFSETS + 2 * MODULE + 1)
-        table = tl.load(addresses + tile * (RECORD // 2)).to(tl.pointer_type(tl.int32))
-        if (first < end) & (offset >= 0):
-            m = first + tl.arange(0, BLOCK_M)
-            mask_m = m < end
-            row = tl.load(rows + m, mask=mask_m, other=0).to(tl.int64)
-            product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            for r0 in range(0, rank, BLOCK_R):
-                r = r0 + tl.arange(0, BLOCK_R)
-                mask_r = r < rank
-                inner_columns = inner + row[:, None] * inner_stride + (part * rank + r)[None, :]
-                mask_inner = mask_m[:, None] & mask_r[None, :]
-                inner_tile = tl.load(inner_columns, mask=mask_inner, other=0.0)
-                for split in range(1, num_splits):
-                    inner_tile += tl.load(
-                        inner_columns + split * inner_split_stride, mask=mask_inner, other=0.0
-                    )
-                starts = offset + before * rank + r * stride
-                b_tile = load_rows(
-                    plane,
-                    table,
-                    starts,
-                    mask_r,
-                    n0,
-                    out_features,
-                    SLOT_ELEMS,
-                    CHUNK,
-                    BLOCK_R,
-                    BLOCK_N,
-                    EVEN_N,
-                )
-                # Rounded to the weights' dtype, as in SGLang's kernels.
-                inner_tile = rounded(inner_tile, b_tile.dtype, EMULATED)
-                if EMULATED:
-                    inner_tile = inner_tile.to(tl.float32)
-                    b_tile = b_tile.to(tl.float32)
-                product = tl.dot(inner_tile, b_tile, product, input_precision="ieee")
-
-            to = output + row[:, None] * output_stride + (column + n0 + n)[None, :]
-            mask = mask_m[:, None]
-            if not EVEN_N:
-                mask = mask & (n0 + n < out_features)[None, :]
-            base = tl.load(to, mask=mask, other=0.0)
-            tl.store(to, rounded(base.to(tl.float32) + product, base.dtype, EMULATED), mask=mask)
+    add_product(
+        inner,
+        plane,
+        output,
+        tiles,
+        addresses,
+        rows,
+        inner_split_stride,
+        inner_stride,
+        output_stride,
+        num_splits,
+        num_tiles,
+        part,
+        before,
+        stride,
+        column,
+        (block - first_block) * BLOCK_N,
+        out_features,
+        MODULE,
+        SLOT_ELEMS,
+        CHUNK,
+        RECORD,
+        FIRST,
+        END,
+        RANK,
+        OFFSETS,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_R,
+        EVEN_N,
+        EMULATED,
+    )
 
 
 def lora_expand(

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from sglang_elora.kernels.batch_tables import END, FIRST, OFFSETS, RANK, SCALING, BatchTables
+from sglang_elora.kernels.page_copy import PoolPlanes
 from sglang_elora.kernels.stacked_module import StackedModule
 
 _WEIGHTS: dict[torch.dtype, Any] = {
@@ -83,12 +84,11 @@ def _lora_lookup(
 
 def lora_lookup(
     tokens: torch.Tensor,
-    planes: torch.Tensor,
+    pool: PoolPlanes,
     tables: BatchTables,
     module: StackedModule,
     *,
     vocab_size: int,
-    slot_elems: int,
     dtype: torch.dtype,
     width: int,
     num_tiles: int,
@@ -97,11 +97,10 @@ def lora_lookup(
 
     Args:
         tokens: int64 ``[T]``, contiguous; those outside the vocabulary give zeros.
-        planes: int64 ``[layers, planes]``: where each layer's planes begin; A is in the first.
+        pool: The pool's planes, in whose first A is.
         tables: The batch; rows without an adapter are not computed.
         module: The embedding; its ``in_features`` are the tokens of a layer's part.
         vocab_size: Tokens that A has columns for.
-        slot_elems: Elements of a slot.
         dtype: Dtype of the weights.
         width: Columns of the result, at least the rank of any adapter in the batch.
         num_tiles: Tiles to launch programs for: those of the batch, or the most it can have.
@@ -111,14 +110,14 @@ def lora_lookup(
         columns of rows with an adapter are written.
     """
     assert tokens.is_contiguous()
-    assert planes.dtype == torch.int64 and planes.is_contiguous()
-    assert vocab_size <= len(planes) * module.in_features, (vocab_size, planes.shape, module)
+    room = len(pool.addresses) * module.in_features
+    assert vocab_size <= room, (vocab_size, room)
     inner = torch.empty((1, len(tokens), width), dtype=torch.float32, device=tokens.device)
     if len(tokens) == 0 or num_tiles == 0:
         return inner
     _lora_lookup[(min(num_tiles, _MAX_TILE_PROGRAMS),)](
         tokens,
-        planes,
+        pool.addresses,
         inner,
         tables.tiles,
         tables.addresses,
@@ -130,8 +129,8 @@ def lora_lookup(
         MODULE=module.index,
         PART_SIZE=module.in_features,
         A_STRIDE=module.in_stride,
-        SLOT_ELEMS=slot_elems,
-        PLANES=planes.shape[1],
+        SLOT_ELEMS=pool.slot_bytes // dtype.itemsize,
+        PLANES=pool.addresses.shape[1],
         RECORD=tables.record_ints,
         FIRST=FIRST,
         END=END,

@@ -35,6 +35,7 @@ import torch  # noqa: E402
 from benchmarks.kernels import (  # noqa: E402
     bench_both,
     bench_lora_expand,
+    bench_lora_logits,
     bench_lora_lookup,
     bench_lora_shrink,
     bench_page_copy,
@@ -114,12 +115,13 @@ def measure(case: Case, device: torch.device, rivals: bool) -> dict[str, Any]:
         row["modules"][shape.name] = entry
     del world
     tiny = {"hidden_size": 128, "num_tokens": 1000} if DRY_RUN else {}
-    lookups = bench_lora_lookup.works(case, device, **tiny)
+    vocabulary = bench_lora_lookup.works(case, device, **tiny)
+    vocabulary |= bench_lora_logits.works(case, device, **tiny)
     if DRY_RUN:
-        for work in lookups.values():
+        for work in vocabulary.values():
             work()
     else:
-        row["lookup"] = interleaved({name: Timer(work) for name, work in lookups.items()})
+        row["vocabulary"] = interleaved({name: Timer(work) for name, work in vocabulary.items()})
     return row
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks.kernels.shapes import MODULES, SLOT_ELEMS, Case
+from benchmarks.kernels.shapes import MODULES, NUM_LAYERS, SLOT_ELEMS, Case
 from sglang_elora.kernels import (
     Batch,
     BatchTables,
@@ -23,12 +23,14 @@ from sglang_elora.pages import (
     ModuleShape,
     PagedAdapter,
     SlotTable,
+    VocabularyModule,
     stacked_modules,
 )
 
 SEED = 0
 ROTATE_BYTES = 256 * 2**20  # weights that a round reads; an H200's second-level cache holds 50 MB
 MAX_LAYERS = 16
+NUM_TOKENS = 128_256  # of Llama 3
 
 
 @dataclass
@@ -98,6 +100,16 @@ class CaseWorld:
         make = {"dtype": torch.bfloat16, "device": device, "generator": generator}
         x = torch.randn(rows, shape.in_features, **make)
         return x, torch.randn(rows, sum(shape.out_features), **make)
+
+
+def vocabulary_world(
+    name: str, case: Case, device: torch.device, hidden_size: int, num_tokens: int
+) -> tuple[CaseWorld, int]:
+    """A world of adapters on the embedding or the output layer alone, and the tokens that its
+    layers have parts for."""
+    module = VocabularyModule(name, hidden_size, num_tokens, NUM_LAYERS)
+    world = CaseWorld.build(case, device, (module.shape,))
+    return world, world.num_layers * module.part_size
 
 
 class Ours:

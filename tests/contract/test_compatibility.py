@@ -69,7 +69,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"lora_drain_wait_threshold": 0.5}, "--lora-drain-wait-threshold 0.5: "),
     ({"lora_use_virtual_experts": True}, "--lora-use-virtual-experts: "),
     ({"experts_shared_outer_loras": False}, "--experts-shared-outer-loras / --no-"),
-    ({"model": {"attention_arch": "MLA"}}, "this model (multi-head latent attention): "),
+    (
+        {"model": {"attention_arch": "MLA"}},
+        "this model (multi-head latent attention without q_lora_rank): ",
+    ),
     (
         {"model": {"architectures": ["Step3p5ForCausalLM"]}},
         "this model (sliding windows and full attention, of a class that does not tell ",
@@ -198,9 +201,17 @@ def test_lora_backend_and_cuda_graphs(run_python: RunPython, checkpoint: Path) -
 
 
 def test_unsupported_kv_pools_are_refused(run_python: RunPython, checkpoint: Path) -> None:
-    plain, *refused = _in_process(run_python, checkpoint, "pools")
-    assert plain == ""
-    words = ("MLATokenToKVPool", "hnd", "scales", "outside", "outside", "radix cache is off")
+    plain, latent, *refused = _in_process(run_python, checkpoint, "pools")
+    assert plain == latent == ""
+    words = (
+        "sparse attention",
+        "MLATokenToKVPoolFP4",
+        "hnd",
+        "scales",
+        "outside",
+        "outside",
+        "radix cache is off",
+    )
     for text, word in zip(refused, words, strict=True):
         assert word in text
         assert text.endswith("run without --elora")

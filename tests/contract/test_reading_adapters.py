@@ -158,6 +158,7 @@ def manager(checkpoint: Path, pins: Pins, one_rank: None, monkeypatch: pytest.Mo
     made.memory_pool.pin_memory_available = True  # as on CUDA
     made.embed_tokens_module = made.lm_head_module = None
     made.update_lora_info()
+    made.residency = SimpleNamespace(planes=SimpleNamespace(num_planes=2))
     made._shapes = made.memory_pool.module_shapes(layers)
     made.configs = {}
     pins.count = 0  # SGLang's layers pin their tables, once

@@ -46,7 +46,7 @@ async def test_model_family_answers_equal_those_of_transformers(
                 body = {"lora_name": name, "lora_path": str(path)}
                 refused = await client.post("/load_lora_adapter", body)
                 assert refused.status_code == 400
-                assert "are included in `--lora-target-modules`" in refused.text
+                assert "--lora-target-modules" in refused.text
     reference = made.reference()
     outputs = set()
     for (name, prompt), answer in zip(questions, answers, strict=True):

@@ -177,7 +177,7 @@ VARIANTS = {
         (_EARLIEST,), flags=(*HOST_TIER, "write_through"), check=_kv_came_back_from_the_host
     ),
     "sessions": Variant(
-        ORDERS,
+        (_LATEST, _EARLIEST),
         share=0.08 if ALL else 0.25,  # so small that KV is evicted between two turns
         flags=(*HOST_TIER, "write_back"),
         names_sessions=True,

@@ -8,6 +8,7 @@ from sglang_elora.kernels import (
     ExpandConfig,
     ShrinkConfig,
     lora_expand,
+    lora_logits,
     lora_lookup,
     lora_shrink,
     reference,
@@ -29,6 +30,25 @@ SHRINK = ShrinkConfig(
 )
 
 
+def random_inner(
+    world: KernelWorld, name: str, parts: int, segments: Segments, num_splits: int, spare_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A result of the first kernel, NaN where it is undefined, and which rows have an adapter with
+    the module."""
+    num_rows = sum(length for _, length in segments) + spare_rows
+    rows = rows_of(segments, len(world.ranks))
+    width = parts * max(world.ranks) + 5
+    generator = torch.Generator().manual_seed(num_rows)
+    inner = torch.full((num_splits, num_rows, width), torch.nan, device=DEVICE)
+    owned = torch.zeros(num_rows, dtype=torch.bool, device=DEVICE)
+    for own, rank, offset in zip(rows, world.ranks, world.b_offsets(name), strict=True):
+        if offset >= 0:
+            values = torch.randn(num_splits, len(own), parts * rank, generator=generator)
+            inner[:, own, : parts * rank] = (values / num_splits).to(DEVICE)
+            owned[own] = True
+    return inner, owned
+
+
 def check_expand(
     world: KernelWorld,
     shape: ModuleShape,
@@ -43,18 +63,10 @@ def check_expand(
     """``lora_expand`` and its reference agree on adapter rows; all other rows keep every bit."""
     dtype, module = world.planes.weight_dtype, world.modules[shape.name]
     parts, out = len(shape.out_features), sum(shape.out_features)
-    num_rows = sum(length for _, length in segments) + spare_rows
     rows = rows_of(segments, len(world.ranks))
-    width = parts * max(world.ranks) + 5
-    generator = torch.Generator().manual_seed(num_rows)
-    inner = torch.full((num_splits, num_rows, width), torch.nan, device=DEVICE)  # undefined
-    owned = torch.zeros(num_rows, dtype=torch.bool, device=DEVICE)
-    for own, rank, offset in zip(rows, world.ranks, world.b_offsets(shape.name), strict=True):
-        if offset >= 0:
-            values = torch.randn(num_splits, len(own), parts * rank, generator=generator)
-            inner[:, own, : parts * rank] = (values / num_splits).to(DEVICE)
-            owned[own] = True
-    base = torch.randn(num_rows, out + spare_columns, generator=generator).to(DEVICE, dtype)
+    inner, owned = random_inner(world, shape.name, parts, segments, num_splits, spare_rows)
+    generator = torch.Generator().manual_seed(len(owned))
+    base = torch.randn(len(owned), out + spare_columns, generator=generator).to(DEVICE, dtype)
     tables = world.batch_tables(segments, tile_rows)
     plane = world.planes.plane(-1, 0)
     output = base.clone()
@@ -148,11 +160,10 @@ def check_lookup(
     tables = world.batch_tables(segments, tile_rows)
     inner = lora_lookup(
         tokens,
-        world.planes.addresses,
+        world.planes.pool_planes,
         tables,
         module,
         vocab_size=vocab_size,
-        slot_elems=world.planes.slot_elems,
         dtype=world.planes.weight_dtype,
         width=max(world.ranks) + spare_width,
         num_tiles=tables.num_tiles,
@@ -172,3 +183,51 @@ def check_lookup(
     defined = ~expected.isnan()
     torch.testing.assert_close(inner[0][defined], expected[defined], rtol=1e-6, atol=0)
     return inner
+
+
+def check_logits(
+    world: KernelWorld,
+    shape: ModuleShape,
+    segments: Segments,
+    *,
+    vocab_size: int,
+    config: ExpandConfig = EXPAND,
+    tile_rows: int = 16,
+    num_splits: int = 1,
+    spare_columns: int = 3,
+    spare_rows: int = 2,
+) -> None:
+    """``lora_logits`` and its reference agree on adapter rows; all other rows keep every bit."""
+    dtype, layers = world.planes.weight_dtype, range(world.planes.num_layers)
+    inner, owned = random_inner(world, shape.name, 1, segments, num_splits, spare_rows)
+    generator = torch.Generator().manual_seed(len(owned))
+    base = torch.randn(len(owned), vocab_size + spare_columns, generator=generator)
+    base = base.to(DEVICE, dtype)
+    tables = world.batch_tables(segments, tile_rows)
+    output = base.clone()
+    returned = lora_logits(
+        inner,
+        world.planes.pool_planes,
+        tables,
+        world.modules[shape.name],
+        output,
+        vocab_size=vocab_size,
+        num_tiles=tables.num_tiles,
+        config=config,
+    )
+    assert returned is output
+    expected = reference.lora_logits(
+        inner.sum(dim=0).to(dtype).float(),  # as it is rounded between the two halves
+        [world.planes.plane(-1, layer) for layer in layers],
+        rows_of(segments, len(world.ranks)),
+        [table.slots for table in world.tables],
+        world.ranks,
+        world.b_offsets(shape.name),
+        world.modules[shape.name],
+        vocab_size,
+        base[:, :vocab_size].float(),
+    )
+    found = output[owned, :vocab_size].float()
+    torch.testing.assert_close(found, expected[owned], **TOLERANCES[dtype])
+    assert torch.equal(output[~owned], base[~owned]), "rows without an adapter changed"
+    assert torch.equal(output[:, vocab_size:], base[:, vocab_size:]), "further columns changed"

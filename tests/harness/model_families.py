@@ -12,6 +12,7 @@ import torch
 from sglang_elora.testbed.noise import noise
 from sglang_elora.testbed.tokenizer import train_tokenizer
 from tests.harness.reference import Reference
+from tests.harness.server_flags import HOST_TIER
 
 VOCABULARY = 1024
 _SIZES = {
@@ -27,6 +28,7 @@ _SIZES = {
 }
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+_LATENT_ATTENTION = ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "o_proj")
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,42 @@ FAMILIES = (
         targets={"attention": _ATTENTION, "query": ("q_proj",)},
         options={"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
         flags=("--lora-target-modules", *_ATTENTION),
+    ),
+    Family(
+        "DeepSeek V3",
+        "deepseek_v3",
+        targets={
+            "attention": _LATENT_ATTENTION,
+            "a part": ("kv_a_proj_with_mqa", "o_proj"),
+            "queries": ("q_a_proj", "q_b_proj"),
+        },
+        refused={"latent": ("q_a_proj", "kv_b_proj")},
+        options={
+            "num_key_value_heads": 4,
+            "q_lora_rank": 48,
+            "kv_lora_rank": 48,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 32,
+            "first_k_dense_replace": 2,  # no layer has experts
+            "moe_layer_freq": 1,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 512,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        },
+        flags=(
+            *("--lora-target-modules", *_LATENT_ATTENTION),
+            *("--max-total-tokens", "400", *HOST_TIER, "write_back"),  # room for two adapters
+            *("--elora-check-streams", "latest"),
+        ),
+        differs=True,
     ),
     Family(
         "Phi-4",

@@ -30,6 +30,8 @@ SERVED: Mapping[str, Options] = {
     "one-layer": {"layers_to_transform": [1], "alpha_pattern": {"k_proj": 40}},
     "copies": {"rank_pattern": {"q_proj": 2}},  # saved with embed_tokens and lm_head
     "orthogonal": {"init_lora_weights": "orthogonal"},
+    "eva": {"init_lora_weights": "eva"},
+    "velora": {"velora_config": {}},
     "head": {"target_modules": ["lm_head"]},
     "embedding": {"target_modules": ["embed_tokens"]},
     "embedding-and-all": {
@@ -49,6 +51,16 @@ REFUSED: Mapping[str, tuple[Options, str]] = {
     "tokens": ({"trainable_token_indices": [5]}, "trainable_token_indices is set"),
     "pissa": ({"init_lora_weights": "pissa"}, "changed the base weights"),
     "olora": ({"init_lora_weights": "olora"}, "changed the base weights"),
+    "parameters": (
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.down_proj.weight"]},
+        "target_parameters is set",
+    ),
+    "kasa": ({"kasa_config": {}}, "kasa_config is set"),
+    "monteclora": ({"monteclora_config": {}}, "monteclora_config is set"),
+    "blocks": (
+        {"use_bdlora": {"target_modules_bd_a": ["o_proj"], "nblocks": 2, "match_strict": False}},
+        "use_bdlora is set",
+    ),
     "replicated": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication is set"),
     "activated": ({"alora_invocation_tokens": [7, 8]}, "alora_invocation_tokens is set"),
 }

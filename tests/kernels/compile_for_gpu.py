@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from sglang_elora.kernels import launch_configs
 from sglang_elora.kernels.batch_tables import END, FIRST, OFFSETS, RANK, SCALING, record_ints
 from sglang_elora.kernels.lora_expand import _lora_expand
+from sglang_elora.kernels.lora_logits import _lora_logits
 from sglang_elora.kernels.lora_lookup import _BLOCK_N, _WEIGHTS, _lora_lookup
 from sglang_elora.kernels.lora_shrink import _lora_shrink
 from sglang_elora.kernels.page_copy import _BLOCK_WORDS, JOB_INTS, _page_copy
@@ -112,6 +113,12 @@ def expand_constants(entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def logits_constants(entry: dict[str, Any]) -> dict[str, Any]:
+    expand = expand_constants(entry)
+    del expand["OUT_FEATURES"], expand["B_STRIDES"]
+    return expand | {"PART_SIZE": 4096, "B_STRIDE": 4096, "PLANES": 2, "ALIGNMENT": 16}
+
+
 def of_launch(
     kernel: Any, constants: dict[str, Any], weights: str, sm: int, entry: dict[str, Any]
 ) -> dict[str, Any]:
@@ -129,6 +136,8 @@ def launches(sm: int) -> Iterator[dict[str, Any]]:
         for entry in entries["expand"]:
             constants = expand_constants(entry)
             yield {"kernel": "expand", **of_launch(_lora_expand, constants, weights, sm, entry)}
+            constants = logits_constants(entry)
+            yield {"kernel": "logits", **of_launch(_lora_logits, constants, weights, sm, entry)}
     for (weights, dtype), tile_rows in product(
         zip(WEIGHTS, _WEIGHTS.values(), strict=True), (16, 64)
     ):

@@ -23,7 +23,7 @@ def test_kernels_compile_for_each_gpu_generation(sm: int, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     compiled = {(line["kernel"], line.get("weights")) for line in lines}
-    kernels = ("shrink", "expand", "lookup")
+    kernels = ("shrink", "expand", "logits", "lookup")
     lora = {(kernel, weights) for kernel in kernels for weights in WEIGHTS}
     assert compiled == {*lora, ("page_copy", None)}
     for line in lines:

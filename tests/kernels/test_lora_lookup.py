@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sglang_elora.kernels import lora_lookup
 from sglang_elora.pages import ModuleShape
 from tests.harness.kernel_cases import MIXES, POOLS, QKV, RANKS
 from tests.harness.kernel_checks import check_lookup
@@ -59,18 +60,15 @@ def test_lora_lookup_accepts_an_empty_batch() -> None:
 
 
 def test_lora_lookup_refuses_a_vocabulary_larger_than_its_parts() -> None:
-    from sglang_elora.kernels import lora_lookup
-
     world = make_world([EMBEDDING], [8], num_layers=2)
     tables = world.batch_tables([(0, 1)], 16)
-    with pytest.raises(AssertionError, match="141"):
+    with pytest.raises(AssertionError, match="141, 140"):
         lora_lookup(
             torch.zeros(1, dtype=torch.int64, device=world.planes.device),
-            world.planes.addresses,
+            world.planes.pool_planes,
             tables,
             world.modules["embed_tokens"],
             vocab_size=141,
-            slot_elems=world.planes.slot_elems,
             dtype=torch.float32,
             width=8,
             num_tiles=1,

@@ -24,6 +24,7 @@ _LORA_KEY = re.compile(
     r"(?:\.default)?(?P<weight>\.weight)?"
 )
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
+_OF_TRAINING = ".lora_velora_embed"  # VeLoRA's; what it computes is plain LoRA
 _MAX_COPIES = 4  # of embed_tokens and lm_head; each is read and compared
 _RETRAIN = f"Train the adapter without it. Or: {MERGE}"
 Difference: TypeAlias = Callable[[str, TensorInfo], "str | None"]
@@ -106,7 +107,7 @@ def pair_tensors(
     refused = [
         (tensor, problem)
         for tensor in others
-        if not _is_frozen_copy(tensor, paths, base)
+        if not (_is_frozen_copy(tensor, paths, base) or tensor.name.endswith(_OF_TRAINING))
         and (problem := _why_refused(tensor, config, difference)) is not None
     ]
     folder.raise_if_any([Problem(tensor.file, problem) for tensor, problem in refused], _RETRAIN)

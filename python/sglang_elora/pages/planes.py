@@ -190,7 +190,7 @@ class KVPlanes:
             start += num_bytes
 
     def _launch(self, copy: Contiguous, first_layer: int) -> None:
-        pool, jobs = self._pool_planes, self._jobs
+        pool, jobs = self.pool_planes, self._jobs
         page_copy(pool, [copy], to_pool=True, first_layer=first_layer, jobs=jobs)
 
     def warm_up(self) -> None:
@@ -202,7 +202,8 @@ class KVPlanes:
         self._launch(Contiguous(nothing, table, (0,) * self.num_planes), 0)
 
     @cached_property
-    def _pool_planes(self) -> PoolPlanes:
+    def pool_planes(self) -> PoolPlanes:
+        """The planes of all layers as kernels take them."""
         return PoolPlanes.of(self._planes)
 
     @cached_property
@@ -242,11 +243,6 @@ class KVPlanes:
         """Copies of single elements of an adapter, of the shape of ``addresses`` (int64)."""
         slots = table.slots[addresses // self.slot_elems]
         return self._planes[plane][layer][slots, addresses % self.slot_elems]
-
-    @cached_property
-    def addresses(self) -> torch.Tensor:
-        """int64 ``[layers, planes]`` on the device: where each plane of each layer begins."""
-        return self._pool_planes.addresses
 
     def gather(
         self, plane: int, layer: int, slots: torch.Tensor, memory: torch.Tensor | None = None

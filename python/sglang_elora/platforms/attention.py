@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
+    AttnForwardMethod,
+)
 from torch.nn.functional import scaled_dot_product_attention
 from typing_extensions import override
 
@@ -140,5 +144,10 @@ def _heads_first(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def use_cpu_attention() -> None:
-    """Register ``CpuAttention`` as SGLang's ``torch_native`` backend in this process."""
+    """Register ``CpuAttention`` as SGLang's ``torch_native`` backend in this process.
+
+    Multi-head latent attention is computed from the latent KV in prefill, too: ``torch_native``
+    reads K and V from the pool.
+    """
     register_attention_backend("torch_native")(CpuAttention)
+    AttentionBackendRegistry.register("torch_native", lambda *_: AttnForwardMethod.MLA)

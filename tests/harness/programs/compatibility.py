@@ -157,10 +157,17 @@ def lora_backends(lora):
 
 def pools():
     from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import UnquantizedKVCacheMethod
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+    from sglang.srt.mem_cache.memory_pool import (
+        MHATokenToKVPool,
+        MLATokenToKVPool,
+        MLATokenToKVPoolFP4,
+    )
 
-    def refusal(pool_class=MHATokenToKVPool, layout="nhd", quant_method=None, **state):
+    def refusal(
+        pool_class=MHATokenToKVPool, layout="nhd", quant_method=None, use_dsa=False, **state
+    ):
         pool = object.__new__(pool_class)
+        pool.use_dsa = use_dsa
         pool.kv_cache_layout = layout
         pool.quant_method = quant_method or UnquantizedKVCacheMethod()
         allocator = SimpleNamespace(get_kvcache=lambda: pool)
@@ -177,6 +184,8 @@ def pools():
     return (
         refusal(),
         refusal(pool_class=MLATokenToKVPool),
+        refusal(pool_class=MLATokenToKVPool, use_dsa=True),
+        refusal(pool_class=MLATokenToKVPoolFP4),
         refusal(layout="hnd"),
         refusal(quant_method=object()),
         refusal(is_hybrid_swa=True),

@@ -299,9 +299,12 @@ LORA = (
 
 MODELS = (
     Refusal(
-        "this model (multi-head latent attention)",
-        use_mla_backend,
-        "its KV pool has one plane, adapters need one for A and one for B",
+        "this model (multi-head latent attention without q_lora_rank)",
+        lambda cfg: (
+            use_mla_backend(cfg)
+            and getattr(model_config_of(cfg).hf_text_config, "q_lora_rank", None) is None
+        ),
+        "SGLang's LoRA does not know its projections",
         WITHOUT_ELORA,
     ),
     Refusal(

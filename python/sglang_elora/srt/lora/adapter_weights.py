@@ -19,10 +19,14 @@ if TYPE_CHECKING:
     from sglang.srt.lora.lora import LoRAAdapter
     from sglang.srt.lora.lora_config import LoRAConfig
 
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Projections that SGLang stacks into one matrix (qkv_proj, gate_up_proj)."""
+_LATENT = ("q_a_proj", "kv_a_proj_with_mqa")
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), _LATENT)
+"""Projections that SGLang stacks into one matrix (qkv_proj, gate_up_proj,
+fused_qkv_a_proj_with_mqa)."""
 
-_MEMBER = re.compile(r"(?<=\.)(q_proj|k_proj|v_proj|gate_proj|up_proj)(?=\.lora_([AB])\.)")
+_MEMBER = re.compile(
+    rf"(?<=\.)({'|'.join(part for group in _FUSED for part in group)})(?=\.lora_([AB])\.)"
+)
 
 
 def read_one_rank(result: None, self: LoRAConfig, *_: Any, **__: Any) -> None:
@@ -87,6 +91,9 @@ def complete_fused_modules(self: LoRAAdapter) -> None:
 
 def _out_features(config: Any, part: str, *, like: str, rows: int) -> int:
     """Output size of projection ``part``, given that of its sibling ``like``."""
+    if part in _LATENT:
+        latent: int = config.kv_lora_rank + config.qk_rope_head_dim
+        return int(config.q_lora_rank) if part == _LATENT[0] else latent
     if "q_proj" not in (part, like):
         return rows  # k and v have equal sizes, and so have gate and up
     heads: int = config.num_attention_heads

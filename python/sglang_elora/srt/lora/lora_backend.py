@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from enum import Enum
 from types import MappingProxyType
 from typing import Any
@@ -190,12 +189,9 @@ class PagedLoRABackend(BaseLoRABackend):
         module = weights.module
         if module in OUTSIDE_LAYERS and not self.adapts(module, pruned_batch_info):
             return base_output
-        if module != OUTPUT_LAYER:
-            return self.expand(x, weights, base_output)
-        for layer, (start, end) in enumerate(self.vocabulary[OUTPUT_LAYER].parts):
-            part = replace(weights, layer=layer)
-            self.expand(x, part, base_output[:, start:end], pruned_batch_info)
-        return base_output
+        if module == OUTPUT_LAYER:
+            return self.expand_logits(x, weights, base_output, pruned_batch_info)
+        return self.expand(x, weights, base_output)
 
     @override
     def run_qkv_lora(
@@ -231,10 +227,18 @@ class PagedLoRABackend(BaseLoRABackend):
         """
 
     @abstractmethod
-    def expand(
+    def expand(self, inner: torch.Tensor, weights: WeightRef, output: torch.Tensor) -> torch.Tensor:
+        """As ``run_lora_b_sgemm``, for modules other than the output layer."""
+
+    @abstractmethod
+    def expand_logits(
         self, inner: torch.Tensor, weights: WeightRef, output: torch.Tensor, batch: Any = None
     ) -> torch.Tensor:
-        """As ``run_lora_b_sgemm`` of one layer, to which a part of the output layer belongs."""
+        """As ``run_lora_b_sgemm`` for the output layer, all parts of the vocabulary.
+
+        Args:
+            batch: What the rows are, if not those of ``set_batch``.
+        """
 
 
 def _cut(segments: Sequence[Segment], size: int) -> list[list[Segment]]:

@@ -83,7 +83,7 @@ class EloraLoRAManager(LoRAManager):
         """Find the target modules.
 
         Raises:
-            ValueError: The embedding or the output layer is named, and cannot be adapted.
+            ValueError: A module is named that is not served with this model.
         """
         super().init_lora_shapes(max_lora_rank, target_modules)
         # "all" includes them; adapters with weights for them are refused.
@@ -92,6 +92,7 @@ class EloraLoRAManager(LoRAManager):
         for module, reason_of in (
             (EMBEDDING, self._why_embedding_is_plain),
             (OUTPUT_LAYER, self._why_output_layer_is_plain),
+            ("kv_b_proj", lambda: "its attention does not call it"),
         ):
             if module in served and (reason := reason_of()):
                 if named:
@@ -223,7 +224,8 @@ class EloraLoRAManager(LoRAManager):
         with self._forgetting_on_error(lora_ref):
             super().load_lora_weights_from_tensors(lora_ref, tensors)
             adapter = self.loras.pop(lora_ref.lora_id)  # the image replaces SGLang's copy
-            image = self.memory_pool.image_of(adapter, self.lora_modules, self._shapes)
+            layout = self.memory_pool.layout_of(adapter, self._shapes, self._num_planes)
+            image = self.memory_pool.image_of(adapter, self.lora_modules, layout)
             source = AdapterSource(
                 lora_ref.lora_id,
                 lora_ref.lora_name,
@@ -332,11 +334,16 @@ class EloraLoRAManager(LoRAManager):
                 f"LoRA adapter {name!r} has weights for {', '.join(lacking)}, which this server "
                 "adapts in no layer: name them in --lora-target-modules, if the model has them"
             )
-        layout = AdapterLayout.build(self.configs[adapter_id].r, shapes)
+        layout = AdapterLayout.build(self.configs[adapter_id].r, shapes, self._num_planes)
         num_bytes = self.memory_pool.num_layer * sum(layout.plane_elems) * self.dtype.itemsize
         read = partial(self._read_image, lora_ref, self.configs[adapter_id], layout)
         pinned, num_dropped = bool(lora_ref.pinned), self._num_dropped(adapter_id)
         return AdapterSource(adapter_id, name, layout, num_bytes, pinned, num_dropped, read=read)
+
+    @property
+    def _num_planes(self) -> int:
+        assert self.residency is not None
+        return self.residency.planes.num_planes
 
     def _num_dropped(self, adapter_id: str) -> int:
         number: int = self.configs[adapter_id].hf_config.get(NUM_DROPPED, 0)
@@ -375,11 +382,9 @@ class EloraLoRAManager(LoRAManager):
         )
         try:  # shapes were checked when it was loaded, so a failure means that the file changed
             adapter.initialize_weights_from_tensors(tensors)
-            if self.memory_pool.layout_of(adapter, self._shapes) != layout:
+            if self.memory_pool.layout_of(adapter, self._shapes, self._num_planes) != layout:
                 raise AdapterChanged(_CHANGED)
-            return self.memory_pool.image_of(
-                adapter, self.lora_modules, self._shapes, chunks, version
-            )
+            return self.memory_pool.image_of(adapter, self.lora_modules, layout, chunks, version)
         except (AssertionError, ValueError, LookupError) as error:
             if isinstance(error, AdapterChanged):
                 raise

@@ -116,7 +116,7 @@ class PagedLoRAPool(_Shaped):
         for layer, by_name in enumerate(modules):
             for full_name, module in by_name.items():
                 name = get_target_module_name(full_name, self.target_modules)
-                ends = module.output_offset_cpu.tolist()
+                ends = module.lora_offsets
                 shape = ModuleShape(
                     name,
                     in_features=self.A_buffer[name][layer].shape[-1],
@@ -144,8 +144,11 @@ class PagedLoRAPool(_Shaped):
                 vocabulary[name] = VocabularyModule(name, *sizes, self.num_layer)
         self.vocabulary = vocabulary
 
-    def layout_of(self, adapter: LoRAAdapter, shapes: Sequence[ModuleShape]) -> AdapterLayout:
-        """Layout of this adapter's weights, given the modules that it has."""
+    def layout_of(
+        self, adapter: LoRAAdapter, shapes: Sequence[ModuleShape], num_planes: int
+    ) -> AdapterLayout:
+        """Layout of this adapter's weights in a KV pool of so many planes, given the modules that
+        it has."""
         present = {
             get_target_module_name(name, self.target_modules)
             for layer in adapter.layers
@@ -157,26 +160,25 @@ class PagedLoRAPool(_Shaped):
             for module in self.vocabulary
             if any(module in name for name in adapter.embedding_layers)
         }
-        return AdapterLayout.build(
-            adapter.config.r, [shape for shape in shapes if shape.name in present]
-        )
+        own = [shape for shape in shapes if shape.name in present]
+        return AdapterLayout.build(adapter.config.r, own, num_planes)
 
     def image_of(
         self,
         adapter: LoRAAdapter,
         modules: Layers,
-        shapes: Sequence[ModuleShape],
+        layout: AdapterLayout,
         chunks: Sequence[torch.Tensor] | None = None,
         version: str | None = None,
     ) -> AdapterImage:
         """The adapter's weights for this rank, laid out for the pool, in host memory.
 
         Args:
+            layout: As by ``layout_of``.
             chunks: Destination: uint8 tensors ``[bytes]``, in total as long as the image. None:
                 new memory.
             version: As in ``AdapterImage.build``.
         """
-        layout = self.layout_of(adapter, shapes)
         left_out = OUTSIDE_LAYERS - layout.places.keys()
         staging = _Staging(self, adapter.config.r, self.target_modules - left_out)
         staging.load_lora_weight_to_buffer(

@@ -116,23 +116,30 @@ class EloraTorchBackend(PagedLoRABackend):
             shrink_rows(x, group.index, a, group.adapter.scaling, output)
         return output
 
-    def expand(
+    def expand(self, inner: torch.Tensor, weights: WeightRef, output: torch.Tensor) -> torch.Tensor:
+        ends = [0, *accumulate(self._out_features[weights.module])]
+        for group in self._batch.groups_with(weights.module, inner):
+            adapter = group.adapter
+            parts = (
+                (start, end, adapter.b(weights.layer, weights.module, part))
+                for part, (start, end) in enumerate(pairwise(ends))
+            )
+            expand_rows(inner, group.index, parts, adapter.rank, output)
+        return output
+
+    def expand_logits(
         self,
         inner: torch.Tensor,
         weights: WeightRef,
         output: torch.Tensor,
         batch: PagedBatch | None = None,
     ) -> torch.Tensor:
-        ends = [0, *accumulate(self._out_features[weights.module])]
-        if weights.module == OUTPUT_LAYER:
-            ends = [0, output.shape[1]]  # the last part may be shorter
-        for group in (batch or self._batch).groups_with(weights.module, inner):
-            adapter = group.adapter
-            parts = (
-                (start, end, adapter.b(weights.layer, weights.module, part)[:, : end - start])
-                for part, (start, end) in enumerate(pairwise(ends))
-            )
-            expand_rows(inner, group.index, parts, adapter.rank, output)
+        groups = (batch or self._batch).groups_with(OUTPUT_LAYER, inner)
+        for layer, (start, end) in enumerate(self.vocabulary[OUTPUT_LAYER].parts):
+            for group in groups:
+                b = group.adapter.b(layer, OUTPUT_LAYER, 0)[:, : end - start]
+                parts = [(0, end - start, b)]
+                expand_rows(inner, group.index, parts, group.adapter.rank, output[:, start:end])
         return output
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -22,6 +22,7 @@ from sglang_elora.kernels import (
     StackedModule,
     expand_config,
     lora_expand,
+    lora_logits,
     lora_lookup,
     lora_shrink,
     record_ints,
@@ -31,6 +32,7 @@ from sglang_elora.kernels import (
 from sglang_elora.pages import (
     EMBEDDING,
     OUTPUT_LAYER,
+    OUTSIDE_LAYERS,
     KVPlanes,
     ModuleShape,
     PagedAdapter,
@@ -194,11 +196,10 @@ class EloraTritonBackend(PagedLoRABackend):
         module = self._modules[EMBEDDING]
         return lora_lookup(
             tokens,
-            planes.addresses,
+            planes.pool_planes,
             batch.tables,
             module,
             vocab_size=self.vocabulary[EMBEDDING].vocab_size,
-            slot_elems=planes.slot_elems,
             dtype=self._dtype,
             width=module.inner_width(batch.max_rank),
             num_tiles=num_tiles,
@@ -228,16 +229,8 @@ class EloraTritonBackend(PagedLoRABackend):
             config=self._shrink_config(module, batch.tables, num_tiles),
         )
 
-    def expand(
-        self,
-        inner: torch.Tensor,
-        weights: WeightRef,
-        output: torch.Tensor,
-        batch: LaunchedBatch | None = None,
-    ) -> torch.Tensor:
-        batch, module = batch or self._batch, self._modules[weights.module]
-        if weights.module == OUTPUT_LAYER and output.shape[1] < sum(module.out_features):
-            module = replace(module, out_features=(output.shape[1],))  # the last part
+    def expand(self, inner: torch.Tensor, weights: WeightRef, output: torch.Tensor) -> torch.Tensor:
+        batch, module = self._batch, self._modules[weights.module]
         num_tiles = batch.num_tiles(len(output))
         return lora_expand(
             inner,
@@ -245,6 +238,26 @@ class EloraTritonBackend(PagedLoRABackend):
             batch.tables,
             module,
             output,
+            num_tiles=num_tiles,
+            config=self._expand_config(module, batch.tables, num_tiles),
+        )
+
+    def expand_logits(
+        self,
+        inner: torch.Tensor,
+        weights: WeightRef,
+        output: torch.Tensor,
+        batch: LaunchedBatch | None = None,
+    ) -> torch.Tensor:
+        batch, module = batch or self._batch, self._modules[OUTPUT_LAYER]
+        num_tiles = batch.num_tiles(len(output))
+        return lora_logits(
+            inner,
+            self._planes_of_forward().pool_planes,
+            batch.tables,
+            module,
+            output,
+            vocab_size=self.vocabulary[OUTPUT_LAYER].vocab_size,
             num_tiles=num_tiles,
             config=self._expand_config(module, batch.tables, num_tiles),
         )
@@ -257,31 +270,49 @@ class EloraTritonBackend(PagedLoRABackend):
         # Triton compiles separately for pointers that are multiples of 16 bytes and for others.
         differ = {tuple(plane.data_ptr() % 16 == 0 for plane in layer): layer for layer in layers}
         sizes = [DECODE_TILE_ROWS] if self._deterministic else [DECODE_TILE_ROWS, PREFILL_TILE_ROWS]
-        modules = list(self._modules.items())
-        if OUTPUT_LAYER in self.vocabulary:
-            start, end = self.vocabulary[OUTPUT_LAYER].parts[-1]
-            last = OUTPUT_LAYER, replace(self._modules[OUTPUT_LAYER], out_features=(end - start,))
-            modules += [last] if last not in modules else []
-        for tile_rows, (name, module), (a, b) in product(sizes, modules, differ.values()):
-            tables = self._tables(1, 1, tile_rows)
-            x = torch.zeros(1, module.in_features, dtype=self._dtype, device=self.device)
-            num_columns, width = sum(module.out_features), module.inner_width(1)
+        for tile_rows, (name, module) in product(sizes, self._modules.items()):
+            for layer in differ.values() if name not in OUTSIDE_LAYERS else [layers[0]]:
+                self._compile(name, module, planes, layer, self._tables(1, 1, tile_rows))
+
+    def _compile(
+        self,
+        name: str,
+        module: StackedModule,
+        planes: KVPlanes,
+        layer: tuple[torch.Tensor, torch.Tensor],
+        tables: BatchTables,
+    ) -> None:
+        """Launch the kernels of a module in every configuration, on a batch without rows."""
+        x = torch.zeros(1, module.in_features, dtype=self._dtype, device=self.device)
+        num_columns, width = sum(module.out_features), module.inner_width(1)
+        batch = LaunchedBatch(tables, 1, 1, graph=False, outside_layers=frozenset())
+        inner = None
+        if name == EMBEDDING:
+            tokens = torch.zeros(1, dtype=torch.int64, device=self.device)
+            inner = self._looked_up(tokens, planes, batch, num_tiles=1)
+        elif name == OUTPUT_LAYER:
+            num_columns = padded(self.vocabulary[OUTPUT_LAYER].vocab_size)  # as SGLang pads them
+        output = x.new_zeros(1, num_columns)
+        for tiles in tuned_tile_counts(self.device, self._dtype):
+            if name != EMBEDDING:
+                shrink = self._shrink_config(module, tables, tiles)
+                inner = lora_shrink(
+                    x, layer[0], tables, module, width=width, num_tiles=1, config=shrink
+                )
+            expand = self._expand_config(module, tables, tiles)
             if name == OUTPUT_LAYER:
-                num_columns = padded(num_columns)  # as SGLang pads the rows of logits
-            output = x.new_zeros(1, num_columns)
-            inner = None
-            if name == EMBEDDING:
-                tokens = torch.zeros(1, dtype=torch.int64, device=self.device)
-                batch = LaunchedBatch(tables, 1, 1, graph=False, outside_layers=frozenset())
-                inner = self._looked_up(tokens, planes, batch, num_tiles=1)
-            for tiles in tuned_tile_counts(self.device, self._dtype):
-                if name != EMBEDDING:
-                    shrink = self._shrink_config(module, tables, tiles)
-                    inner = lora_shrink(
-                        x, a, tables, module, width=width, num_tiles=1, config=shrink
-                    )
-                expand = self._expand_config(module, tables, tiles)
-                lora_expand(inner, b, tables, module, output, num_tiles=1, config=expand)
+                lora_logits(
+                    inner,
+                    planes.pool_planes,
+                    tables,
+                    module,
+                    output,
+                    vocab_size=self.vocabulary[OUTPUT_LAYER].vocab_size,
+                    num_tiles=1,
+                    config=expand,
+                )
+            else:
+                lora_expand(inner, layer[1], tables, module, output, num_tiles=1, config=expand)
 
     def _shrink_config(
         self, module: StackedModule, tables: BatchTables, num_tiles: int

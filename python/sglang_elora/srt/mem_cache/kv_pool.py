@@ -1,17 +1,18 @@
 """The kinds of SGLang's KV pools that can hold adapters, and the layout of their memory.
 
 To support another kind of pool, accept it in ``why_unsupported`` and add its tensors to
-``planes_of``. No other file depends on the layout of a pool, except the checks of
+``buffers_of``. No other file depends on the layout of a pool, except the checks of
 ``--elora-check-streams``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import UnquantizedKVCacheMethod
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
 from sglang_elora.pages import KVPlanes
 
@@ -22,6 +23,8 @@ def why_unsupported(pool: Any) -> str | None:
     Args:
         pool: The result of ``TokenToKVPoolAllocator.get_kvcache``.
     """
+    if type(pool) is MLATokenToKVPool:
+        return "the KV pool is of sparse attention" if pool.use_dsa else None
     if type(pool) is not MHATokenToKVPool:
         return f"the KV pool is a {type(pool).__name__}, not one buffer each for K and V by layer"
     if pool.kv_cache_layout != "nhd":
@@ -33,4 +36,12 @@ def why_unsupported(pool: Any) -> str | None:
 
 def planes_of(pool: Any, weight_dtype: torch.dtype) -> KVPlanes:
     """The memory of a supported pool, as planes of slots that hold weights of this dtype."""
-    return KVPlanes((pool.k_buffer, pool.v_buffer), weight_dtype)
+    return KVPlanes(buffers_of(pool), weight_dtype)
+
+
+def buffers_of(pool: Any) -> Sequence[Sequence[torch.Tensor]]:
+    """The tensors of a supported pool by plane and layer, each ``[slots, ...]``: K and V, or the
+    one of multi-head latent attention."""
+    if isinstance(pool, MLATokenToKVPool):
+        return (pool.kv_buffer,)
+    return pool.k_buffer, pool.v_buffer

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
@@ -115,7 +115,7 @@ def load_kv(
     """Launch the copy of one layer's KV from the host as an operation. Runs around the copy;
     indices are int64 ``[tokens]``."""
     host, slots = _numbers(host_indices), _numbers(device_indices)
-    rows = [device_pool.k_buffer[layer_id], device_pool.v_buffer[layer_id]]
+    rows = [plane[layer_id] for plane in _planes_of(device_pool)]
     _device().launch(
         "load of KV",
         partial(
@@ -359,12 +359,22 @@ def _numbers(indices: torch.Tensor) -> Blocks:
 
 def _host_rows(pool: Any) -> list[torch.Tensor]:
     assert pool.layout == "layer_first", pool.layout
-    return [buffer[layer] for buffer in pool.kv_buffer for layer in range(pool.layer_num)]
+    has_one_plane = pool.kv_buffer.dim() == 4  # [layers, slots, heads, elements]
+    planes = [pool.kv_buffer] if has_one_plane else pool.kv_buffer
+    return [plane[layer] for plane in planes for layer in range(pool.layer_num)]
+
+
+def _planes_of(pool: Any) -> Sequence[Sequence[torch.Tensor]]:
+    # SGLang's pools are not imported before it has chosen its backends.
+    from sglang_elora.srt.mem_cache.kv_pool import buffers_of
+
+    return buffers_of(pool)
 
 
 def _poison_freed_on_device(allocator: Any, slots: Blocks) -> None:
     pool = allocator.get_kvcache()
-    _poison([*pool.k_buffer, *pool.v_buffer], _device().idle(SLOTS, slots))
+    rows = [tensor for plane in _planes_of(pool) for tensor in plane]
+    _poison(rows, _device().idle(SLOTS, slots))
 
 
 def _poison(rows: list[torch.Tensor], slots: Blocks) -> None:
