@@ -167,7 +167,7 @@ class Variant:
 _LATEST, _EARLIEST, _SEEDED = ORDERS = ("latest", "earliest", "7")
 
 VARIANTS = {
-    "plain": Variant(ORDERS, share=0.15),
+    "plain": Variant((_LATEST, _EARLIEST), share=0.15),
     "host-tier": Variant(
         (_LATEST,),
         flags=(*HOST_TIER, "write_back"),

@@ -49,6 +49,7 @@ class Family:
     auto: str = "AutoModelForCausalLM"
     flags: Sequence[str] = ()  # that a server with its adapters needs
     programs: Sequence[str] = ()  # that SGLang compiles something with
+    least_cached: int = 300  # prompt tokens that come from the cache
     differs: bool = False  # from Llama, in more than a detail of attention
 
 
@@ -131,7 +132,6 @@ FAMILIES = (
         },
         auto="AutoModelForImageTextToText",
         processor=True,
-        differs=True,
     ),
     Family(
         "Qwen3-MoE",
@@ -188,6 +188,7 @@ FAMILIES = (
             *("--max-total-tokens", "400", *HOST_TIER, "write_back"),  # room for two adapters
             *("--elora-check-streams", "latest"),
         ),
+        least_cached=50,
         differs=True,
     ),
     Family(
