@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 
 from sglang_elora.adapters import AdapterError, BaseShapes, check_adapter, read_adapter
@@ -310,15 +311,35 @@ def test_many_unserved_tensors_are_counted_in_time(adapter: Path, base: BaseShap
 
 @pytest.mark.parametrize(
     "changes",
-    [{"data_offsets": [0, "4"]}, {"data_offsets": [0, 4.0]}, {"shape": "11"}, {"shape": [1.0]}],
-    ids=str,
+    [
+        *({"data_offsets": [0, "4"]}, {"data_offsets": [0, 4.0]}, {"shape": "11"}),
+        *({"shape": [1.0]}, {"shape": [-1]}, {"shape": [0, 1 << 63]}, {"shape": [0, 10**400]}),
+    ],
+    ids=lambda changes: str(changes)[:40],
 )
-def test_non_numeric_tensor_sizes_are_refused_naming_the_file(
+def test_impossible_tensor_sizes_are_refused_naming_the_file(
     adapter: Path, base: BaseShapes, changes: dict[str, Any]
 ) -> None:
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | changes
     write_header(adapter / WEIGHTS, {"a": entry})
     assert_in(refusal(adapter, base), f"{adapter}/{WEIGHTS}", "does not parse")
+
+
+@pytest.mark.parametrize(
+    "error", [safetensors.SafetensorError("no"), OSError("no"), TypeError("no"), ValueError("no")]
+)
+def test_weights_that_cannot_be_loaded_are_refused_naming_the_file(
+    adapter: Path, base: BaseShapes, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a file that is replaced between the check of its header and the reading."""
+
+    def load(data: bytes) -> Any:
+        raise error
+
+    monkeypatch.setattr("safetensors.torch.load", load)
+    assert_in(refusal(adapter, base), f"{adapter}/{WEIGHTS}", "cannot read it: no")
+    with pytest.raises(AdapterError, match="cannot read it: no"):
+        read_adapter("alice", str(adapter))
 
 
 @pytest.mark.parametrize("key", ["peft_type", "r", "lora_alpha", "target_modules"])

@@ -242,8 +242,8 @@ def _open_as_loader_does(folder: AdapterFolder, file: Path) -> None:
 
 
 def _number(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{str(value)[:40]!r} is not a whole number")
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise TypeError(f"{str(value)[:40]!r} is not a size")
     return value
 
 
@@ -299,10 +299,11 @@ def _data(
         loaded = _load_pickle(folder, file).items()
         yield from ((name, tensor) for name, tensor in loaded if wanted(name))
         return
-    safetensors: Any = importlib.import_module("safetensors.torch")
+    safetensors: Any = importlib.import_module("safetensors")
+    load: Any = importlib.import_module("safetensors.torch").load
     try:
         # Read, not mapped: truncating a mapped file would kill this process with SIGBUS.
-        yield from safetensors.load(_part(file, wanted)).items()
+        yield from load(_part(file, wanted)).items()
     except (safetensors.SafetensorError, OSError, *_CHANGED) as error:
         raise folder.error(file.name, f"cannot read it: {error}", _COPY_AGAIN) from error
 
