@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -12,8 +14,8 @@ from sglang_elora.kernels.launch_configs import ExpandConfig
 from sglang_elora.kernels.stacked_module import StackedModule
 
 
-@triton.jit
-def add_product(
+@triton.jit(do_not_specialize=["num_splits", "num_tiles", "vocab_size"])
+def _lora_expand(
     inner,
     plane,
     output,
@@ -25,13 +27,12 @@ def add_product(
     output_stride,
     num_splits,
     num_tiles,
-    part,
-    before,
-    stride,
-    column,
-    n0,
-    out_features,
+    vocab_size,
     MODULE: tl.constexpr,
+    OUT_FEATURES: tl.constexpr,
+    B_STRIDES: tl.constexpr,
+    PLANES: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     SLOT_ELEMS: tl.constexpr,
     CHUNK: tl.constexpr,
     RECORD: tl.constexpr,
@@ -45,16 +46,46 @@ def add_product(
     EVEN_N: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Add one block of columns of ``inner @ B^T``, for a stride over the tiles.
+    """One program computes one block of output columns for a stride over the tiles.
 
-    Args:
-        part: The part of the module that the columns belong to.
-        before: Elements of B before the part, per rank.
-        stride: Elements from one row of the part's B^T to the next.
-        column: The part's first column in the output.
-        n0: First column of the block, in the part.
-        out_features: Columns of the part.
+    Grid: programs that share the tiles, blocks of columns over all parts. PLANES is 0 if ``plane``
+    is the plane of a layer, in which the parts are adjacent. Otherwise the parts are those of the
+    vocabulary, each in a layer, and ``plane`` has the addresses of so many planes per layer.
     """
+    # The part that this block lies in, the part's first column, and the elements of B before it
+    # per rank. Parts are adjacent in the output.
+    block = tl.program_id(1)
+    part = 0
+    before = 0
+    if PLANES:
+        stride = B_STRIDES[0]
+        blocks: tl.constexpr = (OUT_FEATURES[0] + BLOCK_N - 1) // BLOCK_N
+        layer = block // blocks
+        first_block = layer * blocks
+        column = layer * OUT_FEATURES[0]
+        out_features = tl.minimum(vocab_size - column, OUT_FEATURES[0])
+        plane = tl.load(plane + layer * PLANES + PLANES - 1)
+        plane = tl.multiple_of(plane.to(tl.pointer_type(output.dtype.element_ty)), ALIGNMENT)
+    else:
+        column = 0
+        stride = 0
+        out_features = 0
+        first_block = 0
+        next_block = 0
+        next_column = 0
+        next_before = 0
+        for p in tl.static_range(len(OUT_FEATURES)):
+            if block >= next_block:
+                part = p
+                first_block = next_block
+                column = next_column
+                before = next_before
+                stride = B_STRIDES[p]
+                out_features = OUT_FEATURES[p]
+            next_block += (OUT_FEATURES[p] + BLOCK_N - 1) // BLOCK_N
+            next_column += OUT_FEATURES[p]
+            next_before += B_STRIDES[p]
+    n0 = (block - first_block) * BLOCK_N
     n = tl.arange(0, BLOCK_N)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         record = tiles + tile * RECORD
@@ -107,96 +138,6 @@ def add_product(
             tl.store(to, rounded(base.to(tl.float32) + product, base.dtype, EMULATED), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_splits", "num_tiles"])
-def _lora_expand(
-    inner,
-    plane,
-    output,
-    tiles,
-    addresses,
-    rows,
-    inner_split_stride,
-    inner_stride,
-    output_stride,
-    num_splits,
-    num_tiles,
-    MODULE: tl.constexpr,
-    OUT_FEATURES: tl.constexpr,
-    B_STRIDES: tl.constexpr,
-    SLOT_ELEMS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    RECORD: tl.constexpr,
-    FIRST: tl.constexpr,
-    END: tl.constexpr,
-    RANK: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EMULATED: tl.constexpr,
-):
-    """One program computes one block of output columns for a stride over the tiles.
-
-    Grid: programs that share the tiles, blocks of columns over all parts.
-    """
-    # The part that this block lies in, the part's first column, and the elements of B before it
-    # per rank. Parts are adjacent in the output and in the plane.
-    block = tl.program_id(1)
-    part = 0
-    column = 0
-    before = 0
-    stride = 0
-    out_features = 0
-    first_block = 0
-    next_block = 0
-    next_column = 0
-    next_before = 0
-    for p in tl.static_range(len(OUT_FEATURES)):
-        if block >= next_block:
-            part = p
-            first_block = next_block
-            column = next_column
-            before = next_before
-            stride = B_STRIDES[p]
-            out_features = OUT_FEATURES[p]
-        next_block += (OUT_FEATURES[p] + BLOCK_N - 1) // BLOCK_N
-        next_column += OUT_FEATURES[p]
-        next_before += B_STRIDES[p]
-    add_product(
-        inner,
-        plane,
-        output,
-        tiles,
-        addresses,
-        rows,
-        inner_split_stride,
-        inner_stride,
-        output_stride,
-        num_splits,
-        num_tiles,
-        part,
-        before,
-        stride,
-        column,
-        (block - first_block) * BLOCK_N,
-        out_features,
-        MODULE,
-        SLOT_ELEMS,
-        CHUNK,
-        RECORD,
-        FIRST,
-        END,
-        RANK,
-        OFFSETS,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_R,
-        EVEN_N,
-        EMULATED,
-    )
-
-
 def lora_expand(
     inner: torch.Tensor,
     plane: torch.Tensor,
@@ -222,14 +163,49 @@ def lora_expand(
     Returns:
         ``output``.
     """
+    assert output.dtype == plane.dtype and plane.is_contiguous()
+    return launch(
+        inner,
+        plane,
+        tables,
+        module,
+        output,
+        parts=module.out_features,
+        slot_elems=plane.shape[1],
+        num_tiles=num_tiles,
+        config=config,
+    )
+
+
+def launch(
+    inner: torch.Tensor,
+    plane: torch.Tensor,
+    tables: BatchTables,
+    module: StackedModule,
+    output: torch.Tensor,
+    *,
+    parts: Sequence[int],
+    slot_elems: int,
+    num_tiles: int,
+    config: ExpandConfig,
+    num_planes: int = 0,
+    alignment: int = 16,
+) -> torch.Tensor:
+    """Launch the kernel, with arguments as of ``lora_expand`` but for these.
+
+    Args:
+        plane: The plane of a layer, or the addresses of all, int64 ``[layers, planes]``.
+        parts: Columns of each part of the output.
+        slot_elems: Elements of a slot.
+        num_planes: Planes per layer in ``plane``; 0 if it is a plane.
+        alignment: Of the planes of which there are addresses, in bytes.
+    """
     num_splits, T, _ = inner.shape
-    out_features = module.out_features
-    assert output.dtype == plane.dtype and output.stride(1) == 1 and plane.is_contiguous()
-    assert len(output) >= T and output.shape[1] >= sum(out_features)
+    assert output.stride(1) == 1
+    assert len(output) >= T and output.shape[1] >= sum(parts)
     if T == 0 or num_tiles == 0:
         return output
-    slot_elems = plane.shape[1]
-    num_blocks = sum(-(-out // config.block_n) for out in out_features)
+    num_blocks = sum(-(-columns // config.block_n) for columns in parts)
     _lora_expand[(min(num_tiles, config.max_tile_programs), num_blocks)](
         inner,
         plane,
@@ -242,9 +218,12 @@ def lora_expand(
         output.stride(0),
         num_splits,
         num_tiles,
+        sum(parts),
         MODULE=module.index,
-        OUT_FEATURES=out_features,
+        OUT_FEATURES=module.out_features,
         B_STRIDES=module.out_strides,
+        PLANES=num_planes,
+        ALIGNMENT=alignment,
         SLOT_ELEMS=slot_elems,
         CHUNK=chunk_elems(slot_elems, module.alignment, config.block_n),
         RECORD=tables.record_ints,
@@ -255,7 +234,7 @@ def lora_expand(
         BLOCK_M=tables.tile_rows,
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
-        EVEN_N=all(out % config.block_n == 0 for out in out_features),
+        EVEN_N=all(columns % config.block_n == 0 for columns in parts),
         EMULATED=is_emulated(output.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -194,7 +194,7 @@ def test_warm_up_compiles_the_lora_kernels_of_any_batch(serve: Any, name: str) -
         server.launches.keys.clear()
         server.backend.warm_up(server.planes)
         warm = set(server.launches.keys)
-        outside = {"lora_logits", "lora_lookup"} if server.backend.vocabulary else set()
+        outside = {"lora_lookup"} if server.backend.vocabulary else set()
         expected = {"lora_shrink", "lora_expand", "page_copy"} | outside
         assert {kernel for kernel, _ in warm} == expected
         all_batches(server)

@@ -22,7 +22,6 @@ from triton.compiler import ASTSource
 from sglang_elora.kernels import launch_configs
 from sglang_elora.kernels.batch_tables import END, FIRST, OFFSETS, RANK, SCALING, record_ints
 from sglang_elora.kernels.lora_expand import _lora_expand
-from sglang_elora.kernels.lora_logits import _lora_logits
 from sglang_elora.kernels.lora_lookup import _BLOCK_N, _WEIGHTS, _lora_lookup
 from sglang_elora.kernels.lora_shrink import _lora_shrink
 from sglang_elora.kernels.page_copy import _BLOCK_WORDS, JOB_INTS, _page_copy
@@ -53,6 +52,8 @@ def compiled(
 ) -> dict[str, Any]:
     names = kernel.arg_names
     types = {name: kind if kind != "weights" else f"*{weights}" for name, kind in POINTERS.items()}
+    if constants.get("PLANES") and "plane" in names:  # it has addresses
+        types["plane"] = "*i64"
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32") for name in names
     }
@@ -105,6 +106,8 @@ def expand_constants(entry: dict[str, Any]) -> dict[str, Any]:
     return LORA | {
         "OUT_FEATURES": (4096, 1024, 1024),
         "B_STRIDES": (4096, 1024, 1024),
+        "PLANES": 0,
+        "ALIGNMENT": 16,
         "CHUNK": launch["block_n"],
         "BLOCK_M": entry["shape"]["tile_rows"],
         "BLOCK_N": launch["block_n"],
@@ -114,9 +117,8 @@ def expand_constants(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def logits_constants(entry: dict[str, Any]) -> dict[str, Any]:
-    expand = expand_constants(entry)
-    del expand["OUT_FEATURES"], expand["B_STRIDES"]
-    return expand | {"PART_SIZE": 4096, "B_STRIDE": 4096, "PLANES": 2, "ALIGNMENT": 16}
+    one_part = {"OUT_FEATURES": (4096,), "B_STRIDES": (4096,)}
+    return expand_constants(entry) | one_part | {"PLANES": 2, "ALIGNMENT": 16}
 
 
 def of_launch(
@@ -137,7 +139,7 @@ def launches(sm: int) -> Iterator[dict[str, Any]]:
             constants = expand_constants(entry)
             yield {"kernel": "expand", **of_launch(_lora_expand, constants, weights, sm, entry)}
             constants = logits_constants(entry)
-            yield {"kernel": "logits", **of_launch(_lora_logits, constants, weights, sm, entry)}
+            yield {"kernel": "logits", **of_launch(_lora_expand, constants, weights, sm, entry)}
     for (weights, dtype), tile_rows in product(
         zip(WEIGHTS, _WEIGHTS.values(), strict=True), (16, 64)
     ):

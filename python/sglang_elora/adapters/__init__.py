@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = [
     "NUM_DROPPED",
+    "STACKED",
     "AdapterError",
     "AdapterFacts",
     "AllowedSources",
@@ -56,5 +57,5 @@ from sglang_elora.adapters.one_rank import (
 )
 from sglang_elora.adapters.refusals import Refusals
 from sglang_elora.adapters.remote import cache_folder, download, has_adapter, is_url, keep_only
-from sglang_elora.adapters.stacked_shapes import why_not_stacked
+from sglang_elora.adapters.stacked_shapes import STACKED, why_not_stacked
 from sglang_elora.adapters.tensor_rules import is_factor

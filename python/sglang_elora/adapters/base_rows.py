@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sglang_elora.adapters.module_names import EMBEDDINGS
+
 _ROWS = 4096  # rows compared at a time
 _TIED = {"lm_head": "embed_tokens"}  # a module without a weight of its own -> whose it has
 
@@ -68,11 +70,7 @@ class BaseRows:
                 continue  # not the model's, or broken: SGLang says so
             for key in keys:
                 parts = key.split(".")
-                if (
-                    parts[-1] == "weight"
-                    and parts[-2:-1]
-                    and parts[-2] in ("embed_tokens", "lm_head")
-                ):
+                if parts[-1] == "weight" and parts[-2:-1] and parts[-2] in EMBEDDINGS:
                     found.setdefault(parts[-2], (file, key))
         return found
 

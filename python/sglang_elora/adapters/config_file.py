@@ -18,6 +18,7 @@ from typing import Any
 
 from sglang_elora.adapters.bounded_files import MAX_JSON_BYTES, MAX_TOKENS_BYTES, read_bounded
 from sglang_elora.adapters.errors import MERGE, AdapterFolder, Problem
+from sglang_elora.adapters.module_names import EMBEDDINGS
 from sglang_elora.adapters.module_patterns import ModulePattern
 from sglang_elora.adapters.weight_files import ADDED_TOKENS_FILE, CONFIG_FILE
 
@@ -48,7 +49,6 @@ _REFUSED = {
 }
 _ALORA = "alora_invocation_tokens"
 TIES_EMBEDDINGS = "ensure_weight_tying"
-_TIED = frozenset({"embed_tokens", "lm_head"})
 # init_lora_weights: these subtract the initial B A from the base weight.
 _ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -100,8 +100,8 @@ class AdapterConfig:
         if self.target_modules is None:
             return True
         parts = path.split(".")
-        if self.ties_embeddings and parts[-1] in _TIED:
-            return any(target.rsplit(".", 1)[-1] in _TIED for target in self.target_modules)
+        if self.ties_embeddings and parts[-1] in EMBEDDINGS:
+            return any(target.rsplit(".", 1)[-1] in EMBEDDINGS for target in self.target_modules)
         endings = {".".join(parts[i:]) for i in range(len(parts))}
         return not endings.isdisjoint(self.target_modules)
 

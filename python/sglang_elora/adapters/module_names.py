@@ -22,6 +22,10 @@ _FUSED = {
 }
 
 
+EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
+"""The embedding and the output layer, as modules of a checkpoint are named."""
+
+
 def served_name(path: str) -> str:
     """The served name of a module given by its path, its leaf name, or its served name."""
     leaf = path.rsplit(".", 1)[-1]

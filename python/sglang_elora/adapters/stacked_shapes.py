@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-_FUSED = (
+STACKED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
+"""Projections that SGLang stacks into one matrix (qkv_proj, gate_up_proj,
+fused_qkv_a_proj_with_mqa)."""
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.")
 
 
@@ -42,7 +44,7 @@ def why_not_stacked(shapes: Mapping[str, tuple[int, ...]], rank: int) -> str | N
 def _fused(module: str) -> str:
     """A common name for the projections of a layer that are stacked into one module."""
     parent, _, leaf = module.rpartition(".")
-    for group in _FUSED:
+    for group in STACKED:
         if leaf in group:
             return f"{parent}.{group[0]}"
     return module

@@ -16,6 +16,7 @@ from sglang_elora.adapters.base_shapes import (
 )
 from sglang_elora.adapters.config_file import AdapterConfig
 from sglang_elora.adapters.errors import MERGE, AdapterFolder, Problem
+from sglang_elora.adapters.module_names import EMBEDDINGS
 from sglang_elora.adapters.weight_files import TensorInfo
 
 _PREFIX = "base_model.model."
@@ -23,7 +24,6 @@ _LORA_KEY = re.compile(
     r"(?P<path>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)"
     r"(?:\.default)?(?P<weight>\.weight)?"
 )
-_EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
 _OF_TRAINING = ".lora_velora_embed"  # VeLoRA's; what it computes is plain LoRA
 _MAX_COPIES = 4  # of embed_tokens and lm_head; each is read and compared
 _RETRAIN = f"Train the adapter without it. Or: {MERGE}"
@@ -184,7 +184,7 @@ def _is_frozen_copy(tensor: TensorInfo, paths: set[str], base: BaseShapes) -> bo
     Such a weight was not trained and is skipped. One of another shape was resized: not skipped.
     """
     path = tensor.name.removeprefix(_PREFIX).removesuffix(".weight").removesuffix(".base_layer")
-    if canonical(path) not in paths or path.rsplit(".", 1)[-1] not in _EMBEDDINGS:
+    if canonical(path) not in paths or path.rsplit(".", 1)[-1] not in EMBEDDINGS:
         return False
     found = base.find(path)
     return found is None or sorted(tensor.shape) == sorted((found[1].in_size, found[1].out_size))
@@ -205,7 +205,7 @@ def copied_module(name: str) -> str | None:
     for wrapper in (".base_layer", ".modules_to_save.default", ".original_module"):
         path = path.removesuffix(wrapper)
     leaf = canonical(path).rsplit(".", 1)[-1]
-    return leaf if leaf in _EMBEDDINGS and name.endswith(".weight") else None
+    return leaf if leaf in EMBEDDINGS and name.endswith(".weight") else None
 
 
 def _why_not_lora(name: str, config: AdapterConfig) -> str:

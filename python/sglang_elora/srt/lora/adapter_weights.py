@@ -12,20 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_elora.adapters import needs_one_rank, one_rank_config, stored_shapes
+from sglang_elora.adapters import STACKED, needs_one_rank, one_rank_config, stored_shapes
 from sglang_elora.config import active_config
 
 if TYPE_CHECKING:
     from sglang.srt.lora.lora import LoRAAdapter
     from sglang.srt.lora.lora_config import LoRAConfig
 
-_LATENT = ("q_a_proj", "kv_a_proj_with_mqa")
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), _LATENT)
-"""Projections that SGLang stacks into one matrix (qkv_proj, gate_up_proj,
-fused_qkv_a_proj_with_mqa)."""
-
 _MEMBER = re.compile(
-    rf"(?<=\.)({'|'.join(part for group in _FUSED for part in group)})(?=\.lora_([AB])\.)"
+    rf"(?<=\.)({'|'.join(part for group in STACKED for part in group)})(?=\.lora_([AB])\.)"
 )
 
 
@@ -78,7 +73,7 @@ def complete_fused_modules(self: LoRAAdapter) -> None:
             match = _MEMBER.search(name)
             if match is None or name.replace(match[1], "x_proj") in weights:  # Mamba's gate
                 continue
-            group = next(group for group in _FUSED if match[1] in group)
+            group = next(group for group in STACKED if match[1] in group)
             for part in group:
                 sibling = f"{name[: match.start()]}{part}{name[match.end() :]}"
                 if sibling in weights:
@@ -91,9 +86,10 @@ def complete_fused_modules(self: LoRAAdapter) -> None:
 
 def _out_features(config: Any, part: str, *, like: str, rows: int) -> int:
     """Output size of projection ``part``, given that of its sibling ``like``."""
-    if part in _LATENT:
-        latent: int = config.kv_lora_rank + config.qk_rope_head_dim
-        return int(config.q_lora_rank) if part == _LATENT[0] else latent
+    if part == "q_a_proj":
+        return int(config.q_lora_rank)
+    if part == "kv_a_proj_with_mqa":
+        return int(config.kv_lora_rank + config.qk_rope_head_dim)
     if "q_proj" not in (part, like):
         return rows  # k and v have equal sizes, and so have gate and up
     heads: int = config.num_attention_heads

@@ -146,7 +146,7 @@ class PagedLoRABackend(BaseLoRABackend):
             return input_ids.new_empty(0)
         for copy in self._awaited:  # the first layer to compute needs parts of all
             copy.wait()
-        return self.lookup(input_ids, weights)
+        return self.lookup(input_ids)
 
     @override
     def run_lora_a_sgemm(
@@ -190,7 +190,7 @@ class PagedLoRABackend(BaseLoRABackend):
         if module in OUTSIDE_LAYERS and not self.adapts(module, pruned_batch_info):
             return base_output
         if module == OUTPUT_LAYER:
-            return self.expand_logits(x, weights, base_output, pruned_batch_info)
+            return self.expand_logits(x, base_output, pruned_batch_info)
         return self.expand(x, weights, base_output)
 
     @override
@@ -215,7 +215,7 @@ class PagedLoRABackend(BaseLoRABackend):
         return self.shrink(x, weights)
 
     @abstractmethod
-    def lookup(self, tokens: torch.Tensor, weights: WeightRef) -> torch.Tensor:
+    def lookup(self, tokens: torch.Tensor) -> torch.Tensor:
         """As ``run_lora_a_embedding``, without waiting for copies."""
 
     @abstractmethod
@@ -232,7 +232,7 @@ class PagedLoRABackend(BaseLoRABackend):
 
     @abstractmethod
     def expand_logits(
-        self, inner: torch.Tensor, weights: WeightRef, output: torch.Tensor, batch: Any = None
+        self, inner: torch.Tensor, output: torch.Tensor, batch: Any = None
     ) -> torch.Tensor:
         """As ``run_lora_b_sgemm`` for the output layer, all parts of the vocabulary.
 

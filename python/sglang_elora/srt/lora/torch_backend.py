@@ -79,7 +79,7 @@ class EloraTorchBackend(PagedLoRABackend):
     def batch_of(self, segments: Sequence[Segment]) -> PagedBatch:
         return PagedBatch.of(segments, self.device)
 
-    def lookup(self, tokens: torch.Tensor, weights: WeightRef) -> torch.Tensor:
+    def lookup(self, tokens: torch.Tensor) -> torch.Tensor:
         """``A[:, token] * scaling`` of each row's adapter.
 
         Returns:
@@ -130,7 +130,6 @@ class EloraTorchBackend(PagedLoRABackend):
     def expand_logits(
         self,
         inner: torch.Tensor,
-        weights: WeightRef,
         output: torch.Tensor,
         batch: PagedBatch | None = None,
     ) -> torch.Tensor:

@@ -176,7 +176,7 @@ class EloraTritonBackend(PagedLoRABackend):
         inner = super().run_lora_a_sgemm(x, weights, *args, **options)
         return inner.sum(dim=0, keepdim=True) if self._tp_size > 1 else inner
 
-    def lookup(self, tokens: torch.Tensor, weights: WeightRef) -> torch.Tensor:
+    def lookup(self, tokens: torch.Tensor) -> torch.Tensor:
         """``A[:, token] * scaling`` of each row's adapter.
 
         Returns:
@@ -245,7 +245,6 @@ class EloraTritonBackend(PagedLoRABackend):
     def expand_logits(
         self,
         inner: torch.Tensor,
-        weights: WeightRef,
         output: torch.Tensor,
         batch: LaunchedBatch | None = None,
     ) -> torch.Tensor:
