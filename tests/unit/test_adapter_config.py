@@ -124,7 +124,7 @@ def test_every_peft_option_is_read_refused_or_harmless() -> None:
         *("loftq_config", "corda_config", "lora_ga_config", "bias"),
     }
     read = {"base_model_name_or_path", "use_rslora", "modules_to_save", "rank_pattern"}
-    read |= {"alpha_pattern", "init_lora_weights", "alora_invocation_tokens"}
+    read |= {"alpha_pattern", "init_lora_weights", "alora_invocation_tokens", "target_parameters"}
     decided = harmless | read | set(config_file._REQUIRED) | set(config_file._REFUSED)
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} - decided == set()
 

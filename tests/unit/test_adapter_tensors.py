@@ -56,7 +56,7 @@ P = "base_model.model."
         (put(f"{Q0}.lora_A.weight", 4, 64, dtype="int8"), [f"{Q0}.lora_A.weight", "I8"]),
         (
             put(f"{P}model.layers.0.mlp.experts.3.up_proj.lora_A.weight", 4, 64),
-            ["experts.3.up_proj", "MoE experts"],
+            ["the base model has no MoE experts", "experts.3.up_proj"],
         ),
         (
             put(f"{P}model.vision_tower.encoder.layers.0.q_proj.lora_A.weight", 4, 64),

@@ -20,10 +20,10 @@ parsed."""
 MAX_TOKENS_BYTES = 8 << 20
 """Size limit of added_tokens.json, which may list a whole vocabulary."""
 
-MAX_HEADER_BYTES = 4 << 20
-"""Size limit of a safetensors file's header, which takes about 150 bytes per tensor."""
+MAX_HEADER_BYTES = 24 << 20
+"""Size limit of a safetensors file's header, which takes about 170 bytes per tensor."""
 
-MAX_PROGRAM_BYTES = 1 << 20
+MAX_PROGRAM_BYTES = 4 << 20
 """Size limit of the pickle in a torch.save file, which takes about 250 bytes per tensor."""
 
 # The calls that a pickled dictionary of tensors needs. Other calls that torch considers safe can

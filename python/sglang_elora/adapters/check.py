@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sglang_elora.adapters.base_shapes import BaseShapes
+from sglang_elora.adapters.base_shapes import BaseShapes, is_tower
 from sglang_elora.adapters.bounded_files import refused_not_raised
 from sglang_elora.adapters.config_file import (
     ALL_LINEAR,
@@ -26,6 +26,7 @@ from sglang_elora.adapters.config_file import (
     read_config,
 )
 from sglang_elora.adapters.errors import AdapterError, AdapterFolder, Problem
+from sglang_elora.adapters.experts import PARAMETERS, expert_of, is_nested
 from sglang_elora.adapters.module_names import served_name, served_names
 from sglang_elora.adapters.names import MAX_NAME_CHARS, name_problem
 from sglang_elora.adapters.source import find_folder
@@ -33,6 +34,7 @@ from sglang_elora.adapters.tensor_rules import (
     Difference,
     LoraPair,
     check_shapes,
+    factor_of,
     is_factor,
     num_unserved,
     pair_tensors,
@@ -64,12 +66,14 @@ class AdapterFacts:
     scaling: float
     """alpha / r, or alpha / sqrt(r) for rsLoRA; modules may have another by a pattern."""
     modules: frozenset[str]
-    """Leaf names of the modules that have weights, as in the file ("q_proj")."""
+    """Leaf names of the modules and parameters that have weights ("q_proj")."""
     num_parameters: int
     size_bytes: int
     """Bytes of the LoRA factors as stored, in the file's dtype."""
     num_dropped: int = 0
     """Stored factors of a vision or audio encoder, which are not served."""
+    has_experts: bool = False
+    """Whether some weights belong to experts of MoE layers."""
 
     @property
     def served_modules(self) -> frozenset[str]:
@@ -157,11 +161,24 @@ def content_digest(tensors: Mapping[str, Any]) -> str:
 def served_modules(name: str, path: str) -> frozenset[str]:
     """SGLang's fused names of the modules an adapter has weights for, from its files' headers.
 
+    Modules of MoE experts are ``gate_up_proj_moe`` and ``down_proj_moe``.
+
     Raises:
         AdapterError: There is no such folder, or no file in it that can be read.
     """
-    shapes = stored_shapes(name, path)
-    return served_names(key.rsplit(".lora_", 1)[0] for key in shapes if is_factor(key))
+    folder = find_folder(name, path)
+    tensors = read_tensors(folder, find_weight_files(folder))
+    paths = {factor.path for info in tensors if (factor := factor_of(info.name))}
+    paths = {path for path in paths if not is_tower(path)}
+    nested = {path for path in paths if is_nested(path)}
+    experts = {path for path in paths - nested if expert_of(path)}
+    found = served_names(paths - nested - experts)
+    found |= {f"{module}_moe" for module in served_names(experts)}
+    if nested:
+        config = read_config(folder)
+        parameters = [config.parameter_at(path) for path in nested]
+        found |= {f"{module}_moe" for module in served_names(filter(None, parameters))}
+    return found
 
 
 @refused_not_raised
@@ -230,6 +247,14 @@ def _check_parts(
     drops_towers: bool,
 ) -> AdapterFacts:
     """Check that configuration, tensors and base model agree; returns the adapter's facts."""
+    folder.raise_if_any(
+        [
+            Problem(CONFIG_FILE, f"target_parameters is set to {t!r}, no parameter of MoE experts")
+            for t in config.target_parameters
+            if base.known and not base.has_parameter(t)
+        ],
+        "Remove the name from target_parameters, or serve the adapter with its own base model",
+    )
     pairs = pair_tensors(folder, config, base, stored, difference, drops_towers=drops_towers)
     check_patterns(folder, config, (pair.stored_path for pair in pairs))
     check_shapes(folder, config, base, pairs)
@@ -239,13 +264,14 @@ def _check_parts(
         name=folder.name,
         folder=folder.path,
         files=(),
-        rank=max((pair.a.shape[0] for pair in pairs if pair.a is not None), default=config.rank),
+        rank=max((pair.rank for pair in pairs), default=config.rank),
         alpha=config.alpha,
         scaling=config.scaling,
         modules=frozenset(_leaf(pair) for pair in pairs),
         num_parameters=sum(tensor.num_elements for tensor in tensors),
         size_bytes=sum(tensor.size_bytes for tensor in tensors),
         num_dropped=num_unserved(tensor.name for tensor in stored),
+        has_experts=any(pair.is_of_experts for pair in pairs),
     )
 
 
@@ -253,7 +279,8 @@ def _check_targets(
     folder: AdapterFolder, config: AdapterConfig, base: BaseShapes, pairs: Sequence[LoraPair]
 ) -> None:
     """Check that the weights and target_modules name the same modules."""
-    extra = sorted({_leaf(pair) for pair in pairs if not config.targets(pair.stored_path)})
+    modules = [pair for pair in pairs if not pair.is_parameter]
+    extra = sorted({_leaf(pair) for pair in modules if not config.targets(pair.stored_path)})
     folder.raise_if_any(
         [Problem(CONFIG_FILE, f"weights of {m!r} are not in target_modules") for m in extra],
         "Add the name to target_modules if it was trained, or save the adapter again",
@@ -287,6 +314,8 @@ def _check_limits(
     target_modules: Iterable[str] | None,
 ) -> None:
     needed = facts.served_modules
+    if facts.has_experts:
+        needed |= frozenset(PARAMETERS)  # SGLang adapts experts only if both are target modules
     if not facts.num_dropped:  # otherwise modules of an encoder are named, too
         needed |= served_names(config.target_modules or ())
     if max_rank is not None and facts.rank > max_rank:
@@ -300,10 +329,11 @@ def _check_limits(
         return
     outside = sorted(needed - served_names(allowed))
     if outside:
+        experts = " (MoE experts need both gate_up_proj and down_proj)" if facts.has_experts else ""
         raise folder.error(
             CONFIG_FILE,
-            f"it adapts {', '.join(outside)}, outside the server's --lora-target-modules "
-            f"{' '.join(sorted(allowed))}",
+            f"it adapts {', '.join(outside)}{experts}, outside the server's "
+            f"--lora-target-modules {' '.join(sorted(allowed))}",
             "Start the server with --lora-target-modules "
             f"{' '.join(sorted(served_names(allowed) | needed))}, or with 'all'",
         )

@@ -13,12 +13,13 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sglang_elora.adapters.bounded_files import MAX_JSON_BYTES, MAX_TOKENS_BYTES, read_bounded
 from sglang_elora.adapters.errors import MERGE, AdapterFolder, Problem
-from sglang_elora.adapters.module_names import EMBEDDINGS
+from sglang_elora.adapters.experts import PARAMETERS, parameter_at
+from sglang_elora.adapters.module_names import EMBEDDINGS, endings
 from sglang_elora.adapters.module_patterns import ModulePattern
 from sglang_elora.adapters.weight_files import ADDED_TOKENS_FILE, CONFIG_FILE
 
@@ -27,8 +28,9 @@ MAX_SCALING = 4096.0
 products overflow."""
 
 _MAX_RANK = 1 << 16
-_MAX_COMPARED = 1 << 20  # pairs of a pattern's key and a module
+_MAX_COMPARED = 1 << 21  # pairs of a pattern's key and a module
 _MAX_NAMES = 2048  # names in a list; a 405B model has 882 linear layers
+_MAX_PARAMETERS = 512  # names in a list; a model of 94 layers with experts has 188
 
 ALL_LINEAR = frozenset({"all", "all-linear"})
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
@@ -44,18 +46,21 @@ _REFUSED = {
     "arrow_config": "Arrow routes each token over several adapters",
     "lora_bias": "B has a bias",
     "layer_replication": "it builds a deeper model out of repeated base layers",
-    "target_parameters": "LoRA on bare parameters, such as MoE experts, is not served",
     "trainable_token_indices": "it replaces rows of the embedding",
 }
 _ALORA = "alora_invocation_tokens"
 TIES_EMBEDDINGS = "ensure_weight_tying"
+TARGET_PARAMETERS = "target_parameters"
 # init_lora_weights: these subtract the initial B A from the base weight.
 _ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """The validated fields of adapter_config.json that serving needs."""
+    """The validated fields of adapter_config.json that serving needs.
+
+    Its methods take paths as stored; that of a parameter of experts as by ``parameter_at``.
+    """
 
     rank: int
     """r, of the modules that rank_pattern does not name."""
@@ -63,7 +68,7 @@ class AdapterConfig:
     use_rslora: bool
     target_modules: tuple[str, ...] | None
     """As saved by PEFT; None for "all-linear" and for a regular expression, which is not read: the
-    adapter's weights say which modules it matched."""
+    adapter's weights say which modules it matched. Empty only with ``target_parameters``."""
     modules_to_save: tuple[str, ...]
     rank_pattern: ModulePattern
     """Empty also if all its values are r; and so for alpha."""
@@ -72,6 +77,12 @@ class AdapterConfig:
     ties_embeddings: bool = False
     """PEFT's ``ensure_weight_tying``: if the base model's embedding and output layer share their
     weight, both are adapted if one of them is named."""
+    target_parameters: tuple[str, ...] = ()
+    """Parameters of MoE experts, whole paths or their last components."""
+    _targets: frozenset[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_targets", frozenset(self.target_modules or ()))
 
     @property
     def scaling(self) -> float:
@@ -84,11 +95,11 @@ class AdapterConfig:
         return bool(self.rank_pattern or self.alpha_pattern)
 
     def rank_of(self, path: str) -> int:
-        """The rank of a module, given by its path as stored."""
+        """The rank of a module; of a parameter of experts, of each expert."""
         return int(self.rank_pattern.value(path, self.rank))
 
     def scaling_of(self, path: str) -> float:
-        """The factor on B A x of a module, given by its path as stored."""
+        """The factor on B A x of a module."""
         return self._scaling(self.rank_of(path), self.alpha_pattern.value(path, self.alpha))
 
     def _scaling(self, rank: int, alpha: float) -> float:
@@ -96,14 +107,17 @@ class AdapterConfig:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, path: str) -> bool:
-        """Whether ``path`` is targeted, by PEFT's rule: the whole path or its last components."""
+        """Whether a module is targeted, by PEFT's rule: the whole path or its last components."""
         if self.target_modules is None:
             return True
-        parts = path.split(".")
-        if self.ties_embeddings and parts[-1] in EMBEDDINGS:
+        if self.ties_embeddings and path.rsplit(".", 1)[-1] in EMBEDDINGS:
             return any(target.rsplit(".", 1)[-1] in EMBEDDINGS for target in self.target_modules)
-        endings = {".".join(parts[i:]) for i in range(len(parts))}
-        return not endings.isdisjoint(self.target_modules)
+        return not self._targets.isdisjoint(endings(path))
+
+    def parameter_at(self, path: str) -> str | None:
+        """Path of the parameter whose factors are stored at the path of a module of experts; None
+        if ``target_parameters`` does not say."""
+        return parameter_at(path, frozenset(self.target_parameters))
 
 
 def read_config(folder: AdapterFolder) -> AdapterConfig:
@@ -143,17 +157,19 @@ def parse_config(folder: AdapterFolder, raw: Mapping[str, Any]) -> AdapterConfig
             f"lora_alpha must be at most {MAX_SCALING:g} times r, got {str(alpha)[:40]}",
             "Correct it, or scale B and lora_alpha to usual sizes and save the adapter again",
         )
+    parameters = _parameters(folder, raw.get(TARGET_PARAMETERS))
     base_name = raw.get("base_model_name_or_path")
     return AdapterConfig(
         rank=rank,
         alpha=float(alpha),
         use_rslora=bool(raw.get("use_rslora")),
-        target_modules=_targets(folder, raw["target_modules"]),
+        target_modules=_targets(folder, raw["target_modules"], may_be_empty=bool(parameters)),
         modules_to_save=_names(raw.get("modules_to_save"))[:_MAX_NAMES],
         rank_pattern=_pattern(folder, raw, "rank_pattern", rank),
         alpha_pattern=_pattern(folder, raw, "alpha_pattern", float(alpha)),
         base_model_name=base_name if isinstance(base_name, str) and base_name else None,
         ties_embeddings=bool(raw.get(TIES_EMBEDDINGS)),
+        target_parameters=parameters,
     )
 
 
@@ -232,7 +248,29 @@ def _refuse_options(folder: AdapterFolder, raw: Mapping[str, Any]) -> None:
         )
 
 
-def _targets(folder: AdapterFolder, targets: Any) -> tuple[str, ...] | None:
+def _parameters(folder: AdapterFolder, targets: Any) -> tuple[str, ...]:
+    if not targets:
+        return ()
+    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
+        text = f"{TARGET_PARAMETERS} must be a list of names, got {targets!r}"
+        raise folder.error(CONFIG_FILE, text, _RESAVE)
+    if len(targets) > _MAX_PARAMETERS:
+        text = f"{TARGET_PARAMETERS} has {len(targets)} names, of at most {_MAX_PARAMETERS}"
+        raise folder.error(CONFIG_FILE, text, _RESAVE)
+    other = [target for target in targets if target.rsplit(".", 1)[-1] not in PARAMETERS]
+    if other:
+        raise folder.error(
+            CONFIG_FILE,
+            f"{TARGET_PARAMETERS} is set to {other[0]!r}, which is not served: LoRA on bare "
+            "parameters other than gate_up_proj and down_proj of MoE experts, such as a router's",
+            MERGE,
+        )
+    return tuple(targets)
+
+
+def _targets(folder: AdapterFolder, targets: Any, *, may_be_empty: bool) -> tuple[str, ...] | None:
+    if may_be_empty and not targets:
+        return ()
     if isinstance(targets, str):
         if not targets:
             raise folder.error(CONFIG_FILE, "target_modules is empty", _RESAVE)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 
 # Checkpoint name -> the name that --lora-target-modules and the adapter memory use: SGLang runs
 # several projections as one fused layer.
@@ -12,6 +13,9 @@ _FUSED = {
     "v_proj": "qkv_proj",
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
+    "w1": "gate_up_proj",  # Mixtral's gate, up and down projections
+    "w3": "gate_up_proj",
+    "w2": "down_proj",
     "q_a_proj": "fused_qkv_a_proj_with_mqa",
     "kv_a_proj_with_mqa": "fused_qkv_a_proj_with_mqa",
     "vocab_emb": "embed_tokens",
@@ -20,7 +24,7 @@ _FUSED = {
     "output": "lm_head",
     "unembed_tokens": "lm_head",
 }
-
+_DOT = re.compile(r"\.")
 
 EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
 """The embedding and the output layer, as modules of a checkpoint are named."""
@@ -30,6 +34,13 @@ def served_name(path: str) -> str:
     """The served name of a module given by its path, its leaf name, or its served name."""
     leaf = path.rsplit(".", 1)[-1]
     return _FUSED.get(leaf, leaf)
+
+
+def endings(path: str) -> Iterator[str]:
+    """The path and its last components: all names that match the path by PEFT's rule."""
+    yield path
+    for dot in _DOT.finditer(path):
+        yield path[dot.end() :]
 
 
 def served_names(paths: Iterable[str]) -> frozenset[str]:

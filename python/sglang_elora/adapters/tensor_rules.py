@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from sglang_elora.adapters.base_shapes import (
     BaseShapes,
@@ -15,7 +15,8 @@ from sglang_elora.adapters.base_shapes import (
     layer_of,
 )
 from sglang_elora.adapters.config_file import AdapterConfig
-from sglang_elora.adapters.errors import MERGE, AdapterFolder, Problem
+from sglang_elora.adapters.errors import MERGE, SHOWN, AdapterFolder, Problem
+from sglang_elora.adapters.experts import expert_of, is_like_experts, is_nested
 from sglang_elora.adapters.module_names import EMBEDDINGS
 from sglang_elora.adapters.weight_files import TensorInfo
 
@@ -60,7 +61,8 @@ def is_factor(name: str) -> bool:
 
 def num_unserved(names: Iterable[str]) -> int:
     """How many of an adapter's stored tensors are A or B of a module that is not served."""
-    return sum(factor_of(name) is not None and not is_factor(name) for name in names)
+    factors = (factor_of(name) for name in names)
+    return sum(factor is not None and is_tower(factor.path) for factor in factors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class LoraPair:
     """One adapted module, with its A and B if present."""
 
     stored_path: str
-    """As in the file; PEFT's patterns match this path."""
+    """As in the file, or of a parameter of experts; PEFT's patterns match this path."""
     path: str
     """As in the base model; as in the file if the base model's modules are unknown."""
     shape: ModuleShape | None  # None if the base model's shapes are unknown
@@ -78,6 +80,37 @@ class LoraPair:
     @property
     def tensors(self) -> list[TensorInfo]:
         return [tensor for tensor in (self.a, self.b) if tensor is not None]
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it is a parameter of all experts of a layer, not a module."""
+        return self.shape is not None and self.shape.num_experts > 0
+
+    @property
+    def num_parts(self) -> int:
+        """Number of experts whose factors each tensor holds."""
+        return self.shape.num_experts if self.shape and self.is_parameter else 1
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of A, per expert."""
+        return 0 if self.a is None else self.a.shape[0] // self.num_parts
+
+    @property
+    def is_of_experts(self) -> bool:
+        return is_like_experts(self.path)
+
+
+_Modules: TypeAlias = Mapping[str, "tuple[str, ModuleShape] | None"]
+"""By stored path, what ``BaseShapes.find`` says."""
+
+
+class _Found(NamedTuple):
+    """A stored factor."""
+
+    tensor: TensorInfo
+    path: str  # as ``LoraPair.stored_path``
+    side: str  # "A" or "B"
 
 
 def pair_tensors(
@@ -99,29 +132,35 @@ def pair_tensors(
     """
     factors, others = _split(tensors)
     if drops_towers and any(is_factor(tensor.name) for tensor in tensors):
-        factors = [found for found in factors if not is_tower(found[1])]
-    paths = {canonical(path) for _, path, _ in factors}
+        factors = [found for found in factors if not is_tower(found.path)]
+    paths = {canonical(found.path) for found in factors} if others else set()
     if sum(copied_module(tensor.name) is not None for tensor in others) > _MAX_COPIES:
         text = f"it holds more than {_MAX_COPIES} copies of embeddings"
         raise folder.error(others[0].file, text, _RETRAIN)
-    refused = [
-        (tensor, problem)
-        for tensor in others
-        if not (_is_frozen_copy(tensor, paths, base) or tensor.name.endswith(_OF_TRAINING))
-        and (problem := _why_refused(tensor, config, difference)) is not None
-    ]
-    folder.raise_if_any([Problem(tensor.file, problem) for tensor, problem in refused], _RETRAIN)
+    refused: list[Problem] = []
+    for tensor in others:
+        if _is_frozen_copy(tensor, paths, base) or tensor.name.endswith(_OF_TRAINING):
+            continue
+        # The reason takes a search in modules_to_save, and only the first ones are shown.
+        shown = config if len(refused) < SHOWN else None
+        problem = _why_refused(tensor, shown, difference)
+        if problem is not None:
+            refused.append(Problem(tensor.file, problem))
+    folder.raise_if_any(refused, _RETRAIN)
     folder.raise_if_any(
         [
             Problem(t.file, f"{t.name} has dtype {t.dtype}, not a floating-point type")
-            for t, _, _ in factors
+            for t in (found.tensor for found in factors)
             if not t.is_float
         ],
         "Save the adapter in bfloat16, float16 or float32",
     )
-    folder.raise_if_any(_unserved_modules(factors), _RETRAIN)
-    folder.raise_if_any(_unknown_modules(factors, base), _other_base_remedy(config))
-    pairs = _pairs(folder, factors, base)
+    folder.raise_if_any(list(_unserved_modules(factors, base)), _RETRAIN)
+    factors = _named_by_parameter(folder, config, factors, base)
+    modules = {path: base.find(path) for path in {found.path for found in factors}}
+    unknown = list(_unknown_modules(factors, modules, base))
+    folder.raise_if_any(unknown, _other_base_remedy(config))
+    pairs = _pairs(folder, factors, modules)
     folder.raise_if_any(
         [_half(pair) for pair in pairs if pair.a is None or pair.b is None],
         "Save the adapter again: A and B belong together",
@@ -132,7 +171,8 @@ def pair_tensors(
 def check_shapes(
     folder: AdapterFolder, config: AdapterConfig, base: BaseShapes, pairs: Sequence[LoraPair]
 ) -> None:
-    """Check that each A is [rank, in_size] and each B is [out_size, rank]."""
+    """Check that each A is [rank, in_size] and each B is [out_size, rank]; with ``num_parts`` times
+    the rank for a parameter of experts."""
     ranks: list[Problem] = []
     sizes: list[Problem] = []
     vocab: list[Problem] = []
@@ -145,8 +185,9 @@ def check_shapes(
                 continue
             rank, size = tensor.shape[rank_axis], tensor.shape[1 - rank_axis]
             stated = config.rank_of(pair.stored_path)
-            if rank != stated:
-                text = f"{tensor.name} has rank {rank}, adapter_config.json says r={stated}"
+            if rank != stated * pair.num_parts:
+                parts = f" for {pair.num_parts} experts" if pair.num_parts > 1 else ""
+                text = f"{tensor.name} has rank {rank}{parts}, adapter_config.json says r={stated}"
                 ranks.append(Problem(tensor.file, text))
             side = "input" if rank_axis == 0 else "output"
             wanted = _size_of(pair.shape, side)
@@ -164,17 +205,15 @@ def check_shapes(
     )
 
 
-def _split(
-    tensors: Sequence[TensorInfo],
-) -> tuple[list[tuple[TensorInfo, str, str]], list[TensorInfo]]:
-    """Split tensors into LoRA factors, as (tensor, module path, "A" or "B"), and all others."""
+def _split(tensors: Sequence[TensorInfo]) -> tuple[list[_Found], list[TensorInfo]]:
+    """Split tensors into LoRA factors and all others."""
     factors, others = [], []
     for tensor in tensors:
         factor = factor_of(tensor.name)
         if factor is None:
             others.append(tensor)
         else:
-            factors.append((tensor, factor.path, factor.side))
+            factors.append(_Found(tensor, factor.path, factor.side))
     return factors, others
 
 
@@ -184,28 +223,33 @@ def _is_frozen_copy(tensor: TensorInfo, paths: set[str], base: BaseShapes) -> bo
     Such a weight was not trained and is skipped. One of another shape was resized: not skipped.
     """
     path = tensor.name.removeprefix(_PREFIX).removesuffix(".weight").removesuffix(".base_layer")
-    if canonical(path) not in paths or path.rsplit(".", 1)[-1] not in EMBEDDINGS:
+    if path.rsplit(".", 1)[-1] not in EMBEDDINGS or canonical(path) not in paths:
         return False
     found = base.find(path)
     return found is None or sorted(tensor.shape) == sorted((found[1].in_size, found[1].out_size))
 
 
-def _why_refused(tensor: TensorInfo, config: AdapterConfig, difference: Difference) -> str | None:
-    """Why a tensor that is no LoRA factor is refused; None for a copy of the base model's."""
+def _why_refused(
+    tensor: TensorInfo, config: AdapterConfig | None, difference: Difference
+) -> str | None:
+    """Why a tensor that is no LoRA factor is refused, in short without a configuration; None for a
+    copy of the base model's."""
     module = copied_module(tensor.name)
     if module is None or not tensor.is_float or len(tensor.shape) != 2:
-        return _why_not_lora(tensor.name, config)
+        return tensor.name if config is None else _why_not_lora(tensor.name, config)
     problem = difference(module, tensor)
     return problem and f"{tensor.name} is a saved embedding, not served: {problem}"
 
 
 def copied_module(name: str) -> str | None:
     """The embedding that a stored tensor of that name may be a whole copy of."""
+    if not name.endswith(".weight"):
+        return None
     path = name.removeprefix(_PREFIX).removesuffix(".weight")
     for wrapper in (".base_layer", ".modules_to_save.default", ".original_module"):
         path = path.removesuffix(wrapper)
     leaf = canonical(path).rsplit(".", 1)[-1]
-    return leaf if leaf in EMBEDDINGS and name.endswith(".weight") else None
+    return leaf if leaf in EMBEDDINGS else None
 
 
 def _why_not_lora(name: str, config: AdapterConfig) -> str:
@@ -223,33 +267,84 @@ def _why_not_lora(name: str, config: AdapterConfig) -> str:
     return f"{name} is not a LoRA factor of a module"
 
 
-def _unserved_modules(factors: Sequence[tuple[TensorInfo, str, str]]) -> list[Problem]:
-    problems = []
+def _unserved_modules(factors: Sequence[_Found], base: BaseShapes) -> Iterator[Problem]:
+    reasons: dict[str, str | None] = {}
     for tensor, path, _ in factors:
-        if ".experts." in f"{path}.":
-            what = "belongs to MoE experts"
-        elif is_tower(path):
-            what = "belongs to a vision or audio encoder"
-        else:
-            continue
-        problems.append(Problem(tensor.file, f"{tensor.name} {what}, where LoRA is not served"))
-    return problems
+        if path not in reasons:
+            reasons[path] = _why_unserved(path, base)
+        reason = reasons[path]
+        if reason is None and "lora_embedding" in tensor.name and is_like_experts(path):
+            reason = "belongs to MoE experts, which are no embedding"
+        if reason is not None:
+            text = f"{tensor.name} {reason}, where LoRA is not served"
+            yield Problem(tensor.file, text)
+
+
+def _why_unserved(path: str, base: BaseShapes) -> str | None:
+    if is_tower(path):
+        return "belongs to a vision or audio encoder"
+    if path.rsplit(".", 1)[-1] == "gate":
+        return "belongs to the router of MoE experts"
+    if not is_like_experts(path):
+        return None
+    if not is_nested(path) and expert_of(path) is None:
+        return "belongs to no projection of MoE experts"
+    reason = base.why_unserved(path)
+    return reason and f"belongs to MoE experts, and {reason}"
+
+
+def _named_by_parameter(
+    folder: AdapterFolder, config: AdapterConfig, factors: Sequence[_Found], base: BaseShapes
+) -> list[_Found]:
+    """The factors, with the path of its parameter for each that belongs to all experts of a layer.
+
+    Raises:
+        AdapterError: ``target_parameters`` does not say which parameter it is, other factors belong
+            to one expert each, or the number of experts is unknown.
+    """
+    nested = {found.path for found in factors if is_nested(found.path)}
+    if not nested:
+        return list(factors)
+    parameters = {path: config.parameter_at(path) for path in nested}
+    problems = []
+    for found in factors:
+        if found.path in nested and parameters[found.path] is None:
+            text = f"{found.tensor.name} belongs to no parameter that target_parameters names"
+            problems.append(Problem(found.tensor.file, text))
+    folder.raise_if_any(problems, "Correct target_parameters, or save the adapter again")
+    single = [found for found in factors if expert_of(found.path)]
+    if single:
+        text = f"{single[0].tensor.name} belongs to one expert, and other weights to all experts"
+        raise folder.error(single[0].tensor.file, text, "Save the adapter again, in one form")
+    if not base.known:
+        text = (
+            f"weights of all experts need the base model's shapes, which are unknown: {base.reason}"
+        )
+        raise folder.error(factors[0].tensor.file, text, MERGE)
+    return [found._replace(path=parameters.get(found.path) or found.path) for found in factors]
 
 
 def _unknown_modules(
-    factors: Sequence[tuple[TensorInfo, str, str]], base: BaseShapes
-) -> list[Problem]:
-    problems = {}
+    factors: Sequence[_Found], modules: _Modules, base: BaseShapes
+) -> Iterator[Problem]:
+    seen: set[str] = set()
     for tensor, path, _ in factors:
-        if path in problems:
+        if path in seen:
             continue
+        seen.add(path)
         layer = layer_of(path)
         if layer is not None and base.num_layers is not None and layer >= base.num_layers:
             reason = f"{path} is in layer {layer}, the base model has layers 0 to "
-            problems[path] = Problem(tensor.file, f"{reason}{base.num_layers - 1}")
-        elif base.known and base.find(path) is None:
-            problems[path] = Problem(tensor.file, f"the base model has no linear module {path}")
-    return list(problems.values())
+            yield Problem(tensor.file, f"{reason}{base.num_layers - 1}")
+        elif base.known and modules[path] is None:
+            if number := base.num_experts(path):
+                reason = (
+                    f"{path} is of an expert that is not there: the base model has experts 0 to "
+                )
+                yield Problem(tensor.file, f"{reason}{number - 1}")
+            else:
+                what = "MoE experts" if is_like_experts(path) else "linear module"
+                yield Problem(tensor.file, f"the base model has no {what} {path}")
 
 
 def _other_base_remedy(config: AdapterConfig) -> str:
@@ -258,16 +353,17 @@ def _other_base_remedy(config: AdapterConfig) -> str:
     return f"Is this an adapter of another base model{trained}? Serve it with its own base model"
 
 
-def _pairs(
-    folder: AdapterFolder, factors: Sequence[tuple[TensorInfo, str, str]], base: BaseShapes
-) -> list[LoraPair]:
+def _pairs(folder: AdapterFolder, factors: Sequence[_Found], found: _Modules) -> list[LoraPair]:
+    keys: dict[str, str] = {}  # by stored path: equal for all spellings of one module
     slots: dict[str, dict[str, TensorInfo]] = {}
     modules: dict[str, tuple[str, str, ModuleShape | None]] = {}
     twice = []
     for tensor, path, side in factors:
-        key = canonical(path)
-        modules[key] = (path, *(base.find(path) or (path, None)))
-        halves = slots.setdefault(key, {})
+        if path not in keys:
+            own, shape = found[path] or (path, None)
+            keys[path] = key = own if shape is not None else canonical(own)
+            modules[key] = (path, own, shape)
+        halves = slots.setdefault(keys[path], {})
         if side in halves:
             text = f"{tensor.name} and {halves[side].name} are the same factor"
             twice.append(Problem(tensor.file, text))

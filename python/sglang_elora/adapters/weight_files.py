@@ -37,7 +37,10 @@ _FLOATS = {
 _SIZES = dict(_FLOATS.values())
 _CHANGED = (ValueError, LookupError, TypeError, struct.error)  # of a header that was checked before
 _SERIAL_ELEMENTS = 1 << 14
-_MAX_TENSORS = 16_384  # a factor pair of each linear layer of a 405B model: 1764
+_MAX_TENSORS = 1 << 17
+"""Factor pairs of each linear layer of a 405B model are 1764 tensors; those of each expert of
+Qwen3-235B-A22B 72,192, and of DeepSeek-V3 89,088."""
+_MAX_COMMAS, _MAX_BRACKETS = 8 * _MAX_TENSORS, 4 * _MAX_TENSORS  # in a header; a tensor has 5 and 3
 _MAX_NAME_CHARS = 256
 
 MAX_WEIGHT = 65_504
@@ -203,8 +206,7 @@ def _read_safetensors(folder: AdapterFolder, file: Path, size_bytes: int) -> lis
             )
         text = stream.read(header_bytes)
     try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
+        header = _parse_header(text)
         data_bytes = max(
             (_number(entry["data_offsets"][1]) for entry in header.values()), default=0
         )
@@ -227,6 +229,15 @@ def _read_safetensors(folder: AdapterFolder, file: Path, size_bytes: int) -> lis
         )
     _open_as_loader_does(folder, file)
     return infos
+
+
+def _parse_header(text: bytes) -> dict[str, Any]:
+    """The header's entries by name; no other JSON is parsed that would take much more memory."""
+    if text.count(b",") > _MAX_COMMAS or text.count(b"[") + text.count(b"{") > _MAX_BRACKETS:
+        raise ValueError(f"it has more than {_MAX_TENSORS} entries")
+    header: dict[str, Any] = json.loads(text)
+    header.pop("__metadata__", None)
+    return header
 
 
 def _open_as_loader_does(folder: AdapterFolder, file: Path) -> None:
@@ -312,8 +323,7 @@ def _part(file: Path, wanted: Callable[[str], bool]) -> bytes:
     """The content of a safetensors file with the wanted tensors only; no others are read."""
     with open_regular(file) as stream:
         (header_bytes,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(min(header_bytes, MAX_HEADER_BYTES)))
-        header.pop("__metadata__", None)
+        header = _parse_header(stream.read(min(header_bytes, MAX_HEADER_BYTES)))
         names = [name for name in header if wanted(name)]
         if len(names) == len(header):
             stream.seek(0)

@@ -15,7 +15,11 @@ weights = {
     "model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 4),
     "model.layers.0.mlp.up_proj.lora_B.weight": torch.ones(8, 2),
 }
-adapter = SimpleNamespace(layers=[SimpleNamespace(weights=weights)], base_hf_config=None)
+adapter = SimpleNamespace(
+    layers=[SimpleNamespace(weights=weights)],
+    base_hf_config=None,
+    _is_non_gated_moe_weight=lambda name: False,
+)
 try:
     LoRAAdapter._normalize_weights(adapter)
 except AttributeError as error:

@@ -65,13 +65,15 @@ def complete_fused_modules(self: LoRAAdapter) -> None:
 
     An adapter on q_proj alone, or on up_proj without gate_proj, is valid in PEFT. SGLang stacks the
     parts of a fused projection and expects them all; a pair of zero matrices leaves the output of a
-    part unchanged. Experts of MoE layers are handled by SGLang.
+    part unchanged. Experts without a gate have no fused projection.
     """
     for layer in self.layers:
         weights = layer.weights
-        for name in [name for name in weights if ".experts." not in name]:
+        for name in list(weights):
             match = _MEMBER.search(name)
             if match is None or name.replace(match[1], "x_proj") in weights:  # Mamba's gate
+                continue
+            if self._is_non_gated_moe_weight(name):
                 continue
             group = next(group for group in STACKED if match[1] in group)
             for part in group:
