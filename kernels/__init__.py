@@ -8,13 +8,16 @@ from __future__ import annotations
 
 __all__ = [
     "MISSING",
+    "MOST_SINGLE_ROUTES",
     "Batch",
     "BatchTables",
     "Contiguous",
     "ExpandConfig",
     "PoolPlanes",
+    "RoutedTiles",
     "ShrinkConfig",
     "StackedModule",
+    "Tiles",
     "adapter_record",
     "expand_config",
     "job_ints",
@@ -24,6 +27,7 @@ __all__ = [
     "lora_shrink",
     "page_copy",
     "record_ints",
+    "routed_tiles",
     "shrink_config",
     "tuned_tile_counts",
 ]
@@ -47,4 +51,5 @@ from sglang_elora.kernels.lora_logits import lora_logits
 from sglang_elora.kernels.lora_lookup import lora_lookup
 from sglang_elora.kernels.lora_shrink import lora_shrink
 from sglang_elora.kernels.page_copy import Contiguous, PoolPlanes, job_ints, page_copy
+from sglang_elora.kernels.routed_tiles import MOST_SINGLE_ROUTES, RoutedTiles, Tiles, routed_tiles
 from sglang_elora.kernels.stacked_module import StackedModule

@@ -20,8 +20,9 @@ last + 1 index into ``rows``, the adapter's rank and scaling (float bits), then 
 offsets of A and B."""
 
 ALIGNED_INTS = 4
-"""``rows`` begins at a multiple of this many int32, 16 bytes. Triton compiles a kernel separately
-for pointers that are multiples of 16 bytes and for others; so all tables share one kernel."""
+"""``rows`` and ``owners`` begin at multiples of this many int32, 16 bytes. Triton compiles a kernel
+separately for pointers that are multiples of 16 bytes and for others; so all tables share one
+kernel."""
 
 MISSING = -1  # offset of a module for which an adapter has no weights
 
@@ -76,17 +77,20 @@ class Batch:
         """Largest rank of the batch's adapters; 0 if there are none."""
         return int(self.records[:, RANK].max(initial=0))
 
+    def row_adapters(self) -> NDArray[np.int16]:
+        """Index into ``records`` of each row's adapter, or -1 for the base model."""
+        if not self.segments:
+            return np.empty(0, np.int16)
+        adapters, lengths = np.array(self.segments, dtype=np.int64).T
+        return np.repeat(adapters.astype(np.int16), lengths)
+
     def grouped(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Row numbers grouped by adapter, in row order within a group (int32), and the number of
         rows per adapter (int64 ``[adapters]``)."""
-        if not self.segments:
-            return np.empty(0, np.int32), np.zeros(len(self.records), np.int64)
-        adapters, lengths = np.array(self.segments, dtype=np.int64).T
-        owners = np.repeat(adapters.astype(np.int16), lengths)
-        order = np.argsort(owners, kind="stable").astype(np.int32)
-        num_base = int(lengths[adapters < 0].sum())
-        counts = np.bincount(owners[owners >= 0], minlength=len(self.records))
-        return order[num_base:], counts
+        adapters = self.row_adapters()
+        order = np.argsort(adapters, kind="stable").astype(np.int32)
+        counts = np.bincount(adapters[adapters >= 0], minlength=len(self.records))
+        return order[len(order) - int(counts.sum()) :], counts
 
 
 class BatchTables:
@@ -94,7 +98,9 @@ class BatchTables:
 
     ``tiles`` is int32 ``[max_tiles, record_ints]``: the record of a tile's adapter with the tile's
     rows, so that a program reads all it needs from one place; tiles after those of the batch have
-    no rows. ``rows`` is int32 ``[max_rows]``: row numbers, grouped by adapter.
+    no rows. ``rows`` is int32 ``[max_rows]``: row numbers, grouped by adapter. ``owners`` is int32
+    ``[max_rows]`` in row order: the number of the first tile of the row's adapter; -1 for rows
+    without an adapter and for those after the batch's. It is empty without experts.
 
     Args:
         device: Device of the kernels.
@@ -102,6 +108,7 @@ class BatchTables:
         max_rows: Most rows of a forward pass.
         max_adapters: Most distinct adapters in a forward pass.
         tile_rows: Most rows of a tile.
+        has_experts: Whether a module has experts, for which ``routed_tiles`` reads ``owners``.
     """
 
     def __init__(
@@ -112,6 +119,7 @@ class BatchTables:
         max_rows: int,
         max_adapters: int,
         tile_rows: int,
+        has_experts: bool = False,
     ) -> None:
         self.max_rows = max_rows
         self.max_adapters = max_adapters
@@ -120,11 +128,16 @@ class BatchTables:
         self.record_ints = record_ints(num_modules)
         self.max_tiles = max_tiles(max_rows, max_adapters, tile_rows)
         tiles_end = self.max_tiles * self.record_ints
-        self._rows_begin = -(-tiles_end // ALIGNED_INTS) * ALIGNED_INTS
+        self._owners_begin = _aligned(tiles_end)
+        owners_end = self._owners_begin + (max_rows if has_experts else 0)
+        self._rows_begin = _aligned(owners_end)
         self._buffer = torch.zeros(self._rows_begin + max_rows, dtype=torch.int32, device=device)
         self.tiles = self._buffer[:tiles_end].view(-1, self.record_ints)
         self.addresses = self._buffer[:tiles_end].view(torch.int64)
+        self.owners = self._buffer[self._owners_begin : owners_end]
         self.rows = self._buffer[self._rows_begin :]
+        if has_experts:
+            self.owners.fill_(-1)
 
     def load(self, batch: Batch) -> None:
         """Write a batch to the tables, on the current stream. Does not block the host.
@@ -138,14 +151,18 @@ class BatchTables:
                 f"{self.max_rows} rows of {self.max_adapters} adapters"
             )
         rows, counts = batch.grouped()
-        tiles = _tiles(batch.records, counts, self.tile_rows)
+        tiles, first_tiles = _tiles(batch.records, counts, self.tile_rows)
         self.num_tiles = len(tiles)
         used = self._rows_begin + len(rows)
         # New host memory for each batch: the copy of the previous batch may still be queued.
         host = torch.empty(used, dtype=torch.int32, pin_memory=self._buffer.is_cuda)
         ints = host.numpy()
         ints[: tiles.size] = tiles.reshape(-1)
-        ints[tiles.size : self._rows_begin] = 0
+        ints[tiles.size : self._owners_begin] = 0
+        if len(self.owners):
+            owners = ints[self._owners_begin : self._rows_begin]
+            owners[: batch.num_rows] = np.append(first_tiles, -1)[batch.row_adapters()]
+            owners[batch.num_rows :] = -1
         ints[self._rows_begin :] = rows
         self._buffer[:used].copy_(host, non_blocking=True)
 
@@ -162,14 +179,20 @@ def max_tiles(num_rows: int, num_adapters: int, tile_rows: int) -> int:
 
 def _tiles(
     records: NDArray[np.int32], counts: NDArray[np.int64], tile_rows: int
-) -> NDArray[np.int32]:
-    """Tiles, int32 ``[tiles, record_ints]``, for adapters whose ``counts`` rows are adjacent."""
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Tiles for adapters whose ``counts`` rows are adjacent, int32 ``[tiles, record_ints]``, and
+    the number of the first tile of each adapter, int64 ``[adapters]``."""
     per_adapter = -(-counts // tile_rows)
     adapters = np.repeat(np.arange(len(counts)), per_adapter)
-    first_tile = np.cumsum(per_adapter) - per_adapter
+    first_tiles = np.cumsum(per_adapter) - per_adapter
     ends = np.cumsum(counts)
-    within = np.arange(len(adapters)) - first_tile[adapters]
+    within = np.arange(len(adapters)) - first_tiles[adapters]
     tiles = records[adapters]
     tiles[:, FIRST] = (ends - counts)[adapters] + within * tile_rows
     tiles[:, END] = np.minimum(tiles[:, FIRST] + tile_rows, ends[adapters])
-    return tiles
+    return tiles, first_tiles
+
+
+def _aligned(num_ints: int) -> int:
+    """``num_ints`` rounded up to a multiple of ``ALIGNED_INTS``."""
+    return -(-num_ints // ALIGNED_INTS) * ALIGNED_INTS

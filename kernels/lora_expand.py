@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 
 from sglang_elora.kernels.addressing import chunk_elems, is_emulated, load_rows, rounded
-from sglang_elora.kernels.batch_tables import END, FIRST, OFFSETS, RANK, BatchTables
+from sglang_elora.kernels.batch_tables import END, FIRST, OFFSETS, RANK
 from sglang_elora.kernels.launch_configs import ExpandConfig
+from sglang_elora.kernels.routed_tiles import Tiles
 from sglang_elora.kernels.stacked_module import StackedModule
 
 
@@ -141,7 +142,7 @@ def _lora_expand(
 def lora_expand(
     inner: torch.Tensor,
     plane: torch.Tensor,
-    tables: BatchTables,
+    tables: Tiles,
     module: StackedModule,
     output: torch.Tensor,
     *,
@@ -154,7 +155,8 @@ def lora_expand(
         inner: float32 ``[splits, T, width]`` of ``lora_shrink`` for the same module.
         plane: ``[slots, slot_elems]`` of the output's dtype: B's plane of this layer. B is stored
             transposed, per part ``rank`` rows of that part's outputs.
-        tables: The batch; rows without an adapter are not changed.
+        tables: The batch, of T rows; rows without an adapter are not changed. For a module with
+            experts, the batch's routes.
         module: The module that B belongs to.
         output: ``[T, sum of out_features]`` or wider, with adjacent columns.
         num_tiles: Tiles to launch programs for: those of the batch, or the most it can have.
@@ -180,7 +182,7 @@ def lora_expand(
 def launch(
     inner: torch.Tensor,
     plane: torch.Tensor,
-    tables: BatchTables,
+    tables: Tiles,
     module: StackedModule,
     output: torch.Tensor,
     *,

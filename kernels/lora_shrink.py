@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 
 from sglang_elora.kernels.addressing import chunk_elems, is_emulated, load_rows
-from sglang_elora.kernels.batch_tables import END, FIRST, OFFSETS, RANK, SCALING, BatchTables
+from sglang_elora.kernels.batch_tables import END, FIRST, OFFSETS, RANK, SCALING
 from sglang_elora.kernels.launch_configs import ShrinkConfig
+from sglang_elora.kernels.routed_tiles import Tiles
 from sglang_elora.kernels.stacked_module import StackedModule
 
 
@@ -28,6 +29,7 @@ def _lora_shrink(
     MODULE: tl.constexpr,
     PARTS: tl.constexpr,
     IN_FEATURES: tl.constexpr,
+    ROWS_PER_INPUT: tl.constexpr,
     A_STRIDE: tl.constexpr,
     SLOT_ELEMS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -61,6 +63,7 @@ def _lora_shrink(
             m = first + tl.arange(0, BLOCK_M)
             mask_m = m < end
             row = tl.load(rows + m, mask=mask_m, other=0).to(tl.int64)
+            x_row = row if ROWS_PER_INPUT == 1 else row // ROWS_PER_INPUT
             k = tl.arange(0, BLOCK_K)
             for n0 in range(lane * BLOCK_N, PARTS * rank, tl.num_programs(1) * BLOCK_N):
                 n = n0 + tl.arange(0, BLOCK_N)
@@ -71,7 +74,7 @@ def _lora_shrink(
                     if not EVEN_K:
                         mask_x = mask_x & (k0 + k[None, :] < IN_FEATURES)
                     x_tile = tl.load(
-                        x + row[:, None] * x_stride + k0 + k[None, :], mask=mask_x, other=0.0
+                        x + x_row[:, None] * x_stride + k0 + k[None, :], mask=mask_x, other=0.0
                     )
                     a_tile = load_rows(
                         plane,
@@ -100,31 +103,36 @@ def _lora_shrink(
 def lora_shrink(
     x: torch.Tensor,
     plane: torch.Tensor,
-    tables: BatchTables,
+    tables: Tiles,
     module: StackedModule,
     *,
     width: int,
     num_tiles: int,
     config: ShrinkConfig,
+    rows_per_input: int = 1,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x @ A^T * scaling`` of each row's adapter, for all parts of a stacked module at once.
 
     Args:
-        x: ``[T, in_features]``, with adjacent columns.
+        x: ``[T / rows_per_input, in_features]``, with adjacent columns.
         plane: ``[slots, slot_elems]`` of x's dtype: A's plane of this layer.
-        tables: The batch; rows without an adapter are not computed.
+        tables: The batch, of T rows; rows without an adapter are not computed. For a module with
+            experts, the batch's routes.
         module: The module that A belongs to.
         width: Columns of the result, at least ``parts * rank`` of any adapter in the batch.
         num_tiles: Tiles to launch programs for: those of the batch, or the most it can have.
         config: Launch configuration.
+        rows_per_input: Adjacent rows of the result that are computed from the same row of ``x``:
+            row r is computed from row ``r // rows_per_input``.
         out: Memory for the result; None: new memory.
 
     Returns:
         float32 ``[splits, T, width]``, whose sum over the first dimension is the result. Only the
         first ``parts * rank`` columns of rows with an adapter are written.
     """
-    T, in_features = x.shape
+    num_inputs, in_features = x.shape
+    T = num_inputs * rows_per_input
     assert in_features == module.in_features, (in_features, module)
     assert x.dtype == plane.dtype and x.stride(1) == 1 and plane.is_contiguous()
     shape = (config.num_splits, T, width)
@@ -148,6 +156,7 @@ def lora_shrink(
         MODULE=module.index,
         PARTS=len(module.out_features),
         IN_FEATURES=in_features,
+        ROWS_PER_INPUT=rows_per_input,
         A_STRIDE=module.in_stride,
         SLOT_ELEMS=slot_elems,
         CHUNK=chunk_elems(slot_elems, module.alignment, config.block_k),

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 class StackedModule:
     """A linear layer whose output may have parts: three for ``qkv_proj``, two for ``gate_up_proj``.
 
+    The experts of a layer have a block each in A's plane and in B's, one after the other. A block
+    holds one expert's matrices as described below; offsets in records are those of expert 0.
+
     Args:
         index: Position of the module in adapters' records.
         in_features: Elements of an input row.
@@ -18,6 +21,7 @@ class StackedModule:
             adjacent, each ``[rank, out_features[part]]``.
         alignment: Common divisor of all offsets and strides of adapters' address spaces, in
             elements.
+        num_experts: Experts that have a matrix of their own each; 1 for an ordinary layer.
     """
 
     index: int
@@ -26,6 +30,17 @@ class StackedModule:
     in_stride: int
     out_strides: tuple[int, ...]
     alignment: int
+    num_experts: int = 1
+
+    @property
+    def a_block(self) -> int:
+        """Elements of one expert's A per unit of rank."""
+        return len(self.out_features) * self.in_stride
+
+    @property
+    def b_block(self) -> int:
+        """Elements of one expert's B per unit of rank, all parts together."""
+        return sum(self.out_strides)
 
     def inner_width(self, max_rank: int) -> int:
         """Columns of the result of ``lora_shrink``, a multiple of 16. Otherwise Triton would

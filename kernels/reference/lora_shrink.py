@@ -20,11 +20,14 @@ def lora_shrink(
     offsets: Sequence[int],
     module: StackedModule,
     inner: torch.Tensor,
+    rows_per_input: int = 1,
 ) -> torch.Tensor:
     """Write ``x @ A^T * scaling`` to ``inner`` (float32 ``[T, width]``), adapter by adapter.
 
     Args:
-        rows: Per adapter, the int64 indices of its rows of ``x``.
+        x: ``[T / rows_per_input, in_features]``; row r of ``inner`` is computed from row
+            ``r // rows_per_input``.
+        rows: Per adapter, the int64 indices of its rows of ``inner``.
         offsets: Per adapter, the address of A in its address space; negative if it has no A.
     """
     for own, table, rank, scaling, offset in zip(
@@ -33,5 +36,6 @@ def lora_shrink(
         if offset >= 0 and len(own):
             num_rows = len(module.out_features) * rank
             a = read_matrix(plane, table, offset, num_rows, module.in_stride)
-            inner[own, :num_rows] = x[own].float() @ a[:, : module.in_features].T * scaling
+            inputs = x[own // rows_per_input].float()
+            inner[own, :num_rows] = inputs @ a[:, : module.in_features].T * scaling
     return inner

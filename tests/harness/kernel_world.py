@@ -69,7 +69,11 @@ class KernelWorld:
         return Batch(records, segments)
 
     def batch_tables(
-        self, segments: Sequence[tuple[int, int]], tile_rows: int, spare: int = 0
+        self,
+        segments: Sequence[tuple[int, int]],
+        tile_rows: int,
+        spare: int = 0,
+        has_experts: bool = False,
     ) -> BatchTables:
         """On the device; with room for ``spare`` more rows and adapters."""
         batch = self.batch(segments)
@@ -79,6 +83,7 @@ class KernelWorld:
             max_rows=batch.num_rows + spare,
             max_adapters=len(self.adapters) + spare,
             tile_rows=tile_rows,
+            has_experts=has_experts,
         )
         tables.load(batch)
         return tables
@@ -137,7 +142,11 @@ def make_world(
             name: (
                 torch.randn(place.a_rows, place.shape.in_features, generator=generator)
                 / place.shape.in_features**0.5,
-                torch.randn(sum(place.shape.out_features), layout.rank, generator=generator)
+                torch.randn(
+                    place.shape.num_experts * sum(place.shape.out_features),
+                    layout.rank,
+                    generator=generator,
+                )
                 / layout.rank**0.5,
             )
             for name, place in layout.places.items()

@@ -25,12 +25,13 @@ from sglang_elora.kernels.lora_expand import _lora_expand
 from sglang_elora.kernels.lora_lookup import _BLOCK_N, _WEIGHTS, _lora_lookup
 from sglang_elora.kernels.lora_shrink import _lora_shrink
 from sglang_elora.kernels.page_copy import _BLOCK_WORDS, JOB_INTS, _page_copy
+from sglang_elora.kernels.routed_tiles import _BLOCK, _routed_tiles
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     **dict.fromkeys(("x", "plane", "output"), "weights"),
     "inner": "*fp32",
-    **dict.fromkeys(("tiles", "rows"), "*i32"),
+    **dict.fromkeys(("tiles", "rows", "owner_tiles", "owners", "firsts", "ends"), "*i32"),
     **dict.fromkeys(("addresses", "jobs", "planes", "tokens"), "*i64"),
 }
 WEIGHTS = {"bf16": "default.json", "fp16": "default.json", "fp32": "float32.json"}
@@ -52,6 +53,8 @@ def compiled(
 ) -> dict[str, Any]:
     names = kernel.arg_names
     types = {name: kind if kind != "weights" else f"*{weights}" for name, kind in POINTERS.items()}
+    if kernel is _routed_tiles:
+        types["topk_ids"] = f"*{weights}"
     if constants.get("PLANES") and "plane" in names:  # it has addresses
         types["plane"] = "*i64"
     signature = {
@@ -61,7 +64,11 @@ def compiled(
         fn=kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in ALIGNED},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if name in ALIGNED and name not in constants
+        },
     )
     binary = triton.compile(
         source,
@@ -87,12 +94,13 @@ def compiled(
     }
 
 
-def shrink_constants(entry: dict[str, Any]) -> dict[str, Any]:
+def shrink_constants(entry: dict[str, Any], rows_per_input: int = 1) -> dict[str, Any]:
     launch = entry["launch"]
     return LORA | {
         "SCALING": SCALING,
         "PARTS": 3,
         "IN_FEATURES": 4096,
+        "ROWS_PER_INPUT": rows_per_input,
         "A_STRIDE": 4096,
         "CHUNK": launch["block_k"],
         "BLOCK_M": entry["shape"]["tile_rows"],
@@ -135,6 +143,8 @@ def launches(sm: int) -> Iterator[dict[str, Any]]:
         for entry in entries["shrink"]:
             constants = shrink_constants(entry)
             yield {"kernel": "shrink", **of_launch(_lora_shrink, constants, weights, sm, entry)}
+            constants = shrink_constants(entry, rows_per_input=8)
+            yield {"kernel": "routes", **of_launch(_lora_shrink, constants, weights, sm, entry)}
         for entry in entries["expand"]:
             constants = expand_constants(entry)
             yield {"kernel": "expand", **of_launch(_lora_expand, constants, weights, sm, entry)}
@@ -158,6 +168,17 @@ def launches(sm: int) -> Iterator[dict[str, Any]]:
             "weights": weights,
             **compiled(_lora_lookup, constants, weights, sm, 4, 1),
         }
+    for ids, grouped in product(("i32", "i64"), (True, False)):
+        constants = {
+            **{name: LORA[name] for name in ("RECORD", "FIRST", "END", "RANK")},
+            **({} if grouped else {"firsts": None, "ends": None}),
+            "NUM_EXPERTS": 128,
+            "COLUMNS": tuple(OFFSETS + i for i in range(4)),
+            "BLOCK_ELEMS": (2 * 4096, 2 * 768, 768, 4096),
+            "BLOCK": _BLOCK,
+            "BLOCK_RECORD": triton.next_power_of_2(LORA["RECORD"]),
+        }
+        yield {"kernel": "routed_tiles", **compiled(_routed_tiles, constants, ids, sm, 4, 1)}
     for to_pool in (True, False):
         constants = {
             "WORD": triton.language.int32,

@@ -43,6 +43,17 @@ def tables_for(segments: Segments, num_adapters: int, tile_rows: int) -> BatchTa
     return tables
 
 
+def tables_with_experts(max_rows: int, num_adapters: int, num_modules: int = 1) -> BatchTables:
+    return BatchTables(
+        CPU,
+        num_modules=num_modules,
+        max_rows=max_rows,
+        max_adapters=num_adapters,
+        tile_rows=2,
+        has_experts=True,
+    )
+
+
 def read(tables: BatchTables) -> list[tuple[int, list[int]]]:
     """Return the tiles: adapter and rows of each."""
     used = tables.tiles[: tables.num_tiles, [RANK, FIRST, END]].tolist()
@@ -125,6 +136,35 @@ def test_batch_tables_distinguish_1000_adapters() -> None:
     """More adapters than one byte can number."""
     segments = [(adapter, 1) for adapter in reversed(range(1000))]
     assert read(tables_for(segments, 1000, 16)) == [(i, [999 - i]) for i in range(1000)]
+
+
+def test_batch_tables_owners_are_each_rows_adapters_first_tile() -> None:
+    """And -1 for rows without an adapter, for rows after the batch's, and before the first."""
+    tables = tables_with_experts(max_rows=9, num_adapters=3)
+    assert tables.owners.tolist() == [-1] * 9
+    address = tables.owners.data_ptr()
+    tables.load(Batch(empty_records(3), [(2, 1), (-1, 1), (0, 3), (2, 2), (1, 0), (0, 2)]))
+    assert read(tables) == [(0, [2, 3]), (0, [4, 7]), (0, [8]), (2, [0, 5]), (2, [6])]
+    assert tables.owners.tolist() == [3, -1, 0, 0, 0, 3, 3, 0, 0]
+    tables.load(Batch(empty_records(2), [(1, 2), (0, 1), (-1, 1)]))
+    assert read(tables) == [(0, [2]), (1, [0, 1])]
+    assert tables.owners.tolist() == [1, 1, 0, *[-1] * 6]
+    tables.load(Batch(empty_records(0), []))
+    assert read(tables) == [] and tables.owners.tolist() == [-1] * 9
+    assert tables.owners.data_ptr() == address
+
+
+def test_batch_tables_have_no_owners_without_experts() -> None:
+    tables = tables_for([(0, 3)], 1, tile_rows=2)
+    assert len(tables.owners) == 0 and tables.tiles.untyped_storage().nbytes() == 4 * (16 + 3)
+
+
+@pytest.mark.parametrize("num_modules", range(1, 10))
+@pytest.mark.parametrize("num_rows", range(1, 10))
+def test_batch_tables_owners_and_rows_are_16_byte_aligned(num_rows: int, num_modules: int) -> None:
+    tables = tables_with_experts(num_rows, num_rows, num_modules)
+    assert tables.owners.data_ptr() % 16 == tables.rows.data_ptr() % 16 == 0
+    assert len(tables.owners) == len(tables.rows) == num_rows
 
 
 @pytest.mark.parametrize("num_modules", range(1, 10))

@@ -67,6 +67,31 @@ def test_lora_shrink_accepts_rows_of_a_wider_tensor() -> None:
     assert torch.equal(apart, adjacent)
 
 
+@pytest.mark.parametrize("rows_per_input", [1, 2, 3, 8])
+def test_lora_shrink_computes_several_rows_from_one_input_row(rows_per_input: int) -> None:
+    """Bit by bit as if the input row were there so many times."""
+    world = make_world(SHAPES, [8, 24])
+    generator = torch.Generator().manual_seed(rows_per_input)
+    x = torch.randn(6, QKV.in_features, generator=generator).to(DEVICE)
+    num_rows = 6 * rows_per_input
+    tables = world.batch_tables([(0, 5), (1, num_rows - 5)], 16)
+    results = [
+        lora_shrink(
+            rows,
+            world.planes.plane(0, 0),
+            tables,
+            world.modules["qkv_proj"],
+            width=80,
+            num_tiles=tables.num_tiles,
+            config=SHRINK,
+            rows_per_input=shared,
+            out=torch.zeros(1, num_rows, 80, device=DEVICE),
+        )
+        for rows, shared in ((x, rows_per_input), (x.repeat_interleave(rows_per_input, 0), 1))
+    ]
+    assert results[0].any() and torch.equal(*results)
+
+
 def test_lora_shrink_refuses_wrong_sizes() -> None:
     world = make_world([OUT], [8])
     tables = world.batch_tables([(0, 4)], 16)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from sglang_elora.pages import TILE, AdapterLayout, ModuleShape
+from sglang_elora.pages.layout import padded
 
 QKV = ModuleShape("qkv_proj", 256, (256, 64, 64))
 DOWN = ModuleShape("down_proj", 100, (70,))
+EXPERTS = ModuleShape("gate_up_proj_moe", 100, (70, 70), num_experts=5)
 
 
 def test_adapter_layout_offsets_equal_hand_computed_ones() -> None:
@@ -19,6 +21,15 @@ def test_adapter_layout_offsets_equal_hand_computed_ones() -> None:
     assert [qkv.b_stride(part) for part in range(3)] == [256, 64, 64]
     assert (down.b_offsets, down.b_stride(0)) == ((8 * 384,), 128)
     assert layout.plane_elems == (24 * 256 + 8 * 128, 8 * 384 + 8 * 128)
+
+
+def test_experts_have_blocks_one_after_the_other() -> None:
+    layout = AdapterLayout.build(8, [DOWN, EXPERTS, QKV])
+    experts, qkv = layout.places["gate_up_proj_moe"], layout.places["qkv_proj"]
+    assert (experts.a_offset, experts.a_rows, experts.a_stride) == (8 * 128, 5 * 16, 128)
+    assert experts.b_offsets == (8 * 128, 8 * 128 + 8 * 128)  # of the first expert
+    assert qkv.a_offset == 8 * 128 + 5 * 16 * 128
+    assert qkv.b_offsets[0] == 8 * 128 + 5 * 2 * 8 * 128
 
 
 def test_adapter_layout_in_one_plane_places_b_after_a() -> None:
@@ -33,12 +44,14 @@ def test_adapter_layout_in_one_plane_places_b_after_a() -> None:
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 24, 64])
 def test_adapter_layout_matrices_are_tile_aligned_and_disjoint(rank: int) -> None:
-    layout = AdapterLayout.build(rank, [QKV, DOWN], num_planes=1)
+    layout = AdapterLayout.build(rank, [QKV, EXPERTS, DOWN], num_planes=1)
     taken: set[int] = set()
     for place in layout.places.values():
         pieces = [(place.a_offset, place.a_rows * place.a_stride)]
         for part, offset in enumerate(place.b_offsets):
-            pieces.append((offset, rank * place.b_stride(part)))
+            for expert in range(place.shape.num_experts):
+                begin = offset + expert * rank * sum(map(padded, place.shape.out_features))
+                pieces.append((begin, rank * place.b_stride(part)))
         for offset, size in pieces:
             assert offset % TILE == 0
             elems = set(range(offset, offset + size))
@@ -80,3 +93,10 @@ def test_adapter_layout_refuses_invalid_rank_or_planes(rank: int, num_planes: in
 def test_module_shape_refuses_non_positive_sizes(sizes: tuple[int, tuple[int, ...]]) -> None:
     with pytest.raises(ValueError, match="positive"):
         ModuleShape("x", *sizes)
+
+
+def test_module_shape_refuses_experts_with_parts_of_unequal_size() -> None:
+    with pytest.raises(ValueError, match="parts of experts"):
+        ModuleShape("x", 8, (8, 16), num_experts=2)
+    with pytest.raises(ValueError, match="positive"):
+        ModuleShape("x", 8, (8,), num_experts=0)

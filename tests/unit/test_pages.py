@@ -142,6 +142,44 @@ def test_adapter_in_one_plane_is_read_back_exactly() -> None:
     check_equal(PagedAdapter(image.layout, SlotTable(slots), planes, 1.0), truth)
 
 
+@pytest.mark.parametrize("order", [contiguous, scattered])
+@pytest.mark.parametrize("num_planes", [1, 2])
+def test_matrices_of_experts_are_read_back_exactly(order: Order, num_planes: int) -> None:
+    experts, parts, rank = 3, 2, 4
+    shapes = [SHAPES[1], ModuleShape("gate_up_proj_moe", 100, (40, 40), experts)]
+    generator = torch.Generator().manual_seed(0)
+    a, b = (
+        torch.randn(LAYERS, experts, parts, *size, generator=generator)
+        for size in ((rank, 100), (40, rank))
+    )
+    ordinary = torch.randn(rank, 256, generator=generator)
+    layout = AdapterLayout.build(rank, shapes, num_planes)
+    image = AdapterImage.build(
+        layout,
+        LAYERS,
+        lambda layer, name: (
+            (ordinary, ordinary.T)
+            if name == "o_proj"
+            else (a[layer].view(-1, 100), b[layer].view(-1, rank))
+        ),
+        torch.float32,
+        1.0,
+    )
+    planes = KVPlanes(make_pool(torch.float32, num_planes=num_planes), torch.float32)
+    table = SlotTable(torch.tensor(order(layout.num_slots(planes.slot_elems, 1))))
+    planes.write(table, image)
+    adapter = PagedAdapter(layout, table, planes, 1.0)
+    for layer in range(LAYERS):
+        for e in range(experts):
+            found = adapter.a(layer, "gate_up_proj_moe", e)
+            assert torch.equal(found, a[layer, e].flatten(0, 1))
+            for part in range(parts):
+                found = adapter.b(layer, "gate_up_proj_moe", part, e)
+                assert torch.equal(found, b[layer, e, part].T)
+        assert torch.equal(adapter.a(layer, "o_proj"), ordinary)
+        assert torch.equal(adapter.b(layer, "o_proj", 0), ordinary)
+
+
 def placed(order: Order) -> tuple[list[list[torch.Tensor]], PagedAdapter]:
     """A pool, and an adapter in slots of that order."""
     pool = make_pool(torch.float32)

@@ -21,7 +21,7 @@ as its piece is copied: raising this lets it start earlier, at more launches per
 
 Matrices = Callable[[int, str], tuple[torch.Tensor, torch.Tensor]]
 """Function (layer, module) -> (A ``[parts * rank, in_features]``,
-B ``[sum of out_features, rank]``)."""
+B ``[sum of out_features, rank]``), with experts one after the other in the first dimension."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +155,14 @@ def _fill(
     for name, place in layout.places.items():
         a, b = matrices(name)
         assert a.shape == (place.a_rows, place.shape.in_features), (name, a.shape)
-        assert b.shape == (sum(place.shape.out_features), place.rank), (name, b.shape)
+        outs, num_experts = place.shape.out_features, place.shape.num_experts
+        assert b.shape == (num_experts * sum(outs), place.rank), (name, b.shape)
         _put(a_plane, place.a_offset, place.a_stride, a)
-        for part, rows in enumerate(b.split(place.shape.out_features)):
+        if num_experts > 1:
+            blocks = b.view(-1, outs[0], place.rank).transpose(1, 2)
+            _put(b_plane, place.b_offsets[0], place.b_stride(0), blocks.reshape(-1, outs[0]))
+            continue
+        for part, rows in enumerate(b.split(outs)):
             _put(b_plane, place.b_offsets[part], place.b_stride(part), rows.T)
 
 

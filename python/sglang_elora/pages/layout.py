@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
 
 from sglang_elora.kernels import StackedModule
@@ -23,15 +24,30 @@ class ModuleShape:
         in_features: Elements of an input row.
         out_features: Elements of an output row, per part: three for ``qkv_proj``, two for
             ``gate_up_proj``, otherwise one.
+        num_experts: Experts that have a matrix each; 1 for a layer without experts.
     """
 
     name: str
     in_features: int
     out_features: tuple[int, ...]
+    num_experts: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.in_features, *self.out_features, len(self.out_features)) < 1:
+        sizes = (self.in_features, *self.out_features, len(self.out_features), self.num_experts)
+        if min(sizes) < 1:
             raise ValueError(f"sizes must be positive: {self}")
+        if self.num_experts > 1 and len(set(self.out_features)) > 1:
+            raise ValueError(f"parts of experts must have one size: {self}")
+
+    @property
+    def a_elems(self) -> int:
+        """Elements of A per rank, of all experts and parts, with padding."""
+        return self.num_experts * len(self.out_features) * padded(self.in_features)
+
+    @property
+    def b_elems(self) -> int:
+        """Elements of B per rank, of all experts and parts, with padding."""
+        return self.num_experts * sum(map(padded, self.out_features))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +55,8 @@ class ModuleOffsets:
     """Start offsets of one module's A and B, in elements of their planes.
 
     A is ``parts * rank`` rows of ``in_features`` elements. B is stored transposed, so that a small
-    rank is not padded to a tile: per part ``rank`` rows of that part's ``out_features``.
+    rank is not padded to a tile: per part ``rank`` rows of that part's ``out_features``. With
+    experts there are as many such blocks, one after the other; the offsets are of the first.
     """
 
     shape: ModuleShape
@@ -49,7 +66,8 @@ class ModuleOffsets:
 
     @property
     def a_rows(self) -> int:
-        return len(self.shape.out_features) * self.rank
+        """Rows of A, of all experts."""
+        return self.shape.num_experts * len(self.shape.out_features) * self.rank
 
     @property
     def a_stride(self) -> int:
@@ -80,16 +98,14 @@ class AdapterLayout:
         """
         if rank < 1 or num_planes not in (1, 2):
             raise ValueError(f"rank {rank} must be positive and planes {num_planes} be 1 or 2")
-        a_end = sum(len(s.out_features) * rank * padded(s.in_features) for s in shapes)
-        a, b = 0, 0 if num_planes == 2 else a_end
+        a, b = 0, 0 if num_planes == 2 else rank * sum(shape.a_elems for shape in shapes)
         places = {}
         for shape in shapes:
-            a_offset, b_offsets = a, []
-            a += len(shape.out_features) * rank * padded(shape.in_features)
-            for out in shape.out_features:
-                b_offsets.append(b)
-                b += rank * padded(out)
-            places[shape.name] = ModuleOffsets(shape, rank, a_offset, tuple(b_offsets))
+            sizes = (rank * padded(out) for out in shape.out_features[:-1])
+            b_offsets = tuple(accumulate(sizes, initial=b))
+            places[shape.name] = ModuleOffsets(shape, rank, a, b_offsets)
+            a += rank * shape.a_elems
+            b += rank * shape.b_elems
         return cls(rank, MappingProxyType(places), (a, b) if num_planes == 2 else (b,))
 
     def num_slots(self, slot_elems: int, page_size: int) -> int:
@@ -113,6 +129,7 @@ def stacked_modules(shapes: Sequence[ModuleShape]) -> dict[str, StackedModule]:
             in_stride=strides[shape.name][0],
             out_strides=strides[shape.name][1:],
             alignment=alignment,
+            num_experts=shape.num_experts,
         )
         for index, shape in enumerate(shapes)
     }

@@ -15,7 +15,7 @@ from sglang_elora.pages.planes import KVPlanes, SlotTable, StridedRows
 from sglang_elora.pages.vocabulary import OUTSIDE_LAYERS
 
 _A = -1  # in place of a part of B
-_Matrix = tuple[str, int]  # module, part
+_Matrix = tuple[str, int]  # module, part; part 0 of a module with experts is all of its B
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +108,21 @@ class PagedAdapter:
     def has(self, module: str) -> bool:
         return module in self._places
 
-    def a(self, layer: int, module: str) -> torch.Tensor:
-        """A of all parts: ``[parts * rank, in_features]``."""
-        return self._matrix(layer, (module, _A))
+    def a(self, layer: int, module: str, expert: int = 0) -> torch.Tensor:
+        """A of all parts of one expert: ``[parts * rank, in_features]``."""
+        shape, rows = self._places[module].shape, self._matrix(layer, (module, _A))
+        if shape.num_experts == 1:
+            return rows
+        num_rows = len(shape.out_features) * self.rank
+        return rows[expert * num_rows : (expert + 1) * num_rows]
 
-    def b(self, layer: int, module: str, part: int) -> torch.Tensor:
-        """B of one part, transposed: ``[rank, out_features[part]]``."""
-        return self._matrix(layer, (module, part))
+    def b(self, layer: int, module: str, part: int, expert: int = 0) -> torch.Tensor:
+        """B of one part of one expert, transposed: ``[rank, out_features[part]]``."""
+        shape = self._places[module].shape
+        if shape.num_experts == 1:
+            return self._matrix(layer, (module, part))
+        block = expert * len(shape.out_features) + part
+        return self._matrix(layer, (module, 0))[block * self.rank : (block + 1) * self.rank]
 
     def a_columns(self, layer: int, module: str, columns: torch.Tensor) -> torch.Tensor:
         """Some columns of A, read from the pool: ``[len(columns), rank]``.
@@ -160,12 +168,16 @@ class PagedAdapter:
         if part == _A:
             rows = StridedRows(place.a_offset, place.a_rows, place.a_stride)
             return _Place(0, rows, place.shape.in_features)
-        rows = StridedRows(place.b_offsets[part], place.rank, place.b_stride(part))
+        num_rows, num_experts = place.rank, place.shape.num_experts
+        if num_experts > 1:  # those of all parts, which have one size
+            num_rows *= num_experts * len(place.shape.out_features)
+        rows = StridedRows(place.b_offsets[part], num_rows, place.b_stride(part))
         return _Place(self._planes.num_planes - 1, rows, place.shape.out_features[part])
 
     def _matrices(self) -> Iterator[_Matrix]:
         for module, place in self._places.items():
-            for part in (_A, *range(len(place.b_offsets))):
+            num_matrices = 1 if place.shape.num_experts > 1 else len(place.b_offsets)
+            for part in (_A, *range(num_matrices)):
                 yield module, part
 
     def _copy_of(self, plane: int, outside: str | None) -> _Copy:
