@@ -3,8 +3,9 @@
     python -m benchmarks.gpu.kernels --out OUT_DIR [--site SITE_DIR] [--budget-s 540] [--dry-run]
 
 Parts, each written as soon as it is measured: facts and bandwidths, correctness on the device
-(tests/kernels, if pytest is installed), CUDA graphs replayed with other adapters, times, page_copy,
-summary. SITE_DIR has SGLang for its kernels (bundle.sh, unpacked). Runs in a bare checkout.
+(tests/kernels, if pytest is installed), CUDA graphs replayed with other adapters and experts,
+page_copy, times, times of LoRA on experts, summary. SITE_DIR has SGLang for its kernels (bundle.sh,
+unpacked). Runs in a bare checkout.
 --dry-run runs everything on a CPU with tiny sizes, without times.
 """
 
@@ -16,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,27 @@ from benchmarks.kernels import (  # noqa: E402
     bench_lora_lookup,
     bench_lora_shrink,
     bench_page_copy,
+    bench_routed_tiles,
     replay,
 )
+from benchmarks.kernels.expert_world import ExpertWorld  # noqa: E402
 from benchmarks.kernels.floor import expand_work, shrink_work  # noqa: E402
-from benchmarks.kernels.shapes import MODULES, NUM_ADAPTERS, Case, cases  # noqa: E402
+from benchmarks.kernels.shapes import (  # noqa: E402
+    MODULES,
+    NUM_ADAPTERS,
+    Case,
+    cases,
+    expert_cases,
+)
 from benchmarks.kernels.timing import Timer, bandwidths, facts, interleaved  # noqa: E402
 from benchmarks.kernels.world import CaseWorld  # noqa: E402
 from sglang_elora.pages import ModuleShape  # noqa: E402
 
 TINY = (ModuleShape("qkv_proj", 128, (128, 64, 64)), ModuleShape("o_proj", 128, (96,)))
+TINY_EXPERTS = (
+    ModuleShape("gate_up_proj_moe", 64, (32, 32), 4),
+    ModuleShape("down_proj_moe", 32, (64,), 4),
+)
 
 
 class Results:
@@ -125,6 +138,27 @@ def measure(case: Case, device: torch.device, rivals: bool) -> dict[str, Any]:
     return row
 
 
+def measure_experts(case: Case, device: torch.device) -> dict[str, Any]:
+    """Times of ``routed_tiles`` and of both modules of a layer of experts, as ``measure``."""
+    tiny: dict[str, Any] = {"shapes": TINY_EXPERTS, "experts_per_row": 2, "max_rounds": 2}
+    experts = ExpertWorld.build(case, device, **(tiny if DRY_RUN else {}))
+    works, wrong = bench_routed_tiles.works(experts)
+    row: dict[str, Any] = {
+        "case": case.name,
+        "routes": experts.num_routes,
+        "rounds": len(experts.rounds),
+        "wrong": wrong,
+        "bytes": {shape.name: experts.num_bytes(shape) for shape in experts.shapes},
+    }
+    if DRY_RUN:
+        for work in works.values():
+            work()
+    else:
+        timers = {name: Timer(work, len(experts.rounds)) for name, work in works.items()}
+        row["times"] = interleaved(timers)
+    return row
+
+
 def condensed(row: dict[str, Any], bytes_per_s: float) -> dict[str, Any]:
     """Summary of a case: medians summed over the modules, and ratios."""
     modules = row["modules"].values()
@@ -155,7 +189,11 @@ def chosen(only: Sequence[str]) -> list[Case]:
     """The cases to time: those whose name starts with one of ``only``, or all."""
     if DRY_RUN:
         return [Case("decode", 3, 2, "mixed"), Case("prefill", 40, 1, "16")]
-    return [case for case in cases() if not only or case.name.startswith(tuple(only))]
+    return _named(cases(), only)
+
+
+def _named(found: Iterable[Case], only: Sequence[str]) -> list[Case]:
+    return [case for case in found if not only or case.name.startswith(tuple(only))]
 
 
 def times(
@@ -177,6 +215,27 @@ def times(
             print(json.dumps(lines[-1]), flush=True)
         results.write("times", {"rows": rows, "left_out": left_out})
     results.write("times", {"rows": rows, "left_out": left_out})
+    return lines
+
+
+def expert_times(
+    results: Results, device: torch.device, bytes_per_s: float, only: Sequence[str] = ()
+) -> list[Any]:
+    """Medians in microseconds per layer, and the least that each module's bytes take."""
+    rows, lines, left_out = [], [], []
+    tiny = [Case("decode", 3, 2, "mixed"), Case("prefill", 20, 1, "16")]
+    for case in tiny if DRY_RUN else _named(expert_cases(), only):
+        if results.time_is_up:
+            left_out.append(case.name)
+            continue
+        rows.append(row := measure_experts(case, device))
+        if not DRY_RUN:
+            medians = {name: round(t["median_us"], 2) for name, t in row["times"].items()}
+            floors = {name: round(n / bytes_per_s * 1e6, 2) for name, n in row["bytes"].items()}
+            lines.append({"case": case.name, "us": medians, "floor_us": floors})
+            print(json.dumps(lines[-1]), flush=True)
+        results.write("experts", {"rows": rows, "left_out": left_out})
+    results.write("experts", {"rows": rows, "left_out": left_out})
     return lines
 
 
@@ -223,6 +282,8 @@ def rightness(
 
     sizes: dict[str, Any] = {"shapes": TINY, "num_rows": 4} if DRY_RUN else {}
     graphs = replay.check(device, **sizes) + replay.check(device, tile_rows=64, **sizes)
+    experts: dict[str, Any] = {"shapes": TINY_EXPERTS, "num_rows": 4, "experts_per_row": 2}
+    graphs += replay.check_experts(device, **(experts if DRY_RUN else {}))
     results.write("graphs", graphs)
     print(json.dumps(graphs), flush=True)
 
@@ -233,7 +294,7 @@ def rightness(
         for *_, work in bench_page_copy.cases(pool):
             work()
     else:
-        copies += bench_page_copy.measured(pool, rates)
+        copies += bench_page_copy.measure(pool, rates)
     del pool
     results.write("page_copy", copies)
     return graphs, copies
@@ -245,7 +306,7 @@ def main() -> None:
     parser.add_argument("--site", type=Path, help="unpacked bundle with SGLang")
     parser.add_argument("--budget-s", type=float, default=540.0)
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--parts", choices=("all", "times"), default="all")
+    parser.add_argument("--parts", choices=("all", "times", "experts"), default="all")
     parser.add_argument("--only", nargs="+", default=(), help="starts of names of cases to time")
     options = parser.parse_args()
     if not DRY_RUN and not torch.cuda.is_available():
@@ -266,13 +327,17 @@ def main() -> None:
     if options.parts == "all":
         graphs, copies = rightness(results, device, rates, options.budget_s / 3)
     bytes_per_s = rates["device"]["bytes_per_s"] if rates else 1.0
-    lines = times(results, device, rivals is True and not DRY_RUN, bytes_per_s, options.only)
-    if options.parts == "times":
+    if options.parts in ("all", "times"):
+        lines = times(results, device, rivals is True and not DRY_RUN, bytes_per_s, options.only)
+    if options.parts in ("all", "experts"):
+        expert_lines = expert_times(results, device, bytes_per_s, options.only)
+    if options.parts != "all":
         return
     summary = {
         "targets": targets(lines, copies[1:], graphs),
         "round_trip_right": copies[0]["right"],
         "cases": lines,
+        "experts": expert_lines,
     }
     results.write("summary", summary)
     print(json.dumps(summary["targets"], indent=1))

@@ -39,6 +39,7 @@ def main() -> None:
             for n in (2048, 16384)
         },
     }
+    batches["prefill 2048 with experts"] = batches["prefill 2048"]
     rows = []
     for name, (segments, tile_rows) in batches.items():
         num_rows = sum(length for _, length in segments)
@@ -49,6 +50,7 @@ def main() -> None:
             max_rows=num_rows,
             max_adapters=MAX_ADAPTERS,
             tile_rows=tile_rows,
+            has_experts=name.endswith("with experts"),
         )
         samples = []
         for _ in range(REPEATS):

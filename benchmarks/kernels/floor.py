@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.kernels.shapes import MODULES, ROOT, SLOT_ELEMS, Case, cases
+from benchmarks.kernels.shapes import EXPERT_SLOT_ELEMS, MODULES, ROOT, SLOT_ELEMS, Case, cases
 from sglang_elora.pages import ModuleShape
 
 WEIGHT_BYTES = 2  # bfloat16
@@ -70,6 +71,27 @@ def expand_work(case: Case, module: ModuleShape) -> Work:
         + _rows_times_rank(case) * parts * INNER_BYTES,
         table_bytes=weights // SLOT_ELEMS * ENTRY_BYTES,
         flops=2 * _rows_times_rank(case) * out,
+    )
+
+
+def expert_work(module: ModuleShape, num_inputs: int, groups: Sequence[tuple[int, int]]) -> Work:
+    """Both kernels of a module with experts.
+
+    Args:
+        num_inputs: Input rows, each read once.
+        groups: Per pair of an adapter and an expert that a route uses: the adapter's rank, and the
+            number of routes.
+    """
+    out, parts = sum(module.out_features), len(module.out_features)
+    weights = sum(rank for rank, _ in groups) * (parts * module.in_features + out)
+    columns = sum(rank * num_routes for rank, num_routes in groups)
+    num_routes = sum(num_routes for _, num_routes in groups)
+    return Work(
+        weight_bytes=weights * WEIGHT_BYTES,
+        row_bytes=(num_inputs * module.in_features + 2 * num_routes * out) * WEIGHT_BYTES
+        + 2 * columns * parts * INNER_BYTES,
+        table_bytes=weights // EXPERT_SLOT_ELEMS * ENTRY_BYTES,
+        flops=2 * columns * (parts * module.in_features + out),
     )
 
 

@@ -1,4 +1,5 @@
-"""Cases of the kernel benchmarks: Llama-3-8B's linear layers; decode and prefill batches."""
+"""Cases of the kernel benchmarks: Llama-3-8B's linear layers and Qwen3-30B-A3B's experts; decode
+and prefill batches."""
 
 from __future__ import annotations
 
@@ -27,10 +28,18 @@ MODULES = (
     ModuleShape("gate_up_proj", 4096, (14336, 14336)),
     ModuleShape("down_proj", 14336, (4096,)),
 )
+EXPERTS = (
+    ModuleShape("gate_up_proj_moe", 2048, (768, 768), 128),
+    ModuleShape("down_proj_moe", 768, (2048,), 128),
+)
+EXPERTS_PER_ROW = 8
+EXPERT_SLOT_ELEMS = 4 * 128  # of the model with these experts
 RANKS = {"16": (16,), "64": (64,), "mixed": (8, 16, 32, 64)}
 DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PREFILL_ROWS = (512, 2048, 8192, 16384)
 NUM_ADAPTERS = (1, 8, 64)
+EXPERT_ROWS = {"decode": (1, 8, 32, 64, 128, 256), "prefill": (512, 2048, 8192)}
+EXPERT_ADAPTERS = (1, 32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,3 +98,11 @@ def cases() -> Iterator[Case]:
     yield from (case for case in decode if case.num_rows >= 64)
     yield from prefill
     yield from (case for case in decode if case.num_rows < 64)
+
+
+def expert_cases() -> Iterator[Case]:
+    """Cases of a layer of experts. Rows of decode are on both sides of ``MOST_SINGLE_ROUTES``."""
+    for phase, all_rows in EXPERT_ROWS.items():
+        for rows in all_rows:
+            for adapters in sorted({min(rows, n) for n in EXPERT_ADAPTERS}):
+                yield Case(phase, rows, adapters, "16")

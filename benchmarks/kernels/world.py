@@ -31,6 +31,8 @@ SEED = 0
 ROTATE_BYTES = 256 * 2**20  # weights that a round reads; an H200's second-level cache holds 50 MB
 MAX_LAYERS = 16
 NUM_TOKENS = 128_256  # of Llama 3
+WEIGHT_STD = 0.02
+SCALING = 0.5
 
 
 @dataclass
@@ -51,18 +53,22 @@ class CaseWorld:
 
     @classmethod
     def build(
-        cls, case: Case, device: torch.device, shapes: tuple[ModuleShape, ...] = MODULES
+        cls,
+        case: Case,
+        device: torch.device,
+        shapes: tuple[ModuleShape, ...] = MODULES,
+        slot_elems: int = SLOT_ELEMS,
     ) -> CaseWorld:
         generator = torch.Generator(device).manual_seed(SEED)
         layouts = [AdapterLayout.build(rank, shapes) for rank in case.ranks]
-        counts = [layout.num_slots(SLOT_ELEMS, 1) for layout in layouts]
+        counts = [layout.num_slots(slot_elems, 1) for layout in layouts]
         layer_bytes = sum(sum(layout.plane_elems) * 2 for layout in layouts)
         num_layers = min(MAX_LAYERS, 1 + ROTATE_BYTES // layer_bytes)
         num_slots = sum(counts) + 1
         buffers = [
             [
-                torch.empty(num_slots, SLOT_ELEMS, dtype=torch.bfloat16, device=device).normal_(
-                    0, 0.02, generator=generator
+                torch.empty(num_slots, slot_elems, dtype=torch.bfloat16, device=device).normal_(
+                    0, WEIGHT_STD, generator=generator
                 )
                 for _ in range(num_layers)
             ]
@@ -76,7 +82,7 @@ class CaseWorld:
         for layout, count in zip(layouts, counts, strict=True):
             for order, adapters in ((mixed, world.scattered), (straight, world.contiguous)):
                 table = SlotTable(order[begin : begin + count])
-                adapters.append(PagedAdapter(layout, table, planes, 0.5))
+                adapters.append(PagedAdapter(layout, table, planes, SCALING))
             begin += count
         return world
 
@@ -89,17 +95,24 @@ class CaseWorld:
             max_rows=self.case.num_rows,
             max_adapters=len(adapters),
             tile_rows=tile_rows,
+            has_experts=any(module.num_experts > 1 for module in self.modules.values()),
         )
         tables.load(batch)
         return tables
 
     def inputs(self, shape: ModuleShape) -> tuple[torch.Tensor, torch.Tensor]:
-        """x and base output, bfloat16."""
+        """x and base output, bfloat16, such that LoRA adds values of about the base's size."""
         generator = torch.Generator(self.planes.device).manual_seed(SEED)
         rows, device = self.case.num_rows, self.planes.device
         make = {"dtype": torch.bfloat16, "device": device, "generator": generator}
-        x = torch.randn(rows, shape.in_features, **make)
+        x = torch.randn(rows, shape.in_features, **make) * input_std(shape, self.case)
         return x, torch.randn(rows, sum(shape.out_features), **make)
+
+
+def input_std(shape: ModuleShape, case: Case) -> float:
+    """Standard deviation of inputs for which that of the LoRA products is 1, or more where an
+    adapter's rank is not the smallest. With smaller ones, a check's tolerance would hide errors."""
+    return (shape.in_features * min(case.ranks)) ** -0.5 / (WEIGHT_STD**2 * SCALING)
 
 
 def vocabulary_world(

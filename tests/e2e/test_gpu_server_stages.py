@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-RUN = range(4, 11) if "PRESSURE_FULL" in os.environ else (7,)
+RUN = (*range(4, 11), 12) if "PRESSURE_FULL" in os.environ else (7,)
 ROOT = Path(__file__).parents[2]
 
 

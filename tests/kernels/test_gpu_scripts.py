@@ -26,12 +26,20 @@ def dry_run(script: str, out: Path, *options: str) -> None:
 def test_gpu_kernels_script_dry_run_writes_all_results(tmp_path: Path) -> None:
     dry_run("kernels", tmp_path)
     read = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert set(read) == {"facts", "graphs", "page_copy", "times", "summary"}
+    assert set(read) == {"facts", "graphs", "page_copy", "times", "experts", "summary"}
     assert read["summary"]["targets"]["graph_replay_right"] is True
     assert read["summary"]["round_trip_right"] is True
     modules = [module for row in read["times"]["rows"] for module in row["modules"].values()]
     assert modules and all(module["wrong"] == {"both/scattered": 0.0} for module in modules)
-    assert not any("times" in module for module in modules), "nothing is timed on a CPU"
+    experts = read["experts"]["rows"]
+    assert {name for row in experts for name in row["wrong"]} == {
+        f"{module}_proj_moe/{way}"
+        for module in ("gate_up", "down")
+        for way in ("single", "grouped 16", "grouped 64")
+    }
+    assert all(set(row["wrong"].values()) == {0.0} for row in experts)
+    assert all(min(row["bytes"].values()) > 0 for row in experts)
+    assert not any("times" in row for row in (*modules, *experts)), "nothing is timed on a CPU"
 
 
 def test_gpu_copies_script_dry_run_reads_the_right_bytes(tmp_path: Path) -> None:

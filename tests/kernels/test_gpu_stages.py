@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.stages import served
+from benchmarks.gpu.stages import expert_server, served
 from benchmarks.gpu.stages.stage_run import STAGE_LIMIT_S, Context, StageRun, Step, Verdict
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def test_gpu_stage_timeouts_add_up_to_less_than_one_call() -> None:
     command = [sys.executable, "-W", "ignore", "-c", STEPS_OF]
     done = subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
     found = json.loads(done.stdout)
-    assert sorted(map(int, found)) == list(range(1, 11))
+    assert sorted(map(int, found)) == list(range(1, 13))
     assert {n: sum(s) for n, s in found.items() if sum(s) > STAGE_LIMIT_S} == {}
 
 
@@ -107,7 +107,22 @@ def test_gpu_stage_reads_graph_captures_from_sglangs_log() -> None:
     }
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("adapter", "right"), [("all", True), ("experts", False)])
+def test_gpu_expert_stage_finds_answers_of_another_adapter(
+    adapter: str, right: bool, tmp_path: Path
+) -> None:
+    """In a dry run the server has one adapter, "all"."""
+    context = Context(tmp_path, tmp_path / "models", True, {})
+    reference = expert_server.made(context).reference()
+    batches = served.questions(context, expert_server.EXPERTS)
+    asked = [question for batch in batches for question in batch]
+    assert {name for name, _ in asked} == {None, "all"}
+    ids = [reference.generate(name and adapter, prompt, 3) for name, prompt in asked]
+    served.write_answers(context, "graphs", [{"ids": each} for each in ids])
+    assert list(expert_server.peft(context).right.values()) == [right]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 11])
 def test_gpu_kernel_stage_dry_run_succeeds(stage: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu.stages", str(stage), "--dry-run"]
     command += ["--out", str(tmp_path)]

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.stages N --out OUT [--site SITE_DIR] [--dry-run] [--set NAME=VALUE ...]
 
-N is 1 to 10 (``../TODO.md`` describes them). SITE_DIR is the unpacked bundle. After every step,
+N is 1 to 12 (``../TODO.md`` describes them). SITE_DIR is the unpacked bundle. After every step,
 ``stage-N.jsonl`` (a row per step) and ``stage-N.tar.gz`` (logs and details) are written to OUT.
 Exits with status 1 if a check failed. --dry-run uses tiny sizes on a CPU; its figures are
 meaningless.
@@ -31,6 +31,8 @@ MODULES = {
     8: "sanitizer",
     9: "kernel_times",
     10: "workload",
+    11: "expert_kernels",
+    12: "expert_server",
 }
 ENV = {
     "SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK": "1",  # the bundle's is older, built for torch 2.11

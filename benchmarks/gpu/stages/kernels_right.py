@@ -57,7 +57,7 @@ def tests(context: Context) -> Verdict:
     code = "import benchmarks.kernels.shapes, sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     files = ["test_page_copy.py"]
     lora = ["test_lora_kernels.py", "test_lora_shrink.py", "test_lora_expand.py"]
-    lora += ["test_lora_logits.py", "test_lora_lookup.py"]
+    lora += ["test_lora_logits.py", "test_lora_lookup.py", "test_routed_tiles.py"]
     files += [] if context.dry_run else lora
     command = [sys.executable, "-c", code, "-v", "--maxfail=3", "-c", os.devnull]
     command += ["--rootdir", str(folder), "--confcutdir", str(folder), "-p", "no:cacheprovider"]

@@ -6,7 +6,8 @@ import asyncio
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from benchmarks.gpu.stages.stage_run import Context, Step, Verdict
 from sglang_elora.testbed.adapters import make_adapters
 from sglang_elora.testbed.checkpoint import ModelShape, make_checkpoint
 from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess
-from tests.harness.adapter_specs import NAMES, SPECS
+from tests.harness.adapter_specs import SPECS
 from tests.harness.client import Client, run
 from tests.harness.server_flags import server_flags
 
@@ -40,6 +41,26 @@ def base_and_adapters(context: Context) -> tuple[Path, dict[str, Path]]:
     return checkpoint, make_adapters(checkpoint, context.models / "adapters", specs)
 
 
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A small model that is served.
+
+    Args:
+        make: Returns its checkpoint and its adapters, which the stage's first step makes.
+        num_tokens: Tokens of its vocabulary that prompts may have.
+        flags: That a server needs for it.
+        gpu_flags: That a server needs for it on a GPU.
+    """
+
+    make: Callable[[Context], tuple[Path, dict[str, Path]]]
+    num_tokens: int
+    flags: tuple[str, ...] = ()
+    gpu_flags: tuple[str, ...] = ()
+
+
+LLAMA = Base(base_and_adapters, num_tokens=2000)
+
+
 def device_flags(context: Context) -> list[str]:
     """Flags that name a GPU's backends; the CPU platform chooses its own."""
     if context.dry_run:
@@ -55,12 +76,18 @@ def start_s(context: Context) -> int:
 
 
 def elora_server(
-    context: Context, name: str, lora: str, flags: Sequence[str], **extra: Any
+    context: Context,
+    name: str,
+    lora: str,
+    flags: Sequence[str],
+    base: Base = LLAMA,
+    **extra: Any,
 ) -> ServerProcess:
     """A server whose log lies in ``work``, with all adapters and the given LoRA backend."""
-    checkpoint, adapters = base_and_adapters(context)
+    checkpoint, adapters = base.make(context)
     command = ["--elora", "--elora-check", "--lora-backend", lora]
-    command += [*server_flags(checkpoint, adapters), "--dtype", "bfloat16"]
+    command += [*server_flags(checkpoint, adapters), "--dtype", "bfloat16", *base.flags]
+    command += base.gpu_flags if not context.dry_run else ()
     command += [*device_flags(context), *flags]
     log_path = context.work / f"{name}.server.log"
     return ServerProcess(
@@ -72,10 +99,10 @@ def elora_server(
     )
 
 
-def prompts(context: Context) -> list[list[int]]:
+def prompts(context: Context, base: Base = LLAMA) -> list[list[int]]:
     rng = random.Random(0)
     lengths = (5,) if context.dry_run else (7, 60, 300)
-    return [[rng.randrange(3, 2000) for _ in range(length)] for length in lengths]
+    return [[rng.randrange(3, base.num_tokens) for _ in range(length)] for length in lengths]
 
 
 async def tokens(
@@ -92,22 +119,43 @@ async def tokens(
     return {"ids": read["output_ids"], "logprobs": logprobs, "cached": cached}
 
 
-def serve_and_ask(context: Context, name: str, lora: str, flags: Sequence[str]) -> Verdict:
+def questions(context: Context, base: Base = LLAMA) -> list[list[tuple[str | None, list[int]]]]:
+    """Batches of questions, each an adapter and a prompt: every prompt with the base model and with
+    each adapter, then all of it again."""
+    _, adapters = base.make(context)
+    names = (None, *adapters)
+    return [[(name, prompt) for name in names] for prompt in prompts(context, base) * 2]
+
+
+def serve_and_ask(
+    context: Context, name: str, lora: str, flags: Sequence[str], base: Base = LLAMA
+) -> Verdict:
     """Send every prompt with every adapter in one batch, then again with cached KV."""
-    asked = (None, *(NAMES if not context.dry_run else NAMES[2:3]))
+    batches = questions(context, base)
     number = 3 if context.dry_run else 16
 
     async def work(client: Client) -> list[Any]:
         found: list[Any] = []
-        for prompt in prompts(context) * 2:
-            found += await asyncio.gather(*(tokens(client, who, prompt, number) for who in asked))
+        for batch in batches:
+            asked = (tokens(client, adapter, prompt, number) for adapter, prompt in batch)
+            found += await asyncio.gather(*asked)
         return found
 
-    with elora_server(context, name, lora, flags) as server:
+    with elora_server(context, name, lora, flags, base) as server:
         found = run(server.url, work)
-    (context.work / f"{name}.answers.json").write_text(json.dumps(found))
+    write_answers(context, name, found)
     cached = sum(answer["cached"] for answer in found[len(found) // 2 :])
     return Verdict({f"{name}: the second round finds its KV": cached > 0}, {"answers": len(found)})
+
+
+def write_answers(context: Context, name: str, answers: list[Any]) -> None:
+    (context.work / f"{name}.answers.json").write_text(json.dumps(answers))
+
+
+def read_answers(context: Context, name: str) -> list[Any]:
+    """The answers of a server that an earlier step wrote to ``work``."""
+    found: list[Any] = json.loads((context.work / f"{name}.answers.json").read_text())
+    return found
 
 
 def graphs_in(log: str) -> dict[str, Any]:
@@ -145,15 +193,15 @@ def agreement(one: list[Any], other: list[Any], tolerance: float = TOLERANCE) ->
     }
 
 
-def compare(context: Context, one: str, other: str) -> Verdict:
+def compare(context: Context, one: str, other: str, tolerance: float = TOLERANCE) -> Verdict:
     """Compare the answers that two steps wrote to ``work``."""
-    answers = [json.loads((context.work / f"{n}.answers.json").read_text()) for n in (one, other)]
-    found = agreement(*answers)
+    answers = [read_answers(context, name) for name in (one, other)]
+    found = agreement(*answers, tolerance)
     return Verdict({f"{one} answers as {other}": found["agree"]}, found)
 
 
-def torch_step() -> Step:
+def torch_step(base: Base = LLAMA) -> Step:
     """The server that others are compared with: eager, LoRA in PyTorch."""
     return Step(
-        "elora_torch", STEP_S, lambda c: serve_and_ask(c, "elora_torch", "elora_torch", EAGER)
+        "elora_torch", STEP_S, lambda c: serve_and_ask(c, "elora_torch", "elora_torch", EAGER, base)
     )
