@@ -120,7 +120,8 @@ def test_check_sglang_finds_changed_bodies_of_hooks_and_overrides(
         lines = text.splitlines(keepends=True)
         before = lines[line - 1]
         lines[line - 1] = f"{before[:column]}assert self is not None; {before[column:]}"
-        if re.match(r"\s*(if|for|while|with|try|async|@|def|class)\b", before) or column == 0:
+        is_compound = re.match(r"\s*(if|for|while|with|try|async|@|def|class)\b", before)
+        if (is_compound and not before[:column].strip()) or column == 0:
             lines[line - 1] = f"{' ' * column}assert True\n{before}"
         edited = Sources({"sglang": Edited(sglang, found.module.file, "".join(lines)), OURS: ours})
         (finding,) = compare([seam], pinned, edited, PATCHES)

@@ -11,6 +11,7 @@ from tests.harness.run_python import RunPython
 
 LORA = ("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "q_proj", "o_proj")
 ATTENTION = ["qkv_proj", "o_proj"]
+EXPERTS: dict[str, Any] = {"model": {"num_experts": 8}, "lora_target_modules": ["all"]}
 
 # What is changed in the resolved arguments (or "env", "raw", "model") -> how its line begins.
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -68,7 +69,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"enable_lora_overlap_loading": True}, "--enable-lora-overlap-loading: "),
     ({"lora_drain_wait_threshold": 0.5}, "--lora-drain-wait-threshold 0.5: "),
     ({"lora_use_virtual_experts": True}, "--lora-use-virtual-experts: "),
-    ({"experts_shared_outer_loras": False}, "--experts-shared-outer-loras / --no-"),
+    ({"experts_shared_outer_loras": True}, "--experts-shared-outer-loras: "),
+    ({**EXPERTS, "moe_runner_backend": "deep_gemm"}, "--moe-runner-backend deep_gemm with experts"),
+    ({**EXPERTS, "moe_a2a_backend": "deepep"}, "--moe-a2a-backend deepep with experts"),
+    ({**EXPERTS, "ep_size": 2}, "--ep-size 2 with experts"),
+    ({**EXPERTS, "enable_eplb": True}, "--enable-eplb / --init-expert-location / --ep-num-"),
     (
         {"model": {"attention_arch": "MLA"}},
         "this model (multi-head latent attention without q_lora_rank): ",
@@ -80,18 +85,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"uses_mamba_radix_cache": True}, "this model (state spaces or linear attention): "),
     ({"model": {"attention_arch": "SSM"}}, "this model (state spaces or linear attention): "),
     ({"model": {"is_encoder_decoder": True}}, "this model (encoder and decoder): "),
-    (
-        {"model": {"num_experts": 8}, "lora_target_modules": ["all"]},
-        "this model (mixture of experts) without ",
-    ),
-    (
-        {"model": {"num_local_experts": 8}, "lora_target_modules": ["q_proj", "down_proj"]},
-        "this model (mixture of experts) without ",
-    ),
-    (
-        {"model": {"n_routed_experts": 8}, "lora_target_modules": None},
-        "this model (mixture of experts) without ",
-    ),
 ]
 ACCEPTED: list[dict[str, Any]] = [
     {},
@@ -107,7 +100,12 @@ ACCEPTED: list[dict[str, Any]] = [
     {"lora_target_modules": ["all"]},
     {"lora_target_modules": ["embed_tokens", "q_proj", "lm_head"]},
     {"tokenizer_worker_num": 2},
-    {"model": {"num_experts": 8}, "lora_target_modules": ATTENTION},
+    EXPERTS,
+    {"model": {"n_routed_experts": 8}, "lora_target_modules": ["gate_proj", "down_proj"]},
+    {"model": {"num_experts": 8}, "lora_target_modules": ATTENTION, "ep_size": 2},
+    {"model": {"num_experts": 8}, "lora_target_modules": ["down_proj"], "ep_size": 2},
+    {"lora_target_modules": ["all"], "ep_size": 2},
+    {"experts_shared_outer_loras": False},
     {"model": {"architectures": ["GptOssForCausalLM"]}},
     {"model": {"architectures": ["Step3p5ForCausalLM"], "attention_chunk_size": 8192}},
     {"model": {"is_generation": False}},

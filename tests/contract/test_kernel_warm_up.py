@@ -42,8 +42,13 @@ SHAPES = (
     ModuleShape("gate_up_proj", 100, (70, 33)),
     ModuleShape("o_proj", 128, (96,)),
     ModuleShape("down_proj", 4096, (96,)),
-    *(ModuleShape(f"expert_{i}", 64, (64,) * (1 + i % 3)) for i in range(5)),
+    *(ModuleShape(f"module_{i}", 64, (64,) * (1 + i % 3)) for i in range(5)),
 )
+EXPERTS = (
+    ModuleShape("gate_up_proj_moe", 96, (64, 64), 4),
+    ModuleShape("down_proj_moe", 64, (96,), 4),
+)
+EXPERTS_PER_ROW = 3
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +100,29 @@ class Server:
                 inner = self.backend.run_lora_a_sgemm(x, weights)
                 output = x.new_empty(num_rows, padded(module.vocab_size))  # as SGLang pads logits
             self.backend.run_lora_b_sgemm(inner, weights, base_output=output)
-        layers = [shape for shape in self.shapes if shape.name not in vocabulary]
+        self._forward_experts(num_rows)
+        others = {*vocabulary, *(shape.name for shape in EXPERTS)}
+        layers = [shape for shape in self.shapes if shape.name not in others]
         for layer, shape in product((0, 1), layers):
             weights = WeightRef(layer, shape.name, (), self.backend.device)
             x = torch.empty(num_rows, shape.in_features, dtype=self.dtype)
             inner = self.backend.run_lora_a_sgemm(x, weights)
             output = x.new_empty(num_rows, sum(shape.out_features))
             self.backend.run_lora_b_sgemm(inner, weights, base_output=output)
+
+    def _forward_experts(self, num_rows: int) -> None:
+        if not any(shape in self.shapes for shape in EXPERTS):
+            return
+        size = num_rows, EXPERTS_PER_ROW
+        # Of another type and layout than most of SGLang's routers give.
+        experts = torch.zeros(*reversed(size), dtype=torch.int64).T
+        for layer in (0, 1):
+            routes = self.backend.routes(experts)
+            for shape, leading in zip(EXPERTS, ((num_rows,), size), strict=True):
+                weights = WeightRef(layer, shape.name, (), self.backend.device)
+                x = torch.empty(*leading, shape.in_features, dtype=self.dtype).flatten(0, -2)
+                output = x.new_empty(num_rows * EXPERTS_PER_ROW, sum(shape.out_features))
+                self.backend.add_to_routes(x, weights, output, routes)
 
 
 def make_pool(kv_dtype: torch.dtype, num_planes: int, offset: int) -> list[list[torch.Tensor]]:
@@ -130,6 +151,7 @@ def serve(host: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         tp_size: int = 1,
         deterministic: bool = False,
         vocabulary: bool = False,
+        experts: bool = False,
     ) -> Server:
         pool = make_pool(kv_dtype, num_planes, offset)
         launches = Launches().record(monkeypatch)
@@ -143,7 +165,9 @@ def serve(host: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         backend.vocabulary = {
             name: VocabularyModule(name, 96, VOCAB_SIZE, NUM_LAYERS) for name in names
         }
+        backend.experts_per_row = EXPERTS_PER_ROW
         shapes = [*SHAPES[:num_modules], *(m.shape for m in backend.vocabulary.values())]
+        shapes += EXPERTS if experts else ()
         backend.set_model(shapes, dtype, max_rank=MAX_RANK, tp_size=tp_size)
         context = host.forward_over(SimpleNamespace(k_buffer=pool[0], v_buffer=pool[-1]))
         context.__enter__()
@@ -179,6 +203,9 @@ CASES: dict[str, dict[str, Any]] = {
     "unaligned layers": {"num_modules": 1, "offset": 8},
     "tensor parallel": {"num_modules": 4, "tp_size": 2},
     "deterministic": {"num_modules": 4, "deterministic": True},
+    "experts": {"num_modules": 1, "experts": True},
+    "experts, unaligned layers": {"num_modules": 1, "experts": True, "offset": 8},
+    "experts, deterministic": {"num_modules": 1, "experts": True, "deterministic": True},
     "vocabulary": {"num_modules": 2, "vocabulary": True},
     "vocabulary, unaligned layers": {"num_modules": 1, "vocabulary": True, "offset": 8},
     "vocabulary, tensor parallel": {"num_modules": 1, "vocabulary": True, "tp_size": 2},
@@ -194,8 +221,9 @@ def test_warm_up_compiles_the_lora_kernels_of_any_batch(serve: Any, name: str) -
         server.launches.keys.clear()
         server.backend.warm_up(server.planes)
         warm = set(server.launches.keys)
-        outside = {"lora_lookup"} if server.backend.vocabulary else set()
-        expected = {"lora_shrink", "lora_expand", "page_copy"} | outside
+        expected = {"lora_shrink", "lora_expand", "page_copy"}
+        expected |= {"lora_lookup"} if server.backend.vocabulary else set()
+        expected |= {"routed_tiles"} if "experts" in CASES[name] else set()
         assert {kernel for kernel, _ in warm} == expected
         all_batches(server)
         assert server.launches.keys == warm  # and warm-up compiles nothing that batches never use

@@ -10,16 +10,21 @@ import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
+import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 
 from sglang_elora.testbed.server import ServerProcess
 from tests.harness import peft_kinds
 from tests.harness.client import Client
+from tests.harness.model_families import FAMILIES, make_family
 from tests.harness.peft_adapters import WEIGHTS
 from tests.harness.reference import Reference
+from tests.harness.sent_adapters import PATH, sent
 from tests.harness.server_flags import server_flags
 
 POOL_SLOTS = 1400
@@ -33,38 +38,74 @@ MODES = {
     "tensor-parallel": ("--tp-size", "2"),
 }
 """Flags of ways to serve in which all kinds answer the same."""
-TESTED = MODES if "PEFT_FULL" in os.environ else ("plain", "tensor-parallel")
+TESTED = list(product(["dense"], MODES if "PEFT_FULL" in os.environ else ["plain"]))
+TESTED += product(["dense", "experts"], ["tensor-parallel"])
+if "PEFT_FULL" in os.environ:
+    TESTED += product(["experts"], list(MODES)[:-1])
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """A checkpoint, and all kinds of adapters that PEFT saves for such a model."""
+
+    checkpoint: Path
+    served: dict[str, Path]
+    refused: dict[str, Path]
+    reasons: dict[str, str]
+    truth: Reference
 
 
 @pytest.fixture(scope="module")
-def kinds(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    names = [*peft_kinds.SERVED, *peft_kinds.REFUSED]
-    return peft_kinds.make(checkpoint, tmp_path_factory.mktemp("kinds"), names)
+def dense(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Kinds:
+    """A model without experts."""
+    folder = tmp_path_factory.mktemp("kinds")
+    served = peft_kinds.make(checkpoint, folder, peft_kinds.SERVED)
+    refused = peft_kinds.make(checkpoint, folder, peft_kinds.REFUSED)
+    reasons = {name: reason for name, (_, reason) in peft_kinds.REFUSED.items()}
+    return Kinds(checkpoint, served, refused, reasons, Reference(checkpoint, served))
 
 
 @pytest.fixture(scope="module")
-def served(kinds: dict[str, Path]) -> dict[str, Path]:
-    return {name: kinds[name] for name in peft_kinds.SERVED}
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Kinds:
+    """A model with experts."""
+    (family,) = [family for family in FAMILIES if family.name == "Qwen3-MoE"]
+    folder = tmp_path_factory.mktemp("experts")
+    checkpoint = make_family(replace(family, targets={}, per_expert=()), folder).checkpoint
+    served = peft_kinds.make(checkpoint, folder, peft_kinds.SERVED_EXPERTS)
+    refused = peft_kinds.make(checkpoint, folder, peft_kinds.REFUSED_EXPERTS)
+    reasons = {name: reason for name, (_, reason) in peft_kinds.REFUSED_EXPERTS.items()}
+    known = dict(served)
+    for name in peft_kinds.EACH_EXPERT:
+        served[name] = peft_kinds.make_each_expert(folder / name, name)
+        # PEFT loads no adapter with a part of the experts.
+        known[name] = peft_kinds.make_each_expert(folder / f"{name}-whole", name, whole=True)
+    return Kinds(checkpoint, served, refused, reasons, Reference(checkpoint, known))
+
+
+@pytest.fixture(scope="module", params=[("dense", "plain")], ids="-".join)
+def world(request: pytest.FixtureRequest) -> tuple[Kinds, str]:
+    """The kinds of adapters, and the way to serve them."""
+    kinds, mode = request.param
+    return request.getfixturevalue(kinds), mode
 
 
 @pytest.fixture(scope="module")
-def truth(checkpoint: Path, served: dict[str, Path]) -> Reference:
-    return Reference(checkpoint, served)
+def kinds(world: tuple[Kinds, str]) -> Kinds:
+    return world[0]
 
 
-@pytest.fixture(scope="module", params=["plain"])
-def server(
-    request: pytest.FixtureRequest, checkpoint: Path, served: dict[str, Path], logs: Path
-) -> Iterator[ServerProcess]:
+@pytest.fixture(scope="module")
+def server(world: tuple[Kinds, str], logs: Path) -> Iterator[ServerProcess]:
     """Half of the adapters are given at start; the pool holds a few of them."""
-    if request.param == "drafted-ngrams" and not (shutil.which("g++") and shutil.which("ninja")):
+    kinds, mode = world
+    if mode == "drafted-ngrams" and not (shutil.which("g++") and shutil.which("ninja")):
         pytest.skip("SGLang compiles its tables of n-grams with g++ and ninja")
-    at_start = dict(list(served.items())[::2])
-    num_ranks = 2 if "--tp-size" in MODES[request.param] else 1
-    flags = [*server_flags(checkpoint, at_start)]
+    at_start = dict(list(kinds.served.items())[::2])
+    num_ranks = 2 if "--tp-size" in MODES[mode] else 1
+    flags = [*server_flags(kinds.checkpoint, at_start)]
     flags += ["--max-total-tokens", str(num_ranks * POOL_SLOTS)]
-    flags += ["--max-lora-rank", "64", "--lora-target-modules", "all", *MODES[request.param]]
-    log_path = logs / f"peft-options-{request.param}.log"
+    flags += ["--max-lora-rank", "64", "--lora-target-modules", "all", *MODES[mode]]
+    log_path = logs / f"peft-options-{kinds.checkpoint.parent.name}-{mode}.log"
     env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if num_ranks == 2 else LOGITS_IN_PASSES
     flags = ["--elora", "--elora-check", "--elora-check-streams", "latest", *flags]
     with ServerProcess(flags, log_path=log_path, env=env) as server:
@@ -80,11 +121,11 @@ async def first_logprob(client: Client, name: str, prompt: Sequence[int]) -> tup
     return token, logprob
 
 
-@pytest.mark.parametrize("server", TESTED, indirect=True)
+@pytest.mark.parametrize("world", TESTED, indirect=True, ids="-".join)
 async def test_served_kinds_answer_as_peft_alone_and_under_pressure(
-    server: ServerProcess, client: Client, served: dict[str, Path], truth: Reference
+    server: ServerProcess, client: Client, kinds: Kinds
 ) -> None:
-    rng = random.Random(0)
+    rng, served, truth = random.Random(0), kinds.served, kinds.truth
     prompts = [[rng.randrange(3, 600) for _ in range(length)] for length in (6, 40, 90)]
     for name, path in list(served.items())[1::2]:
         body = {"lora_name": name, "lora_path": str(path)}
@@ -112,7 +153,7 @@ async def test_served_kinds_answer_as_peft_alone_and_under_pressure(
 
 
 async def test_logprobs_of_prompts_are_those_of_peft_in_one_batch(
-    client: Client, truth: Reference
+    client: Client, dense: Kinds
 ) -> None:
     """Prompts of several adapters at once: the output layer gets all rows, in several passes."""
     rng = random.Random(1)
@@ -139,25 +180,39 @@ async def test_logprobs_of_prompts_are_those_of_peft_in_one_batch(
     for (name, prompt), answer in zip(asked, answers, strict=True):
         found = answer.json()["meta_info"]["input_token_logprobs"]
         logprobs = [logprob for logprob, *_ in found[1:]]  # the first token has none
-        assert logprobs == pytest.approx(truth.logprobs(name, prompt), abs=1e-4), name
+        assert logprobs == pytest.approx(dense.truth.logprobs(name, prompt), abs=1e-4), name
 
 
-@pytest.mark.parametrize("name", peft_kinds.REFUSED)
-async def test_other_kinds_are_refused_with_the_reason(
-    client: Client, kinds: dict[str, Path], name: str
-) -> None:
-    body = {"lora_name": name, "lora_path": str(kinds[name])}
-    refused = await client.post("/load_lora_adapter", body)
-    assert refused.status_code == 400
-    assert peft_kinds.REFUSED[name][1] in refused.json()["error_message"]
-    assert str(kinds[name]) in refused.json()["error_message"]
+@pytest.mark.parametrize("world", [("experts", "tensor-parallel")], indirect=True, ids="-".join)
+async def test_weights_of_experts_may_be_sent_in_a_request(client: Client, kinds: Kinds) -> None:
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    for name in ("experts-and-all", "some-experts"):
+        tensors = load_file(kinds.served[name] / WEIGHTS)
+        body = sent(kinds.served[name], f"sent-{name}", tensors)
+        body["serialized_named_tensors"] *= 2  # for each rank
+        loaded = await client.post(PATH, body)
+        assert loaded.status_code == 200, loaded.text
+        answer = await client.generate(f"sent-{name}", [5, 6, 7])
+        assert list(answer.token_ids) == kinds.truth.generate(name, [5, 6, 7])
+
+
+@pytest.mark.parametrize(
+    "world", [("dense", "plain"), ("experts", "tensor-parallel")], indirect=True, ids="-".join
+)
+async def test_other_kinds_are_refused_with_the_reason(client: Client, kinds: Kinds) -> None:
+    for name, path in kinds.refused.items():
+        body = {"lora_name": name, "lora_path": str(path)}
+        refused = await client.post("/load_lora_adapter", body)
+        assert refused.status_code == 400, name
+        assert kinds.reasons[name] in refused.json()["error_message"]
+        assert str(path) in refused.json()["error_message"]
 
 
 @pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
 async def test_adapter_with_a_changed_row_of_an_embedding_is_refused(
-    client: Client, kinds: dict[str, Path], truth: Reference, module: str, tmp_path: Path
+    client: Client, dense: Kinds, module: str, tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(kinds["copies"], tmp_path / "changed"))
+    folder = Path(shutil.copytree(dense.served["copies"], tmp_path / "changed"))
     tensors = load_file(folder / WEIGHTS)
     (name,) = [name for name in tensors if name.endswith(f"{module}.weight")]
     tensors[name][17, 3] += 1e-3
@@ -167,4 +222,4 @@ async def test_adapter_with_a_changed_row_of_an_embedding_is_refused(
     assert refused.status_code == 400
     assert f"{module}.weight is a saved embedding, not served: row 17 differs" in refused.text
     answer = await client.generate("plain", [5, 6, 7])
-    assert list(answer.token_ids) == truth.generate("plain", [5, 6, 7])
+    assert list(answer.token_ids) == dense.truth.generate("plain", [5, 6, 7])

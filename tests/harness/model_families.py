@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from sglang_elora.testbed.noise import noise
 from sglang_elora.testbed.tokenizer import train_tokenizer
+from tests.harness.peft_adapters import CONFIG, WEIGHTS
 from tests.harness.reference import Reference
 from tests.harness.server_flags import HOST_TIER
 
@@ -28,6 +31,11 @@ _SIZES = {
 }
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+_PARAMETERS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+_RANKS = {
+    "rank_pattern": {"q_proj": 2, r".*\.gate_up_proj": 16},
+    "alpha_pattern": {"q_proj": 4, r".*\.gate_up_proj": 8},
+}
 _LATENT_ATTENTION = ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "o_proj")
 
 
@@ -42,6 +50,9 @@ class Family:
     )
     refused: Mapping[str, Sequence[str]] = field(default_factory=dict)  # as ``targets``
     lora_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by adapter
+    per_expert: Sequence[str] = ()
+    """Paths in a layer of an expert's gate, up and down, as PEFT wrote them with transformers 4;
+    an adapter "each expert" has them."""
     options: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, Any] = field(default_factory=lambda: _SIZES)
     embedding_std: float = 1.0
@@ -136,7 +147,9 @@ FAMILIES = (
     Family(
         "Qwen3-MoE",
         "qwen3_moe",
-        targets={"attention": _ATTENTION, "query": ("q_proj",)},
+        targets={"attention": _ATTENTION, "experts": (), "all": _ATTENTION},
+        lora_options={"experts": _PARAMETERS, "all": {**_PARAMETERS, **_RANKS}},
+        per_expert=[f"mlp.experts.{{}}.{projection}" for projection in _MLP],
         options={
             "head_dim": 32,
             "num_experts": 4,
@@ -144,15 +157,36 @@ FAMILIES = (
             "moe_intermediate_size": 64,
             "norm_topk_prob": True,
         },
-        flags=("--lora-target-modules", *_ATTENTION),
-        differs=True,
+        flags=(
+            *("--lora-target-modules", "all", "--max-lora-rank", "16"),
+            *("--max-total-tokens", "2200", "--elora-check-streams", "latest"),
+        ),
+        least_cached=50,
+        differs=False,  # test_peft_options.py serves more kinds of it
     ),
     Family(
         "Mixtral",
         "mixtral",
-        targets={"attention": _ATTENTION, "query": ("q_proj",)},
+        targets={"attention": _ATTENTION, "experts": (), "down": ()},
+        lora_options={"experts": _PARAMETERS, "down": {"target_parameters": ["experts.down_proj"]}},
+        per_expert=[f"block_sparse_moe.experts.{{}}.{name}" for name in ("w1", "w3", "w2")],
         options={"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-        flags=("--lora-target-modules", *_ATTENTION),
+        flags=("--lora-target-modules", "all", "--max-lora-rank", "16"),
+    ),
+    Family(
+        "GLM 4.5",
+        "glm4_moe",
+        targets={"attention": _ATTENTION, "shared": _MLP, "all": (*_ATTENTION, *_MLP)},
+        lora_options={"all": _PARAMETERS},
+        options={
+            "head_dim": 32,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 64,
+            "first_k_dense_replace": 0,
+        },
+        flags=("--lora-target-modules", "all", "--max-lora-rank", "16"),
     ),
     Family(
         "DeepSeek V3",
@@ -250,7 +284,30 @@ def make_family(family: Family, folder: Path) -> Made:
         adapted.save_pretrained(str(adapters[name]))
         model = adapted.unload()
     served = {name: adapters[name] for name in family.targets}
+    if family.per_expert:
+        served["each expert"] = folder / "each expert"
+        _save_each_expert(family, config, served["each expert"])
     return Made(checkpoint, served, {name: adapters[name] for name in family.refused}, family)
+
+
+def _save_each_expert(family: Family, config: Any, folder: Path) -> None:
+    """Write an adapter with a matrix for each expert and projection."""
+    inner = getattr(config, "moe_intermediate_size", config.intermediate_size)
+    num_experts = getattr(config, "num_experts", None) or config.num_local_experts
+    tensors = {}
+    for layer in range(config.num_hidden_layers):
+        for expert in range(num_experts):
+            for i, path in enumerate(family.per_expert):
+                sizes = (config.hidden_size, inner) if i < 2 else (inner, config.hidden_size)
+                stem = f"base_model.model.model.layers.{layer}.{path.format(expert)}"
+                for side, shape in (("A", (8, sizes[0])), ("B", (sizes[1], 8))):
+                    name = f"{stem}.lora_{side}.weight"
+                    tensors[name] = _random(name, shape) * 0.5
+    folder.mkdir()
+    save_file(tensors, folder / WEIGHTS)
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16}
+    modules = [path.rsplit(".", 1)[-1] for path in family.per_expert]
+    (folder / CONFIG).write_text(json.dumps({**settings, "target_modules": modules}))
 
 
 def _save_processor(tokenizer: Any, folder: Path) -> None:

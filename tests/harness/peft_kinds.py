@@ -1,16 +1,24 @@
-"""Adapters of every kind that PEFT saves for a dense model, written by PEFT itself."""
+"""Adapters of every kind that PEFT saves, written by PEFT itself.
+
+Those for each expert alone are written by hand: PEFT writes such with transformers 4, and loads
+them with any.
+"""
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from sglang_elora.platforms.torchvision_shim import ensure_torchvision_importable
 from sglang_elora.testbed.noise import noise
+from tests.harness.peft_adapters import CONFIG, WEIGHTS
 
 _ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Options = Mapping[str, Any]
@@ -43,7 +51,7 @@ SERVED: Mapping[str, Options] = {
 }
 """Name -> options of ``LoraConfig`` that are not the default."""
 
-REFUSED: Mapping[str, tuple[Options, str]] = {
+REFUSED: dict[str, tuple[Options, str]] = {
     "dora": ({"use_dora": True}, "use_dora is set"),
     "factor-bias": ({"lora_bias": True}, "lora_bias is set"),
     "saved-norm": ({"modules_to_save": ["norm"]}, "fully trained module (modules_to_save)"),
@@ -67,6 +75,30 @@ REFUSED: Mapping[str, tuple[Options, str]] = {
 """Name -> (options, a part of the reason)."""
 
 
+_BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+SERVED_EXPERTS: Mapping[str, Options] = {
+    "experts": {"target_parameters": _BOTH},
+    "experts-down": {"target_parameters": ["experts.down_proj"]},
+    "experts-up": {"target_parameters": ["gate_up_proj"], "use_rslora": True},
+    "experts-one-layer": {"target_parameters": ["layers.1.mlp.experts.down_proj"]},
+    "experts-and-all": {
+        "target_modules": [*_ATTENTION, "lm_head"],
+        "target_parameters": _BOTH,
+        "rank_pattern": {"q_proj": 2, r".*\.gate_up_proj": 16},
+        "alpha_pattern": {"q_proj": 4, r".*\.gate_up_proj": 24},
+    },
+    "attention": {"target_modules": _ATTENTION},
+}
+"""As ``SERVED``, for a model with experts."""
+EACH_EXPERT = {"each-expert": range(4), "some-experts": (0, 3)}
+"""Name -> experts that have matrices of their own, in adapters as of transformers 4."""
+REFUSED_EXPERTS: dict[str, tuple[Options, str]] = {
+    "router": ({"target_parameters": ["mlp.gate.weight"]}, "target_parameters is set"),
+}
+
+
 def make(checkpoint: Path, folder: Path, names: Iterable[str]) -> dict[str, Path]:
     """Write the adapters to subfolders with their names. What was trained is random."""
     ensure_torchvision_importable()
@@ -78,13 +110,35 @@ def make(checkpoint: Path, folder: Path, names: Iterable[str]) -> dict[str, Path
     return made
 
 
+def make_each_expert(folder: Path, name: str, *, whole: bool = False) -> Path:
+    """Write an adapter of ``EACH_EXPERT``; ``whole``: with zeros for all other experts."""
+    experts = EACH_EXPERT[name]
+    numbers = EACH_EXPERT["each-expert"] if whole else experts
+    hidden, inner = 128, 64  # of the family Qwen3-MoE
+    tensors = {}
+    for layer, expert in product(range(2), numbers):
+        for projection in _ALL[4:]:
+            sizes = (inner, hidden) if projection == "down_proj" else (hidden, inner)
+            path = f"model.layers.{layer}.mlp.experts.{expert}.{projection}"
+            for side, shape in (("A", (8, sizes[0])), ("B", (sizes[1], 8))):
+                key = f"base_model.model.{path}.lora_{side}.weight"
+                scale = 0.6 * shape[1] ** -0.5 * (expert in experts)
+                tensors[key] = noise(f"{name}/{key}", shape) * scale
+    folder.mkdir()
+    save_file(tensors, folder / WEIGHTS)
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": _ALL[4:]}
+    (folder / CONFIG).write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
+    return folder
+
+
 def _write(checkpoint: Path, folder: Path, name: str) -> Path:
     import peft
     import transformers
 
-    options = SERVED[name] if name in SERVED else REFUSED[name][0]
+    options = _OPTIONS[name]
     base: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    settings = {"r": 8, "lora_alpha": 16, "target_modules": _ALL, **options}
+    modules = [] if "target_parameters" in options else _ALL
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": modules, **options}
     model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     with torch.no_grad():
         for path, weight in model.named_parameters():
@@ -97,3 +151,10 @@ def _write(checkpoint: Path, folder: Path, name: str) -> Path:
                 weight += 0.3 * values
     model.save_pretrained(str(folder / name), save_embedding_layers=name == "copies" or "auto")
     return folder / name
+
+
+_OPTIONS = {
+    **SERVED,
+    **SERVED_EXPERTS,
+    **{name: options for name, (options, _) in (REFUSED | REFUSED_EXPERTS).items()},
+}

@@ -16,6 +16,7 @@ ensure_torchvision_importable()
 
 import transformers  # noqa: E402
 from peft import PeftModel  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
 
@@ -30,6 +31,7 @@ class Reference:
     ) -> None:
         self._checkpoint, self._auto = checkpoint, auto
         self._adapters = adapters
+        self._alone: dict[str, Any] = {}  # models of one adapter
         self._answers: dict[tuple[str | None, tuple[int, ...], int], list[int]] = {}
 
     @cached_property
@@ -38,10 +40,9 @@ class Reference:
 
     @cached_property
     def _shared(self) -> Any:
-        """The base with all adapters but those that tie embeddings: PEFT 0.21 does not load the
-        output layer of such an adapter into a model that has others."""
+        """The base with all adapters that PEFT 0.21 loads into one model."""
         return self._with(
-            {name: path for name, path in self._adapters.items() if not _ties_embeddings(path)}
+            {name: path for name, path in self._adapters.items() if not _needs_its_own_model(path)}
         )
 
     def _with(self, adapters: Mapping[str, Path]) -> Any:
@@ -121,12 +122,19 @@ class Reference:
         if adapter is None:
             with self._shared.disable_adapter():
                 return work(self._shared)
-        path = self._adapters[adapter]
-        model = self._with({adapter: path}) if _ties_embeddings(path) else self._shared
+        path, model = self._adapters[adapter], self._shared
+        if _needs_its_own_model(path):
+            if adapter not in self._alone:
+                self._alone[adapter] = self._with({adapter: path})
+            model = self._alone[adapter]
         model.set_adapter(adapter)
         return work(model)
 
 
-def _ties_embeddings(adapter: Path) -> bool:
+def _needs_its_own_model(adapter: Path) -> bool:
+    """Whether the adapter ties embeddings, whose output layer PEFT does not load into a model with
+    other adapters, or has weights for experts, which must be the same ones in all adapters."""
     config = json.loads((adapter / "adapter_config.json").read_text())
-    return bool(config.get("ensure_weight_tying"))
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
+        has_experts = any(".experts." in name for name in tensors.keys())  # noqa: SIM118
+    return bool(config.get("ensure_weight_tying")) or has_experts

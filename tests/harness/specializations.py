@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
-KERNELS = ("lora_shrink", "lora_expand", "lora_lookup", "page_copy")
+KERNELS = ("lora_shrink", "lora_expand", "lora_lookup", "page_copy", "routed_tiles")
 TARGET = GPUTarget("cuda", 90, 32)
 
 

@@ -44,10 +44,12 @@ class EloraCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """Install the CPU replacements; SGLang calls this once per worker, when it imports its
         model runner."""
         from sglang_elora.platforms.attention import use_cpu_attention
+        from sglang_elora.platforms.experts import use_cpu_experts
         from sglang_elora.platforms.host_memory import use_plain_host_tier, use_plain_memory
         from sglang_elora.platforms.speculative import use_torch_copies
 
         use_cpu_attention()
+        use_cpu_experts()
         use_plain_memory()
         use_plain_host_tier()
         use_torch_copies()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sglang.srt.arg_groups.overrides import (
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 WITHOUT_ELORA = "run without --elora"
 _DROP = "drop it, or run without --elora"
 _EXPERT_MODULES = frozenset({"gate_up_proj", "down_proj"})
+_RUNNERS_WITH_HOOKS = frozenset({"auto", "triton"})
 _LORA_BACKENDS = frozenset({"csgmv", TORCH, TRITON})  # csgmv: SGLang's default
 _IN_POOL = "adapters live in the KV pool"
 _WITHOUT_EFFECT = {  # field: (its default, why it is not read)
@@ -38,6 +40,18 @@ _WITHOUT_EFFECT = {  # field: (its default, why it is not read)
     "lora_eviction_policy": ("lru", _IN_POOL),
     "radix_eviction_policy": ("lru", "--elora-policy orders KV and adapters together"),
 }
+
+
+def _adapts_experts_and(condition: Callable[[Any], bool], cfg: Any) -> bool:
+    """Whether the condition holds and the target modules include those of a model's experts."""
+    text = model_config_of(cfg).hf_text_config
+    counts = ("num_experts", "num_local_experts", "n_routed_experts")
+    named = served_names(cfg.lora_target_modules or ())
+    return (
+        ("all" in named or named >= _EXPERT_MODULES)
+        and any((getattr(text, name, None) or 1) > 1 for name in counts)
+        and condition(cfg)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +286,7 @@ LORA = (
     Refusal(
         "--moe-runner-backend {cfg.moe_runner_backend}",
         lambda cfg: cfg.moe_runner_backend.startswith("lora_"),
-        "LoRA on MoE experts is not served",
+        "it reads adapters from slots that do not exist",
         values="lora_*",
     ),
     Refusal(
@@ -288,12 +302,51 @@ LORA = (
     Refusal(
         "--lora-use-virtual-experts",
         lambda cfg: cfg.lora_use_virtual_experts,
-        "LoRA on MoE experts is not served",
+        "its kernels read adapters from slots that do not exist",
     ),
     Refusal(
-        "--experts-shared-outer-loras / --no-experts-shared-outer-loras",
-        lambda cfg: cfg.experts_shared_outer_loras is not None,
-        "LoRA on MoE experts is not served",
+        "--experts-shared-outer-loras",
+        lambda cfg: bool(cfg.experts_shared_outer_loras),
+        "an adapter has matrices for each expert, as PEFT saves them",
+    ),
+    *(
+        Refusal(
+            f"{flag} with experts in --lora-target-modules",
+            partial(_adapts_experts_and, condition),
+            why,
+            f"drop it, or name modules of attention only, or {WITHOUT_ELORA}",
+            values=values,
+        )
+        for flag, condition, why, values in (
+            (
+                "--moe-runner-backend {cfg.moe_runner_backend}",
+                lambda cfg: cfg.moe_runner_backend not in _RUNNERS_WITH_HOOKS,
+                "LoRA needs hooks, which Triton's runner has",
+                "other than auto and triton",
+            ),
+            (
+                "--moe-a2a-backend {cfg.moe_a2a_backend}",
+                lambda cfg: cfg.moe_a2a_backend != "none",
+                "tokens reach the experts in another order",
+                "other than none",
+            ),
+            (
+                "--ep-size {cfg.ep_size}",
+                lambda cfg: cfg.ep_size > 1,
+                "a rank has some of the experts, an adapter's pages have all",
+                "above 1",
+            ),
+            (
+                "--enable-eplb / --init-expert-location / --ep-num-redundant-experts",
+                lambda cfg: (
+                    cfg.enable_eplb
+                    or cfg.init_expert_location != "trivial"
+                    or cfg.ep_num_redundant_experts > 0
+                ),
+                "experts are not where their numbers say",
+                "",
+            ),
+        )
     ),
 )
 
@@ -326,12 +379,6 @@ MODELS = (
         lambda cfg: model_config_of(cfg).is_encoder_decoder,
         "a part of its KV is the encoder's, not that of a prefix of tokens",
         WITHOUT_ELORA,
-    ),
-    Refusal(
-        "this model (mixture of experts) without modules of attention named",
-        lambda cfg: _has_experts(cfg) and not _names_attention_only(cfg),
-        "LoRA on MoE experts is not served",
-        "give --lora-target-modules q_proj k_proj v_proj o_proj, or run without --elora",
     ),
 )
 
@@ -435,14 +482,3 @@ def _tells_window_size(cfg: Any) -> bool:
         return True
     model, _ = ModelRegistry.resolve_model_cls(config.hf_config.architectures)
     return hasattr(model, "get_attention_sliding_window_size")
-
-
-def _has_experts(cfg: Any) -> bool:
-    text = model_config_of(cfg).hf_text_config
-    counts = ("num_experts", "num_local_experts", "n_routed_experts")
-    return any((getattr(text, name, None) or 1) > 1 for name in counts)
-
-
-def _names_attention_only(cfg: Any) -> bool:
-    named = served_names(cfg.lora_target_modules or ())
-    return bool(named) and "all" not in named and not named & _EXPERT_MODULES

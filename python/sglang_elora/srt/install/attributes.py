@@ -16,6 +16,12 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "sglang.srt.entrypoints.anthropic.serving.AnthropicServing": ("_error_response",),
     "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase": ("_resolve_lora_path",),
     "sglang.srt.lora.lora_manager.LoRAManager": ("_use_cuda_graph_batch",),
+    "sglang.srt.lora.lora.LoRAAdapter": ("_is_non_gated_moe_weight",),
+    "sglang.srt.lora.layers.FusedMoEWithLoRA": ("_lora_runner", "_quant_info"),
+    "sglang.srt.lora.mem_pool.LoRAMemoryPool": (
+        "_get_num_local_experts",
+        "_has_moe_module",
+    ),
     "sglang.srt.lora.lora_registry.LoRARegistry": ("_register_adapter",),
     "sglang.srt.managers.scheduler.Scheduler": ("_engine_paused", "_release_aborted_request"),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager": (

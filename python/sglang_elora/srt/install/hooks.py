@@ -17,7 +17,7 @@ from sglang_elora.srt.install.endpoint_hooks import ENDPOINT_HOOKS
 from sglang_elora.srt.install.hook import Hook, When
 from sglang_elora.srt.install.scheduler_hooks import SCHEDULER_HOOKS
 from sglang_elora.srt.install.stream_hooks import STREAM_HOOKS
-from sglang_elora.srt.lora import adapter_weights, lora_manager
+from sglang_elora.srt.lora import adapter_weights, experts, lora_manager
 from sglang_elora.srt.mem_cache import link
 from sglang_elora.srt.scheduler import (
     logits_check,
@@ -338,6 +338,14 @@ HOOKS: tuple[Hook, ...] = (
         lora_manager.EloraLoRAManager,
         When.ELORA,
         "The model runner names the class itself; a subclass takes its place.",
+    ),
+    Hook(
+        "sglang.srt.lora.lora_moe_runners.build_lora_hooks",
+        ("hidden_states", "lora_info", "topk_ids"),
+        HookType.REPLACE,
+        experts.hooks_of,
+        When.ELORA,
+        "The runner of experts takes hooks, but builds them itself.",
     ),
     *SCHEDULER_HOOKS,
     Hook(

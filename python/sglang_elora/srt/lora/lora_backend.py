@@ -32,6 +32,8 @@ Segment = tuple[PagedAdapter | None, int]
 """(adapter or None, number of token rows)"""
 
 TORCH, TRITON = "elora_torch", "elora_triton"
+EXPERT_MODULES = ("gate_up_proj_moe", "down_proj_moe")
+"""SGLang's names of what the experts of a layer have."""
 MAX_RANK = 256
 """Largest rank, unless ``--max-lora-rank`` or an adapter of ``--lora-paths`` has a higher one.
 Raising it takes more memory in CUDA graphs."""
@@ -52,6 +54,8 @@ class PagedLoRABackend(BaseLoRABackend):
     max_rank: int | None = None  # largest supported rank; None: no limit
     vocabulary: Mapping[str, VocabularyModule] = MappingProxyType({})
     """The embedding and the output layer, those of them that adapters may have weights for."""
+    experts_per_row: int = 1
+    """Of the model's layers of experts; set by them."""
     _awaited: Sequence[AdapterCopy] = ()  # copies that each layer of the batch waits for
 
     def __init__(
@@ -89,10 +93,19 @@ class PagedLoRABackend(BaseLoRABackend):
 
     @abstractmethod
     def adapts(self, module: str, batch: Any = None) -> bool:
-        """Whether an adapter may have weights for the embedding or the output layer.
+        """Whether an adapter may have weights for the embedding, the output layer or experts.
 
         Args:
             batch: The rows that reach it, if not those of ``set_batch``.
+        """
+
+    @abstractmethod
+    def routes(self, topk_ids: torch.Tensor) -> Any:
+        """The description of a batch whose rows are routes: pairs of a row and one of its experts.
+        Route ``row * experts per row + i`` has the weights of its row's adapter for its expert.
+
+        Args:
+            topk_ids: Integers ``[rows, experts per row]``; negative: none.
         """
 
     @abstractmethod
@@ -132,6 +145,31 @@ class PagedLoRABackend(BaseLoRABackend):
     def prepare_lora_batch(self, *_: Any, **__: Any) -> None:
         """Not supported: SGLang's version does nothing, so the last batch would be used again."""
         raise NotImplementedError(f"{self.name} takes its batches from set_batch")
+
+    @override
+    def init_cuda_graph_moe_buffers(self, *_: Any, **__: Any) -> None:
+        """Do nothing: SGLang would allocate scratch memory of its own kernels."""
+
+    def add_to_routes(
+        self,
+        x: torch.Tensor,
+        weights: WeightRef,
+        output: torch.Tensor,
+        routes: Any,
+        factors: torch.Tensor | None = None,
+    ) -> None:
+        """Add ``x @ A^T @ B^T * scaling`` of each route's adapter and expert to ``output``.
+
+        Args:
+            x: ``[rows, in_features]``, or a row per route.
+            output: ``[routes, out_features]``.
+            routes: Of ``routes``.
+            factors: ``[routes]`` to multiply the products by; None: 1.
+        """
+        inner = self._shrink_when_there(x, weights, routes)
+        if factors is not None:
+            inner *= factors[:, None].to(inner.dtype)
+        self.expand(inner, weights, output, routes)
 
     @override
     def run_lora_a_embedding(
@@ -209,10 +247,12 @@ class PagedLoRABackend(BaseLoRABackend):
             self._shrink_when_there(x, gate_up_lora_a), gate_up_lora_b, options["base_output"]
         )
 
-    def _shrink_when_there(self, x: torch.Tensor, weights: WeightRef) -> torch.Tensor:
+    def _shrink_when_there(
+        self, x: torch.Tensor, weights: WeightRef, batch: Any = None
+    ) -> torch.Tensor:
         for copy in self._awaited:
             copy.wait_layer(weights.layer)
-        return self.shrink(x, weights)
+        return self.shrink(x, weights, batch)
 
     @abstractmethod
     def lookup(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -223,12 +263,19 @@ class PagedLoRABackend(BaseLoRABackend):
         """As ``run_lora_a_sgemm``, without waiting for copies.
 
         Args:
-            batch: What the rows are, if not those of ``set_batch``.
+            batch: What the rows are, if not those of ``set_batch``. With ``routes``, several may
+                share a row of ``x``; the result has a row for each.
         """
 
     @abstractmethod
-    def expand(self, inner: torch.Tensor, weights: WeightRef, output: torch.Tensor) -> torch.Tensor:
-        """As ``run_lora_b_sgemm``, for modules other than the output layer."""
+    def expand(
+        self, inner: torch.Tensor, weights: WeightRef, output: torch.Tensor, batch: Any = None
+    ) -> torch.Tensor:
+        """As ``run_lora_b_sgemm``, for modules other than the output layer.
+
+        Args:
+            batch: What the rows are, if not those of ``set_batch``.
+        """
 
     @abstractmethod
     def expand_logits(

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.lora.lora import LoRAAdapter
@@ -21,6 +22,7 @@ from sglang.srt.lora.utils import (
 )
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.runtime_context import get_exec
+from sglang.srt.utils import replace_submodule
 from typing_extensions import override
 
 from sglang_elora.adapters import (
@@ -34,6 +36,7 @@ from sglang_elora.adapters import (
 from sglang_elora.control import StateMirror
 from sglang_elora.pages import EMBEDDING, OUTPUT_LAYER, AdapterImage, AdapterLayout, PagedAdapter
 from sglang_elora.srt.lora.adapter_weights import stored_config
+from sglang_elora.srt.lora.experts import ExpertsWithLoRA
 from sglang_elora.srt.lora.lora_backend import MAX_RANK, Graph, PagedLoRABackend
 from sglang_elora.srt.lora.lora_pool import PagedLoRAPool
 from sglang_elora.srt.measured_costs import MeasuredCosts
@@ -145,6 +148,18 @@ class EloraLoRAManager(LoRAManager):
             strict_loading=self.lora_strict_loading,
         )
         self.memory_pool.on_removed = self._retire
+
+    @override
+    def set_lora_module(
+        self, module_name: str, module: torch.nn.Module, **options: Any
+    ) -> torch.nn.Module:
+        """Put a layer with LoRA in the place of the model's."""
+        if not isinstance(module, FusedMoE):
+            layer: torch.nn.Module = super().set_lora_module(module_name, module, **options)
+            return layer
+        experts = ExpertsWithLoRA(module, self.lora_backend, **options)
+        replace_submodule(self.base_model, module_name, experts)
+        return experts
 
     def bind(self, residency: Residency, measure: MeasuredCosts) -> None:
         """Connect the manager to the KV pool and register the adapters given at start.

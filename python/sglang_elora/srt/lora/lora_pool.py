@@ -6,12 +6,13 @@ one holds references; the weights lie in the KV pool (``residency.py``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.lora.layers import FusedMoEWithLoRA
 from sglang.srt.lora.mem_pool import LoRAMemoryPool
 from sglang.srt.lora.utils import get_target_module_name
 from typing_extensions import override
@@ -26,6 +27,7 @@ from sglang_elora.pages import (
     VocabularyModule,
     WeightRef,
 )
+from sglang_elora.srt.lora.lora_backend import EXPERT_MODULES
 
 if TYPE_CHECKING:
     from sglang.srt.lora.layers import ParallelLMHeadWithLoRA
@@ -47,11 +49,12 @@ class _Shaped(LoRAMemoryPool):
     @override
     def init_buffers(self, base_model: torch.nn.Module) -> None:
         self.base_model = base_model
+        self._num_experts_local = self._get_num_local_experts(base_model)  # SGLang's loader reads
         for buffers, shape_of in (
             (self.A_buffer, self.get_lora_A_shape),
             (self.B_buffer, self.get_lora_B_shape),
         ):
-            for module in self.target_modules - OUTSIDE_LAYERS:
+            for module in (self.target_modules - OUTSIDE_LAYERS) | self._expert_modules():
                 shapes = [
                     shape_of(module, base_model, self.max_lora_rank, layer)
                     for layer in range(self.num_layer)
@@ -67,6 +70,12 @@ class _Shaped(LoRAMemoryPool):
             ):
                 shape = shape_of(module, base_model, self.max_lora_rank, 0)
                 buffer[module] = self._entry(0, module, shape)
+
+    def _expert_modules(self) -> set[str]:
+        """The experts' modules that adapters may have weights for."""
+        plain = {name.removesuffix("_moe") for name in EXPERT_MODULES}
+        served = plain <= self.target_modules and self._has_moe_module(self.base_model)
+        return set(EXPERT_MODULES) if served else set()
 
     def outside_buffers(self, module: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """SGLang's tables of A and B of the embedding or the output layer."""
@@ -115,20 +124,31 @@ class PagedLoRAPool(_Shaped):
         shapes: dict[str, ModuleShape] = {}
         for layer, by_name in enumerate(modules):
             for full_name, module in by_name.items():
-                name = get_target_module_name(full_name, self.target_modules)
-                ends = module.lora_offsets
-                shape = ModuleShape(
-                    name,
-                    in_features=self.A_buffer[name][layer].shape[-1],
-                    out_features=tuple(b - a for a, b in pairwise(ends)),
-                )
-                if shapes.setdefault(name, shape) != shape:
-                    raise ValueError(
-                        f"--elora needs layers of one shape, but {full_name} is {shape} and the "
-                        f"first {name} is {shapes[name]}: run without --elora"
-                    )
+                for shape in self._shapes_of(layer, full_name, module):
+                    first = shapes.setdefault(shape.name, shape)
+                    if first != shape:
+                        raise ValueError(
+                            f"--elora needs layers of one shape, but {full_name} is {shape} and "
+                            f"the first {shape.name} is {first}: run without --elora"
+                        )
         shapes |= {name: module.shape for name, module in self.vocabulary.items()}
         return tuple(shapes[name] for name in sorted(shapes))
+
+    def _shapes_of(
+        self, layer: int, full_name: str, module: torch.nn.Module
+    ) -> Iterator[ModuleShape]:
+        if isinstance(module, FusedMoEWithLoRA):
+            for name in EXPERT_MODULES:
+                _, num_experts, num_rows, in_features = self.A_buffer[name][layer].shape
+                _, _, out_features, rank = self.B_buffer[name][layer].shape
+                parts = num_rows // rank
+                outs = (out_features // parts,) * parts
+                yield ModuleShape(name, in_features, outs, num_experts)
+            return
+        name = get_target_module_name(full_name, self.target_modules)
+        ends: Sequence[int] = module.lora_offsets
+        outs = tuple(end - start for start, end in pairwise(ends))
+        yield ModuleShape(name, self.A_buffer[name][layer].shape[-1], outs)
 
     def take_vocabulary(
         self, embedding: torch.nn.Module | None, output: ParallelLMHeadWithLoRA | None
@@ -151,6 +171,7 @@ class PagedLoRAPool(_Shaped):
         it has."""
         present = {
             get_target_module_name(name, self.target_modules)
+            + ("_moe" if ".experts." in name else "")
             for layer in adapter.layers
             for name in layer.weights
             if any(target in name for target in self.target_modules)
@@ -179,17 +200,21 @@ class PagedLoRAPool(_Shaped):
                 new memory.
             version: As in ``AdapterImage.build``.
         """
-        left_out = OUTSIDE_LAYERS - layout.places.keys()
-        staging = _Staging(self, adapter.config.r, self.target_modules - left_out)
-        staging.load_lora_weight_to_buffer(
-            adapter.uid, 0, adapter, modules, None, self.output_module
-        )
+        staging = _Staging(self, adapter.config.r, layout)
+        scaling, adapter.scaling = adapter.scaling, 1.0  # SGLang multiplies the experts' B by it
+        try:
+            staging.load_lora_weight_to_buffer(
+                adapter.uid, 0, adapter, modules, None, self.output_module
+            )
+        finally:
+            adapter.scaling = scaling
 
         def matrices(layer: int, module: str) -> tuple[torch.Tensor, torch.Tensor]:
             if module in OUTSIDE_LAYERS:
                 a, b = (buffer[module][0] for buffer in staging.outside_buffers(module))
                 return self.vocabulary[module].part_of(layer, a, b)
-            return staging.A_buffer[module][layer][0], staging.B_buffer[module][layer][0]
+            a, b = staging.A_buffer[module][layer][0], staging.B_buffer[module][layer][0]
+            return (a.flatten(0, 1), b.flatten(0, 1)) if module in EXPERT_MODULES else (a, b)
 
         return AdapterImage.build(
             layout, self.num_layer, matrices, self.dtype, adapter.scaling, chunks, version
@@ -197,9 +222,12 @@ class PagedLoRAPool(_Shaped):
 
 
 class _Staging(_Shaped):
-    """A buffer for one adapter in host memory, which SGLang's own loader fills."""
+    """A buffer for one adapter in host memory, which SGLang's own loader fills. It has no
+    embedding, output layer and experts if the adapter has no weights for them."""
 
-    def __init__(self, pool: PagedLoRAPool, rank: int, target_modules: set[str]) -> None:
+    def __init__(self, pool: PagedLoRAPool, rank: int, layout: AdapterLayout) -> None:
+        self._layout = layout
+        target_modules = pool.target_modules - (OUTSIDE_LAYERS - layout.places.keys())
         super().__init__(
             base_hf_config=pool.base_hf_config,
             max_loras_per_batch=1,
@@ -212,6 +240,9 @@ class _Staging(_Shaped):
             strict_loading=pool.strict_loading,
         )
         self.pin_memory_available = False
+
+    def _expert_modules(self) -> set[str]:
+        return super()._expert_modules() & self._layout.places.keys()
 
     def _entry(self, layer: int, module: str, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.zeros(shape, dtype=self.dtype)

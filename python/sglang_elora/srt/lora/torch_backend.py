@@ -10,15 +10,22 @@ import torch
 
 from sglang_elora.pages import EMBEDDING, OUTPUT_LAYER, ModuleShape, PagedAdapter, WeightRef
 from sglang_elora.srt.lora.grouped_rows import Index, expand_rows, rows_by_adapter, shrink_rows
-from sglang_elora.srt.lora.lora_backend import TORCH, Graph, PagedLoRABackend, Segment
+from sglang_elora.srt.lora.lora_backend import (
+    EXPERT_MODULES,
+    TORCH,
+    Graph,
+    PagedLoRABackend,
+    Segment,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of one adapter in a batch."""
+    """The rows of one adapter in a batch, or its routes to one expert."""
 
     adapter: PagedAdapter
     index: Index
+    expert: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +106,17 @@ class EloraTorchBackend(PagedLoRABackend):
             output[group.index, : adapter.rank] = columns * adapter.scaling
         return output
 
+    def routes(self, topk_ids: torch.Tensor) -> PagedBatch:
+        num_rows, num_choices = topk_ids.shape
+        numbers = torch.arange(num_rows * num_choices, device=topk_ids.device).view_as(topk_ids)
+        groups = []
+        for group in self._batch.groups:
+            own, experts = numbers[group.index], topk_ids[group.index]
+            for expert in experts.unique().tolist():
+                if expert >= 0:
+                    groups.append(Rows(group.adapter, own[experts == expert], expert))
+        return PagedBatch(tuple(groups), numbers.numel())
+
     def shrink(
         self, x: torch.Tensor, weights: WeightRef, batch: PagedBatch | None = None
     ) -> torch.Tensor:
@@ -108,20 +126,28 @@ class EloraTorchBackend(PagedLoRABackend):
             ``[rows, widest adapter's parts * rank]``; zero where an adapter has no such column,
             or a row has no adapter.
         """
+        if weights.module in EXPERT_MODULES and batch is not None and batch.num_rows > len(x):
+            x = x.repeat_interleave(batch.num_rows // len(x), dim=0)
         groups = (batch or self._batch).groups_with(weights.module, x)
-        matrices = [group.adapter.a(weights.layer, weights.module) for group in groups]
+        matrices = [g.adapter.a(weights.layer, weights.module, g.expert) for g in groups]
         width = max((len(a) for a in matrices), default=0)
         output = x.new_zeros(len(x), width)
         for group, a in zip(groups, matrices, strict=True):
             shrink_rows(x, group.index, a, group.adapter.scaling, output)
         return output
 
-    def expand(self, inner: torch.Tensor, weights: WeightRef, output: torch.Tensor) -> torch.Tensor:
+    def expand(
+        self,
+        inner: torch.Tensor,
+        weights: WeightRef,
+        output: torch.Tensor,
+        batch: PagedBatch | None = None,
+    ) -> torch.Tensor:
         ends = [0, *accumulate(self._out_features[weights.module])]
-        for group in self._batch.groups_with(weights.module, inner):
+        for group in (batch or self._batch).groups_with(weights.module, inner):
             adapter = group.adapter
             parts = (
-                (start, end, adapter.b(weights.layer, weights.module, part))
+                (start, end, adapter.b(weights.layer, weights.module, part, group.expert))
                 for part, (start, end) in enumerate(pairwise(ends))
             )
             expand_rows(inner, group.index, parts, adapter.rank, output)

@@ -15,17 +15,21 @@ from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from typing_extensions import override
 
 from sglang_elora.kernels import (
+    MOST_SINGLE_ROUTES,
     Batch,
     BatchTables,
     ExpandConfig,
+    RoutedTiles,
     ShrinkConfig,
     StackedModule,
+    Tiles,
     expand_config,
     lora_expand,
     lora_logits,
     lora_lookup,
     lora_shrink,
     record_ints,
+    routed_tiles,
     shrink_config,
     tuned_tile_counts,
 )
@@ -40,7 +44,13 @@ from sglang_elora.pages import (
     stacked_modules,
 )
 from sglang_elora.pages.layout import padded
-from sglang_elora.srt.lora.lora_backend import TRITON, Graph, PagedLoRABackend, Segment
+from sglang_elora.srt.lora.lora_backend import (
+    EXPERT_MODULES,
+    TRITON,
+    Graph,
+    PagedLoRABackend,
+    Segment,
+)
 from sglang_elora.srt.mem_cache.kv_pool import planes_of
 
 logger = logging.getLogger(__name__)
@@ -61,14 +71,15 @@ class LaunchedBatch:
         max_rank: Largest rank that the tables may hold when the kernels run.
         graph: Whether the launches may be captured. The tables then change before a replay, so
             kernels are launched for as many tiles as the tables can hold.
-        outside_layers: Which of the embedding and the output layer an adapter has weights for.
+        adapted: Which of the embedding, the output layer and the experts an adapter has weights
+            for.
     """
 
-    tables: BatchTables
+    tables: BatchTables | RoutedTiles
     num_rows: int
     max_rank: int
     graph: bool
-    outside_layers: frozenset[str]
+    adapted: frozenset[str]
     use_cuda_graph = False  # of the output layer's own rows
 
     @property
@@ -81,7 +92,8 @@ class LaunchedBatch:
 
     def num_tiles(self, num_rows: int) -> int:
         tables = self.tables
-        num_tiles: int = tables.tiles_for(num_rows) if self.graph else tables.num_tiles
+        is_captured = self.graph and isinstance(tables, BatchTables)
+        num_tiles: int = tables.tiles_for(num_rows) if is_captured else tables.num_tiles
         return num_tiles
 
 
@@ -108,6 +120,9 @@ class EloraTritonBackend(PagedLoRABackend):
         self, shapes: Sequence[ModuleShape], dtype: torch.dtype, *, max_rank: int, tp_size: int
     ) -> None:
         self._modules: dict[str, StackedModule] = stacked_modules(shapes)
+        self._expert_modules = {
+            name: module for name, module in self._modules.items() if name in EXPERT_MODULES
+        }
         self._dtype = dtype
         self._tp_size = tp_size
         self.max_rank: int = max_rank  # CUDA graphs are captured for this rank
@@ -138,7 +153,7 @@ class EloraTritonBackend(PagedLoRABackend):
 
     def adapts(self, module: str, batch: LaunchedBatch | None = None) -> bool:
         batch = batch or self._batch
-        return batch.graph or module in batch.outside_layers
+        return batch.graph or module in batch.adapted
 
     def batch_of(self, segments: Sequence[Segment]) -> LaunchedBatch:
         return self._loaded(segments, None)
@@ -160,12 +175,18 @@ class EloraTritonBackend(PagedLoRABackend):
             tile_rows = DECODE_TILE_ROWS if small else PREFILL_TILE_ROWS
             tables, max_rank = self._tables(num_rows, num_adapters, tile_rows), batch.max_rank
         tables.load(batch)
-        outside = frozenset(
+        adapted = frozenset(
             module
-            for module in self.vocabulary
+            for module in (*self.vocabulary, *self._expert_modules)
             if any(adapter.has(module) for adapter in adapters.values())
         )
-        return LaunchedBatch(tables, batch.num_rows, max_rank, graph is not None, outside)
+        return LaunchedBatch(tables, batch.num_rows, max_rank, graph is not None, adapted)
+
+    def routes(self, topk_ids: torch.Tensor) -> LaunchedBatch:
+        batch, modules = self._batch, list(self._expert_modules.values())
+        tiles = routed_tiles(batch.tables, topk_ids.to(torch.int32).contiguous(), modules)
+        # Of a captured batch, too, as many tiles as are launched are written.
+        return LaunchedBatch(tiles, topk_ids.numel(), batch.max_rank, False, batch.adapted)
 
     @override
     def run_lora_a_sgemm(
@@ -215,10 +236,14 @@ class EloraTritonBackend(PagedLoRABackend):
             undefined where an adapter has no such column, or a row has no adapter.
         """
         batch, module = batch or self._batch, self._modules[weights.module]
-        assert len(x) >= batch.num_rows, (
-            f"{weights.module}: {len(x)} rows in a batch of {batch.num_rows}"
+        rows_per_input = 1
+        if weights.module in self._expert_modules:
+            rows_per_input = max(1, batch.num_rows // max(1, len(x)))
+        num_rows = len(x) * rows_per_input
+        assert num_rows >= batch.num_rows, (
+            f"{weights.module}: {num_rows} rows in a batch of {batch.num_rows}"
         )
-        num_tiles = batch.num_tiles(len(x))
+        num_tiles = batch.num_tiles(num_rows)
         return lora_shrink(
             x,
             self._planes_of_forward().plane(0, weights.layer),
@@ -226,11 +251,18 @@ class EloraTritonBackend(PagedLoRABackend):
             module,
             width=module.inner_width(batch.max_rank),
             num_tiles=num_tiles,
+            rows_per_input=rows_per_input,
             config=self._shrink_config(module, batch.tables, num_tiles),
         )
 
-    def expand(self, inner: torch.Tensor, weights: WeightRef, output: torch.Tensor) -> torch.Tensor:
-        batch, module = self._batch, self._modules[weights.module]
+    def expand(
+        self,
+        inner: torch.Tensor,
+        weights: WeightRef,
+        output: torch.Tensor,
+        batch: LaunchedBatch | None = None,
+    ) -> torch.Tensor:
+        batch, module = batch or self._batch, self._modules[weights.module]
         num_tiles = batch.num_tiles(len(output))
         return lora_expand(
             inner,
@@ -269,9 +301,19 @@ class EloraTritonBackend(PagedLoRABackend):
         # Triton compiles separately for pointers that are multiples of 16 bytes and for others.
         differ = {tuple(plane.data_ptr() % 16 == 0 for plane in layer): layer for layer in layers}
         sizes = [DECODE_TILE_ROWS] if self._deterministic else [DECODE_TILE_ROWS, PREFILL_TILE_ROWS]
+        if self._expert_modules:
+            self._compile_routes()
         for tile_rows, (name, module) in product(sizes, self._modules.items()):
             for layer in differ.values() if name not in OUTSIDE_LAYERS else [layers[0]]:
                 self._compile(name, module, planes, layer, self._tables(1, 1, tile_rows))
+
+    def _compile_routes(self) -> None:
+        """Launch what describes routes, for few and for many of them."""
+        modules = list(self._expert_modules.values())
+        tables = self._tables(MOST_SINGLE_ROUTES + 1, 1, DECODE_TILE_ROWS)
+        for num_rows in (1, tables.max_rows):
+            ids = torch.zeros(num_rows, 1, dtype=torch.int32, device=self.device)
+            routed_tiles(tables, ids, modules)
 
     def _compile(
         self,
@@ -282,21 +324,30 @@ class EloraTritonBackend(PagedLoRABackend):
         tables: BatchTables,
     ) -> None:
         """Launch the kernels of a module in every configuration, on a batch without rows."""
+        # The experts of a row share its input of the first module.
+        num_rows = self.experts_per_row if name == EXPERT_MODULES[0] else 1
         x = torch.zeros(1, module.in_features, dtype=self._dtype, device=self.device)
         num_columns, width = sum(module.out_features), module.inner_width(1)
-        batch = LaunchedBatch(tables, 1, 1, graph=False, outside_layers=frozenset())
+        batch = LaunchedBatch(tables, 1, 1, graph=False, adapted=frozenset())
         inner = None
         if name == EMBEDDING:
             tokens = torch.zeros(1, dtype=torch.int64, device=self.device)
             inner = self._looked_up(tokens, planes, batch, num_tiles=1)
         elif name == OUTPUT_LAYER:
             num_columns = padded(self.vocabulary[OUTPUT_LAYER].vocab_size)  # as SGLang pads them
-        output = x.new_zeros(1, num_columns)
+        output = x.new_zeros(num_rows, num_columns)
         for tiles in tuned_tile_counts(self.device, self._dtype):
             if name != EMBEDDING:
                 shrink = self._shrink_config(module, tables, tiles)
                 inner = lora_shrink(
-                    x, layer[0], tables, module, width=width, num_tiles=1, config=shrink
+                    x,
+                    layer[0],
+                    tables,
+                    module,
+                    width=width,
+                    num_tiles=1,
+                    config=shrink,
+                    rows_per_input=num_rows,
                 )
             expand = self._expand_config(module, tables, tiles)
             if name == OUTPUT_LAYER:
@@ -313,15 +364,11 @@ class EloraTritonBackend(PagedLoRABackend):
             else:
                 lora_expand(inner, layer[1], tables, module, output, num_tiles=1, config=expand)
 
-    def _shrink_config(
-        self, module: StackedModule, tables: BatchTables, num_tiles: int
-    ) -> ShrinkConfig:
+    def _shrink_config(self, module: StackedModule, tables: Tiles, num_tiles: int) -> ShrinkConfig:
         tiles = DETERMINISTIC_TILES if self._deterministic else num_tiles
         return shrink_config(self.device, tables.tile_rows, tiles, module.in_features, self._dtype)
 
-    def _expand_config(
-        self, module: StackedModule, tables: BatchTables, num_tiles: int
-    ) -> ExpandConfig:
+    def _expand_config(self, module: StackedModule, tables: Tiles, num_tiles: int) -> ExpandConfig:
         tiles = DETERMINISTIC_TILES if self._deterministic else num_tiles
         return expand_config(
             self.device, tables.tile_rows, tiles, sum(module.out_features), self._dtype
@@ -346,6 +393,7 @@ class EloraTritonBackend(PagedLoRABackend):
             max_rows=max_rows,
             max_adapters=max_adapters,
             tile_rows=tile_rows,
+            has_experts=bool(self._expert_modules),
         )
 
     def _planes_of_forward(self) -> KVPlanes:
