@@ -159,7 +159,7 @@ FAMILIES = (
         },
         flags=(
             *("--lora-target-modules", "all", "--max-lora-rank", "16"),
-            *("--max-total-tokens", "2200", "--elora-check-streams", "latest"),
+            *("--max-total-tokens", "1200", "--elora-check-streams", "latest"),
         ),
         least_cached=50,
         differs=False,  # test_peft_options.py serves more kinds of it
@@ -184,7 +184,8 @@ FAMILIES = (
             "num_experts_per_tok": 2,
             "n_shared_experts": 1,
             "moe_intermediate_size": 64,
-            "first_k_dense_replace": 0,
+            "num_hidden_layers": 3,
+            "first_k_dense_replace": 1,  # the first layer has no experts
         },
         flags=("--lora-target-modules", "all", "--max-lora-rank", "16"),
     ),
@@ -195,7 +196,10 @@ FAMILIES = (
             "attention": _LATENT_ATTENTION,
             "a part": ("kv_a_proj_with_mqa", "o_proj"),
             "queries": ("q_a_proj", "q_b_proj"),
+            "MLP": _MLP,
+            "experts": ("o_proj", "down_proj"),
         },
+        lora_options={"experts": _PARAMETERS},
         refused={"latent": ("q_a_proj", "kv_b_proj")},
         options={
             "num_key_value_heads": 4,
@@ -204,7 +208,16 @@ FAMILIES = (
             "qk_rope_head_dim": 16,
             "qk_nope_head_dim": 32,
             "v_head_dim": 32,
-            "first_k_dense_replace": 2,  # no layer has experts
+            "num_hidden_layers": 3,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 64,
+            "n_group": 2,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "topk_group": 2,
             "moe_layer_freq": 1,
             "rope_parameters": {
                 "rope_type": "yarn",
@@ -218,8 +231,8 @@ FAMILIES = (
             },
         },
         flags=(
-            *("--lora-target-modules", *_LATENT_ATTENTION),
-            *("--max-total-tokens", "400", *HOST_TIER, "write_back"),  # room for two adapters
+            *("--lora-target-modules", *_LATENT_ATTENTION, *_MLP),
+            *("--max-total-tokens", "1200", *HOST_TIER, "write_back"),  # room for two adapters
             *("--elora-check-streams", "latest"),
         ),
         least_cached=50,

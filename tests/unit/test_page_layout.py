@@ -32,6 +32,24 @@ def test_experts_have_blocks_one_after_the_other() -> None:
     assert qkv.b_offsets[0] == 8 * 128 + 5 * 2 * 8 * 128
 
 
+@pytest.mark.parametrize("num_planes", [1, 2])
+def test_modules_that_share_no_layer_lie_at_the_same_addresses(num_planes: int) -> None:
+    dense = ModuleShape("gate_up_proj@0", 64, (64, 64), layers=frozenset({0}))
+    shared = ModuleShape("gate_up_proj@1", 64, (32, 32), layers=frozenset({1, 2}))
+    experts = ModuleShape("down_proj_moe", 64, (64,), 4, layers=frozenset({1, 2}))
+    layout = AdapterLayout.build(8, [QKV, dense, shared, experts], num_planes)
+    qkv, *others = (layout.places[s.name] for s in (QKV, dense, shared, experts))
+    begin = qkv.a_rows * qkv.a_stride
+    assert [place.a_offset for place in others] == [begin, begin, begin + 2 * 8 * 64]
+    a_end = begin + max(2 * 8 * 64, 2 * 8 * 64 + 4 * 8 * 64)
+    b_begin = 8 * 384 + (a_end if num_planes == 1 else 0)
+    assert [place.b_offsets[0] for place in others] == [b_begin, b_begin, b_begin + 2 * 8 * 64]
+    b_end = 8 * 384 + 2 * 8 * 64 + 4 * 8 * 64
+    assert layout.plane_elems == ((a_end, b_end) if num_planes == 2 else (a_end + b_end,))
+    assert dense.module == shared.module == "gate_up_proj"
+    assert [shared.is_in(layer) for layer in range(3)] == [False, True, True]
+
+
 def test_adapter_layout_in_one_plane_places_b_after_a() -> None:
     two = AdapterLayout.build(8, [QKV, DOWN])
     one = AdapterLayout.build(8, [QKV, DOWN], num_planes=1)

@@ -180,6 +180,35 @@ def test_matrices_of_experts_are_read_back_exactly(order: Order, num_planes: int
         assert torch.equal(adapter.b(layer, "o_proj", 0), ordinary)
 
 
+def test_layers_of_several_shapes_are_read_back_exactly() -> None:
+    """Two modules of different layers lie at the same addresses; the last layer has neither."""
+    narrow = ModuleShape("down_proj@0", 100, (40,), layers=frozenset({0}))
+    wide = ModuleShape("down_proj@1", 256, (70,), layers=frozenset({1}))
+    shapes, rank = [SHAPES[1], narrow, wide], 4
+    generator = torch.Generator().manual_seed(0)
+    truth = {
+        (layer, shape.name): (
+            torch.randn(rank, shape.in_features, generator=generator),
+            torch.randn(shape.out_features[0], rank, generator=generator),
+        )
+        for layer in range(LAYERS)
+        for shape in shapes
+        if shape.is_in(layer)
+    }
+    layout = AdapterLayout.build(rank, shapes)
+    image = AdapterImage.build(layout, LAYERS, lambda *key: truth[key], torch.float32, 1.0)
+    assert layout.places[narrow.name].a_offset == layout.places[wide.name].a_offset
+    ordinary = layout.places["o_proj"]
+    assert not image.layer(LAYERS - 1)[rank * ordinary.a_stride : layout.plane_elems[0]].any()
+    planes = KVPlanes(make_pool(torch.float32), torch.float32)
+    table = SlotTable(torch.tensor(scattered(layout.num_slots(planes.slot_elems, 1))))
+    planes.write(table, image)
+    adapter = PagedAdapter(layout, table, planes, 1.0)
+    for (layer, name), (a, b) in truth.items():
+        assert torch.equal(adapter.a(layer, name), a)
+        assert torch.equal(adapter.b(layer, name, 0), b.T)
+
+
 def placed(order: Order) -> tuple[list[list[torch.Tensor]], PagedAdapter]:
     """A pool, and an adapter in slots of that order."""
     pool = make_pool(torch.float32)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
@@ -115,7 +114,9 @@ class AdapterImage:
         one_layer = torch.zeros(sum(layout.plane_elems), dtype=dtype)
         layers = _split(chunks, [layer_bytes] * num_layers)
         for layer, parts in enumerate(layers):
-            _fill(one_layer, layout, partial(matrices, layer))
+            if any(place.shape.layers is not None for place in layout.places.values()):
+                one_layer.zero_()  # what the last layer had there
+            _fill(one_layer, layout, layer, matrices)
             content = one_layer.view(torch.uint8)
             if version is None:
                 digest.update(content.numpy())
@@ -147,13 +148,16 @@ class AdapterImage:
 def _fill(
     one_layer: torch.Tensor,
     layout: AdapterLayout,
-    matrices: Callable[[str], tuple[torch.Tensor, torch.Tensor]],
+    layer: int,
+    matrices: Matrices,
 ) -> None:
     """Write the matrices of one layer; the padding between them is not written."""
     planes = one_layer.split(layout.plane_elems)
     a_plane, b_plane = planes[0], planes[-1]
     for name, place in layout.places.items():
-        a, b = matrices(name)
+        if not place.shape.is_in(layer):
+            continue
+        a, b = matrices(layer, name)
         assert a.shape == (place.a_rows, place.shape.in_features), (name, a.shape)
         outs, num_experts = place.shape.out_features, place.shape.num_experts
         assert b.shape == (num_experts * sum(outs), place.rank), (name, b.shape)

@@ -20,17 +20,20 @@ class ModuleShape:
     """Sizes of one linear layer on one tensor-parallel rank.
 
     Args:
-        name: SGLang's name of the module, such as ``qkv_proj``.
+        name: SGLang's name of the module, such as ``qkv_proj``; followed by ``@`` and a number if
+            it has several shapes, each in some of the layers.
         in_features: Elements of an input row.
         out_features: Elements of an output row, per part: three for ``qkv_proj``, two for
             ``gate_up_proj``, otherwise one.
         num_experts: Experts that have a matrix each; 1 for a layer without experts.
+        layers: Decoder layers that have it; None: all.
     """
 
     name: str
     in_features: int
     out_features: tuple[int, ...]
     num_experts: int = 1
+    layers: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
         sizes = (self.in_features, *self.out_features, len(self.out_features), self.num_experts)
@@ -38,6 +41,19 @@ class ModuleShape:
             raise ValueError(f"sizes must be positive: {self}")
         if self.num_experts > 1 and len(set(self.out_features)) > 1:
             raise ValueError(f"parts of experts must have one size: {self}")
+
+    @property
+    def module(self) -> str:
+        """SGLang's name of the module."""
+        return self.name.partition("@")[0]
+
+    def is_in(self, layer: int) -> bool:
+        return self.layers is None or layer in self.layers
+
+    def shares_a_layer(self, other: ModuleShape) -> bool:
+        if self.layers is None or other.layers is None:
+            return True
+        return not self.layers.isdisjoint(other.layers)
 
     @property
     def a_elems(self) -> int:
@@ -79,7 +95,8 @@ class ModuleOffsets:
 
 @dataclass(frozen=True, slots=True)
 class AdapterLayout:
-    """Offsets of all modules of one adapter; the same in every layer.
+    """Offsets of all modules of one adapter; the same in every layer that has the module. Modules
+    that no layer has both of may lie at the same addresses.
 
     ``plane_elems`` are the used elements of each plane: A in the first, B in the second; in a
     single plane (MLA pools) B follows A.
@@ -98,20 +115,31 @@ class AdapterLayout:
         """
         if rank < 1 or num_planes not in (1, 2):
             raise ValueError(f"rank {rank} must be positive and planes {num_planes} be 1 or 2")
-        a, b = 0, 0 if num_planes == 2 else rank * sum(shape.a_elems for shape in shapes)
+        a_begins, a_end = _begins(shapes, [rank * shape.a_elems for shape in shapes])
+        b_begins, b_end = _begins(shapes, [rank * shape.b_elems for shape in shapes])
+        b_offset = 0 if num_planes == 2 else a_end
         places = {}
-        for shape in shapes:
+        for shape, a, b in zip(shapes, a_begins, b_begins, strict=True):
             sizes = (rank * padded(out) for out in shape.out_features[:-1])
-            b_offsets = tuple(accumulate(sizes, initial=b))
+            b_offsets = tuple(accumulate(sizes, initial=b_offset + b))
             places[shape.name] = ModuleOffsets(shape, rank, a, b_offsets)
-            a += rank * shape.a_elems
-            b += rank * shape.b_elems
-        return cls(rank, MappingProxyType(places), (a, b) if num_planes == 2 else (b,))
+        ends = (a_end, b_end) if num_planes == 2 else (a_end + b_end,)
+        return cls(rank, MappingProxyType(places), ends)
 
     def num_slots(self, slot_elems: int, page_size: int) -> int:
         """Slots the adapter takes: those of its longest plane, rounded up to whole pages."""
         slots = -(-max(self.plane_elems) // slot_elems)
         return -(-slots // page_size) * page_size
+
+
+def _begins(shapes: Sequence[ModuleShape], sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where each module begins, after those before it that some layer has too; and the end of
+    all."""
+    begins: list[int] = []
+    for i, shape in enumerate(shapes):
+        ends = (begins[j] + sizes[j] for j in range(i) if shapes[j].shares_a_layer(shape))
+        begins.append(max(ends, default=0))
+    return begins, max((b + size for b, size in zip(begins, sizes, strict=True)), default=0)
 
 
 def stacked_modules(shapes: Sequence[ModuleShape]) -> dict[str, StackedModule]:

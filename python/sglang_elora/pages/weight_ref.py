@@ -11,6 +11,7 @@ import torch
 class WeightRef:
     """Reference to A or B of one module in one layer. Layers only read its shape and device.
 
+    ``module`` is the name of its ``ModuleShape``.
     ``shape`` is that of SGLang's buffer: ``[adapters, parts * largest rank, in]`` for A and
     ``[adapters, out, largest rank]`` for B.
     """

@@ -72,6 +72,8 @@ class EloraLoRAManager(LoRAManager):
         super().__init__(*args, max_loras_per_batch=sys.maxsize, **kwargs)
         self.memory_pool.take_vocabulary(self.embed_tokens_module, self.lm_head_module)
         self._shapes = self.memory_pool.module_shapes(self.lora_modules)
+        self.memory_pool.name_by_shape(self._shapes)
+        self.update_lora_info()
         max_rank = kwargs.get("max_lora_rank") or max(self.max_lora_rank, MAX_RANK)
         self.lora_backend.set_model(
             self._shapes, self.dtype, max_rank=max_rank, tp_size=self.memory_pool.tp_size
@@ -166,7 +168,7 @@ class EloraLoRAManager(LoRAManager):
 
         Raises:
             PoolTooSmall: An adapter given at start does not fit.
-            ValueError: The model's layers differ in shape, or tensor-parallel ranks have read
+            ValueError: Tensor-parallel ranks have read
                 different adapters.
         """
         self.residency, self._measure = residency, measure
@@ -343,8 +345,8 @@ class EloraLoRAManager(LoRAManager):
         """Description of an adapter from the headers of its file."""
         adapter_id, name = lora_ref.lora_id, lora_ref.lora_name
         present = served_modules(name, lora_ref.lora_path)
-        shapes = [shape for shape in self._shapes if shape.name in present]
-        if lacking := sorted(present - {shape.name for shape in shapes}):
+        shapes = [shape for shape in self._shapes if shape.module in present]
+        if lacking := sorted(present - {shape.module for shape in shapes}):
             raise ValueError(
                 f"LoRA adapter {name!r} has weights for {', '.join(lacking)}, which this server "
                 "adapts in no layer: name them in --lora-target-modules, if the model has them"

@@ -7,6 +7,7 @@ one holds references; the weights lie in the KV pool (``residency.py``).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from sglang.srt.lora.layers import ParallelLMHeadWithLoRA
     from sglang.srt.lora.lora import LoRAAdapter
     from sglang.srt.lora.lora_config import LoRAConfig
+
+_MAX_SHAPES = 4
+"""Shapes of one module over the layers. Kernels are compiled for each."""
 
 Layers = Sequence[dict[str, torch.nn.Module]]
 """Per layer: SGLang's LoRA modules by full name."""
@@ -116,23 +120,37 @@ class PagedLoRAPool(_Shaped):
             self.max_lora_rank = own
 
     def module_shapes(self, modules: Layers) -> tuple[ModuleShape, ...]:
-        """Shape of each target module on this tensor-parallel rank.
+        """Shape of each target module on this tensor-parallel rank; several of a module whose
+        shape differs between layers. Those that all layers have come first.
 
         Raises:
-            ValueError: Shapes differ between layers, but an adapter's layout is equal for all.
+            ValueError: A module has more shapes than are served.
         """
-        shapes: dict[str, ModuleShape] = {}
+        found: dict[str, dict[ModuleShape, list[int]]] = {}
         for layer, by_name in enumerate(modules):
             for full_name, module in by_name.items():
                 for shape in self._shapes_of(layer, full_name, module):
-                    first = shapes.setdefault(shape.name, shape)
-                    if first != shape:
-                        raise ValueError(
-                            f"--elora needs layers of one shape, but {full_name} is {shape} and "
-                            f"the first {shape.name} is {first}: run without --elora"
-                        )
-        shapes |= {name: module.shape for name, module in self.vocabulary.items()}
-        return tuple(shapes[name] for name in sorted(shapes))
+                    found.setdefault(shape.name, {}).setdefault(shape, []).append(layer)
+        shapes = [module.shape for module in self.vocabulary.values()]
+        for name, by_shape in found.items():
+            if len(by_shape) > (1 if name in EXPERT_MODULES else _MAX_SHAPES):
+                raise ValueError(
+                    f"--elora needs layers of few shapes, but {name} has {len(by_shape)}: leave it "
+                    "out of --lora-target-modules, or run without --elora"
+                )
+            for i, (shape, layers) in enumerate(by_shape.items()):
+                key = name if len(by_shape) == 1 else f"{name}@{i}"
+                own = frozenset(layers) if len(layers) < self.num_layer else None
+                shapes.append(replace(shape, name=key, layers=own))
+        return tuple(sorted(shapes, key=lambda shape: (shape.layers is not None, shape.name)))
+
+    def name_by_shape(self, shapes: Sequence[ModuleShape]) -> None:
+        """Let the references of modules with several shapes name the shape of their layer."""
+        for shape in shapes:
+            if shape.name != shape.module:
+                for buffer in (self.A_buffer[shape.module], self.B_buffer[shape.module]):
+                    for layer in shape.layers or ():
+                        buffer[layer] = replace(buffer[layer], module=shape.name)
 
     def _shapes_of(
         self, layer: int, full_name: str, module: torch.nn.Module
@@ -181,7 +199,7 @@ class PagedLoRAPool(_Shaped):
             for module in self.vocabulary
             if any(module in name for name in adapter.embedding_layers)
         }
-        own = [shape for shape in shapes if shape.name in present]
+        own = [shape for shape in shapes if shape.module in present]
         return AdapterLayout.build(adapter.config.r, own, num_planes)
 
     def image_of(
@@ -213,7 +231,8 @@ class PagedLoRAPool(_Shaped):
             if module in OUTSIDE_LAYERS:
                 a, b = (buffer[module][0] for buffer in staging.outside_buffers(module))
                 return self.vocabulary[module].part_of(layer, a, b)
-            a, b = staging.A_buffer[module][layer][0], staging.B_buffer[module][layer][0]
+            name = module.partition("@")[0]
+            a, b = staging.A_buffer[name][layer][0], staging.B_buffer[name][layer][0]
             return (a.flatten(0, 1), b.flatten(0, 1)) if module in EXPERT_MODULES else (a, b)
 
         return AdapterImage.build(
