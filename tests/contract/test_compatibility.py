@@ -224,3 +224,10 @@ def test_launch_error_lists_all_reasons(run_python: RunPython, checkpoint: Path)
     assert "--elora does not run with:" in result.stderr
     assert "  --enable-session-radix-cache: its references" in result.stderr
     assert "  --enable-lora-overlap-loading: it loads into slots" in result.stderr
+
+
+def test_shared_experts_stay_modules_if_adapters_may_have_weights_for_them(
+    run_python: RunPython, checkpoint: Path
+) -> None:
+    fused = _in_process(run_python, checkpoint, "fuses_shared_experts")
+    assert fused == [True, False, False, False]  # only modules of attention; parts of the MLP; all

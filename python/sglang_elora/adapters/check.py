@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sglang_elora.adapters.base_shapes import BaseShapes, is_tower
+from sglang_elora.adapters.base_shapes import BaseShapes, is_tower, layer_of
 from sglang_elora.adapters.bounded_files import refused_not_raised
 from sglang_elora.adapters.config_file import (
     ALL_LINEAR,
@@ -158,8 +158,9 @@ def content_digest(tensors: Mapping[str, Any]) -> str:
 
 
 @refused_not_raised
-def served_modules(name: str, path: str) -> frozenset[str]:
-    """SGLang's fused names of the modules an adapter has weights for, from its files' headers.
+def served_modules(name: str, path: str) -> frozenset[tuple[int | None, str]]:
+    """(layer, SGLang's fused name) of the modules an adapter has weights for, from its files'
+    headers. The layer is None outside of the layers.
 
     Modules of MoE experts are ``gate_up_proj_moe`` and ``down_proj_moe``.
 
@@ -171,14 +172,16 @@ def served_modules(name: str, path: str) -> frozenset[str]:
     paths = {factor.path for info in tensors if (factor := factor_of(info.name))}
     paths = {path for path in paths if not is_tower(path)}
     nested = {path for path in paths if is_nested(path)}
-    experts = {path for path in paths - nested if expert_of(path)}
-    found = served_names(paths - nested - experts)
-    found |= {f"{module}_moe" for module in served_names(experts)}
+    found = {
+        (layer_of(path), served_name(path) + ("_moe" if expert_of(path) else ""))
+        for path in paths - nested
+    }
     if nested:
         config = read_config(folder)
-        parameters = [config.parameter_at(path) for path in nested]
-        found |= {f"{module}_moe" for module in served_names(filter(None, parameters))}
-    return found
+        for path in nested:
+            if parameter := config.parameter_at(path):
+                found.add((layer_of(path), f"{served_name(parameter)}_moe"))
+    return frozenset(found)
 
 
 @refused_not_raised

@@ -87,6 +87,11 @@ class PagedAdapter:
         self.rank = layout.rank
         self.scaling = scaling
         self._places = layout.places
+        self._parts_of_experts = {  # by module with experts
+            name: len(place.shape.out_features)
+            for name, place in layout.places.items()
+            if place.shape.num_experts > 1
+        }
         self._table = table
         self._planes = planes
         self._records: dict[tuple[str, ...], NDArray[np.int32]] = {}
@@ -110,18 +115,17 @@ class PagedAdapter:
 
     def a(self, layer: int, module: str, expert: int = 0) -> torch.Tensor:
         """A of all parts of one expert: ``[parts * rank, in_features]``."""
-        shape, rows = self._places[module].shape, self._matrix(layer, (module, _A))
-        if shape.num_experts == 1:
+        rows = self._matrix(layer, (module, _A))
+        if module not in self._parts_of_experts:
             return rows
-        num_rows = len(shape.out_features) * self.rank
+        num_rows = self._parts_of_experts[module] * self.rank
         return rows[expert * num_rows : (expert + 1) * num_rows]
 
     def b(self, layer: int, module: str, part: int, expert: int = 0) -> torch.Tensor:
         """B of one part of one expert, transposed: ``[rank, out_features[part]]``."""
-        shape = self._places[module].shape
-        if shape.num_experts == 1:
+        if module not in self._parts_of_experts:
             return self._matrix(layer, (module, part))
-        block = expert * len(shape.out_features) + part
+        block = expert * self._parts_of_experts[module] + part
         return self._matrix(layer, (module, 0))[block * self.rank : (block + 1) * self.rank]
 
     def a_columns(self, layer: int, module: str, columns: torch.Tensor) -> torch.Tensor:

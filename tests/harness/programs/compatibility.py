@@ -155,6 +155,20 @@ def lora_backends(lora):
     return found
 
 
+def fuses_shared_experts():
+    from sglang_elora.srt.arguments import selection
+    from sglang_elora.srt.lora import registry
+
+    registry.register_backends(max_adapters=256)
+    found = []
+    for modules in (["q_proj", "o_proj"], ["q_proj", "down_proj"], ["up_proj"], ["all"]):
+        named = ["--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", *modules]
+        server_args = resolve(*named, "--cuda-graph-backend-decode", "full")
+        selection.select_parts(None, server_args)
+        found.append(not resolving_view(server_args).disable_shared_experts_fusion)
+    return found
+
+
 def pools():
     from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import UnquantizedKVCacheMethod
     from sglang.srt.mem_cache.memory_pool import (

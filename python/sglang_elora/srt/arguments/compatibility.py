@@ -385,6 +385,12 @@ MODELS = (
 REFUSALS = (*PARALLELISM, *CACHES, *SCHEDULING, *LORA, *MODELS)
 
 
+def adapts_mlp(cfg: Any) -> bool:
+    """Whether the target modules may include those of MLPs: by name, all, or those of adapters."""
+    named = served_names(cfg.lora_target_modules or ())
+    return not named or "all" in named or bool(named & _EXPERT_MODULES)
+
+
 def wants_lora(cfg: Any) -> bool:
     """Whether LoRA is on, by SGLang's rule: --lora-paths alone turns it on."""
     return bool(cfg.enable_lora or (cfg.enable_lora is None and cfg.lora_paths))

@@ -8,7 +8,7 @@ from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 from sglang.srt.environ import envs
 from sglang.srt.utils import is_cuda
 
-from sglang_elora.srt.arguments.compatibility import run_eagerly, wants_lora
+from sglang_elora.srt.arguments.compatibility import adapts_mlp, run_eagerly, wants_lora
 from sglang_elora.srt.lora.lora_backend import TORCH, TRITON
 from sglang_elora.srt.mem_cache.radix_cache import BACKEND
 
@@ -19,7 +19,8 @@ def select_parts(result: None, server_args: Any) -> None:
     """Select ELORA's radix cache and LoRA backend. Runs after ``handle_platform_defaults``.
 
     With LoRA, layers with sliding windows keep their KV in the pool of the others (SGLang's
-    ``--disable-hybrid-swa-memory``): a slot of an adapter is one slot of every layer.
+    ``--disable-hybrid-swa-memory``): a slot of an adapter is one slot of every layer. Shared
+    experts stay modules of their own, if adapters may have weights for them.
 
     By default the LoRA backend is ``elora_triton`` on CUDA and ``elora_torch`` elsewhere. Another
     ``--lora-backend`` is refused by ``check_compatible``.
@@ -42,6 +43,8 @@ def select_parts(result: None, server_args: Any) -> None:
         _use_our_workers()
     if wants_lora(resolving_view(server_args)):
         declare_resolution(server_args, "sglang_elora", disable_hybrid_swa_memory=True)
+        if adapts_mlp(resolving_view(server_args)):
+            declare_resolution(server_args, "sglang_elora", disable_shared_experts_fusion=True)
         if lora_backend == TORCH:
             run_eagerly(server_args)
 

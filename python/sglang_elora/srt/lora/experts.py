@@ -98,6 +98,8 @@ def why_not_served(layer: FusedMoE) -> str | None:
         return "SGLang's LoRA splits gate and up otherwise"
     if config.apply_router_weight_on_input:
         return "their input is scaled by the router"
+    if layer.num_fused_shared_experts > 0:
+        return "shared experts are fused with them (--disable-shared-experts-fusion)"
     if layer.moe_ep_size > 1:
         return "they are spread over ranks (expert parallelism)"
     return None

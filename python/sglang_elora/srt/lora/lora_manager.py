@@ -241,7 +241,7 @@ class EloraLoRAManager(LoRAManager):
         with self._forgetting_on_error(lora_ref):
             super().load_lora_weights_from_tensors(lora_ref, tensors)
             adapter = self.loras.pop(lora_ref.lora_id)  # the image replaces SGLang's copy
-            layout = self.memory_pool.layout_of(adapter, self._shapes, self._num_planes)
+            layout = self._layout_of(adapter)
             image = self.memory_pool.image_of(adapter, self.lora_modules, layout)
             source = AdapterSource(
                 lora_ref.lora_id,
@@ -345,17 +345,17 @@ class EloraLoRAManager(LoRAManager):
         """Description of an adapter from the headers of its file."""
         adapter_id, name = lora_ref.lora_id, lora_ref.lora_name
         present = served_modules(name, lora_ref.lora_path)
-        shapes = [shape for shape in self._shapes if shape.module in present]
-        if lacking := sorted(present - {shape.module for shape in shapes}):
-            raise ValueError(
-                f"LoRA adapter {name!r} has weights for {', '.join(lacking)}, which this server "
-                "adapts in no layer: name them in --lora-target-modules, if the model has them"
-            )
-        layout = AdapterLayout.build(self.configs[adapter_id].r, shapes, self._num_planes)
+        layout = self.memory_pool.layout_of(
+            self.configs[adapter_id].r, present, self._shapes, self._num_planes
+        )
         num_bytes = self.memory_pool.num_layer * sum(layout.plane_elems) * self.dtype.itemsize
         read = partial(self._read_image, lora_ref, self.configs[adapter_id], layout)
         pinned, num_dropped = bool(lora_ref.pinned), self._num_dropped(adapter_id)
         return AdapterSource(adapter_id, name, layout, num_bytes, pinned, num_dropped, read=read)
+
+    def _layout_of(self, adapter: LoRAAdapter) -> AdapterLayout:
+        present = self.memory_pool.modules_of(adapter)
+        return self.memory_pool.layout_of(adapter.config.r, present, self._shapes, self._num_planes)
 
     @property
     def _num_planes(self) -> int:
@@ -399,7 +399,7 @@ class EloraLoRAManager(LoRAManager):
         )
         try:  # shapes were checked when it was loaded, so a failure means that the file changed
             adapter.initialize_weights_from_tensors(tensors)
-            if self.memory_pool.layout_of(adapter, self._shapes, self._num_planes) != layout:
+            if self._layout_of(adapter) != layout:
                 raise AdapterChanged(_CHANGED)
             return self.memory_pool.image_of(adapter, self.lora_modules, layout, chunks, version)
         except (AssertionError, ValueError, LookupError) as error:

@@ -7,6 +7,7 @@ one holds references; the weights lie in the KV pool (``residency.py``).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from itertools import pairwise
 from types import MappingProxyType
@@ -182,25 +183,55 @@ class PagedLoRAPool(_Shaped):
                 vocabulary[name] = VocabularyModule(name, *sizes, self.num_layer)
         self.vocabulary = vocabulary
 
-    def layout_of(
-        self, adapter: LoRAAdapter, shapes: Sequence[ModuleShape], num_planes: int
-    ) -> AdapterLayout:
-        """Layout of this adapter's weights in a KV pool of so many planes, given the modules that
-        it has."""
-        present = {
-            get_target_module_name(name, self.target_modules)
-            + ("_moe" if ".experts." in name else "")
-            for layer in adapter.layers
-            for name in layer.weights
+    def modules_of(self, adapter: LoRAAdapter) -> set[tuple[int | None, str]]:
+        """(layer, SGLang's name) of the modules that an adapter has weights for; the layer is None
+        outside of the layers."""
+        present: set[tuple[int | None, str]] = {
+            (
+                layer,
+                get_target_module_name(name, self.target_modules)
+                + ("_moe" if ".experts." in name else ""),
+            )
+            for layer, content in enumerate(adapter.layers)
+            for name in content.weights
             if any(target in name for target in self.target_modules)
         }
-        present |= {
-            module
+        return present | {
+            (None, module)
             for module in self.vocabulary
             if any(module in name for name in adapter.embedding_layers)
         }
-        own = [shape for shape in shapes if shape.module in present]
-        return AdapterLayout.build(adapter.config.r, own, num_planes)
+
+    def layout_of(
+        self,
+        rank: int,
+        present: AbstractSet[tuple[int | None, str]],
+        shapes: Sequence[ModuleShape],
+        num_planes: int,
+    ) -> AdapterLayout:
+        """Layout of an adapter's weights in a KV pool of so many planes.
+
+        Args:
+            present: (layer, SGLang's name) of the modules that it has weights for.
+            shapes: Of ``module_shapes``.
+
+        Raises:
+            ValueError: A layer does not have a module that the adapter has weights for.
+        """
+        served = {
+            (layer, shape.module)
+            for shape in shapes
+            for layer in (None, *range(self.num_layer))
+            if layer is None or shape.is_in(layer)
+        }
+        if lacking := sorted(f"{module} (layer {layer})" for layer, module in present - served):
+            raise ValueError(
+                f"it has weights for {', '.join(lacking[:4])}, which this server does not adapt "
+                "there: name them in --lora-target-modules, if the model has them"
+            )
+        modules = {module for _, module in present}
+        own = [shape for shape in shapes if shape.module in modules]
+        return AdapterLayout.build(rank, own, num_planes)
 
     def image_of(
         self,

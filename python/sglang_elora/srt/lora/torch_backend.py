@@ -126,7 +126,7 @@ class EloraTorchBackend(PagedLoRABackend):
             ``[rows, widest adapter's parts * rank]``; zero where an adapter has no such column,
             or a row has no adapter.
         """
-        if weights.module in EXPERT_MODULES and batch is not None and batch.num_rows > len(x):
+        if batch is not None and weights.module in EXPERT_MODULES and batch.num_rows > len(x):
             x = x.repeat_interleave(batch.num_rows // len(x), dim=0)
         groups = (batch or self._batch).groups_with(weights.module, x)
         matrices = [g.adapter.a(weights.layer, weights.module, g.expert) for g in groups]
