@@ -80,6 +80,10 @@ def pool_of(planes: list[list[torch.Tensor]]) -> Any:
     return pool
 
 
+def runner_of(*, is_triton: bool) -> Any:
+    return SimpleNamespace(runner_backend=SimpleNamespace(is_triton=lambda: is_triton))
+
+
 @pytest.fixture(scope="module")
 def classes() -> dict[str, Any]:
     with warnings.catch_warnings():
@@ -194,7 +198,13 @@ def test_experts_of_the_cpu_platform_compute_what_sglang_computes(activation: st
 
 
 @pytest.mark.parametrize(
-    "changed", [{"is_gated": False}, {"gemm1_alpha": 1.7}, {"apply_router_weight_on_input": True}]
+    "changed",
+    [
+        {"is_gated": False},
+        {"gemm1_alpha": 1.7},
+        {"apply_router_weight_on_input": True},
+        {"activation": "relu2"},
+    ],
 )
 def test_experts_of_other_kinds_are_refused_on_a_cpu(changed: dict[str, Any]) -> None:
     with warnings.catch_warnings():
@@ -203,4 +213,31 @@ def test_experts_of_other_kinds_are_refused_on_a_cpu(changed: dict[str, Any]) ->
 
         from sglang_elora.platforms.experts import CpuExperts
     with pytest.raises(ValueError, match="no LoRA for experts"):
-        CpuExperts(MoeRunnerConfig(activation="silu", **changed))
+        CpuExperts(MoeRunnerConfig(**{"activation": "silu", **changed}))
+
+
+@pytest.mark.parametrize(
+    ("config", "layer", "reason"),
+    [
+        ({}, {}, None),
+        ({}, {"runner": None}, "their runner"),
+        ({}, {"runner": runner_of(is_triton=False)}, "their runner"),
+        ({"is_gated": False}, {}, "splits gate and up"),
+        ({"gemm1_alpha": 1.7}, {}, "splits gate and up"),
+        ({"apply_router_weight_on_input": True}, {}, "scaled by the router"),
+        ({}, {"num_fused_shared_experts": 1}, "--disable-shared-experts-fusion"),
+        ({}, {"moe_ep_size": 2}, "expert parallelism"),
+    ],
+)
+def test_layers_of_experts_that_are_not_served_have_a_reason(
+    config: dict[str, Any], layer: dict[str, Any], reason: str | None
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sglang.srt.layers.moe import MoeRunnerConfig
+
+        from sglang_elora.srt.lora.experts import why_not_served
+    plain = {"runner": runner_of(is_triton=True), "num_fused_shared_experts": 0, "moe_ep_size": 1}
+    made: Any = SimpleNamespace(moe_runner_config=MoeRunnerConfig(**config), **{**plain, **layer})
+    found = why_not_served(made)
+    assert found is None if reason is None else reason in str(found)

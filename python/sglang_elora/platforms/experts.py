@@ -29,6 +29,7 @@ class CpuExperts(DispatchMoeRunnerCore):
     def __init__(self, config: MoeRunnerConfig) -> None:
         super().__init__(config)
         is_plain = config.is_gated and config.gemm1_alpha is None
+        is_plain = is_plain and config.activation in _ACTIVATIONS
         if not is_plain or config.apply_router_weight_on_input:
             raise ValueError(f"the CPU platform has no LoRA for experts like these: {config}")
         self._activation = _ACTIVATIONS[config.activation]()

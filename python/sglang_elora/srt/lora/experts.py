@@ -25,11 +25,8 @@ class ExpertsWithLoRA(FusedMoEWithLoRA):
     """SGLang's layer of experts with LoRA.
 
     It takes the place of the base layer's computation, and leaves to it what is around: sending
-    tokens to experts, and the sum over tensor-parallel ranks.
-
-    Raises:
-        ValueError: The layer's runner has no hooks, or its experts compute something else than a
-            gated activation between two products.
+    tokens to experts, and the sum over tensor-parallel ranks. ``why_not_served`` says for which
+    layers it is not.
     """
 
     lora_backend: PagedLoRABackend
@@ -39,13 +36,8 @@ class ExpertsWithLoRA(FusedMoEWithLoRA):
     def __init__(
         self, base_layer: FusedMoE, lora_backend: PagedLoRABackend, **options: Any
     ) -> None:
-        if reason := why_not_served(base_layer):
-            raise ValueError(
-                f"LoRA on the experts of this model is not served: {reason}: name modules of "
-                "attention only in --lora-target-modules"
-            )
         super().__init__(base_layer, lora_backend, **options)
-        lora_backend.experts_per_row = base_layer.top_k
+        lora_backend.experts_per_row = base_layer.top_k or 1
         self._run_without_lora: Callable[..., Any] = base_layer.run_moe_core
         base_layer.run_moe_core = self._run_moe_core_with_lora
 

@@ -36,7 +36,7 @@ from sglang_elora.adapters import (
 from sglang_elora.control import StateMirror
 from sglang_elora.pages import EMBEDDING, OUTPUT_LAYER, AdapterImage, AdapterLayout, PagedAdapter
 from sglang_elora.srt.lora.adapter_weights import stored_config
-from sglang_elora.srt.lora.experts import ExpertsWithLoRA
+from sglang_elora.srt.lora.experts import ExpertsWithLoRA, why_not_served
 from sglang_elora.srt.lora.lora_backend import MAX_RANK, Graph, PagedLoRABackend
 from sglang_elora.srt.lora.lora_pool import PagedLoRAPool
 from sglang_elora.srt.measured_costs import MeasuredCosts
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import LoRAUpdateOutput
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+_EXPERTS = frozenset({"gate_up_proj", "down_proj"})
+"""SGLang adapts experts if both are target modules."""
 _CHANGED = "its file has changed since it was loaded: unload it and load it again"
 
 
@@ -103,7 +105,19 @@ class EloraLoRAManager(LoRAManager):
                 if named:
                     raise ValueError(f"LoRA on {module} is not served with this model: {reason}")
                 served = served - {module}
+        if served >= _EXPERTS and (reason := self._why_experts_are_plain()):
+            if named:
+                raise ValueError(
+                    f"LoRA on the experts of this model is not served: {reason}; name modules of "
+                    "attention only in --lora-target-modules"
+                )
+            served = served - _EXPERTS
         self.target_modules: set[str] = served
+
+    def _why_experts_are_plain(self) -> str | None:
+        """Why LoRA on some layer's experts is not served; None also for a model without experts."""
+        layers = [module for module in self.base_model.modules() if isinstance(module, FusedMoE)]
+        return next(filter(None, map(why_not_served, layers)), None)
 
     def _why_embedding_is_plain(self) -> str | None:
         """Why SGLang's LoRA layer cannot take the place of the embedding."""
@@ -168,8 +182,7 @@ class EloraLoRAManager(LoRAManager):
 
         Raises:
             PoolTooSmall: An adapter given at start does not fit.
-            ValueError: Tensor-parallel ranks have read
-                different adapters.
+            ValueError: Tensor-parallel ranks have read different adapters.
         """
         self.residency, self._measure = residency, measure
         residency.replays_prefill_graph = self._replays_prefill_graph
