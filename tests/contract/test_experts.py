@@ -116,11 +116,11 @@ def test_each_row_gets_the_products_of_its_adapter_and_its_experts(
     owners = [0, None, 1, 2, 3, 0, 4]
     backend.set_batch([(None if i is None else world.paged[i], rows_each) for i in owners], None)
     generator = torch.Generator().manual_seed(1)
-    num_rows = len(owners) * rows_each
+    num_rows = len(owners) * rows_each + 2  # with padding
     topk_ids = torch.stack(
         [torch.randperm(NUM_EXPERTS, generator=generator)[:NUM_CHOICES] for _ in range(num_rows)]
     ).to(torch.int32)
-    topk_ids[0, 1] = topk_ids[-1, 0] = -1  # experts of another rank
+    topk_ids[0, 1] = topk_ids[-3, 0] = -1  # experts of another rank
     x = torch.randn(num_rows, HIDDEN, generator=generator).to(dtype)
     inner = torch.randn(num_rows, NUM_CHOICES, INNER, generator=generator).to(dtype)
     factors = torch.rand(num_rows, NUM_CHOICES, generator=generator)
@@ -129,7 +129,7 @@ def test_each_row_gets_the_products_of_its_adapter_and_its_experts(
     expected = gate_up.float(), down.float()
     for row in range(num_rows):
         for j, expert in enumerate(topk_ids[row].tolist()):
-            i = owners[row // rows_each]
+            i = dict(enumerate(owners)).get(row // rows_each)
             expected[0][row, j] += world.product(GATE_UP.name, i, expert, x[row])
             product = world.product(DOWN.name, i, expert, inner[row, j])
             expected[1][row, j] += product * factors[row, j]

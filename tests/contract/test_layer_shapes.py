@@ -86,8 +86,11 @@ def test_weights_for_a_module_that_a_layer_lacks_are_refused() -> None:
     pool, layers = pool_and_layers([96, None, 48])
     shapes = pool.module_shapes(layers)
     everywhere = {(layer, "o_proj") for layer in range(3)}
-    layout = pool.layout_of(8, everywhere | {(2, "down_proj")}, shapes, 2)
+    from sglang_elora.srt.lora.lora_pool import layout_of
+
+    sizes = {"num_layers": 3, "num_planes": 2}
+    layout = layout_of(8, everywhere | {(2, "down_proj")}, shapes, **sizes)
     assert set(layout.places) == {"o_proj", "down_proj@0", "down_proj@1"}
     for layer, module in ((1, "down_proj"), (3, "o_proj"), (0, "gate_up_proj")):
         with pytest.raises(ValueError, match=rf"{module} \(layer {layer}\), which this server"):
-            pool.layout_of(8, everywhere | {(layer, module)}, shapes, 2)
+            layout_of(8, everywhere | {(layer, module)}, shapes, **sizes)

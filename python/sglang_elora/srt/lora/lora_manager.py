@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -38,7 +39,7 @@ from sglang_elora.pages import EMBEDDING, OUTPUT_LAYER, AdapterImage, AdapterLay
 from sglang_elora.srt.lora.adapter_weights import stored_config
 from sglang_elora.srt.lora.experts import ExpertsWithLoRA, why_not_served
 from sglang_elora.srt.lora.lora_backend import MAX_RANK, Graph, PagedLoRABackend
-from sglang_elora.srt.lora.lora_pool import PagedLoRAPool
+from sglang_elora.srt.lora.lora_pool import PagedLoRAPool, layout_of
 from sglang_elora.srt.measured_costs import MeasuredCosts
 from sglang_elora.srt.mem_cache.ranks import are_equal, digest_values
 from sglang_elora.srt.mem_cache.residency import AdapterChanged, AdapterSource, Residency
@@ -254,7 +255,7 @@ class EloraLoRAManager(LoRAManager):
         with self._forgetting_on_error(lora_ref):
             super().load_lora_weights_from_tensors(lora_ref, tensors)
             adapter = self.loras.pop(lora_ref.lora_id)  # the image replaces SGLang's copy
-            layout = self._layout_of(adapter)
+            layout = self._layout_of(adapter.config.r, self.memory_pool.modules_of(adapter))
             image = self.memory_pool.image_of(adapter, self.lora_modules, layout)
             source = AdapterSource(
                 lora_ref.lora_id,
@@ -357,18 +358,18 @@ class EloraLoRAManager(LoRAManager):
     def _source_of(self, lora_ref: LoRARef) -> AdapterSource:
         """Description of an adapter from the headers of its file."""
         adapter_id, name = lora_ref.lora_id, lora_ref.lora_name
-        present = served_modules(name, lora_ref.lora_path)
-        layout = self.memory_pool.layout_of(
-            self.configs[adapter_id].r, present, self._shapes, self._num_planes
+        layout = self._layout_of(
+            self.configs[adapter_id].r, served_modules(name, lora_ref.lora_path)
         )
         num_bytes = self.memory_pool.num_layer * sum(layout.plane_elems) * self.dtype.itemsize
         read = partial(self._read_image, lora_ref, self.configs[adapter_id], layout)
         pinned, num_dropped = bool(lora_ref.pinned), self._num_dropped(adapter_id)
         return AdapterSource(adapter_id, name, layout, num_bytes, pinned, num_dropped, read=read)
 
-    def _layout_of(self, adapter: LoRAAdapter) -> AdapterLayout:
-        present = self.memory_pool.modules_of(adapter)
-        return self.memory_pool.layout_of(adapter.config.r, present, self._shapes, self._num_planes)
+    def _layout_of(self, rank: int, present: AbstractSet[tuple[int | None, str]]) -> AdapterLayout:
+        """As ``layout_of``, for this model."""
+        num_layers, num_planes = self.memory_pool.num_layer, self._num_planes
+        return layout_of(rank, present, self._shapes, num_layers=num_layers, num_planes=num_planes)
 
     @property
     def _num_planes(self) -> int:
@@ -412,7 +413,8 @@ class EloraLoRAManager(LoRAManager):
         )
         try:  # shapes were checked when it was loaded, so a failure means that the file changed
             adapter.initialize_weights_from_tensors(tensors)
-            if self._layout_of(adapter) != layout:
+            present = self.memory_pool.modules_of(adapter)
+            if self._layout_of(config.r, present) != layout:
                 raise AdapterChanged(_CHANGED)
             return self.memory_pool.image_of(adapter, self.lora_modules, layout, chunks, version)
         except (AssertionError, ValueError, LookupError) as error:

@@ -202,37 +202,6 @@ class PagedLoRAPool(_Shaped):
             if any(module in name for name in adapter.embedding_layers)
         }
 
-    def layout_of(
-        self,
-        rank: int,
-        present: AbstractSet[tuple[int | None, str]],
-        shapes: Sequence[ModuleShape],
-        num_planes: int,
-    ) -> AdapterLayout:
-        """Layout of an adapter's weights in a KV pool of so many planes.
-
-        Args:
-            present: (layer, SGLang's name) of the modules that it has weights for.
-            shapes: Of ``module_shapes``.
-
-        Raises:
-            ValueError: A layer does not have a module that the adapter has weights for.
-        """
-        served = {
-            (layer, shape.module)
-            for shape in shapes
-            for layer in (None, *range(self.num_layer))
-            if layer is None or shape.is_in(layer)
-        }
-        if lacking := sorted(f"{module} (layer {layer})" for layer, module in present - served):
-            raise ValueError(
-                f"it has weights for {', '.join(lacking[:4])}, which this server does not adapt "
-                "there: name them in --lora-target-modules, if the model has them"
-            )
-        modules = {module for _, module in present}
-        own = [shape for shape in shapes if shape.module in modules]
-        return AdapterLayout.build(rank, own, num_planes)
-
     def image_of(
         self,
         adapter: LoRAAdapter,
@@ -244,7 +213,7 @@ class PagedLoRAPool(_Shaped):
         """The adapter's weights for this rank, laid out for the pool, in host memory.
 
         Args:
-            layout: As by ``layout_of``.
+            layout: Of ``layout_of``.
             chunks: Destination: uint8 tensors ``[bytes]``, in total as long as the image. None:
                 new memory.
             version: As in ``AdapterImage.build``.
@@ -269,6 +238,40 @@ class PagedLoRAPool(_Shaped):
         return AdapterImage.build(
             layout, self.num_layer, matrices, self.dtype, adapter.scaling, chunks, version
         )
+
+
+def layout_of(
+    rank: int,
+    present: AbstractSet[tuple[int | None, str]],
+    shapes: Sequence[ModuleShape],
+    *,
+    num_layers: int,
+    num_planes: int,
+) -> AdapterLayout:
+    """Layout of an adapter's weights in a KV pool of so many planes.
+
+    Args:
+        present: (layer, SGLang's name) of the modules that it has weights for; the layer is None
+            outside of the layers.
+        shapes: Of ``PagedLoRAPool.module_shapes``.
+
+    Raises:
+        ValueError: A layer does not have a module that the adapter has weights for.
+    """
+    served = {
+        (layer, shape.module)
+        for shape in shapes
+        for layer in (None, *range(num_layers))
+        if layer is None or shape.is_in(layer)
+    }
+    if lacking := sorted(f"{module} (layer {layer})" for layer, module in present - served):
+        raise ValueError(
+            f"it has weights for {', '.join(lacking[:4])}, which this server does not adapt "
+            "there: name them in --lora-target-modules, if the model has them"
+        )
+    modules = {module for _, module in present}
+    own = [shape for shape in shapes if shape.module in modules]
+    return AdapterLayout.build(rank, own, num_planes)
 
 
 class _Staging(_Shaped):

@@ -184,7 +184,9 @@ class EloraTritonBackend(PagedLoRABackend):
 
     def routes(self, topk_ids: torch.Tensor) -> LaunchedBatch:
         batch, modules = self._batch, list(self._expert_modules.values())
-        tiles = routed_tiles(batch.tables, topk_ids.to(torch.int32).contiguous(), modules)
+        assert isinstance(batch.tables, BatchTables)
+        own = topk_ids[: batch.tables.max_rows]  # the rows that follow are padding
+        tiles = routed_tiles(batch.tables, own.to(torch.int32).contiguous(), modules)
         # Of a captured batch, too, as many tiles as are launched are written.
         return LaunchedBatch(tiles, topk_ids.numel(), batch.max_rank, False, batch.adapted)
 
