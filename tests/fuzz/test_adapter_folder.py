@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("atheris")
 
 ROOT = Path(__file__).parents[2]
-SECONDS = int(os.environ.get("FUZZ_SECONDS", "30"))
+SECONDS = int(os.environ.get("FUZZ_SECONDS", "20"))
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ SERVED_EXPERTS: Mapping[str, Options] = {
     "experts-up": {"target_parameters": ["gate_up_proj"], "use_rslora": True},
     "experts-one-layer": {"target_parameters": ["layers.1.mlp.experts.down_proj"]},
     "experts-and-all": {
-        "target_modules": [*_ATTENTION, "lm_head"],
+        "target_modules": [*_ATTENTION, "embed_tokens", "lm_head"],
         "target_parameters": _BOTH,
         "rank_pattern": {"q_proj": 2, r".*\.gate_up_proj": 16},
         "alpha_pattern": {"q_proj": 4, r".*\.gate_up_proj": 24},
