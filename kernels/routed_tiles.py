@@ -6,9 +6,6 @@ j of k. Each adapter has a matrix per expert, so a tile has routes of one adapte
 table whose records hold the offsets of one expert and whose rows are routes.
 """
 
-# mypy: allow-incomplete-defs, allow-untyped-decorators, allow-untyped-defs
-# Functions under @triton.jit have no types of Python's.
-
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -113,8 +113,9 @@ class AdapterImage:
         digest.update(repr(dict(layout.places)).encode())
         one_layer = torch.zeros(sum(layout.plane_elems), dtype=dtype)
         layers = _split(chunks, [layer_bytes] * num_layers)
+        differ = any(place.shape.layers is not None for place in layout.places.values())
         for layer, parts in enumerate(layers):
-            if any(place.shape.layers is not None for place in layout.places.values()):
+            if differ:
                 one_layer.zero_()  # what the last layer had there
             _fill(one_layer, layout, layer, matrices)
             content = one_layer.view(torch.uint8)

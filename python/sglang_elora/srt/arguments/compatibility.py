@@ -25,13 +25,12 @@ from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_pha
 
 from sglang_elora.adapters import served_names
 from sglang_elora.config import active_config
-from sglang_elora.srt.lora.lora_backend import TORCH, TRITON
+from sglang_elora.srt.lora.lora_backend import EXPERT_TARGETS, TORCH, TRITON
 
 logger = logging.getLogger(__name__)
 
 WITHOUT_ELORA = "run without --elora"
 _DROP = "drop it, or run without --elora"
-_EXPERT_MODULES = frozenset({"gate_up_proj", "down_proj"})
 _RUNNERS_WITH_HOOKS = frozenset({"auto", "triton"})
 _LORA_BACKENDS = frozenset({"csgmv", TORCH, TRITON})  # csgmv: SGLang's default
 _IN_POOL = "adapters live in the KV pool"
@@ -48,7 +47,7 @@ def _adapts_experts_and(condition: Callable[[Any], bool], cfg: Any) -> bool:
     counts = ("num_experts", "num_local_experts", "n_routed_experts")
     named = served_names(cfg.lora_target_modules or ())
     return (
-        ("all" in named or named >= _EXPERT_MODULES)
+        ("all" in named or named >= EXPERT_TARGETS)
         and any((getattr(text, name, None) or 1) > 1 for name in counts)
         and condition(cfg)
     )
@@ -388,7 +387,7 @@ REFUSALS = (*PARALLELISM, *CACHES, *SCHEDULING, *LORA, *MODELS)
 def adapts_mlp(cfg: Any) -> bool:
     """Whether the target modules may include those of MLPs: by name, all, or those of adapters."""
     named = served_names(cfg.lora_target_modules or ())
-    return not named or "all" in named or bool(named & _EXPERT_MODULES)
+    return not named or "all" in named or bool(named & EXPERT_TARGETS)
 
 
 def wants_lora(cfg: Any) -> bool:

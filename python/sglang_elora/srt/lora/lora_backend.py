@@ -34,6 +34,8 @@ Segment = tuple[PagedAdapter | None, int]
 TORCH, TRITON = "elora_torch", "elora_triton"
 EXPERT_MODULES = ("gate_up_proj_moe", "down_proj_moe")
 """SGLang's names of what the experts of a layer have."""
+EXPERT_TARGETS = frozenset({"gate_up_proj", "down_proj"})
+"""Target modules with which SGLang adapts experts: both must be among them."""
 MAX_RANK = 256
 """Largest rank, unless ``--max-lora-rank`` or an adapter of ``--lora-paths`` has a higher one.
 Raising it takes more memory in CUDA graphs."""

@@ -38,7 +38,7 @@ from sglang_elora.control import StateMirror
 from sglang_elora.pages import EMBEDDING, OUTPUT_LAYER, AdapterImage, AdapterLayout, PagedAdapter
 from sglang_elora.srt.lora.adapter_weights import stored_config
 from sglang_elora.srt.lora.experts import ExpertsWithLoRA, why_not_served
-from sglang_elora.srt.lora.lora_backend import MAX_RANK, Graph, PagedLoRABackend
+from sglang_elora.srt.lora.lora_backend import EXPERT_TARGETS, MAX_RANK, Graph, PagedLoRABackend
 from sglang_elora.srt.lora.lora_pool import PagedLoRAPool, layout_of
 from sglang_elora.srt.measured_costs import MeasuredCosts
 from sglang_elora.srt.mem_cache.ranks import are_equal, digest_values
@@ -51,8 +51,6 @@ if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import LoRAUpdateOutput
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-_EXPERTS = frozenset({"gate_up_proj", "down_proj"})
-"""SGLang adapts experts if both are target modules."""
 _CHANGED = "its file has changed since it was loaded: unload it and load it again"
 
 
@@ -106,13 +104,13 @@ class EloraLoRAManager(LoRAManager):
                 if named:
                     raise ValueError(f"LoRA on {module} is not served with this model: {reason}")
                 served = served - {module}
-        if served >= _EXPERTS and (reason := self._why_experts_are_plain()):
+        if served >= EXPERT_TARGETS and (reason := self._why_experts_are_plain()):
             if named:
                 raise ValueError(
                     f"LoRA on the experts of this model is not served: {reason}; name modules of "
                     "attention only in --lora-target-modules"
                 )
-            served = served - _EXPERTS
+            served = served - EXPERT_TARGETS
         self.target_modules: set[str] = served
 
     def _why_experts_are_plain(self) -> str | None:

@@ -29,7 +29,7 @@ from sglang_elora.pages import (
     VocabularyModule,
     WeightRef,
 )
-from sglang_elora.srt.lora.lora_backend import EXPERT_MODULES
+from sglang_elora.srt.lora.lora_backend import EXPERT_MODULES, EXPERT_TARGETS
 
 if TYPE_CHECKING:
     from sglang.srt.lora.layers import ParallelLMHeadWithLoRA
@@ -78,8 +78,7 @@ class _Shaped(LoRAMemoryPool):
 
     def _expert_modules(self) -> set[str]:
         """The experts' modules that adapters may have weights for."""
-        plain = {name.removesuffix("_moe") for name in EXPERT_MODULES}
-        served = plain <= self.target_modules and self._has_moe_module(self.base_model)
+        served = self.target_modules >= EXPERT_TARGETS and self._has_moe_module(self.base_model)
         return set(EXPERT_MODULES) if served else set()
 
     def outside_buffers(self, module: str) -> tuple[dict[str, Any], dict[str, Any]]:
