@@ -15,7 +15,7 @@ from sglang_elora.kernels.routed_tiles import Tiles
 from sglang_elora.kernels.stacked_module import StackedModule
 
 
-@triton.jit(do_not_specialize=["num_splits", "num_tiles", "vocab_size"])
+@triton.jit(do_not_specialize=["num_splits", "num_tiles", "vocab_size", "module"])
 def _lora_expand(
     inner,
     plane,
@@ -29,7 +29,7 @@ def _lora_expand(
     num_splits,
     num_tiles,
     vocab_size,
-    MODULE: tl.constexpr,
+    module,
     OUT_FEATURES: tl.constexpr,
     B_STRIDES: tl.constexpr,
     PLANES: tl.constexpr,
@@ -93,7 +93,7 @@ def _lora_expand(
         first = tl.load(record + FIRST)
         end = tl.load(record + END)
         rank = tl.load(record + RANK)
-        offset = tl.load(record + OFFSETS + 2 * MODULE + 1)
+        offset = tl.load(record + OFFSETS + 2 * module + 1)
         table = tl.load(addresses + tile * (RECORD // 2)).to(tl.pointer_type(tl.int32))
         if (first < end) & (offset >= 0):
             m = first + tl.arange(0, BLOCK_M)
@@ -221,7 +221,7 @@ def launch(
         num_splits,
         num_tiles,
         sum(parts),
-        MODULE=module.index,
+        module.index,
         OUT_FEATURES=module.out_features,
         B_STRIDES=module.out_strides,
         PLANES=num_planes,

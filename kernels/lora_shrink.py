@@ -13,7 +13,7 @@ from sglang_elora.kernels.routed_tiles import Tiles
 from sglang_elora.kernels.stacked_module import StackedModule
 
 
-@triton.jit(do_not_specialize=["num_splits", "num_tiles"])
+@triton.jit(do_not_specialize=["num_splits", "num_tiles", "module"])
 def _lora_shrink(
     x,
     plane,
@@ -26,7 +26,7 @@ def _lora_shrink(
     inner_stride,
     num_splits,
     num_tiles,
-    MODULE: tl.constexpr,
+    module,
     PARTS: tl.constexpr,
     IN_FEATURES: tl.constexpr,
     ROWS_PER_INPUT: tl.constexpr,
@@ -56,7 +56,7 @@ def _lora_shrink(
         first = tl.load(record + FIRST)
         end = tl.load(record + END)
         rank = tl.load(record + RANK)
-        offset = tl.load(record + OFFSETS + 2 * MODULE)
+        offset = tl.load(record + OFFSETS + 2 * module)
         scaling = tl.load(record + SCALING).to(tl.float32, bitcast=True)
         table = tl.load(addresses + tile * (RECORD // 2)).to(tl.pointer_type(tl.int32))
         if (first < end) & (offset >= 0):
@@ -153,7 +153,7 @@ def lora_shrink(
         inner.stride(1),
         config.num_splits,
         num_tiles,
-        MODULE=module.index,
+        module.index,
         PARTS=len(module.out_features),
         IN_FEATURES=in_features,
         ROWS_PER_INPUT=rows_per_input,

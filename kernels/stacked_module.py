@@ -22,6 +22,7 @@ class StackedModule:
         alignment: Common divisor of all offsets and strides of adapters' address spaces, in
             elements.
         num_experts: Experts that have a matrix of their own each; 1 for an ordinary layer.
+        swaps_planes: Whether, of two planes, A lies in the second one and B in the first.
     """
 
     index: int
@@ -31,6 +32,17 @@ class StackedModule:
     out_strides: tuple[int, ...]
     alignment: int
     num_experts: int = 1
+    swaps_planes: bool = False
+
+    @property
+    def a_plane(self) -> int:
+        """Index of A's plane, if there are two."""
+        return -1 if self.swaps_planes else 0
+
+    @property
+    def b_plane(self) -> int:
+        """Index of B's plane, if there are two."""
+        return 0 if self.swaps_planes else -1
 
     @property
     def a_block(self) -> int:

@@ -58,8 +58,8 @@ def manager() -> Any:
     """What is asked of a LoRA manager: its model's shapes."""
     elems = RANK_BYTES // 2 // 4 // 2  # a layer's A or B of rank 1, float32
     shape = ModuleShape("o_proj", elems // 64 * 64, (elems // 64 * 64,))
-    pool = SimpleNamespace(num_layer=2, module_shapes=lambda modules: (shape,))
-    return SimpleNamespace(memory_pool=pool, lora_modules=[], dtype=torch.float32)
+    pool = SimpleNamespace(plan=SimpleNamespace(num_layers=2, shapes=(shape,)))
+    return SimpleNamespace(memory_pool=pool, dtype=torch.float32)
 
 
 def test_host_arena_on_cuda_page_locks_one_allocation_within_the_budget(

@@ -12,6 +12,10 @@ from tests.harness.run_python import RunPython
 LORA = ("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "q_proj", "o_proj")
 ATTENTION = ["qkv_proj", "o_proj"]
 EXPERTS: dict[str, Any] = {"model": {"num_experts": 8}, "lora_target_modules": ["all"]}
+HYBRID: dict[str, Any] = {
+    "model": {"architectures": ["Qwen3_5ForCausalLM"]},
+    "uses_mamba_radix_cache": True,
+}
 
 # What is changed in the resolved arguments (or "env", "raw", "model") -> how its line begins.
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -84,10 +88,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"uses_mamba_radix_cache": True}, "this model (state spaces or linear attention): "),
     ({"model": {"attention_arch": "SSM"}}, "this model (state spaces or linear attention): "),
+    (
+        {**HYBRID, "enable_hierarchical_cache": True},
+        "--enable-hierarchical-cache with linear attention or state spaces: ",
+    ),
+    (
+        {**HYBRID, "speculative_algorithm": "NGRAM"},
+        "--speculative-algorithm NGRAM with linear attention or state spaces: ",
+    ),
     ({"model": {"is_encoder_decoder": True}}, "this model (encoder and decoder): "),
 ]
 ACCEPTED: list[dict[str, Any]] = [
     {},
+    HYBRID,
     {"tp_size": 2},
     {"dp_size": 2},
     {"page_size": 16},
@@ -199,15 +212,14 @@ def test_lora_backend_and_cuda_graphs(run_python: RunPython, checkpoint: Path) -
 
 
 def test_unsupported_kv_pools_are_refused(run_python: RunPython, checkpoint: Path) -> None:
-    plain, latent, *refused = _in_process(run_python, checkpoint, "pools")
-    assert plain == latent == ""
+    plain, latent, hybrid, *refused = _in_process(run_python, checkpoint, "pools")
+    assert plain == latent == hybrid == ""
     words = (
         "sparse attention",
         "MLATokenToKVPoolFP4",
         "hnd",
         "scales",
-        "outside",
-        "outside",
+        "pool of their own",
         "radix cache is off",
     )
     for text, word in zip(refused, words, strict=True):

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sglang_elora.pages import AdapterImage, ModuleShape
+from sglang_elora.pages import AdapterImage, LayerPlan, ModuleShape
 from tests.harness.swapper_world import HEAD_DIM, AdapterSource, SwapperWorld, adapter_id
 
 SLOTS, RANK = 64, 8
@@ -301,9 +301,11 @@ def manager_of(made: SwapperWorld) -> Any:
     manager.attn_dp_enabled = False
     manager.device, manager.dtype = torch.device("cpu"), torch.float32
     manager.base_hf_config = SimpleNamespace(vocab_size=1000)
-    manager._shapes = (ModuleShape("o_proj", WIDTH, (WIDTH,)),)
+    found = {ModuleShape("o_proj", WIDTH, (WIDTH,)): [0]}
     manager.memory_pool = SimpleNamespace(
-        num_layer=1, can_support=lambda config: True, remove_lora=manager._retire
+        plan=LayerPlan.build(found, (), model_layers=1, pool_layers=1),
+        can_support=lambda config: True,
+        remove_lora=manager._retire,
     )
     manager._read_image = lambda *_: made.host.get(adapter_id(0))
     return manager

@@ -154,12 +154,13 @@ def manager(checkpoint: Path, pins: Pins, one_rank: None, monkeypatch: pytest.Mo
         eviction_policy="lru",
         lora_added_tokens_size=0,
         strict_loading=False,
+        modules=layers,
     )
     made.memory_pool.pin_memory_available = True  # as on CUDA
     made.embed_tokens_module = made.lm_head_module = None
     made.update_lora_info()
+    made.memory_pool.set_model(None, None, pool_layers=len(layers))
     made.residency = SimpleNamespace(planes=SimpleNamespace(num_planes=2))
-    made._shapes = made.memory_pool.module_shapes(layers)
     made.configs = {}
     pins.count = 0  # SGLang's layers pin their tables, once
     return made

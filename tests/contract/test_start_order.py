@@ -60,6 +60,7 @@ class Server:
         self.manager.residency = self.manager._measure = None
         self.manager.max_adapters_in_batch, self.manager.lora_refs = 0, {}
         self.manager.attn_dp_enabled = False
+        self.manager.memory_pool = SimpleNamespace(plan=SimpleNamespace(num_layers=2))
         self.manager.base_model = torch.nn.Module()
         self.manager.lora_backend = self.backend(host.triton_backend.EloraTritonBackend)
 

@@ -36,7 +36,6 @@ POINTERS = {
 }
 WEIGHTS = {"bf16": "default.json", "fp16": "default.json", "fp32": "float32.json"}
 LORA = {
-    "MODULE": 0,
     "SLOT_ELEMS": 1024,
     "RECORD": record_ints(4),
     "FIRST": FIRST,
@@ -155,6 +154,7 @@ def launches(sm: int) -> Iterator[dict[str, Any]]:
     ):
         constants = {
             **{name: value for name, value in LORA.items() if name != "EMULATED"},
+            "MODULE": 0,
             "SCALING": SCALING,
             "WEIGHTS": dtype,
             "PART_SIZE": 4032,

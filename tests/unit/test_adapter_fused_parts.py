@@ -22,6 +22,7 @@ def completed(names: list[str], *, has_gate: bool = True) -> dict[str, torch.Ten
     adapter: Any = SimpleNamespace(
         layers=[SimpleNamespace(weights=weights)],
         base_hf_config=None,
+        base_model=None,
         _is_non_gated_moe_weight=lambda name: ".experts." in name and not has_gate,
     )
     complete_fused_modules(adapter)

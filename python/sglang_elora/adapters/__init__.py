@@ -30,6 +30,7 @@ __all__ = [
     "one_rank_tensors",
     "read_adapter",
     "served_modules",
+    "served_name",
     "served_names",
     "stored_shapes",
     "why_not_stacked",
@@ -48,7 +49,7 @@ from sglang_elora.adapters.check import (
 )
 from sglang_elora.adapters.errors import AdapterError
 from sglang_elora.adapters.folder_scan import FolderScan, FoundAdapter, leads_out
-from sglang_elora.adapters.module_names import served_names
+from sglang_elora.adapters.module_names import served_name, served_names
 from sglang_elora.adapters.one_rank import (
     NUM_DROPPED,
     needs_one_rank,

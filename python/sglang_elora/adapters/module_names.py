@@ -18,6 +18,10 @@ _FUSED = {
     "w2": "down_proj",
     "q_a_proj": "fused_qkv_a_proj_with_mqa",
     "kv_a_proj_with_mqa": "fused_qkv_a_proj_with_mqa",
+    "in_proj_qkv": "in_proj_qkvz",  # Qwen3.5's linear attention
+    "in_proj_z": "in_proj_qkvz",
+    "in_proj_b": "in_proj_ba",
+    "in_proj_a": "in_proj_ba",
     "vocab_emb": "embed_tokens",
     "embeddings": "embed_tokens",
     "word_embeddings": "embed_tokens",

@@ -9,9 +9,11 @@ STACKED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
 )
-"""Projections that SGLang stacks into one matrix (qkv_proj, gate_up_proj,
-fused_qkv_a_proj_with_mqa)."""
+"""Projections that are stacked into one matrix (qkv_proj, gate_up_proj, fused_qkv_a_proj_with_mqa,
+in_proj_qkvz, in_proj_ba)."""
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.")
 
 

@@ -13,6 +13,7 @@ __all__ = [
     "HostBlocks",
     "HostMemoryFull",
     "KVPlanes",
+    "LayerPlan",
     "ModuleOffsets",
     "ModuleShape",
     "PagedAdapter",
@@ -35,6 +36,7 @@ from sglang_elora.pages.host_arena import (
     memory_outside,
 )
 from sglang_elora.pages.image import AdapterImage
+from sglang_elora.pages.layer_plan import LayerPlan
 from sglang_elora.pages.layout import (
     TILE,
     AdapterLayout,

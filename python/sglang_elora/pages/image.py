@@ -154,7 +154,6 @@ def _fill(
 ) -> None:
     """Write the matrices of one layer; the padding between them is not written."""
     planes = one_layer.split(layout.plane_elems)
-    a_plane, b_plane = planes[0], planes[-1]
     for name, place in layout.places.items():
         if not place.shape.is_in(layer):
             continue
@@ -162,6 +161,7 @@ def _fill(
         assert a.shape == (place.a_rows, place.shape.in_features), (name, a.shape)
         outs, num_experts = place.shape.out_features, place.shape.num_experts
         assert b.shape == (num_experts * sum(outs), place.rank), (name, b.shape)
+        a_plane, b_plane = planes[place.a_plane], planes[place.b_plane]
         _put(a_plane, place.a_offset, place.a_stride, a)
         if num_experts > 1:
             blocks = b.view(-1, outs[0], place.rank).transpose(1, 2)

@@ -21,12 +21,14 @@ class ModuleShape:
 
     Args:
         name: SGLang's name of the module, such as ``qkv_proj``; followed by ``@`` and a number if
-            it has several shapes, each in some of the layers.
+            it has several shapes, or if a layer of the pool holds it for several of the model
+            (``LayerPlan``).
         in_features: Elements of an input row.
         out_features: Elements of an output row, per part: three for ``qkv_proj``, two for
             ``gate_up_proj``, otherwise one.
         num_experts: Experts that have a matrix each; 1 for a layer without experts.
-        layers: Decoder layers that have it; None: all.
+        layers: Layers of the pool that hold it; None: all.
+        swaps_planes: Whether, of two planes, A lies in the second one and B in the first.
     """
 
     name: str
@@ -34,6 +36,7 @@ class ModuleShape:
     out_features: tuple[int, ...]
     num_experts: int = 1
     layers: frozenset[int] | None = None
+    swaps_planes: bool = False
 
     def __post_init__(self) -> None:
         sizes = (self.in_features, *self.out_features, len(self.out_features), self.num_experts)
@@ -77,7 +80,9 @@ class ModuleOffsets:
 
     shape: ModuleShape
     rank: int
+    a_plane: int
     a_offset: int
+    b_plane: int
     b_offsets: tuple[int, ...]
 
     @property
@@ -95,11 +100,11 @@ class ModuleOffsets:
 
 @dataclass(frozen=True, slots=True)
 class AdapterLayout:
-    """Offsets of all modules of one adapter; the same in every layer that has the module. Modules
-    that no layer has both of may lie at the same addresses.
+    """Offsets of all modules of one adapter; the same in every layer that holds the module. Modules
+    that no layer holds both of may lie at the same addresses.
 
-    ``plane_elems`` are the used elements of each plane: A in the first, B in the second; in a
-    single plane (MLA pools) B follows A.
+    ``plane_elems`` are the used elements of each plane: A in the first, B in the second, unless a
+    module swaps them; in a single plane (MLA pools) B follows A.
     """
 
     rank: int
@@ -115,15 +120,23 @@ class AdapterLayout:
         """
         if rank < 1 or num_planes not in (1, 2):
             raise ValueError(f"rank {rank} must be positive and planes {num_planes} be 1 or 2")
-        a_begins, a_end = _begins(shapes, [rank * shape.a_elems for shape in shapes])
-        b_begins, b_end = _begins(shapes, [rank * shape.b_elems for shape in shapes])
-        b_offset = 0 if num_planes == 2 else a_end
+        swaps = [num_planes == 2 and shape.swaps_planes for shape in shapes]
+        sizes = [
+            (shape.b_elems, shape.a_elems) if swap else (shape.a_elems, shape.b_elems)
+            for shape, swap in zip(shapes, swaps, strict=True)
+        ]
+        firsts, first_end = _begins(shapes, [rank * first for first, _ in sizes])
+        seconds, second_end = _begins(shapes, [rank * second for _, second in sizes])
+        plane, shift = (1, 0) if num_planes == 2 else (0, first_end)
         places = {}
-        for shape, a, b in zip(shapes, a_begins, b_begins, strict=True):
-            sizes = (rank * padded(out) for out in shape.out_features[:-1])
-            b_offsets = tuple(accumulate(sizes, initial=b_offset + b))
-            places[shape.name] = ModuleOffsets(shape, rank, a, b_offsets)
-        ends = (a_end, b_end) if num_planes == 2 else (a_end + b_end,)
+        for shape, swap, first, second in zip(shapes, swaps, firsts, seconds, strict=True):
+            a, b = (0, first), (plane, shift + second)
+            if swap:
+                a, b = b, a
+            part_sizes = (rank * padded(out) for out in shape.out_features[:-1])
+            b_offsets = tuple(accumulate(part_sizes, initial=b[1]))
+            places[shape.name] = ModuleOffsets(shape, rank, *a, b[0], b_offsets)
+        ends = (first_end, second_end) if num_planes == 2 else (first_end + second_end,)
         return cls(rank, MappingProxyType(places), ends)
 
     def num_slots(self, slot_elems: int, page_size: int) -> int:
@@ -158,6 +171,7 @@ def stacked_modules(shapes: Sequence[ModuleShape]) -> dict[str, StackedModule]:
             out_strides=strides[shape.name][1:],
             alignment=alignment,
             num_experts=shape.num_experts,
+            swaps_planes=shape.swaps_planes,
         )
         for index, shape in enumerate(shapes)
     }

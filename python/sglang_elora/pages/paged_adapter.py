@@ -137,7 +137,7 @@ class PagedAdapter:
         place = self._places[module]
         rows = torch.arange(place.a_rows, device=columns.device) * place.a_stride
         addresses = columns[:, None] + (place.a_offset + rows)
-        return self._planes.elements(0, layer, self._table, addresses)
+        return self._planes.elements(place.a_plane, layer, self._table, addresses)
 
     def forget_copies(self, *, free: bool = False) -> None:
         """Read the pool again in the next forward pass. Call between forward passes.
@@ -155,7 +155,8 @@ class PagedAdapter:
         kept = self._views.get((layer, matrix))
         if kept is not None:
             return kept
-        plane = 0 if matrix[1] == _A else self._planes.num_planes - 1
+        own = self._places[matrix[0]]
+        plane = own.a_plane if matrix[1] == _A else own.b_plane
         key = plane, _outside(matrix)
         copy = self._copies.get(key)
         if copy is None:
@@ -171,12 +172,12 @@ class PagedAdapter:
         place = self._places[module]
         if part == _A:
             rows = StridedRows(place.a_offset, place.a_rows, place.a_stride)
-            return _Place(0, rows, place.shape.in_features)
+            return _Place(place.a_plane, rows, place.shape.in_features)
         num_rows, num_experts = place.rank, place.shape.num_experts
         if num_experts > 1:  # those of all parts, which have one size
             num_rows *= num_experts * len(place.shape.out_features)
         rows = StridedRows(place.b_offsets[part], num_rows, place.b_stride(part))
-        return _Place(self._planes.num_planes - 1, rows, place.shape.out_features[part])
+        return _Place(place.b_plane, rows, place.shape.out_features[part])
 
     def _matrices(self) -> Iterator[_Matrix]:
         for module, place in self._places.items():

@@ -11,7 +11,7 @@ import torch
 class WeightRef:
     """Reference to A or B of one module in one layer. Layers only read its shape and device.
 
-    ``module`` is the name of its ``ModuleShape``.
+    ``layer`` is that of the pool, ``module`` the name of the ``ModuleShape`` there (``LayerPlan``).
     ``shape`` is that of SGLang's buffer: ``[adapters, parts * largest rank, in]`` for A and
     ``[adapters, out, largest rank]`` for B.
     """

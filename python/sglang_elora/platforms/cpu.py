@@ -9,6 +9,7 @@ operators take their native torch forward, attention and LoRA run on their
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -46,13 +47,17 @@ class EloraCpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang_elora.platforms.attention import use_cpu_attention
         from sglang_elora.platforms.experts import use_cpu_experts
         from sglang_elora.platforms.host_memory import use_plain_host_tier, use_plain_memory
+        from sglang_elora.platforms.linear_attention import use_torch_linear_attention
         from sglang_elora.platforms.speculative import use_torch_copies
+        from sglang_elora.platforms.state_space import use_torch_state_spaces
 
         use_cpu_attention()
         use_cpu_experts()
         use_plain_memory()
         use_plain_host_tier()
         use_torch_copies()
+        use_torch_linear_attention()
+        use_torch_state_spaces()
 
     @override
     def apply_server_args_defaults(self, server_args: Any) -> None:
@@ -62,6 +67,8 @@ class EloraCpuPlatform(CpuDeviceMixin, SRTPlatform):
         threads = set_default_threads(server_args.model_path, num_ranks)
         if threads is not None:
             logger.info("The CPU platform sets %s=%d; set it to choose.", VARIABLE, threads)
+        if server_args.dtype == "float32":  # SGLang's default is bfloat16, whatever the model's
+            os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", "float32")
         if server_args.device is None:
             server_args.device = "cpu"
         if server_args.attention_backend is None:
@@ -76,6 +83,10 @@ class EloraCpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.enable_hierarchical_cache:
             server_args.hicache_io_backend = "direct"
             server_args.hicache_mem_layout = "layer_first"
+
+    @override
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        return True
 
     @override
     def get_default_attention_backend(self) -> str:

@@ -24,7 +24,7 @@ from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.server_args import prepare_server_args
 
 from sglang_elora import config
-from sglang_elora.srt.arguments import compatibility
+from sglang_elora.srt.arguments import compatibility, model_kinds
 
 
 def resolve(*flags):
@@ -96,7 +96,7 @@ def fields_without_a_flag():
     from sglang.srt.server_args import ServerArgs
 
     fields = get_type_hints(ServerArgs, include_extras=True)
-    source = Path(compatibility.__file__).read_text()
+    source = "".join(Path(file.__file__).read_text() for file in (compatibility, model_kinds))
     looked_at = {
         *re.findall(r"\bcfg\.([a-z]\w*)", source),
         *re.findall(r'_raw_input\["(\w+)"\]', source),
@@ -172,19 +172,27 @@ def fuses_shared_experts():
 def pools():
     from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import UnquantizedKVCacheMethod
     from sglang.srt.mem_cache.memory_pool import (
+        HybridLinearKVPool,
         MHATokenToKVPool,
         MLATokenToKVPool,
         MLATokenToKVPoolFP4,
     )
 
     def refusal(
-        pool_class=MHATokenToKVPool, layout="nhd", quant_method=None, use_dsa=False, **state
+        pool_class=MHATokenToKVPool,
+        layout="nhd",
+        quant_method=None,
+        use_dsa=False,
+        is_hybrid=False,
+        **state,
     ):
         pool = object.__new__(pool_class)
         pool.use_dsa = use_dsa
         pool.kv_cache_layout = layout
         pool.quant_method = quant_method or UnquantizedKVCacheMethod()
-        allocator = SimpleNamespace(get_kvcache=lambda: pool)
+        whole = object.__new__(HybridLinearKVPool) if is_hybrid else pool
+        whole.full_kv_pool = pool
+        allocator = SimpleNamespace(get_kvcache=lambda: whole)
         defaults = {"is_hybrid_swa": False, "is_hybrid_ssm": False, "disable_radix_cache": False}
         ctx = SimpleNamespace(
             params=SimpleNamespace(token_to_kv_pool_allocator=allocator), **{**defaults, **state}
@@ -198,12 +206,12 @@ def pools():
     return (
         refusal(),
         refusal(pool_class=MLATokenToKVPool),
+        refusal(is_hybrid=True),
         refusal(pool_class=MLATokenToKVPool, use_dsa=True),
         refusal(pool_class=MLATokenToKVPoolFP4),
         refusal(layout="hnd"),
         refusal(quant_method=object()),
         refusal(is_hybrid_swa=True),
-        refusal(is_hybrid_ssm=True),
         refusal(disable_radix_cache=True),
     )
 

@@ -18,6 +18,7 @@ weights = {
 adapter = SimpleNamespace(
     layers=[SimpleNamespace(weights=weights)],
     base_hf_config=None,
+    base_model=None,
     _is_non_gated_moe_weight=lambda name: False,
 )
 try:

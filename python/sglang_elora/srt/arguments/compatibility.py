@@ -19,12 +19,18 @@ from sglang.srt.arg_groups.overrides import (
     resolving_view,
     use_mla_backend,
 )
-from sglang.srt.configs.model_config import AttentionArch, is_hybrid_swa_model
 from sglang.srt.environ import envs
 from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
 from sglang_elora.adapters import served_names
 from sglang_elora.config import active_config
+from sglang_elora.srt.arguments.model_kinds import (
+    has_experts,
+    has_states,
+    has_windows,
+    is_served_hybrid,
+    tells_window_size,
+)
 from sglang_elora.srt.lora.lora_backend import EXPERT_TARGETS, TORCH, TRITON
 
 logger = logging.getLogger(__name__)
@@ -43,14 +49,8 @@ _WITHOUT_EFFECT = {  # field: (its default, why it is not read)
 
 def _adapts_experts_and(condition: Callable[[Any], bool], cfg: Any) -> bool:
     """Whether the condition holds and the target modules include those of a model's experts."""
-    text = model_config_of(cfg).hf_text_config
-    counts = ("num_experts", "num_local_experts", "n_routed_experts")
     named = served_names(cfg.lora_target_modules or ())
-    return (
-        ("all" in named or named >= EXPERT_TARGETS)
-        and any((getattr(text, name, None) or 1) > 1 for name in counts)
-        and condition(cfg)
-    )
+    return ("all" in named or named >= EXPERT_TARGETS) and has_experts(cfg) and condition(cfg)
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,17 +361,26 @@ MODELS = (
     ),
     Refusal(
         "this model (sliding windows and full attention, of a class that does not tell their size)",
-        lambda cfg: _has_windows(cfg) and not _tells_window_size(cfg),
+        lambda cfg: has_windows(cfg) and not tells_window_size(cfg),
         "SGLang knows its windows only with two KV pools, an adapter's slots are in one",
         WITHOUT_ELORA,
     ),
     Refusal(
         "this model (state spaces or linear attention)",
-        lambda cfg: (
-            cfg.uses_mamba_radix_cache or model_config_of(cfg).attention_arch == AttentionArch.SSM
-        ),
-        "its state lies outside the KV pool",
+        lambda cfg: has_states(cfg) and not is_served_hybrid(cfg),
+        "of this kind only Qwen3.5, Nemotron-H and Falcon-H1 were tested with adapters",
         WITHOUT_ELORA,
+    ),
+    Refusal(
+        "--enable-hierarchical-cache with linear attention or state spaces",
+        lambda cfg: cfg.enable_hierarchical_cache and has_states(cfg),
+        "states of layers without KV are not copied to the host",
+    ),
+    Refusal(
+        "--speculative-algorithm {cfg.speculative_algorithm} with linear attention or state spaces",
+        lambda cfg: cfg.speculative_algorithm is not None and has_states(cfg),
+        "states of drafted tokens were not tested with adapters",
+        values="any",
     ),
     Refusal(
         "this model (encoder and decoder)",
@@ -415,7 +424,7 @@ def check_compatible(server_args: Any) -> None:
         raise ValueError("--elora-adapter-events needs --enable-lora and --kv-events-config")
     if lora:
         _ignore_without_effect(server_args)
-        if _has_windows(cfg):
+        if has_windows(cfg):
             logger.info(
                 "KV of layers with sliding windows is kept for whole prompts, in one pool with "
                 "that of the others, as with --disable-hybrid-swa-memory: adapters need one pool"
@@ -447,8 +456,8 @@ def check_pool(ctx: Any) -> None:
     """
     from sglang_elora.srt.mem_cache.kv_pool import why_unsupported
 
-    if ctx.is_hybrid_swa or ctx.is_hybrid_ssm:
-        reason: str | None = "the model has state outside one pool of full attention"
+    if ctx.is_hybrid_swa:
+        reason: str | None = "sliding windows have a pool of their own"
     elif ctx.disable_radix_cache:
         reason = "the radix cache is off"
     else:
@@ -469,21 +478,3 @@ def _ignore_without_effect(server_args: Any) -> None:
     if limit is not None and 0 < limit < cfg.max_loras_per_batch:
         # SGLang requires at least as many loaded adapters as slots.
         declare_resolution(server_args, "sglang_elora", max_loras_per_batch=limit)
-
-
-def _has_windows(cfg: Any) -> bool:
-    """Whether SGLang would by default keep the KV of sliding windows in a pool of their own."""
-    config = model_config_of(cfg)
-    return bool(is_hybrid_swa_model(config.hf_config.architectures, config.hf_text_config))
-
-
-def _tells_window_size(cfg: Any) -> bool:
-    """Whether SGLang learns the windows' size without a second pool; it would otherwise attend to
-    whole prompts in these layers (``resolve_sliding_window_size``)."""
-    from sglang.srt.models.registry import ModelRegistry  # imports every model
-
-    config = model_config_of(cfg)
-    if config.attention_chunk_size is not None:
-        return True
-    model, _ = ModelRegistry.resolve_model_cls(config.hf_config.architectures)
-    return hasattr(model, "get_attention_sliding_window_size")

@@ -332,6 +332,22 @@ HOOKS: tuple[Hook, ...] = (
         "The LoRA manager names the class itself, so a subclass cannot be handed in.",
     ),
     Hook(
+        "sglang.srt.lora.mem_pool.get_stacked_multiply",
+        ("module_name", "base_model"),
+        HookType.AROUND,
+        adapter_weights.stacked_parts,
+        When.ELORA,
+        "The table of stacked modules is inside the function.",
+    ),
+    Hook(
+        "sglang.srt.lora.lora_manager.auto_detect_lora_target_modules",
+        ("model",),
+        HookType.AFTER,
+        adapter_weights.add_undetected,
+        When.ELORA,
+        "The table of known modules is a constant of SGLang's.",
+    ),
+    Hook(
         "sglang.srt.lora.lora_manager.LoRAManager",
         ("base_model", "base_hf_config", "max_loras_per_batch"),
         HookType.REPLACE,

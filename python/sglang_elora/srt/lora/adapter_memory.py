@@ -34,9 +34,9 @@ def arena_for(manager: EloraLoRAManager, budget_bytes: int, device: str) -> Host
         HostMemoryFull: It exceeds this process's share of the machine's free memory, minus
             SGLang's reserve for the system, or it cannot be page-locked.
     """
-    pool = manager.memory_pool
-    layout = AdapterLayout.build(1, pool.module_shapes(manager.lora_modules))
-    rank_bytes = pool.num_layer * sum(layout.plane_elems) * manager.dtype.itemsize
+    plan = manager.memory_pool.plan
+    layout = AdapterLayout.build(1, plan.shapes)
+    rank_bytes = plan.num_layers * sum(layout.plane_elems) * manager.dtype.itemsize
     block_bytes = block_bytes_for(rank_bytes)
     num_bytes = budget_bytes // block_bytes * block_bytes
     if torch.device(device).type != "cuda":

@@ -15,7 +15,7 @@ from sglang.srt.lora.lora_moe_runners import LoRAHooks
 from typing_extensions import override
 
 from sglang_elora.pages import WeightRef
-from sglang_elora.srt.lora.lora_backend import EXPERT_MODULES, PagedLoRABackend
+from sglang_elora.srt.lora.lora_backend import PagedLoRABackend
 
 if TYPE_CHECKING:
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
@@ -48,7 +48,8 @@ class ExpertsWithLoRA(FusedMoEWithLoRA):
     @override
     def _run_moe_core_with_lora(self, dispatch_output: Any) -> Any:
         backend = self.lora_backend
-        if backend.batch_info is None or not any(map(backend.adapts, EXPERT_MODULES)):
+        own = (self.gate_up_lora_a_weights.module, self.down_lora_a_weights.module)
+        if backend.batch_info is None or not any(map(backend.adapts, own)):
             return self._run_without_lora(dispatch_output=dispatch_output)
         return self._lora_runner.run(dispatch_output, self._quant_info, lora_info=self)
 

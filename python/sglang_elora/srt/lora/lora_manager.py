@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.layers.linear import MergedColumnParallelLinear
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -38,9 +39,12 @@ from sglang_elora.control import StateMirror
 from sglang_elora.pages import EMBEDDING, OUTPUT_LAYER, AdapterImage, AdapterLayout, PagedAdapter
 from sglang_elora.srt.lora.adapter_weights import stored_config
 from sglang_elora.srt.lora.experts import ExpertsWithLoRA, why_not_served
+from sglang_elora.srt.lora.input_projection import NAME as INPUT_PROJECTION
+from sglang_elora.srt.lora.input_projection import InputProjectionWithLoRA
 from sglang_elora.srt.lora.lora_backend import EXPERT_TARGETS, MAX_RANK, Graph, PagedLoRABackend
-from sglang_elora.srt.lora.lora_pool import PagedLoRAPool, layout_of
+from sglang_elora.srt.lora.lora_pool import PagedLoRAPool
 from sglang_elora.srt.measured_costs import MeasuredCosts
+from sglang_elora.srt.mem_cache.kv_pool import num_pool_layers
 from sglang_elora.srt.mem_cache.ranks import are_equal, digest_values
 from sglang_elora.srt.mem_cache.residency import AdapterChanged, AdapterSource, Residency
 from sglang_elora.swapper.adapter_copy import AdapterCopy
@@ -71,14 +75,15 @@ class EloraLoRAManager(LoRAManager):
         self.mirror = StateMirror()
         # Batches and pins are limited by memory, not by a number of slots.
         super().__init__(*args, max_loras_per_batch=sys.maxsize, **kwargs)
-        self.memory_pool.take_vocabulary(self.embed_tokens_module, self.lm_head_module)
-        self._shapes = self.memory_pool.module_shapes(self.lora_modules)
-        self.memory_pool.name_by_shape(self._shapes)
+        self.memory_pool.set_model(
+            self.embed_tokens_module,
+            self.lm_head_module,
+            pool_layers=num_pool_layers(kwargs["server_args"], self.memory_pool.num_layer),
+        )
         self.update_lora_info()
         max_rank = kwargs.get("max_lora_rank") or max(self.max_lora_rank, MAX_RANK)
-        self.lora_backend.set_model(
-            self._shapes, self.dtype, max_rank=max_rank, tp_size=self.memory_pool.tp_size
-        )
+        shapes, tp_size = self.memory_pool.plan.shapes, self.memory_pool.tp_size
+        self.lora_backend.set_model(shapes, self.dtype, max_rank=max_rank, tp_size=tp_size)
         self.lora_backend.vocabulary = self.memory_pool.vocabulary
         self.memory_pool.max_rank = self.lora_backend.max_rank
 
@@ -92,9 +97,10 @@ class EloraLoRAManager(LoRAManager):
             ValueError: A module is named that is not served with this model.
         """
         super().init_lora_shapes(max_lora_rank, target_modules)
-        # "all" includes them; adapters with weights for them are refused.
-        named = set(target_modules or ()) != {"all"}
-        served = self.target_modules
+        named, served = set(target_modules or ()) != {"all"}, self.target_modules
+        if "gate_up_proj" in served and self._modules_named("up_proj"):
+            served = served | {"up_proj"}  # without a gate; SGLang takes it for a part of the other
+        # "all" includes these; adapters with weights for them are refused.
         for module, reason_of in (
             (EMBEDDING, self._why_embedding_is_plain),
             (OUTPUT_LAYER, self._why_output_layer_is_plain),
@@ -161,6 +167,7 @@ class EloraLoRAManager(LoRAManager):
             eviction_policy=self.eviction_policy,
             lora_added_tokens_size=self.lora_added_tokens_size,
             strict_loading=self.lora_strict_loading,
+            modules=self.lora_modules,
         )
         self.memory_pool.on_removed = self._retire
 
@@ -169,12 +176,17 @@ class EloraLoRAManager(LoRAManager):
         self, module_name: str, module: torch.nn.Module, **options: Any
     ) -> torch.nn.Module:
         """Put a layer with LoRA in the place of the model's."""
-        if not isinstance(module, FusedMoE):
-            layer: torch.nn.Module = super().set_lora_module(module_name, module, **options)
+        layer: torch.nn.Module
+        leaf = module_name.rsplit(".", 1)[-1]
+        if isinstance(module, FusedMoE):
+            layer = ExpertsWithLoRA(module, self.lora_backend, **options)
+        elif leaf == INPUT_PROJECTION and isinstance(module, MergedColumnParallelLinear):
+            layer = InputProjectionWithLoRA(module, self.lora_backend)
+        else:
+            layer = super().set_lora_module(module_name, module, **options)
             return layer
-        experts = ExpertsWithLoRA(module, self.lora_backend, **options)
-        replace_submodule(self.base_model, module_name, experts)
-        return experts
+        replace_submodule(self.base_model, module_name, layer)
+        return layer
 
     def bind(self, residency: Residency, measure: MeasuredCosts) -> None:
         """Connect the manager to the KV pool and register the adapters given at start.
@@ -183,6 +195,10 @@ class EloraLoRAManager(LoRAManager):
             PoolTooSmall: An adapter given at start does not fit.
             ValueError: Tensor-parallel ranks have read different adapters.
         """
+        planned, found = self.memory_pool.plan.num_layers, residency.planes.num_layers
+        assert planned == found, (
+            f"the KV pool has {found} layers, adapters were laid out for {planned}"
+        )
         self.residency, self._measure = residency, measure
         residency.replays_prefill_graph = self._replays_prefill_graph
         self.lora_backend.warm_up(residency.planes)
@@ -254,7 +270,7 @@ class EloraLoRAManager(LoRAManager):
             super().load_lora_weights_from_tensors(lora_ref, tensors)
             adapter = self.loras.pop(lora_ref.lora_id)  # the image replaces SGLang's copy
             layout = self._layout_of(adapter.config.r, self.memory_pool.modules_of(adapter))
-            image = self.memory_pool.image_of(adapter, self.lora_modules, layout)
+            image = self.memory_pool.image_of(adapter, layout)
             source = AdapterSource(
                 lora_ref.lora_id,
                 lora_ref.lora_name,
@@ -359,15 +375,25 @@ class EloraLoRAManager(LoRAManager):
         layout = self._layout_of(
             self.configs[adapter_id].r, served_modules(name, lora_ref.lora_path)
         )
-        num_bytes = self.memory_pool.num_layer * sum(layout.plane_elems) * self.dtype.itemsize
+        num_layers = self.memory_pool.plan.num_layers
+        num_bytes = num_layers * sum(layout.plane_elems) * self.dtype.itemsize
         read = partial(self._read_image, lora_ref, self.configs[adapter_id], layout)
         pinned, num_dropped = bool(lora_ref.pinned), self._num_dropped(adapter_id)
         return AdapterSource(adapter_id, name, layout, num_bytes, pinned, num_dropped, read=read)
 
     def _layout_of(self, rank: int, present: AbstractSet[tuple[int | None, str]]) -> AdapterLayout:
-        """As ``layout_of``, for this model."""
-        num_layers, num_planes = self.memory_pool.num_layer, self._num_planes
-        return layout_of(rank, present, self._shapes, num_layers=num_layers, num_planes=num_planes)
+        """Layout of an adapter's weights.
+
+        Args:
+            present: As of ``LayerPlan.shapes_of``, as what is raised.
+        """
+        plan = self.memory_pool.plan
+        named = {
+            (layer, "up_proj" if plan.has_no_gate(layer) and module == "gate_up_proj" else module)
+            for layer, module in present
+        }
+        shapes = plan.shapes_of(named)
+        return AdapterLayout.build(rank, shapes, self._num_planes)
 
     @property
     def _num_planes(self) -> int:
@@ -414,7 +440,7 @@ class EloraLoRAManager(LoRAManager):
             present = self.memory_pool.modules_of(adapter)
             if self._layout_of(config.r, present) != layout:
                 raise AdapterChanged(_CHANGED)
-            return self.memory_pool.image_of(adapter, self.lora_modules, layout, chunks, version)
+            return self.memory_pool.image_of(adapter, layout, chunks, version)
         except (AssertionError, ValueError, LookupError) as error:
             if isinstance(error, AdapterChanged):
                 raise

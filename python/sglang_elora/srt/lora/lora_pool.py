@@ -6,14 +6,15 @@ one holds references; the weights lie in the KV pool (``residency.py``).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.lora import mem_pool
 from sglang.srt.lora.layers import FusedMoEWithLoRA
 from sglang.srt.lora.mem_pool import LoRAMemoryPool
 from sglang.srt.lora.utils import get_target_module_name
@@ -25,6 +26,7 @@ from sglang_elora.pages import (
     OUTSIDE_LAYERS,
     AdapterImage,
     AdapterLayout,
+    LayerPlan,
     ModuleShape,
     VocabularyModule,
     WeightRef,
@@ -45,27 +47,36 @@ Layers = Sequence[dict[str, torch.nn.Module]]
 
 class _Shaped(LoRAMemoryPool):
     """A pool whose buffers are created by ``_entry`` from each matrix's shape ``[adapters, rows,
-    columns]``."""
+    columns]``.
+
+    Args:
+        modules: The model's, with LoRA, whose shapes count. SGLang has a rule for each class of
+            models, and none for some.
+    """
 
     max_lora_rank: int
 
     _entry: Callable[[int, str, tuple[int, ...]], Any]  # (layer, module, shape)
 
+    def __init__(self, *args: Any, modules: Layers, **kwargs: Any) -> None:
+        self.modules = modules
+        super().__init__(*args, **kwargs)
+
     @override
     def init_buffers(self, base_model: torch.nn.Module) -> None:
         self.base_model = base_model
+        self._linears: dict[tuple[int, str], Any] = {
+            (layer, get_target_module_name(full_name, self.target_modules)): module.base_layer
+            for layer, by_name in enumerate(self.modules)
+            for full_name, module in by_name.items()
+            if not isinstance(module, FusedMoEWithLoRA)
+        }
         self._num_experts_local = self._get_num_local_experts(base_model)  # SGLang's loader reads
-        for buffers, shape_of in (
-            (self.A_buffer, self.get_lora_A_shape),
-            (self.B_buffer, self.get_lora_B_shape),
-        ):
-            for module in (self.target_modules - OUTSIDE_LAYERS) | self._expert_modules():
-                shapes = [
-                    shape_of(module, base_model, self.max_lora_rank, layer)
-                    for layer in range(self.num_layer)
-                ]
+        for module in (self.target_modules - OUTSIDE_LAYERS) | self._expert_modules():
+            shapes = [self._shapes(layer, module) for layer in range(self.num_layer)]
+            for i, buffers in enumerate((self.A_buffer, self.B_buffer)):
                 buffers[module] = [
-                    self._entry(layer, module, shape) for layer, shape in enumerate(shapes)
+                    self._entry(layer, module, pair[i]) for layer, pair in enumerate(shapes)
                 ]
         for module in self.target_modules & OUTSIDE_LAYERS:
             for buffer, shape_of in zip(
@@ -75,6 +86,20 @@ class _Shaped(LoRAMemoryPool):
             ):
                 shape = shape_of(module, base_model, self.max_lora_rank, 0)
                 buffer[module] = self._entry(0, module, shape)
+
+    def _shapes(self, layer: int, module: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B of one adapter, of rank ``max_lora_rank``."""
+        rank, linear = self.max_lora_rank, self._linears.get((layer, module))
+        if module in EXPERT_MODULES:
+            args = (module, self.base_model, rank, layer)
+            return tuple(self.get_lora_A_shape(*args)), tuple(self.get_lora_B_shape(*args))
+        if linear is None:
+            return (1, 0, 0), (1, 0, 0)
+        num_parts: int = mem_pool.get_stacked_multiply(module, self.base_model)
+        in_size = getattr(linear, "input_size_per_partition", linear.input_size)
+        sizes = getattr(linear, "output_partition_sizes", [linear.output_size])
+        out_size = sum(sizes if num_parts == 1 else sizes[:num_parts])
+        return (1, num_parts * rank, in_size), (1, out_size, rank)
 
     def _expert_modules(self) -> set[str]:
         """The experts' modules that adapters may have weights for."""
@@ -93,7 +118,8 @@ class PagedLoRAPool(_Shaped):
 
     on_removed: Callable[[str], None]  # called with an unloaded adapter's id; set by the manager
     max_rank: int | None = None  # largest rank of the backend; set by the manager
-    output_module: ParallelLMHeadWithLoRA | None = None  # set by the manager, as the next
+    plan: LayerPlan  # set by ``set_model``, as the next
+    output_module: ParallelLMHeadWithLoRA | None = None
     vocabulary: Mapping[str, VocabularyModule] = MappingProxyType({})
 
     def _entry(self, layer: int, module: str, shape: tuple[int, ...]) -> WeightRef:
@@ -119,38 +145,43 @@ class PagedLoRAPool(_Shaped):
         finally:
             self.max_lora_rank = own
 
-    def module_shapes(self, modules: Layers) -> tuple[ModuleShape, ...]:
-        """Shape of each target module on this tensor-parallel rank; several of a module whose
-        shape differs between layers. Those that all layers have come first.
+    def set_model(
+        self,
+        embedding: torch.nn.Module | None,
+        output: ParallelLMHeadWithLoRA | None,
+        *,
+        pool_layers: int,
+    ) -> None:
+        """Plan where weights of the target modules lie on this tensor-parallel rank.
+
+        Args:
+            embedding, output: The embedding and the output layer, those of them that the model has
+                and that adapters may have weights for.
+            pool_layers: Layers of the KV pool.
 
         Raises:
             ValueError: A module has more shapes than are served.
         """
-        found: dict[str, dict[ModuleShape, list[int]]] = {}
-        for layer, by_name in enumerate(modules):
+        self.output_module = output
+        self.vocabulary = self._vocabulary(embedding, output, pool_layers)
+        found: dict[ModuleShape, list[int]] = {}
+        for layer, by_name in enumerate(self.modules):
             for full_name, module in by_name.items():
                 for shape in self._shapes_of(layer, full_name, module):
-                    found.setdefault(shape.name, {}).setdefault(shape, []).append(layer)
-        shapes = [module.shape for module in self.vocabulary.values()]
-        for name, by_shape in found.items():
-            if len(by_shape) > (1 if name in EXPERT_MODULES else _MAX_SHAPES):
+                    found.setdefault(shape, []).append(layer)
+        for name, num_shapes in Counter(shape.name for shape in found).items():
+            if num_shapes > (1 if name in EXPERT_MODULES else _MAX_SHAPES):
                 raise ValueError(
-                    f"--elora needs layers of few shapes, but {name} has {len(by_shape)}: leave it "
+                    f"--elora needs layers of few shapes, but {name} has {num_shapes}: leave it "
                     "out of --lora-target-modules, or run without --elora"
                 )
-            for i, (shape, layers) in enumerate(by_shape.items()):
-                key = name if len(by_shape) == 1 else f"{name}@{i}"
-                own = frozenset(layers) if len(layers) < self.num_layer else None
-                shapes.append(replace(shape, name=key, layers=own))
-        return tuple(sorted(shapes, key=lambda shape: (shape.layers is not None, shape.name)))
-
-    def name_by_shape(self, shapes: Sequence[ModuleShape]) -> None:
-        """Let the references of modules with several shapes name the shape of their layer."""
-        for shape in shapes:
-            if shape.name != shape.module:
-                for buffer in (self.A_buffer[shape.module], self.B_buffer[shape.module]):
-                    for layer in shape.layers or ():
-                        buffer[layer] = replace(buffer[layer], module=shape.name)
+        outside = [module.shape for module in self.vocabulary.values()]
+        self.plan = LayerPlan.build(
+            found, outside, model_layers=self.num_layer, pool_layers=pool_layers
+        )
+        for (layer, module), place in self.plan.places.items():
+            for buffer in (self.A_buffer[module], self.B_buffer[module]):
+                buffer[layer] = replace(buffer[layer], layer=place.layer, module=place.name)
 
     def _shapes_of(
         self, layer: int, full_name: str, module: torch.nn.Module
@@ -168,19 +199,19 @@ class PagedLoRAPool(_Shaped):
         outs = tuple(end - start for start, end in pairwise(ends))
         yield ModuleShape(name, self.A_buffer[name][layer].shape[-1], outs)
 
-    def take_vocabulary(
-        self, embedding: torch.nn.Module | None, output: ParallelLMHeadWithLoRA | None
-    ) -> None:
-        """Set the embedding and the output layer, those of them that the model has and that
-        adapters may have weights for."""
-        self.output_module = output
+    def _vocabulary(
+        self,
+        embedding: torch.nn.Module | None,
+        output: torch.nn.Module | None,
+        pool_layers: int,
+    ) -> dict[str, VocabularyModule]:
         vocabulary = {}
         for name, module in ((EMBEDDING, embedding), (OUTPUT_LAYER, output)):
             if module is not None:
                 a, b = (buffer[name] for buffer in self.outside_buffers(name))
                 sizes = (b.shape[1], a.shape[2]) if name == EMBEDDING else (a.shape[2], b.shape[1])
-                vocabulary[name] = VocabularyModule(name, *sizes, self.num_layer)
-        self.vocabulary = vocabulary
+                vocabulary[name] = VocabularyModule(name, *sizes, pool_layers)
+        return vocabulary
 
     def modules_of(self, adapter: LoRAAdapter) -> set[tuple[int | None, str]]:
         """(layer, SGLang's name) of the modules that an adapter has weights for; the layer is None
@@ -204,7 +235,6 @@ class PagedLoRAPool(_Shaped):
     def image_of(
         self,
         adapter: LoRAAdapter,
-        modules: Layers,
         layout: AdapterLayout,
         chunks: Sequence[torch.Tensor] | None = None,
         version: str | None = None,
@@ -212,7 +242,7 @@ class PagedLoRAPool(_Shaped):
         """The adapter's weights for this rank, laid out for the pool, in host memory.
 
         Args:
-            layout: Of ``layout_of``.
+            layout: Of shapes of ``plan``.
             chunks: Destination: uint8 tensors ``[bytes]``, in total as long as the image. None:
                 new memory.
             version: As in ``AdapterImage.build``.
@@ -221,7 +251,7 @@ class PagedLoRAPool(_Shaped):
         scaling, adapter.scaling = adapter.scaling, 1.0  # SGLang multiplies the experts' B by it
         try:
             staging.load_lora_weight_to_buffer(
-                adapter.uid, 0, adapter, modules, None, self.output_module
+                adapter.uid, 0, adapter, self.modules, None, self.output_module
             )
         finally:
             adapter.scaling = scaling
@@ -230,47 +260,14 @@ class PagedLoRAPool(_Shaped):
             if module in OUTSIDE_LAYERS:
                 a, b = (buffer[module][0] for buffer in staging.outside_buffers(module))
                 return self.vocabulary[module].part_of(layer, a, b)
-            name = module.partition("@")[0]
-            a, b = staging.A_buffer[name][layer][0], staging.B_buffer[name][layer][0]
-            return (a.flatten(0, 1), b.flatten(0, 1)) if module in EXPERT_MODULES else (a, b)
+            name, own = module.partition("@")[0], self.plan.layer_of_model(layer, module)
+            a, b = staging.A_buffer[name][own][0], staging.B_buffer[name][own][0]
+            return (a.flatten(0, 1), b.flatten(0, 1)) if name in EXPERT_MODULES else (a, b)
 
+        num_layers = self.plan.num_layers
         return AdapterImage.build(
-            layout, self.num_layer, matrices, self.dtype, adapter.scaling, chunks, version
+            layout, num_layers, matrices, self.dtype, adapter.scaling, chunks, version
         )
-
-
-def layout_of(
-    rank: int,
-    present: AbstractSet[tuple[int | None, str]],
-    shapes: Sequence[ModuleShape],
-    *,
-    num_layers: int,
-    num_planes: int,
-) -> AdapterLayout:
-    """Layout of an adapter's weights in a KV pool of so many planes.
-
-    Args:
-        present: (layer, SGLang's name) of the modules that it has weights for; the layer is None
-            outside of the layers.
-        shapes: Of ``PagedLoRAPool.module_shapes``.
-
-    Raises:
-        ValueError: A layer does not have a module that the adapter has weights for.
-    """
-    served = {
-        (layer, shape.module)
-        for shape in shapes
-        for layer in (None, *range(num_layers))
-        if layer is None or shape.is_in(layer)
-    }
-    if lacking := sorted(f"{module} (layer {layer})" for layer, module in present - served):
-        raise ValueError(
-            f"it has weights for {', '.join(lacking[:4])}, which this server does not adapt "
-            "there: name them in --lora-target-modules, if the model has them"
-        )
-    modules = {module for _, module in present}
-    own = [shape for shape in shapes if shape.module in modules]
-    return AdapterLayout.build(rank, own, num_planes)
 
 
 class _Staging(_Shaped):
@@ -278,8 +275,8 @@ class _Staging(_Shaped):
     embedding, output layer and experts if the adapter has no weights for them."""
 
     def __init__(self, pool: PagedLoRAPool, rank: int, layout: AdapterLayout) -> None:
-        self._layout = layout
-        target_modules = pool.target_modules - (OUTSIDE_LAYERS - layout.places.keys())
+        self._modules = {place.shape.module for place in layout.places.values()}
+        target_modules = pool.target_modules - (OUTSIDE_LAYERS - self._modules)
         super().__init__(
             base_hf_config=pool.base_hf_config,
             max_loras_per_batch=1,
@@ -290,11 +287,12 @@ class _Staging(_Shaped):
             eviction_policy="lru",
             lora_added_tokens_size=0,
             strict_loading=pool.strict_loading,
+            modules=pool.modules,
         )
         self.pin_memory_available = False
 
     def _expert_modules(self) -> set[str]:
-        return super()._expert_modules() & self._layout.places.keys()
+        return super()._expert_modules() & self._modules
 
     def _entry(self, layer: int, module: str, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.zeros(shape, dtype=self.dtype)

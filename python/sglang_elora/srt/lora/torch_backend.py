@@ -10,13 +10,7 @@ import torch
 
 from sglang_elora.pages import EMBEDDING, OUTPUT_LAYER, ModuleShape, PagedAdapter, WeightRef
 from sglang_elora.srt.lora.grouped_rows import Index, expand_rows, rows_by_adapter, shrink_rows
-from sglang_elora.srt.lora.lora_backend import (
-    EXPERT_MODULES,
-    TORCH,
-    Graph,
-    PagedLoRABackend,
-    Segment,
-)
+from sglang_elora.srt.lora.lora_backend import TORCH, Graph, PagedLoRABackend, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +120,7 @@ class EloraTorchBackend(PagedLoRABackend):
             ``[rows, widest adapter's parts * rank]``; zero where an adapter has no such column,
             or a row has no adapter.
         """
-        if batch is not None and weights.module in EXPERT_MODULES and batch.num_rows > len(x):
+        if batch is not None and batch.num_rows > len(x):  # routes
             x = x.repeat_interleave(batch.num_rows // len(x), dim=0)
         groups = (batch or self._batch).groups_with(weights.module, x)
         matrices = [g.adapter.a(weights.layer, weights.module, g.expert) for g in groups]

@@ -45,7 +45,6 @@ from sglang_elora.pages import (
 )
 from sglang_elora.pages.layout import padded
 from sglang_elora.srt.lora.lora_backend import (
-    EXPERT_MODULES,
     TRITON,
     Graph,
     PagedLoRABackend,
@@ -121,7 +120,7 @@ class EloraTritonBackend(PagedLoRABackend):
     ) -> None:
         self._modules: dict[str, StackedModule] = stacked_modules(shapes)
         self._expert_modules = {
-            name: module for name, module in self._modules.items() if name in EXPERT_MODULES
+            name: module for name, module in self._modules.items() if module.num_experts > 1
         }
         self._dtype = dtype
         self._tp_size = tp_size
@@ -248,7 +247,7 @@ class EloraTritonBackend(PagedLoRABackend):
         num_tiles = batch.num_tiles(num_rows)
         return lora_shrink(
             x,
-            self._planes_of_forward().plane(0, weights.layer),
+            self._planes_of_forward().plane(module.a_plane, weights.layer),
             batch.tables,
             module,
             width=module.inner_width(batch.max_rank),
@@ -268,7 +267,7 @@ class EloraTritonBackend(PagedLoRABackend):
         num_tiles = batch.num_tiles(len(output))
         return lora_expand(
             inner,
-            self._planes_of_forward().plane(-1, weights.layer),
+            self._planes_of_forward().plane(module.b_plane, weights.layer),
             batch.tables,
             module,
             output,
@@ -327,7 +326,8 @@ class EloraTritonBackend(PagedLoRABackend):
     ) -> None:
         """Launch the kernels of a module in every configuration, on a batch without rows."""
         # The experts of a row share its input of the first module.
-        num_rows = self.experts_per_row if name == EXPERT_MODULES[0] else 1
+        is_first = name in self._expert_modules and len(module.out_features) > 1
+        num_rows = self.experts_per_row if is_first else 1
         x = torch.zeros(1, module.in_features, dtype=self._dtype, device=self.device)
         num_columns, width = sum(module.out_features), module.inner_width(1)
         batch = LaunchedBatch(tables, 1, 1, graph=False, adapted=frozenset())
@@ -343,7 +343,7 @@ class EloraTritonBackend(PagedLoRABackend):
                 shrink = self._shrink_config(module, tables, tiles)
                 inner = lora_shrink(
                     x,
-                    layer[0],
+                    layer[module.a_plane],
                     tables,
                     module,
                     width=width,
@@ -364,7 +364,8 @@ class EloraTritonBackend(PagedLoRABackend):
                     config=expand,
                 )
             else:
-                lora_expand(inner, layer[1], tables, module, output, num_tiles=1, config=expand)
+                plane = layer[module.b_plane]
+                lora_expand(inner, plane, tables, module, output, num_tiles=1, config=expand)
 
     def _shrink_config(self, module: StackedModule, tables: Tiles, num_tiles: int) -> ShrinkConfig:
         tiles = DETERMINISTIC_TILES if self._deterministic else num_tiles

@@ -11,8 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from sglang.srt.arg_groups.overrides import model_config_of
+from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import UnquantizedKVCacheMethod
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import (
+    HybridLinearKVPool,
+    MHATokenToKVPool,
+    MLATokenToKVPool,
+)
 
 from sglang_elora.pages import KVPlanes
 
@@ -23,6 +29,7 @@ def why_unsupported(pool: Any) -> str | None:
     Args:
         pool: The result of ``TokenToKVPoolAllocator.get_kvcache``.
     """
+    pool = _of_attention(pool)
     if type(pool) is MLATokenToKVPool:
         return "the KV pool is of sparse attention" if pool.use_dsa else None
     if type(pool) is not MHATokenToKVPool:
@@ -42,6 +49,22 @@ def planes_of(pool: Any, weight_dtype: torch.dtype) -> KVPlanes:
 def buffers_of(pool: Any) -> Sequence[Sequence[torch.Tensor]]:
     """The tensors of a supported pool by plane and layer, each ``[slots, ...]``: K and V, or the
     one of multi-head latent attention."""
+    pool = _of_attention(pool)
     if isinstance(pool, MLATokenToKVPool):
         return (pool.kv_buffer,)
     return pool.k_buffer, pool.v_buffer
+
+
+def _of_attention(pool: Any) -> Any:
+    """The part of a pool that holds KV, if other layers have states."""
+    return pool.full_kv_pool if type(pool) is HybridLinearKVPool else pool
+
+
+def num_pool_layers(server_args: Any, num_layers: int) -> int:
+    """How many layers the KV pool of the server's model will have.
+
+    Args:
+        num_layers: Layers of the model.
+    """
+    hybrid = mambaish_config(model_config_of(server_args))
+    return num_layers if hybrid is None else len(hybrid.full_attention_layer_ids)

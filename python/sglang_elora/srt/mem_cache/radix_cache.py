@@ -81,7 +81,8 @@ class EloraRadixCache(UnifiedRadixCache):
     ) -> EvictResult:
         """Evict what an allocation needs in one step; SGLang's walk evicts the remainder."""
         evicted = 0
-        if allocation_reclaim_satisfied is None and self.tree_core.full.keeps_order:
+        only_kv = not (params.swa_num_tokens or params.mamba_num or allocation_reclaim_satisfied)
+        if only_kv and self.tree_core.full.keeps_order:
             allocator = self.token_to_kv_pool_allocator
             wanted = allocator.available_size() + params.num_tokens
             evicted = evict_without_copies(self, Eviction(params.num_tokens)).num_slots

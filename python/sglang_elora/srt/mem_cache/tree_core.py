@@ -120,7 +120,7 @@ class EloraTreeCore(OrderedTreeCore):
     @override
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         root = self._root_of(params.key.extra_key)
-        if not (self.enable_hicache or self.is_eagle):
+        if not (self.enable_hicache or self.is_eagle or len(self.components) > 1):
             return self._match_on_device(root, params.key.page_aligned(self.page_size))
         result: MatchResult = self._walk_from(root, super().match_prefix, params)
         if result is self._empty_match_result:
