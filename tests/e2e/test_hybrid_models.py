@@ -39,14 +39,12 @@ def many_adapters(family: Family) -> Family:
     targets = {
         f"{name} {rank}": modules for name, modules in family.targets.items() for rank in RANKS
     }
-    options = {
-        name: {
-            **family.lora_options.get(name.rpartition(" ")[0], {}),
-            "r": int(name.rpartition(" ")[2]),
-            "lora_alpha": 16,
-        }
-        for name in targets
-    }
+    options = {}
+    for name in targets:
+        kind, _, rank = name.rpartition(" ")
+        # With a higher alpha, a state space multiplies rounding errors up.
+        alpha = min(2 * int(rank), 16)
+        options[name] = {**family.lora_options.get(kind, {}), "r": int(rank), "lora_alpha": alpha}
     return replace(family, targets=targets, lora_options=options)
 
 
