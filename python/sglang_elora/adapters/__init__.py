@@ -22,6 +22,7 @@ __all__ = [
     "download",
     "has_adapter",
     "is_factor",
+    "is_tower",
     "is_url",
     "keep_only",
     "leads_out",
@@ -37,7 +38,7 @@ __all__ = [
 ]
 
 from sglang_elora.adapters.allowed_sources import AllowedSources
-from sglang_elora.adapters.base_shapes import BaseShapes
+from sglang_elora.adapters.base_shapes import BaseShapes, is_tower
 from sglang_elora.adapters.check import (
     AdapterFacts,
     check_adapter,

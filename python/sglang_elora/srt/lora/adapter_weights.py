@@ -17,6 +17,7 @@ from sglang.srt.layers.utils import get_layer_id
 
 from sglang_elora.adapters import (
     STACKED,
+    is_tower,
     needs_one_rank,
     one_rank_config,
     served_name,
@@ -139,7 +140,8 @@ def add_undetected(result: set[str], model: torch.nn.Module) -> set[str]:
 def _layers_without_gate(model: torch.nn.Module | None) -> frozenset[int]:
     """The layers of a model whose MLP has an ``up_proj`` of its own."""
     paths = () if model is None else (path for path, _ in model.named_modules())
-    layers = (get_layer_id(path) for path in paths if path.endswith(".up_proj"))
+    own = (path for path in paths if path.endswith(".up_proj") and not is_tower(path))
+    layers = map(get_layer_id, own)
     return frozenset(layer for layer in layers if layer is not None)
 
 

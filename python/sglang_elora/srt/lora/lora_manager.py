@@ -23,13 +23,14 @@ from sglang.srt.lora.utils import (
     get_lm_head_pruned_lens,
 )
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from sglang.srt.runtime_context import get_exec
+from sglang.srt.runtime_context import get_exec, get_parallel
 from sglang.srt.utils import replace_submodule
 from typing_extensions import override
 
 from sglang_elora.adapters import (
     NUM_DROPPED,
     content_digest,
+    is_tower,
     one_rank_tensors,
     read_adapter,
     served_modules,
@@ -105,6 +106,7 @@ class EloraLoRAManager(LoRAManager):
             (EMBEDDING, self._why_embedding_is_plain),
             (OUTPUT_LAYER, self._why_output_layer_is_plain),
             ("kv_b_proj", lambda: "its attention does not call it"),
+            (INPUT_PROJECTION, self._why_input_projection_is_plain),
         ):
             if module in served and (reason := reason_of()):
                 if named:
@@ -147,12 +149,21 @@ class EloraLoRAManager(LoRAManager):
             return "its output layer is quantized"
         return None
 
+    def _why_input_projection_is_plain(self) -> str | None:
+        """Why an adapter's B cannot be split over tensor-parallel ranks as the projection is."""
+        found = self._modules_named(INPUT_PROJECTION)
+        if get_parallel().tp_size > 1 and not all(
+            isinstance(module, MergedColumnParallelLinear) for module in found
+        ):
+            return "tensor-parallel ranks share its groups"
+        return None
+
     def _modules_named(self, name: str) -> list[Any]:
         """The model's modules of this name, a shared one under each of its names."""
         return [
             module
             for path, module in self.base_model.named_modules(remove_duplicate=False)
-            if path.rsplit(".", 1)[-1] == name
+            if path.rsplit(".", 1)[-1] == name and not is_tower(path)
         ]
 
     @override
