@@ -141,7 +141,10 @@ def _cpu_s(server: ServerProcess) -> dict[str, float]:
     """Processor seconds of each of the server's processes until now, by its title."""
     tree = ProcessTree(server.pid)
     tree.collect()
-    return {f"{each.cmdline()[0]} {each.pid}": sum(each.cpu_times()[:2]) for each in tree.alive()}
+    return {
+        f"{Path(each.cmdline()[0]).name} {each.pid}": sum(each.cpu_times()[:2])
+        for each in tree.alive()
+    }
 
 
 def _difference(begin: Mapping[str, float], end: Mapping[str, float]) -> dict[str, float]:
