@@ -24,6 +24,7 @@ from sglang_elora.pages import (
     SlotTable,
     WeightRef,
 )
+from tests.harness.kv_pools import pool_of
 from tests.harness.tolerances import TOLERANCES
 
 HIDDEN, INNER, NUM_EXPERTS, NUM_CHOICES, SCALING = 96, 40, 5, 2, 0.5
@@ -69,16 +70,6 @@ class World:
         if i is None or expert < 0 or name not in self.weights[i]:
             return 0.0
         return self.weights[i][name][expert] @ x.float()
-
-
-def pool_of(planes: list[list[torch.Tensor]]) -> Any:
-    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
-
-    if len(planes) == 2:
-        return SimpleNamespace(k_buffer=planes[0], v_buffer=planes[1])
-    pool = object.__new__(MLATokenToKVPool)
-    (pool.kv_buffer,) = planes
-    return pool
 
 
 def runner_of(*, is_triton: bool) -> Any:

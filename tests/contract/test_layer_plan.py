@@ -23,6 +23,7 @@ from sglang_elora.pages import (
     SlotTable,
     WeightRef,
 )
+from tests.harness.kv_pools import pool_of
 from tests.harness.tolerances import TOLERANCES
 
 FOUND = {
@@ -88,16 +89,6 @@ class World:
                     for key, shape in has.items()
                 }
             )
-
-
-def pool_of(planes: list[list[torch.Tensor]]) -> Any:
-    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
-
-    if len(planes) == 2:
-        return SimpleNamespace(k_buffer=planes[0], v_buffer=planes[1])
-    pool = object.__new__(MLATokenToKVPool)
-    (pool.kv_buffer,) = planes
-    return pool
 
 
 @pytest.mark.parametrize("num_planes", [1, 2])

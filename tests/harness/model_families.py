@@ -29,6 +29,13 @@ _SIZES = {
     "tie_word_embeddings": False,
     "pad_token_id": 0,
 }
+_ENCODER = {  # of images
+    "depth": 1,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 128,
+}
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _PARAMETERS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
@@ -135,13 +142,7 @@ FAMILIES = (
                 **_SIZES,
                 "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
             },
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 64,
-                "intermediate_size": 64,
-                "num_heads": 2,
-                "out_hidden_size": 128,
-            },
+            "vision_config": _ENCODER,
             "tie_word_embeddings": False,
         },
         auto="AutoModelForImageTextToText",
@@ -314,14 +315,7 @@ HYBRIDS = (
                     "mrope_interleaved": True,
                 },
             },
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 64,
-                "intermediate_size": 64,
-                "num_heads": 2,
-                "num_position_embeddings": 16,
-                "out_hidden_size": 128,
-            },
+            "vision_config": {**_ENCODER, "num_position_embeddings": 16},
             "tie_word_embeddings": False,
         },
         auto="AutoModelForImageTextToText",
