@@ -83,7 +83,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "this model (multi-head latent attention without q_lora_rank): ",
     ),
     (
-        {"model": {"architectures": ["Step3p5ForCausalLM"]}},
+        {
+            "model": {"architectures": ["Step3p5ForCausalLM"]},
+            "disable_hybrid_swa_memory": True,
+        },
         "this model (sliding windows and full attention, of a class that does not tell ",
     ),
     ({"uses_mamba_radix_cache": True}, "this model (state spaces or linear attention): "),
@@ -120,7 +123,11 @@ ACCEPTED: list[dict[str, Any]] = [
     {"lora_target_modules": ["all"], "ep_size": 2},
     {"experts_shared_outer_loras": False},
     {"model": {"architectures": ["GptOssForCausalLM"]}},
-    {"model": {"architectures": ["Step3p5ForCausalLM"], "attention_chunk_size": 8192}},
+    {"model": {"architectures": ["Step3p5ForCausalLM"]}},
+    {
+        "model": {"architectures": ["Step3p5ForCausalLM"], "attention_chunk_size": 8192},
+        "disable_hybrid_swa_memory": True,
+    },
     {"model": {"is_generation": False}},
     {"raw": {"lora_backend": "elora_torch"}},
     {"raw": {"lora_backend": "elora_triton"}},
@@ -212,14 +219,15 @@ def test_lora_backend_and_cuda_graphs(run_python: RunPython, checkpoint: Path) -
 
 
 def test_unsupported_kv_pools_are_refused(run_python: RunPython, checkpoint: Path) -> None:
-    plain, latent, hybrid, *refused = _in_process(run_python, checkpoint, "pools")
-    assert plain == latent == hybrid == ""
+    plain, latent, hybrid, windows, *refused = _in_process(run_python, checkpoint, "pools")
+    assert plain == latent == hybrid == windows == ""
     words = (
         "sparse attention",
         "MLATokenToKVPoolFP4",
         "hnd",
         "scales",
-        "pool of their own",
+        "was not tested",
+        "all layers have sliding windows",
         "radix cache is off",
     )
     for text, word in zip(refused, words, strict=True):

@@ -1,4 +1,4 @@
-"""Prefill of the CPU platform gives what SGLang's torch_native gives."""
+"""Attention of the CPU platform: cached prefixes, sliding windows, sinks, drafted trees."""
 
 from __future__ import annotations
 
@@ -11,28 +11,25 @@ from tests.harness.programs import source
 from tests.harness.run_python import RunPython
 
 
-@pytest.mark.parametrize(
-    ("requests", "heads", "kv_heads", "window"),
-    [
-        ([(0, 7)], 4, 4, None),
-        ([(40, 1), (0, 9), (17, 5)], 4, 2, None),
-        ([(3, 30), (50, 14)], 8, 1, None),
-        ([(3, 30), (50, 14)], 4, 2, 6),
-    ],
-)
-def test_cpu_attention_prefill_after_a_cached_prefix_equals_the_reference(
-    run_python: RunPython,
-    requests: list[tuple[int, int]],
-    heads: int,
-    kv_heads: int,
-    window: int | None,
-) -> None:
-    arguments = json.dumps([requests, heads, kv_heads, window])
-    result = run_python("-c", source("cpu_attention"), arguments)
+def test_cpu_attention_is_a_softmax_over_the_tokens_that_are_seen(run_python: RunPython) -> None:
+    batches = [  # (cached and new tokens of each request, heads, kv heads, window, own pool)
+        ([(0, 7)], 4, 4, None, False),
+        ([(40, 1), (0, 9), (17, 5)], 4, 2, None, False),
+        ([(3, 30), (50, 14)], 8, 1, None, False),
+        ([(3, 30), (50, 14)], 4, 2, 6, False),
+        ([(3, 30), (50, 1), (0, 4)], 4, 2, 6, True),
+    ]
+    cases = [
+        (*batch, is_decode, has_sinks, dtype)
+        for batch in batches
+        for is_decode in (False, True)
+        for has_sinks in (False, True)
+        for dtype in ("float32", "bfloat16")
+    ]
+    result = run_python("-c", source("cpu_attention"), json.dumps(cases))
     assert result.returncode == 0, result.stderr
-    difference, largest = json.loads(result.stdout)
-    assert largest > 0.5
-    assert difference < 1e-5
+    for case, (difference, largest) in zip(cases, json.loads(result.stdout), strict=True):
+        assert largest > 0.5 and difference < (1e-5 if case[-1] == "float32" else 0.05), case
 
 
 @pytest.mark.parametrize("window", [0, 1, 3, 50])

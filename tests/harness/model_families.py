@@ -71,6 +71,7 @@ class Family:
     flags: Sequence[str] = ()  # that a server with its adapters needs
     programs: Sequence[str] = ()  # that SGLang compiles something with
     least_cached: int = 300  # prompt tokens that come from the cache
+    pool_slots: int = 6000  # too few for many adapters
     differs: bool = False  # from Llama, in more than a detail of attention
 
 
@@ -374,6 +375,34 @@ HYBRIDS = (
     ),
 )
 """Families with layers that have a state in place of KV."""
+
+_PARTS_OF_ATTENTION = {
+    "attention": _ATTENTION,
+    "query": ("q_proj",),
+    "kv": ("k_proj", "v_proj"),
+    "a part": ("v_proj", "o_proj"),
+    "output": ("o_proj",),
+    "inputs": ("q_proj", "k_proj", "v_proj"),
+}
+WINDOWED = (
+    replace(_MELLUM, targets=_PARTS_OF_ATTENTION),
+    Family(
+        "gpt-oss",
+        "gpt_oss",
+        targets=_PARTS_OF_ATTENTION,
+        options={
+            "head_dim": 32,
+            "num_hidden_layers": 4,
+            "intermediate_size": 64,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        pool_slots=2500,
+    ),
+)
+"""Families with layers that attend to a sliding window."""
 
 
 @dataclass(frozen=True)

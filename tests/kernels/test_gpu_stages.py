@@ -119,7 +119,8 @@ def test_gpu_expert_stage_finds_answers_of_another_adapter(
     assert {name for name, _ in asked} == {None, "all"}
     ids = [reference.generate(name and adapter, prompt, 3) for name, prompt in asked]
     served.write_answers(context, "graphs", [{"ids": each} for each in ids])
-    assert list(expert_server.peft(context).right.values()) == [right]
+    verdict = expert_server.peft(context)
+    assert list(verdict.right.values()) == [right], verdict.facts
 
 
 # The others repeat most of test_gpu_scripts.py.

@@ -46,6 +46,15 @@ def nemotron_h() -> dict[ModuleShape, list[int]]:
     }
 
 
+def gpt_oss() -> dict[ModuleShape, list[int]]:
+    """gpt-oss 20B: 24 layers of attention, every other one with a sliding window."""
+    every = list(range(24))
+    return {
+        module("qkv_proj", 2880, 4096, 512, 512): every,
+        module("o_proj", 4096, 2880): every,
+    }
+
+
 def planned(
     found: Mapping[ModuleShape, Sequence[int]], model_layers: int, pool_layers: int
 ) -> LayerPlan:
@@ -101,10 +110,11 @@ def test_kinds_that_do_not_divide_are_spread_by_at_most_one(kind: str) -> None:
         (qwen3_5(), 16, {"gate_up_proj", "down_proj"}, 1.05),
         (nemotron_h(), 4, {shape.name for shape in nemotron_h()}, 1.05),
         (nemotron_h(), 4, {"in_proj", "out_proj"}, 1.05),
+        (gpt_oss(), 12, {"qkv_proj", "o_proj"}, 1.05),
         # 25 layers over 4: two of them hold one matrix more, which lies in one plane.
         (nemotron_h(), 4, {"up_proj", "down_proj"}, 1.09),
     ],
-    ids=["Qwen3.5", "Qwen3.5, MLP", "Nemotron", "Nemotron, Mamba", "Nemotron, MLP"],
+    ids=["Qwen3.5", "Qwen3.5, MLP", "Nemotron", "Nemotron, Mamba", "gpt-oss", "Nemotron, MLP"],
 )
 def test_an_adapter_takes_little_more_than_its_weights(
     found: dict[ModuleShape, list[int]], pool_layers: int, wanted: set[str], most: float

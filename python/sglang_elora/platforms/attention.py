@@ -17,7 +17,7 @@ from sglang.srt.models.deepseek_common.attention_backend_handler import Attentio
 from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
     AttnForwardMethod,
 )
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from typing_extensions import override
 
 if TYPE_CHECKING:
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 
 
 class CpuAttention(TorchNativeAttnBackend):
-    """``torch_native`` with its own prefill for causal attention without a sliding window, and with
-    the verification of drafted trees."""
+    """``torch_native`` with its own causal attention, which knows a KV pool of sliding windows,
+    sinks, and drafted trees."""
 
     _tree_mask: torch.Tensor | None = None  # of the batch that is being verified
+    _sinks: torch.Tensor | None = None  # ``[heads]``, of the current layer
+    _slots_of_layer: torch.Tensor | None = None  # by slots of full attention, if they differ
 
     @override
     def forward_extend(
@@ -40,6 +42,7 @@ class CpuAttention(TorchNativeAttnBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of new tokens ``[tokens, heads * head_dim]``.
 
@@ -52,11 +55,36 @@ class CpuAttention(TorchNativeAttnBackend):
             batch.extend_prefix_lens = batch.seq_lens
             batch.extend_seq_lens = torch.full_like(batch.seq_lens, draft.draft_token_num)
             self._tree_mask = draft.custom_mask
+        self._begin_layer(layer, sinks)
         try:
             result: torch.Tensor = super().forward_extend(q, k, v, layer, batch, save_kv_cache)
         finally:
             self._tree_mask = None
         return result
+
+    @override
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of one new token per request ``[requests, heads * head_dim]``."""
+        self._begin_layer(layer, sinks)
+        result: torch.Tensor = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+        return result
+
+    def _begin_layer(self, layer: RadixAttention, sinks: torch.Tensor | None) -> None:
+        self._sinks, self._slots_of_layer = sinks, None
+        if self.use_sliding_window_kv_pool:
+            pool = self.token_to_kv_pool
+            _, has_window = pool.layers_mapping[layer.layer_id]
+            if has_window:
+                self._slots_of_layer = pool.full_to_swa_index_mapping
 
     @override
     def _run_sdpa_forward_extend(
@@ -81,9 +109,7 @@ class CpuAttention(TorchNativeAttnBackend):
             k_cache: ``[slots, kv heads, head_dim]``, as ``v_cache``.
             req_to_token: int32 ``[requests, context]``: slots of each row's tokens.
         """
-        tree_mask, has_window = self._tree_mask, options.get("sliding_window_size") is not None
-        is_ours = options["causal"] and (tree_mask is not None or not has_window)
-        if encoder_lens is not None or not is_ours:
+        if encoder_lens is not None or not options["causal"]:
             result: torch.Tensor = super()._run_sdpa_forward_extend(
                 query,
                 output,
@@ -98,31 +124,106 @@ class CpuAttention(TorchNativeAttnBackend):
                 **options,
             )
             return result
-        start = 0
+        start, tree_mask = 0, self._tree_mask
+        window = options.get("sliding_window_size")
         counts = (req_pool_indices, extend_prefix_lens, extend_seq_lens)
         for row, num_cached, num_new in zip(*(count.tolist() for count in counts), strict=True):
-            slots = req_to_token[row, : num_cached + num_new]
-            k, v = (_heads_first(cache[slots].to(query.dtype)) for cache in (k_cache, v_cache))
-            seen = None
+            first = 0 if window is None else max(0, num_cached - window)
+            slots = req_to_token[row, first : num_cached + num_new]
+            if self._slots_of_layer is not None:
+                slots = self._slots_of_layer[slots]
+            drafted = None
             if tree_mask is not None:
-                num_seen = num_new * len(slots)
-                seen, tree_mask = tree_mask[:num_seen].view(num_new, -1), tree_mask[num_seen:]
-                if has_window:
-                    seen = within_window(seen, num_cached, options["sliding_window_size"])
-            elif num_cached:
-                seen = torch.ones(num_new, len(slots), dtype=torch.bool).tril(num_cached)
+                num_seen = num_new * (num_cached + num_new)
+                drafted, tree_mask = tree_mask[:num_seen].view(num_new, -1), tree_mask[num_seen:]
             found = scaled_dot_product_attention(
                 _heads_first(query[start : start + num_new]),
-                k,
-                v,
-                attn_mask=seen,
-                is_causal=seen is None,
+                *(self._read(cache, slots, query.dtype) for cache in (k_cache, v_cache)),
+                **self._masks(num_cached, num_new, window, first, drafted, query.dtype),
                 scale=options["scaling"],
                 enable_gqa=options["enable_gqa"],
             )
             output[start : start + num_new] = found.squeeze(0).movedim(1, 0)
             start += num_new
         return output
+
+    @override
+    def _run_sdpa_forward_decode(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        encoder_lens: torch.Tensor | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """As ``_run_sdpa_forward_extend`` for one new token per request."""
+        if encoder_lens is not None or (self._sinks is None and self._slots_of_layer is None):
+            result: torch.Tensor = super()._run_sdpa_forward_decode(
+                query,
+                output,
+                k_cache,
+                v_cache,
+                req_to_token,
+                req_pool_indices,
+                seq_lens,
+                encoder_lens,
+                **options,
+            )
+            return result
+        return self._run_sdpa_forward_extend(
+            query,
+            output,
+            k_cache,
+            v_cache,
+            req_to_token,
+            req_pool_indices,
+            seq_lens,
+            seq_lens - 1,
+            torch.ones_like(seq_lens),
+            **{**options, "causal": True},
+        )
+
+    def _read(self, cache: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """K or V of these slots; with sinks, one more of zeros."""
+        found = _heads_first(cache[slots].to(dtype))
+        return found if self._sinks is None else pad(found, (0, 0, 0, 1))
+
+    def _masks(
+        self,
+        num_cached: int,
+        num_new: int,
+        window: int | None,
+        first: int,
+        drafted: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> dict[str, Any]:
+        """Which tokens from ``first`` on the new tokens of a request see, as arguments of
+        ``scaled_dot_product_attention``.
+
+        Args:
+            window: Most tokens before itself that a token sees.
+            drafted: bool ``[drafted, cached + drafted]``; None: the new tokens are a sequence.
+        """
+        is_whole = num_cached == 0 and (window is None or num_new <= window + 1)
+        if is_whole and drafted is None and self._sinks is None:
+            return {"is_causal": True}
+        if drafted is None:
+            length, num_before = num_cached + num_new - first, num_cached - first
+            seen = torch.ones(num_new, length, dtype=torch.bool).tril(num_before)
+            seen = seen if window is None else seen.triu(num_before - window)
+        else:
+            seen = drafted if window is None else within_window(drafted, num_cached, window)
+            seen = seen[:, first:]
+        if self._sinks is None:
+            return {"attn_mask": seen}
+        # The sink is a token whose K and V are zero and whose logit is given.
+        sinks = self._sinks.float().view(-1, 1, 1).expand(-1, num_new, 1)
+        logits = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf).expand(len(sinks), -1, -1)
+        return {"attn_mask": torch.cat((logits, sinks), -1).to(dtype)}
 
 
 def within_window(seen: torch.Tensor, num_cached: int, window: int) -> torch.Tensor:

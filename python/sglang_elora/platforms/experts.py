@@ -20,19 +20,13 @@ _ACTIVATIONS = {"silu": SiluAndMul, "gelu": GeluAndMul}
 
 
 class CpuExperts(DispatchMoeRunnerCore):
-    """In place of the Triton runner: experts with gated activations and without biases.
-
-    Raises:
-        ValueError: The layer is of another kind.
+    """In place of the Triton runner: experts with gated activations and without biases. Layers of
+    other kinds have no LoRA on experts (``srt.lora.experts.why_not_served``) and are not run by it.
     """
 
     def __init__(self, config: MoeRunnerConfig) -> None:
         super().__init__(config)
-        is_plain = config.is_gated and config.gemm1_alpha is None
-        is_plain = is_plain and config.activation in _ACTIVATIONS
-        if not is_plain or config.apply_router_weight_on_input:
-            raise ValueError(f"the CPU platform has no LoRA for experts like these: {config}")
-        self._activation = _ACTIVATIONS[config.activation]()
+        self._activation = _ACTIVATIONS.get(config.activation, SiluAndMul)()
 
     @property
     @override

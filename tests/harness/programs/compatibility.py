@@ -171,29 +171,35 @@ def fuses_shared_experts():
 
 def pools():
     from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import UnquantizedKVCacheMethod
+    from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
+    from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
     from sglang.srt.mem_cache.memory_pool import (
         HybridLinearKVPool,
         MHATokenToKVPool,
         MLATokenToKVPool,
         MLATokenToKVPoolFP4,
     )
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
     def refusal(
         pool_class=MHATokenToKVPool,
         layout="nhd",
         quant_method=None,
         use_dsa=False,
-        is_hybrid=False,
+        whole_class=None,
+        allocator_class=TokenToKVPoolAllocator,
+        full_layers=1,
         **state,
     ):
         pool = object.__new__(pool_class)
         pool.use_dsa = use_dsa
         pool.kv_cache_layout = layout
         pool.quant_method = quant_method or UnquantizedKVCacheMethod()
-        whole = object.__new__(HybridLinearKVPool) if is_hybrid else pool
-        whole.full_kv_pool = pool
-        allocator = SimpleNamespace(get_kvcache=lambda: whole)
-        defaults = {"is_hybrid_swa": False, "is_hybrid_ssm": False, "disable_radix_cache": False}
+        whole = pool if whole_class is None else object.__new__(whole_class)
+        whole.full_kv_pool, whole.full_layer_nums = pool, full_layers
+        allocator = object.__new__(allocator_class)
+        allocator._kvcache = whole
+        defaults = {"disable_radix_cache": False}
         ctx = SimpleNamespace(
             params=SimpleNamespace(token_to_kv_pool_allocator=allocator), **{**defaults, **state}
         )
@@ -206,12 +212,14 @@ def pools():
     return (
         refusal(),
         refusal(pool_class=MLATokenToKVPool),
-        refusal(is_hybrid=True),
+        refusal(whole_class=HybridLinearKVPool),
+        refusal(whole_class=SWAKVPool, allocator_class=SWATokenToKVPoolAllocator),
         refusal(pool_class=MLATokenToKVPool, use_dsa=True),
         refusal(pool_class=MLATokenToKVPoolFP4),
         refusal(layout="hnd"),
         refusal(quant_method=object()),
-        refusal(is_hybrid_swa=True),
+        refusal(whole_class=SWAKVPool),
+        refusal(whole_class=SWAKVPool, allocator_class=SWATokenToKVPoolAllocator, full_layers=0),
         refusal(disable_radix_cache=True),
     )
 

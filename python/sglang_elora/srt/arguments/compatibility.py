@@ -27,7 +27,7 @@ from sglang_elora.config import active_config
 from sglang_elora.srt.arguments.model_kinds import (
     has_experts,
     has_states,
-    has_windows,
+    has_whole_windows,
     is_served_hybrid,
     tells_window_size,
 )
@@ -361,9 +361,10 @@ MODELS = (
     ),
     Refusal(
         "this model (sliding windows and full attention, of a class that does not tell their size)",
-        lambda cfg: has_windows(cfg) and not tells_window_size(cfg),
-        "SGLang knows its windows only with two KV pools, an adapter's slots are in one",
-        WITHOUT_ELORA,
+        lambda cfg: has_whole_windows(cfg) and not tells_window_size(cfg),
+        "SGLang knows its windows only if they have a KV pool of their own",
+        "drop --disable-hybrid-swa-memory, --enable-hierarchical-cache and "
+        "--speculative-algorithm, or run without --elora",
     ),
     Refusal(
         "this model (state spaces or linear attention)",
@@ -424,10 +425,10 @@ def check_compatible(server_args: Any) -> None:
         raise ValueError("--elora-adapter-events needs --enable-lora and --kv-events-config")
     if lora:
         _ignore_without_effect(server_args)
-        if has_windows(cfg):
+        if has_whole_windows(cfg):
             logger.info(
                 "KV of layers with sliding windows is kept for whole prompts, in one pool with "
-                "that of the others, as with --disable-hybrid-swa-memory: adapters need one pool"
+                "that of the others (--disable-hybrid-swa-memory)"
             )
 
 
@@ -456,12 +457,10 @@ def check_pool(ctx: Any) -> None:
     """
     from sglang_elora.srt.mem_cache.kv_pool import why_unsupported
 
-    if ctx.is_hybrid_swa:
-        reason: str | None = "sliding windows have a pool of their own"
-    elif ctx.disable_radix_cache:
-        reason = "the radix cache is off"
+    if ctx.disable_radix_cache:
+        reason: str | None = "the radix cache is off"
     else:
-        reason = why_unsupported(ctx.params.token_to_kv_pool_allocator.get_kvcache())
+        reason = why_unsupported(ctx.params.token_to_kv_pool_allocator)
     if reason is not None:
         raise ValueError(f"--elora does not run here: {reason}; {WITHOUT_ELORA}")
 

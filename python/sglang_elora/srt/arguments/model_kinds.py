@@ -39,10 +39,18 @@ def is_served_hybrid(cfg: Any) -> bool:
     return bool(_HYBRIDS.intersection(model_config_of(cfg).hf_config.architectures or ()))
 
 
-def has_windows(cfg: Any) -> bool:
-    """Whether SGLang would by default keep the KV of sliding windows in a pool of their own."""
+def keeps_whole_windows(cfg: Any) -> bool:
+    """Whether layers with sliding windows keep the KV of whole prompts, in the pool of the others:
+    with adapters, windows in a pool of their own were not tested with these features."""
+    return bool(cfg.enable_hierarchical_cache or cfg.speculative_algorithm)
+
+
+def has_whole_windows(cfg: Any) -> bool:
+    """Whether layers with sliding windows keep the KV of whole prompts, where SGLang would by
+    default keep that of the windows only, in a pool of their own."""
     config = model_config_of(cfg)
-    return bool(is_hybrid_swa_model(config.hf_config.architectures, config.hf_text_config))
+    has_windows = is_hybrid_swa_model(config.hf_config.architectures, config.hf_text_config)
+    return bool(has_windows and cfg.disable_hybrid_swa_memory)
 
 
 def tells_window_size(cfg: Any) -> bool:

@@ -9,6 +9,7 @@ from sglang.srt.environ import envs
 from sglang.srt.utils import is_cuda
 
 from sglang_elora.srt.arguments.compatibility import adapts_mlp, run_eagerly, wants_lora
+from sglang_elora.srt.arguments.model_kinds import keeps_whole_windows
 from sglang_elora.srt.lora.lora_backend import TORCH, TRITON
 from sglang_elora.srt.mem_cache.radix_cache import BACKEND
 
@@ -18,9 +19,9 @@ WORKER_APP = "sglang_elora.srt.install.worker_app:app"
 def select_parts(result: None, server_args: Any) -> None:
     """Select ELORA's radix cache and LoRA backend. Runs after ``handle_platform_defaults``.
 
-    With LoRA, layers with sliding windows keep their KV in the pool of the others (SGLang's
-    ``--disable-hybrid-swa-memory``): a slot of an adapter is one slot of every layer. Shared
-    experts stay modules of their own, if adapters may have weights for them.
+    With LoRA, shared experts stay modules of their own, if adapters may have weights for them, and
+    with a host tier or drafts, layers with sliding windows keep their KV in the pool of the others
+    (SGLang's ``--disable-hybrid-swa-memory``).
 
     By default the LoRA backend is ``elora_triton`` on CUDA and ``elora_torch`` elsewhere. Another
     ``--lora-backend`` is refused by ``check_compatible``.
@@ -42,7 +43,8 @@ def select_parts(result: None, server_args: Any) -> None:
     if resolving_view(server_args).tokenizer_worker_num > 1:
         _use_our_workers()
     if wants_lora(resolving_view(server_args)):
-        declare_resolution(server_args, "sglang_elora", disable_hybrid_swa_memory=True)
+        if keeps_whole_windows(resolving_view(server_args)):
+            declare_resolution(server_args, "sglang_elora", disable_hybrid_swa_memory=True)
         if adapts_mlp(resolving_view(server_args)):
             declare_resolution(server_args, "sglang_elora", disable_shared_experts_fusion=True)
         if lora_backend == TORCH:

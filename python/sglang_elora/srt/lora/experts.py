@@ -89,6 +89,8 @@ def why_not_served(layer: FusedMoE) -> str | None:
         return "their runner is not Triton's (--moe-runner-backend triton)"
     if not config.is_gated or config.gemm1_alpha is not None:
         return "SGLang's LoRA splits gate and up otherwise"
+    if config.activation not in ("silu", "gelu"):
+        return f"their activation is {config.activation}"
     if config.apply_router_weight_on_input:
         return "their input is scaled by the router"
     if layer.num_fused_shared_experts > 0:

@@ -14,21 +14,26 @@ import torch
 from sglang.srt.arg_groups.overrides import model_config_of
 from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import UnquantizedKVCacheMethod
+from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import (
     HybridLinearKVPool,
     MHATokenToKVPool,
     MLATokenToKVPool,
 )
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+from sglang.srt.runtime_context import get_schedule
 
 from sglang_elora.pages import KVPlanes
 
 
-def why_unsupported(pool: Any) -> str | None:
-    """The reason why this pool cannot hold adapters; None if it can.
-
-    Args:
-        pool: The result of ``TokenToKVPoolAllocator.get_kvcache``.
-    """
+def why_unsupported(allocator: Any) -> str | None:
+    """The reason why the KV pool of this allocator cannot hold adapters; None if it can."""
+    pool = allocator.get_kvcache()
+    if isinstance(pool, SWAKVPool):
+        if type(allocator) is not SWATokenToKVPoolAllocator or allocator.swa_req_ring:
+            return "sliding windows have a pool of a kind that was not tested with adapters"
+        if not pool.full_layer_nums:
+            return "all layers have sliding windows"
     pool = _of_attention(pool)
     if type(pool) is MLATokenToKVPool:
         return "the KV pool is of sparse attention" if pool.use_dsa else None
@@ -56,8 +61,15 @@ def buffers_of(pool: Any) -> Sequence[Sequence[torch.Tensor]]:
 
 
 def _of_attention(pool: Any) -> Any:
-    """The part of a pool that holds KV, if other layers have states."""
-    return pool.full_kv_pool if type(pool) is HybridLinearKVPool else pool
+    """The part of a pool that holds KV of whole prompts, if other layers have states or windows."""
+    return pool.full_kv_pool if type(pool) in (HybridLinearKVPool, SWAKVPool) else pool
+
+
+def slot_allocator(allocator: Any) -> Any:
+    """The allocator of the slots that adapters share with KV of whole prompts."""
+    if isinstance(allocator, SWATokenToKVPoolAllocator):
+        return allocator.full_attn_allocator
+    return allocator
 
 
 def num_pool_layers(server_args: Any, num_layers: int) -> int:
@@ -66,5 +78,7 @@ def num_pool_layers(server_args: Any, num_layers: int) -> int:
     Args:
         num_layers: Layers of the model.
     """
-    hybrid = mambaish_config(model_config_of(server_args))
+    config = model_config_of(server_args)
+    has_window_pool = config.is_hybrid_swa and not get_schedule().disable_hybrid_swa_memory
+    hybrid = config if has_window_pool else mambaish_config(config)
     return num_layers if hybrid is None else len(hybrid.full_attention_layer_ids)

@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from sglang_elora.srt.mem_cache.full_component import EloraFullComponent, evict_without_copies
 from sglang_elora.srt.mem_cache.kv_events import AdapterMoves
+from sglang_elora.srt.mem_cache.kv_pool import slot_allocator
 from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
 from sglang_elora.tree import Eviction, Sessions
 
@@ -83,7 +84,7 @@ class EloraRadixCache(UnifiedRadixCache):
         evicted = 0
         only_kv = not (params.swa_num_tokens or params.mamba_num or allocation_reclaim_satisfied)
         if only_kv and self.tree_core.full.keeps_order:
-            allocator = self.token_to_kv_pool_allocator
+            allocator = slot_allocator(self.token_to_kv_pool_allocator)
             wanted = allocator.available_size() + params.num_tokens
             evicted = evict_without_copies(self, Eviction(params.num_tokens)).num_slots
             lacking = wanted - allocator.available_size()

@@ -18,7 +18,7 @@ from sglang_elora.srt.mem_cache import branches
 from sglang_elora.srt.mem_cache.copy_stream import CopyStream
 from sglang_elora.srt.mem_cache.free_order import FreeOrder
 from sglang_elora.srt.mem_cache.freed import parts_of
-from sglang_elora.srt.mem_cache.kv_pool import planes_of
+from sglang_elora.srt.mem_cache.kv_pool import planes_of, slot_allocator
 from sglang_elora.srt.mem_cache.longest_runs import take_longest_runs
 from sglang_elora.srt.mem_cache.ranks import Ranks
 from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
@@ -101,9 +101,9 @@ class Residency:
         self.adapter_table = self.core.adapter_table
         self.host = host
         self.ranks = Ranks(cache)
-        self.allocator = cache.token_to_kv_pool_allocator
+        self.allocator = slot_allocator(cache.token_to_kv_pool_allocator)
         self._takes_runs = not is_async and type(self.allocator) is TokenToKVPoolAllocator
-        pool = self.allocator.get_kvcache()
+        pool = cache.token_to_kv_pool_allocator.get_kvcache()
         self.planes = planes_of(pool, weight_dtype)
         # Attention kernels may load the unused end of a request's last page. Old adapter weights
         # there are finite in the dtype of weights, but may be NaN in the dtype of the KV.

@@ -23,6 +23,7 @@ from sglang_elora.srt.lora.adapter_memory import arena_for
 from sglang_elora.srt.lora.lora_manager import EloraLoRAManager
 from sglang_elora.srt.measured_costs import MeasuredCosts
 from sglang_elora.srt.mem_cache.kv_events import AdapterMoves
+from sglang_elora.srt.mem_cache.kv_pool import slot_allocator
 from sglang_elora.srt.mem_cache.radix_cache import BACKEND, EloraRadixCache, use_elora_tree
 from sglang_elora.srt.mem_cache.residency import Residency
 from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
@@ -69,7 +70,8 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
             writes_back=core.is_write_back,
         )
         policy = make_policy(config.policy, context)
-        core.use_policy(policy, pool_slots=ctx.params.token_to_kv_pool_allocator.size)
+        slots = slot_allocator(ctx.params.token_to_kv_pool_allocator)
+        core.use_policy(policy, pool_slots=slots.size)
         host = HostTier(
             arena_for(manager, int(config.host_gb * 1e9), device),
             core.image_priority,

@@ -6,10 +6,12 @@ import random
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 
 from sglang_elora.control import StateMirror
 from sglang_elora.srt.lora.lora_manager import EloraLoRAManager
 from sglang_elora.srt.mem_cache.adapter_node import FULL
+from sglang_elora.srt.mem_cache.kv_pool import slot_allocator
 from sglang_elora.srt.mem_cache.residency import Residency
 from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
 from sglang_elora.srt.scheduler.state import adapter_state, changes_since
@@ -38,6 +40,7 @@ def check_step(result: None, self: Scheduler, *arguments: Any) -> None:
         self.tree_cache.sanity_check()
     core.check_invariants()
     _check_page_owners(self, core, _live_requests(self, arguments))
+    _check_window_owners(self.token_to_kv_pool_allocator, core)
     manager = self.tp_worker.model_runner.lora_manager
     if isinstance(manager, EloraLoRAManager):
         manager.num_checks += 1
@@ -83,7 +86,7 @@ def _live_requests(scheduler: Scheduler, arguments: tuple[Any, ...]) -> list[Req
 def _check_page_owners(scheduler: Scheduler, core: EloraTreeCore, requests: list[Req]) -> None:
     """Check that each page has exactly one owner: the free list, a node, a request or an open
     streaming session."""
-    allocator = scheduler.token_to_kv_pool_allocator
+    allocator = slot_allocator(scheduler.token_to_kv_pool_allocator)
     page_size, rows = allocator.page_size, scheduler.req_to_token_pool.req_to_token
     owned = [allocator.get_all_free_pages(), core.all_values_flatten()[::page_size] // page_size]
     held = [kv for kv in scheduler.tree_cache.session_records().values() if kv.holds_kv]
@@ -99,3 +102,23 @@ def _check_page_owners(scheduler: Scheduler, core: EloraTreeCore, requests: list
         f"{wrong[:8]} ({core.adapter_table.resident_slots} slots of adapters, "
         f"{len(requests)} requests)"
     )
+
+
+def _check_window_owners(allocator: Any, core: EloraTreeCore) -> None:
+    """Check that each page of the sliding windows' pool, if there is one, is free or belongs to one
+    page of the other pool, and that none belongs to an adapter's."""
+    if not isinstance(allocator, SWATokenToKVPoolAllocator):
+        return
+    page_size, windows = allocator.page_size, allocator.full_to_swa_index_mapping[:-1]
+    pages = windows[(windows > 0) & (windows % page_size == 0)] // page_size
+    counts = torch.bincount(torch.cat([allocator.swa_attn_allocator.get_all_free_pages(), pages]))
+    counts[0] = 1  # the padding page has no owner
+    num_pages = allocator.size_swa // page_size
+    wrong = (counts != 1).nonzero().flatten().tolist()
+    assert len(counts) == num_pages + 1 and not wrong, (
+        f"{len(counts) - 1} of {num_pages} pages of sliding windows have owners, these have not "
+        f"exactly one: {wrong[:8]}"
+    )
+    resident = [core.node_of(str(a.adapter_id)) for a in core.adapter_table if a.resident]
+    for node in resident:
+        assert not windows[node.slots].any(), f"slots of {node.adapter} have sliding windows"

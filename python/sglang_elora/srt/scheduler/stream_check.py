@@ -21,7 +21,7 @@ import torch
 from sglang_elora.config import EloraConfig
 from sglang_elora.pages import AdapterImage, HostArena, KVPlanes, SlotTable
 from sglang_elora.platforms.async_device import AsyncDevice, Order
-from sglang_elora.platforms.race_check import Blocks
+from sglang_elora.platforms.race_check import Access, Blocks
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutput
 
 SLOTS, HOST_SLOTS = "slots of the KV pool", "slots of the host's KV pool"
+WINDOW_SLOTS = "slots of the sliding windows' KV pool"
 HOST_BLOCKS = "blocks of adapters in host memory"
 
 _POISON = 0xFF
@@ -193,9 +194,7 @@ def run_forward(
         # As with decode graphs, the scheduler may continue once the inputs have been read.
         self.shared_read_done_event = torch.cpu.current_stream().record_event()
     reads, writes = _slots_of(self, forward_batch)
-    device.launch(
-        "forward pass", run, reads=[(SLOTS, reads)], writes=[(SLOTS, writes)], is_forward=True
-    )
+    device.launch("forward pass", run, reads=reads, writes=writes, is_forward=True)
     if not found and (later is None or not _is_plain(forward_batch)):
         device.force(device.stream.last)
     if found:
@@ -266,25 +265,27 @@ def _kept(runner: ModelRunner, batch: ForwardBatch) -> Callable[[], Any]:
     """Capture the state that a launch of kernels reads, so that a delayed forward pass sees the
     state of its launch. Returns a context manager that restores it.
 
-    This includes the rows of its requests, which a decode graph has read when the scheduler
-    continues.
+    This includes the rows of its requests and their slots in the pool of sliding windows, which a
+    decode graph has read when the scheduler continues.
     """
     backend = getattr(runner.lora_manager, "lora_backend", None)
     counter = getattr(runner.token_to_kv_pool, "layer_transfer_counter", None)
     owners = [(backend, ("batch_info", "_awaited")), (counter, ("consumer_index", "events"))]
     names = [(owner, name) for owner, its in owners for name in its if hasattr(owner, name)]
     rows, requests = runner.req_to_token_pool.req_to_token, batch.req_pool_indices.clone()
+    windows = getattr(runner.token_to_kv_pool, "full_to_swa_index_mapping", rows[:0])
 
-    def look() -> tuple[list[Any], torch.Tensor]:
-        return [getattr(owner, name) for owner, name in names], rows[requests]
+    def look() -> tuple[list[Any], torch.Tensor, torch.Tensor]:
+        return [getattr(owner, name) for owner, name in names], rows[requests], windows.clone()
 
-    def put_back(values: list[Any], own_rows: torch.Tensor) -> None:
+    def put_back(values: list[Any], own_rows: torch.Tensor, own_windows: torch.Tensor) -> None:
         for (owner, name), value in zip(names, values, strict=True):
             setattr(owner, name, value)
         rows[requests] = own_rows
+        windows.copy_(own_windows)
 
     kept = look()
-    kept = ([_as_recorded(value, counter) for value in kept[0]], kept[1])
+    kept = ([_as_recorded(value, counter) for value in kept[0]], *kept[1:])
 
     @contextmanager
     def restored() -> Iterator[None]:
@@ -318,7 +319,9 @@ def _is_plain(batch: ForwardBatch) -> bool:
     )
 
 
-def _slots_of(runner: ModelRunner, batch: ForwardBatch) -> tuple[Blocks, Blocks]:
+def _slots_of(
+    runner: ModelRunner, batch: ForwardBatch
+) -> tuple[Sequence[Access], Sequence[Access]]:
     """Slots that a forward pass reads, including those of its adapters, and slots it writes."""
     rows = runner.req_to_token_pool.req_to_token
     reads = [
@@ -332,7 +335,15 @@ def _slots_of(runner: ModelRunner, batch: ForwardBatch) -> tuple[Blocks, Blocks]
         adapters = set(batch.lora_ids or ()) - {None}
         reads += [_numbers(residency.core.node_of(adapter_id).slots) for adapter_id in adapters]
     read = np.unique(np.concatenate(reads)) if reads else np.empty(0, np.int64)
-    return read[read > 0], _numbers(batch.out_cache_loc)
+    pool, written = runner.token_to_kv_pool, _numbers(batch.out_cache_loc)
+    if getattr(pool, "full_to_swa_index_mapping", None) is None:
+        return [(SLOTS, read[read > 0])], [(SLOTS, written)]
+    windows = _numbers(pool.full_to_swa_index_mapping)
+    read_there = windows[read]
+    return (
+        [(SLOTS, read[read > 0]), (WINDOW_SLOTS, read_there[read_there > 0])],
+        [(SLOTS, written), (WINDOW_SLOTS, windows[written])],
+    )
 
 
 def _output(logits: torch.Tensor | None) -> ModelRunnerOutput:
@@ -374,7 +385,8 @@ def _planes_of(pool: Any) -> Sequence[Sequence[torch.Tensor]]:
 def _poison_freed_on_device(allocator: Any, slots: Blocks) -> None:
     pool = allocator.get_kvcache()
     rows = [tensor for plane in _planes_of(pool) for tensor in plane]
-    _poison(rows, _device().idle(SLOTS, slots))
+    has_windows = getattr(pool, "allocation_label", None) == "SWA"
+    _poison(rows, _device().idle(WINDOW_SLOTS if has_windows else SLOTS, slots))
 
 
 def _poison(rows: list[torch.Tensor], slots: Blocks) -> None:
