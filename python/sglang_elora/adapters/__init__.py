@@ -6,6 +6,7 @@ Nothing here imports sglang, and torch and transformers are imported only inside
 from __future__ import annotations
 
 __all__ = [
+    "INVOCATION",
     "NUM_DROPPED",
     "STACKED",
     "AdapterError",
@@ -48,6 +49,7 @@ from sglang_elora.adapters.check import (
     served_modules,
     stored_shapes,
 )
+from sglang_elora.adapters.config_file import INVOCATION
 from sglang_elora.adapters.errors import AdapterError
 from sglang_elora.adapters.folder_scan import FolderScan, FoundAdapter, leads_out
 from sglang_elora.adapters.module_names import served_name, served_names

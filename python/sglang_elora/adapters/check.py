@@ -19,6 +19,7 @@ from sglang_elora.adapters.base_shapes import BaseShapes, is_tower, layer_of
 from sglang_elora.adapters.bounded_files import refused_not_raised
 from sglang_elora.adapters.config_file import (
     ALL_LINEAR,
+    INVOCATION,
     AdapterConfig,
     check_added_tokens,
     check_patterns,
@@ -27,7 +28,7 @@ from sglang_elora.adapters.config_file import (
 )
 from sglang_elora.adapters.errors import AdapterError, AdapterFolder, Problem
 from sglang_elora.adapters.experts import PARAMETERS, expert_of, is_nested
-from sglang_elora.adapters.module_names import served_name, served_names
+from sglang_elora.adapters.module_names import EMBEDDINGS, served_name, served_names
 from sglang_elora.adapters.names import MAX_NAME_CHARS, name_problem
 from sglang_elora.adapters.source import find_folder
 from sglang_elora.adapters.tensor_rules import (
@@ -262,6 +263,8 @@ def _check_parts(
     check_patterns(folder, config, (pair.stored_path for pair in pairs))
     check_shapes(folder, config, base, pairs)
     _check_targets(folder, config, base, pairs)
+    if config.invocation:
+        _check_activated(folder, config, base, pairs)
     tensors = [tensor for pair in pairs for tensor in pair.tensors]
     return AdapterFacts(
         name=folder.name,
@@ -302,6 +305,27 @@ def _check_targets(
             for t in unknown
         ],
         "Remove the name from target_modules, or serve the adapter with its own base model",
+    )
+
+
+def _check_activated(
+    folder: AdapterFolder, config: AdapterConfig, base: BaseShapes, pairs: Sequence[LoraPair]
+) -> None:
+    """Check that an activated LoRA only has weights for linear layers, as in PEFT, and can be
+    invoked."""
+    leaves = {_leaf(pair) for pair in pairs}
+    refused = {*(leaves & EMBEDDINGS), *(["MoE experts"] if config.target_parameters else [])}
+    folder.raise_if_any(
+        [
+            Problem(CONFIG_FILE, f"{INVOCATION} is set, and it has weights for {module}")
+            for module in sorted(refused)
+        ],
+        "Train it on linear layers of the model's layers only",
+    )
+    outside = [t for t in config.invocation if base.vocab_size is not None and t >= base.vocab_size]
+    folder.raise_if_any(
+        [Problem(CONFIG_FILE, f"{INVOCATION} has token {token}") for token in outside[:1]],
+        f"Serve it with its own base model; this one has {base.vocab_size} tokens",
     )
 
 

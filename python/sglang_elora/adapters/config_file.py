@@ -30,6 +30,7 @@ products overflow."""
 _MAX_RANK = 1 << 16
 _MAX_COMPARED = 1 << 21  # pairs of a pattern's key and a module
 _MAX_NAMES = 2048  # names in a list; a 405B model has 882 linear layers
+_MAX_INVOCATION = 1024  # tokens
 _MAX_PARAMETERS = 512  # names in a list; a model of 94 layers with experts has 188
 
 ALL_LINEAR = frozenset({"all", "all-linear"})
@@ -48,7 +49,7 @@ _REFUSED = {
     "layer_replication": "it builds a deeper model out of repeated base layers",
     "trainable_token_indices": "it replaces rows of the embedding",
 }
-_ALORA = "alora_invocation_tokens"
+INVOCATION = "alora_invocation_tokens"
 TIES_EMBEDDINGS = "ensure_weight_tying"
 TARGET_PARAMETERS = "target_parameters"
 # init_lora_weights: these subtract the initial B A from the base weight.
@@ -79,6 +80,9 @@ class AdapterConfig:
     weight, both are adapted if one of them is named."""
     target_parameters: tuple[str, ...] = ()
     """Parameters of MoE experts, whole paths or their last components."""
+    invocation: tuple[int, ...] = ()
+    """Tokens from whose last occurrence in a prompt on the adapter acts (activated LoRA); empty: it
+    acts on all."""
     _targets: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -170,6 +174,7 @@ def parse_config(folder: AdapterFolder, raw: Mapping[str, Any]) -> AdapterConfig
         base_model_name=base_name if isinstance(base_name, str) and base_name else None,
         ties_embeddings=bool(raw.get(TIES_EMBEDDINGS)),
         target_parameters=parameters,
+        invocation=_invocation(folder, raw.get(INVOCATION)),
     )
 
 
@@ -231,12 +236,6 @@ def _refuse_options(folder: AdapterFolder, raw: Mapping[str, Any]) -> None:
             raise folder.error(
                 CONFIG_FILE, f"{option} is set, which is not served: {effect}", MERGE
             )
-    if raw.get(_ALORA):
-        raise folder.error(
-            CONFIG_FILE,
-            f"{_ALORA} is set, which is not served: the adapter applies to some tokens only",
-            "Train a plain LoRA (an activated LoRA cannot be merged)",
-        )
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_ALTERS_BASE):
         raise folder.error(
@@ -266,6 +265,19 @@ def _parameters(folder: AdapterFolder, targets: Any) -> tuple[str, ...]:
             MERGE,
         )
     return tuple(targets)
+
+
+def _invocation(folder: AdapterFolder, tokens: Any) -> tuple[int, ...]:
+    if tokens is None:
+        return ()
+    is_list = isinstance(tokens, list) and 0 < len(tokens) <= _MAX_INVOCATION
+    if not is_list or not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
+        raise folder.error(
+            CONFIG_FILE,
+            f"{INVOCATION} must be a list of 1 to {_MAX_INVOCATION} token ids, got {tokens!r:.80}",
+            _RESAVE,
+        )
+    return tuple(tokens)
 
 
 def _targets(folder: AdapterFolder, targets: Any, *, may_be_empty: bool) -> tuple[str, ...] | None:

@@ -84,6 +84,12 @@ class Counters:
         default_factory=_zeros("device", "host", "computed"),
         metadata=_by("source", "Tokens of prompts, by where their KV came from"),
     )
+    shared_tokens: int = field(
+        default=0,
+        metadata={
+            "text": "Tokens of prompts with an activated LoRA whose KV was that of the base model"
+        },
+    )
     requests_failed: int = field(
         default=0,
         metadata={"text": "Requests that ended because their adapter could not be loaded"},

@@ -6,6 +6,8 @@ from __future__ import annotations
 __all__ = [
     "MAX_REMEMBERED",
     "NOBODY",
+    "ActivatedAdapter",
+    "ActivatedNamespace",
     "Adapter",
     "AdapterTable",
     "Eviction",
@@ -17,12 +19,29 @@ __all__ = [
     "TierOrders",
     "Victims",
     "adapter_of",
+    "base_namespace",
     "end_turn",
     "fork",
+    "is_activated",
+    "last_occurrence",
     "namespace_of",
+    "num_inactive",
 ]
 
-from sglang_elora.tree.adapter_table import Adapter, AdapterTable, adapter_of, namespace_of
+from sglang_elora.tree.activation import (
+    ActivatedAdapter,
+    ActivatedNamespace,
+    is_activated,
+    last_occurrence,
+    num_inactive,
+)
+from sglang_elora.tree.adapter_table import (
+    Adapter,
+    AdapterTable,
+    adapter_of,
+    base_namespace,
+    namespace_of,
+)
 from sglang_elora.tree.eviction import (
     MAX_REMEMBERED,
     Eviction,

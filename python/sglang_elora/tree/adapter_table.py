@@ -9,18 +9,19 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 from sglang_elora.policy import CacheEntry
+from sglang_elora.tree.activation import ACTIVATED
 
-_LORA = "lora/"
+_LORA, _BASE = "lora/", "base/"
 
 
 def adapter_of(namespace: str | None) -> str | None:
     """The adapter id in a request's cache namespace; None is the base model.
 
-    Namespaces are ``lora/<extra key>/<adapter id>``, ``base/<extra key>/`` or None (patch 01). An
-    adapter id contains no slash. SGLang creates a new one for every load, so it identifies the
-    adapter and the version of its content.
+    Namespaces are ``lora/<extra key>/<adapter id>``, ``base/<extra key>/`` or None (patch 01), or
+    those of ``ActivatedNamespace``. An adapter id contains no slash. SGLang creates a new one for
+    every load, so it identifies the adapter and the version of its content.
     """
-    if namespace is None or not namespace.startswith(_LORA):
+    if namespace is None or not namespace.startswith((_LORA, ACTIVATED)):
         return None
     return namespace.rpartition("/")[2]
 
@@ -28,6 +29,11 @@ def adapter_of(namespace: str | None) -> str | None:
 def namespace_of(adapter_id: str, extra_key: str = "") -> str:
     """Inverse of ``adapter_of``."""
     return f"{_LORA}{extra_key}/{adapter_id}"
+
+
+def base_namespace(extra_key: str | None) -> str | None:
+    """The cache namespace of requests of the base model with this extra key."""
+    return f"{_BASE}{extra_key}/" if extra_key else None
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +49,7 @@ class Adapter:
     pinned: bool = False
     version: str = ""  # digest of the weights
     num_dropped: int = 0  # stored weights that are not served
+    invocation: tuple[int, ...] = ()  # tokens of an activated LoRA (``tree.activation``)
     retired: bool = False  # unloaded; its slots and KV are freed once no request holds them
     resident: bool = False
     device_tokens: int = 0

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from functools import partial
+from itertools import repeat
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from sglang.srt.utils import replace_submodule
 from typing_extensions import override
 
 from sglang_elora.adapters import (
+    INVOCATION,
     NUM_DROPPED,
     content_digest,
     is_tower,
@@ -42,13 +44,20 @@ from sglang_elora.srt.lora.adapter_weights import stored_config
 from sglang_elora.srt.lora.experts import ExpertsWithLoRA, why_not_served
 from sglang_elora.srt.lora.input_projection import NAME as INPUT_PROJECTION
 from sglang_elora.srt.lora.input_projection import InputProjectionWithLoRA
-from sglang_elora.srt.lora.lora_backend import EXPERT_TARGETS, MAX_RANK, Graph, PagedLoRABackend
+from sglang_elora.srt.lora.lora_backend import (
+    EXPERT_TARGETS,
+    MAX_RANK,
+    Graph,
+    PagedLoRABackend,
+    Segment,
+)
 from sglang_elora.srt.lora.lora_pool import PagedLoRAPool
 from sglang_elora.srt.measured_costs import MeasuredCosts
 from sglang_elora.srt.mem_cache.kv_pool import num_pool_layers
 from sglang_elora.srt.mem_cache.ranks import are_equal, digest_values
 from sglang_elora.srt.mem_cache.residency import AdapterChanged, AdapterSource, Residency
 from sglang_elora.swapper.adapter_copy import AdapterCopy
+from sglang_elora.tree import num_inactive
 
 if TYPE_CHECKING:
     from sglang.srt.lora.lora_config import LoRAConfig
@@ -289,6 +298,7 @@ class EloraLoRAManager(LoRAManager):
                 image.nbytes,
                 pinned=bool(lora_ref.pinned),
                 num_dropped=self._num_dropped(lora_ref.lora_id),
+                invocation=self._invocation(lora_ref.lora_id),
                 image=image,
             )
             self._take_in(source)
@@ -324,13 +334,17 @@ class EloraLoRAManager(LoRAManager):
         self._set_output_rows(forward_batch, [adapters.get(adapter_id) for adapter_id in ids])
         self.max_adapters_in_batch = max(self.max_adapters_in_batch, len(distinct))
         rows = generate_sequence_lengths(forward_batch, device=torch.device("cpu")).tolist()
-        self.lora_backend.set_batch(
-            [
-                (None if adapter_id is None else adapters[adapter_id], num_rows)
-                for adapter_id, num_rows in zip(ids, rows, strict=False)
-            ],
-            graph,
-        )
+        first = repeat(sys.maxsize)  # every row of a decode step comes after the prompt
+        if forward_batch.forward_mode.is_extend() and forward_batch.extend_prefix_lens_cpu:
+            first = forward_batch.extend_prefix_lens_cpu
+        segments: list[Segment] = []
+        for adapter_id, num_rows, position in zip(ids, rows, first, strict=False):
+            if num_before := num_inactive(adapter_id, position, num_rows):
+                segments.append((None, num_before))
+            if num_rows > num_before:
+                adapter = None if adapter_id is None else adapters[adapter_id]
+                segments.append((adapter, num_rows - num_before))
+        self.lora_backend.set_batch(segments, graph)
 
     def _set_output_rows(
         self, forward_batch: ForwardBatch, adapters: Sequence[PagedAdapter | None]
@@ -389,8 +403,16 @@ class EloraLoRAManager(LoRAManager):
         num_layers = self.memory_pool.plan.num_layers
         num_bytes = num_layers * sum(layout.plane_elems) * self.dtype.itemsize
         read = partial(self._read_image, lora_ref, self.configs[adapter_id], layout)
-        pinned, num_dropped = bool(lora_ref.pinned), self._num_dropped(adapter_id)
-        return AdapterSource(adapter_id, name, layout, num_bytes, pinned, num_dropped, read=read)
+        return AdapterSource(
+            adapter_id,
+            name,
+            layout,
+            num_bytes,
+            pinned=bool(lora_ref.pinned),
+            num_dropped=self._num_dropped(adapter_id),
+            invocation=self._invocation(adapter_id),
+            read=read,
+        )
 
     def _layout_of(self, rank: int, present: AbstractSet[tuple[int | None, str]]) -> AdapterLayout:
         """Layout of an adapter's weights.
@@ -414,6 +436,9 @@ class EloraLoRAManager(LoRAManager):
     def _num_dropped(self, adapter_id: str) -> int:
         number: int = self.configs[adapter_id].hf_config.get(NUM_DROPPED, 0)
         return number
+
+    def _invocation(self, adapter_id: str) -> tuple[int, ...]:
+        return tuple(self.configs[adapter_id].hf_config.get(INVOCATION) or ())
 
     def _read_image(
         self,

@@ -81,7 +81,7 @@ def purge(core: EloraTreeCore, adapter_id: str, most_looks: int) -> Purge:
     num_in_vain = 0  # nodes checked since the last removal
     while top.kv_nodes and done.num_looks < most_looks and num_in_vain < len(top.kv_nodes):
         removed_before = done.num_removed
-        _remove_upwards(core, top.next_kv(), most_looks, done)
+        _remove_upwards(core, top, most_looks, done)
         num_in_vain = 0 if done.num_removed > removed_before else num_in_vain + 1
     if not top.kv_nodes and not _is_held(top):
         core.remove_adapter_node(top, done.freed.device_frees)
@@ -92,10 +92,10 @@ def purge(core: EloraTreeCore, adapter_id: str, most_looks: int) -> Purge:
     return done
 
 
-def _remove_upwards(
-    core: EloraTreeCore, node: UnifiedTreeNode, most_looks: int, done: Purge
-) -> None:
-    """Remove a leaf that is not held, then each parent that becomes such a leaf."""
+def _remove_upwards(core: EloraTreeCore, top: AdapterNode, most_looks: int, done: Purge) -> None:
+    """Remove the next leaf of an adapter if it is not held, then each parent of the same adapter
+    that becomes such a leaf."""
+    node = top.next_kv()
     done.num_looks += 1
     while not node.children and not _is_held(node):
         if done.num_looks > most_looks:
@@ -103,9 +103,9 @@ def _remove_upwards(
         parent = node.parent
         _remove(core, node, parts_of(done.freed))
         done.num_removed += 1
-        if isinstance(parent, AdapterNode):
-            return
         node = parent
+        if node.id not in top.kv_nodes:
+            break
         done.num_looks += not node.children
     core._update_evictable_leaf_sets(node)
 

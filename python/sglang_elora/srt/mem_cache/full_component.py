@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from sglang.srt.mem_cache.base_prefix_cache import (
+    DecLockRefParams,
+    EvictParams,
+    IncLockRefResult,
+)
 from sglang.srt.mem_cache.hicache_storage import PoolTransfer
 from sglang.srt.mem_cache.unified_cache.cache_action import (
     ComponentAction,
@@ -26,7 +30,7 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core import NodeId, Unified
 from typing_extensions import override
 
 from sglang_elora.srt.mem_cache.freed import Actions, Slots, Tracker
-from sglang_elora.tree import Eviction, EvictionOrder, Victims
+from sglang_elora.tree import Eviction, EvictionOrder, Victims, is_activated
 
 ORDERED_POLICIES = frozenset({"lru", "lfu", "fifo", "slru"})
 """Values of --radix-eviction-policy under which a node's priority never falls while it is cached.
@@ -113,6 +117,23 @@ class EloraFullComponent(FullComponent):
                 loaded = self.tree_core.node_by_id(node_id)
                 num_tokens = len(loaded.component_data[self.component_type].value)
                 self.tree_core.count_kv(loaded, device=num_tokens)
+
+    @override
+    def acquire_component_lock(
+        self, node: UnifiedTreeNode, result: IncLockRefResult, lock_host: bool = False
+    ) -> IncLockRefResult:
+        """Lock a path, and the adapter of activated KV, whose node is not on it."""
+        if is_activated(node.key.extra_key) and not lock_host:
+            self.tree_core.inc_full_pin(self.tree_core.adapter_node_of(node).id)
+        return super().acquire_component_lock(node, result, lock_host)
+
+    @override
+    def release_component_lock(
+        self, node: UnifiedTreeNode, params: DecLockRefParams, lock_host: bool = False
+    ) -> None:
+        super().release_component_lock(node, params, lock_host)
+        if is_activated(node.key.extra_key) and not lock_host:
+            self.tree_core.dec_full_pin(self.tree_core.adapter_node_of(node).id)
 
     @override
     def _evict_device_start(self, request_cnt: int) -> None:

@@ -7,7 +7,7 @@ they do not override.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
     EvictResult,
     InsertParams,
     InsertResult,
+    TreeLock,
 )
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
@@ -23,11 +24,12 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core import NodeId
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from typing_extensions import override
 
+from sglang_elora.srt.mem_cache import activated
 from sglang_elora.srt.mem_cache.full_component import EloraFullComponent, evict_without_copies
 from sglang_elora.srt.mem_cache.kv_events import AdapterMoves
 from sglang_elora.srt.mem_cache.kv_pool import slot_allocator
 from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
-from sglang_elora.tree import Eviction, Sessions
+from sglang_elora.tree import ActivatedNamespace, Eviction, Sessions
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -124,12 +126,29 @@ class EloraRadixCache(UnifiedRadixCache):
         ends = self._inserted
         self.tree_core.splits_at_prompt_end = bool(ends)
         try:
-            result: InsertResult = super().insert(params)
+            if isinstance(params.key.extra_key, ActivatedNamespace):
+                result: InsertResult = activated.insert(self.tree_core, super().insert, params)
+            else:
+                result = super().insert(params)
         finally:
             self.tree_core.splits_at_prompt_end = False
         if ends is not None:
             ends.append(result.last_device_node)
         return result
+
+    @override
+    def lock(
+        self, node_id: NodeId, skip_lock_components: Sequence[ComponentType] = ()
+    ) -> TreeLock | None:
+        if isinstance(node_id, activated.NodeWithAdapter):
+            self.tree_core.inc_full_pin(self.tree_core.node_of(node_id.adapter_id).id)
+        return super().lock(node_id, skip_lock_components)
+
+    @override
+    def unlock(self, lock: TreeLock | None) -> None:
+        super().unlock(lock)
+        if lock is not None and isinstance(lock.node, activated.NodeWithAdapter):
+            self.tree_core.dec_full_pin(self.tree_core.node_of(lock.node.adapter_id).id)
 
     @property
     def sessions(self) -> Sessions[UnifiedTreeNode]:

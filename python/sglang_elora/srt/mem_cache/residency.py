@@ -66,6 +66,7 @@ class AdapterSource:
     num_bytes: int  # size of its image on this rank
     pinned: bool
     num_dropped: int = 0  # stored weights that are not served
+    invocation: tuple[int, ...] = ()  # tokens of an activated LoRA
     read: ReadImage | None = None
     image: AdapterImage | None = None
 
@@ -142,9 +143,15 @@ class Residency:
         Raises:
             PoolTooSmall: It does not fit into the pool in addition to the pinned adapters, or
                 pinning it would leave no room for another adapter. The text has the numbers.
+            ValueError: It is an activated LoRA, and the model has layers without KV.
             HostTierFull: It has no file, and the host tier has no room for its image.
         """
         page_size, name = self.allocator.page_size, source.name
+        if source.invocation and len(self.core.components) > 1:
+            raise ValueError(
+                f"LoRA adapter '{name}' is an activated LoRA, which is not served with a model "
+                "some of whose layers have a state or a sliding window in place of KV"
+            )
         num_slots = source.layout.num_slots(self.planes.slot_elems, page_size)
         taken = self.adapter_table.pinned_slots
         if num_slots > self.pool_slots - taken - page_size:
@@ -157,9 +164,10 @@ class Residency:
             self._check_pin(name, num_slots, self.adapter_table.largest_unpinned())
         self.host.add(source.adapter_id, source.num_bytes, source.read, source.image)
         version = "" if source.image is None else source.image.version
-        self.adapter_table.register(
+        adapter = self.adapter_table.register(
             source.adapter_id, num_slots=num_slots, pinned=source.pinned, version=version
-        ).num_dropped = source.num_dropped
+        )
+        adapter.num_dropped, adapter.invocation = source.num_dropped, source.invocation
         self.names[source.adapter_id] = name
 
     def pin(self, adapter_id: str) -> None:

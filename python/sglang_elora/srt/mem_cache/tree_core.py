@@ -12,7 +12,8 @@ Walks start at the adapter's node, as SGLang's Rust core starts them at a root p
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,10 +36,17 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import (
 from typing_extensions import override
 
 from sglang_elora.policy import CacheEntry
+from sglang_elora.srt.mem_cache import activated
 from sglang_elora.srt.mem_cache.adapter_node import FULL, AdapterNode
 from sglang_elora.srt.mem_cache.freed import Freed, parts_of
 from sglang_elora.srt.mem_cache.ordered_tree_core import OrderedTreeCore
-from sglang_elora.tree import AdapterTable, EvictionOrder, adapter_of
+from sglang_elora.tree import (
+    ActivatedNamespace,
+    AdapterTable,
+    EvictionOrder,
+    adapter_of,
+    is_activated,
+)
 
 CHURN_S = 10.0
 """Seconds. An adapter loaded again within this time of its eviction counts as churn; raising it
@@ -54,6 +62,7 @@ class EloraTreeCore(OrderedTreeCore):
     def __init__(self, params: Any, components: Any) -> None:
         self.adapter_table = AdapterTable()
         self.on_evicted: Callable[[str], None] = lambda adapter_id: None
+        self._walk_root: UnifiedTreeNode | None = None
         super().__init__(params, components)
 
     @override
@@ -65,7 +74,7 @@ class EloraTreeCore(OrderedTreeCore):
             self.on_evicted(adapter_id)
         self.adapter_table.clear_tree()
         self._adapter_nodes: dict[str, AdapterNode] = {}
-        self._tree_root = self.root_node  # ``root_node`` is an adapter's node during a walk
+        self._tree_root = self.root_node  # ``root_node`` is another node during a walk
         self._no_slots = torch.empty(0, dtype=torch.int64, device=self.device)
 
     # ==== Queries ====
@@ -109,9 +118,16 @@ class EloraTreeCore(OrderedTreeCore):
             self._register_node(node)
         return node
 
+    def adapter_node_of(self, node: UnifiedTreeNode) -> AdapterNode:
+        """The node of the adapter that computed this KV."""
+        return self.node_of(str(adapter_of(node.key.extra_key)))
+
     @override
     def root_node_handle(self, extra_key: str | None = None) -> NodeId:
-        return self._root_of(extra_key).id
+        root = self._root_of(extra_key).id
+        if isinstance(extra_key, ActivatedNamespace):
+            return activated.NodeWithAdapter.of(root, extra_key)
+        return root
 
     @override
     def is_root(self, node_id: NodeId) -> bool:
@@ -119,6 +135,8 @@ class EloraTreeCore(OrderedTreeCore):
 
     @override
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        if isinstance(params.key.extra_key, ActivatedNamespace):
+            return activated.match(self, params)
         root = self._root_of(params.key.extra_key)
         if not (self.enable_hicache or self.is_eagle or len(self.components) > 1):
             return self._match_on_device(root, params.key.page_aligned(self.page_size))
@@ -168,16 +186,19 @@ class EloraTreeCore(OrderedTreeCore):
 
         SGLang collects a request's slots up to the root of the tree, above the adapter.
         """
-        until = self.node_by_id(until_node_id)
-        if until is self._tree_root:
-            until = self._root_of(self.node_by_id(from_node_id).key.extra_key)
+        until, namespace = (
+            self.node_by_id(until_node_id),
+            self.node_by_id(from_node_id).key.extra_key,
+        )
+        if until is self._tree_root and not is_activated(namespace):
+            until = self._root_of(namespace)
         slots: torch.Tensor = super().collect_full_device_indices(from_node_id, until.id)
         return slots
 
     @override
     def begin_insert(self, params: InsertParams) -> InsertStepResult:
         root = self._root_of(params.key.extra_key)
-        if params.inserted_len == 0:
+        if params.inserted_len == 0 and self._walk_root is None:
             root.hit_count += 1  # once per request, as for each node on the path
         return self._walk_from(root, super().begin_insert, params)
 
@@ -187,7 +208,20 @@ class EloraTreeCore(OrderedTreeCore):
         found: tuple[int, NodeId, int] = self._walk_from(self._root_of(key.extra_key), walk, key)
         return found
 
+    @contextmanager
+    def walks_from(self, node_id: NodeId) -> Iterator[None]:
+        """Start walks within this block at this node, whatever their namespace."""
+        self._walk_root = self.node_by_id(node_id)
+        try:
+            yield
+        finally:
+            self._walk_root = None
+
     def _root_of(self, namespace: str | None) -> UnifiedTreeNode:
+        if self._walk_root is not None:
+            return self._walk_root
+        if isinstance(namespace, ActivatedNamespace):
+            namespace = namespace.base
         adapter_id = adapter_of(namespace)
         return self.root_node if adapter_id is None else self.node_of(adapter_id)
 
@@ -433,10 +467,14 @@ class EloraTreeCore(OrderedTreeCore):
             if node is self.root_node or isinstance(node, AdapterNode):
                 continue
             data = node.component_data[FULL]
-            adapter_id = adapter_of(node.key.extra_key)
-            assert adapter_id is None or self._is_under(node, self.node_of(adapter_id)), (
-                f"{node.key} is misplaced"
-            )
+            namespace = node.key.extra_key
+            adapter_id = adapter_of(namespace)
+            if is_activated(namespace):  # below itself, or KV of the base model
+                above = node.parent.key.extra_key
+                is_placed = above == namespace or adapter_of(above) is None
+            else:
+                is_placed = adapter_id is None or self._is_under(node, self.node_of(adapter_id))
+            assert is_placed, f"{node.key} is misplaced"
             below[adapter_id].add(node.id)
             counted[adapter_id][0] += 0 if data.value is None else len(data.value)
             counted[adapter_id][1] += 0 if data.host_value is None else len(data.host_value)

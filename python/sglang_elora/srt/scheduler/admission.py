@@ -27,6 +27,13 @@ from sglang.srt.session.streaming_session import is_virtual_node
 from sglang_elora.srt.mem_cache.residency import Residency
 from sglang_elora.srt.scheduler.parts import elora_of
 from sglang_elora.srt.scheduler.swapper import Swapper
+from sglang_elora.tree import (
+    ActivatedAdapter,
+    ActivatedNamespace,
+    base_namespace,
+    last_occurrence,
+    num_inactive,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -119,6 +126,8 @@ class Admission:
         tokens["device"] += found - from_host
         tokens["host"] += from_host
         tokens["computed"] += len(req.origin_input_ids) - found
+        shared = num_inactive(req.lora_id, 0, found)
+        self.residency.core.counts.shared_tokens += shared
 
     def admit(self, req: Req, running: set[str | None]) -> bool:
         """Whether the request may be added to the batch now; if so, its adapter has slots.
@@ -148,11 +157,36 @@ class Admission:
             if node is not None:
                 core.dec_full_pin(node.id)
 
+    def activate(self, req: Req) -> None:
+        """Have an activated LoRA act from its last invocation in the prompt on (PEFT's rule). A
+        request without one becomes a request of the base model."""
+        invocation = self.residency.adapter_table.get(req.lora_id).invocation
+        if not invocation:
+            return
+        if req.session is not None and req.session.streaming:
+            req.set_finish_with_abort(
+                "An activated LoRA takes no turn of a streaming session: the KV of earlier turns "
+                "may be of its own, and its next turn needs that of the base model."
+            )
+            return
+        start, base = (
+            last_occurrence(req.origin_input_ids, invocation),
+            base_namespace(req.caller_extra_key),
+        )
+        if start is None:
+            req.lora_id, req.extra_key = None, base
+            return
+        req.extra_key = ActivatedNamespace.of(
+            req.lora_id, req.caller_extra_key or "", base, start, self.residency.allocator.page_size
+        )
+        req.lora_id = ActivatedAdapter.of(req.lora_id, start)
+
     def received(self, req: Req) -> None:
         """Limit the answer's length to the slots that the pool has in addition to the adapter, as
         SGLang limits it to the whole pool. A prompt that does not fit with its adapter ends with
         HTTP 400.
         """
+        self.activate(req)
         residency = self.residency
         if req.lora_id is not None:
             residency.core.counts.adapter_lookups[residency.tier_of(req.lora_id)] += 1

@@ -11,7 +11,7 @@ from sglang_elora.policy import CacheEntry, Policy
 from sglang_elora.srt.mem_cache.adapter_node import FULL, AdapterNode
 from sglang_elora.srt.mem_cache.full_component import evict, evict_without_copies
 from sglang_elora.srt.mem_cache.residency import Residency
-from sglang_elora.tree import Eviction
+from sglang_elora.tree import Eviction, adapter_of, is_activated
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.unified_cache.unified_tree_core import NodeId, UnifiedTreeNode
@@ -72,6 +72,8 @@ class SchedulerMemory:
         # the root of the base model.
         if not node.evicted or not node.backuped or parent.component_data[FULL].value is None:
             return False
+        if is_activated(node.key.extra_key):  # its adapter's node is not above it
+            return self.is_usable(str(adapter_of(node.key.extra_key)))
         return not isinstance(parent, AdapterNode) or self._residency.is_usable(parent.adapter)
 
     def is_on_device(self, node: UnifiedTreeNode) -> bool:
