@@ -13,8 +13,10 @@ from tests.harness.radix_cache import Cache
 class AdapterCache(Cache):
     """A cache and the adapters in its pool, loaded and unloaded as the server does it."""
 
-    def __init__(self, num_slots: int = 400, policy: str = "lru", kv_pool: Any = None) -> None:
-        super().__init__("elora", num_slots, policy, kv_pool)
+    def __init__(
+        self, num_slots: int = 400, policy: str = "lru", kv_pool: Any = None, page_size: int = 1
+    ) -> None:
+        super().__init__("elora", num_slots, policy, kv_pool, page_size=page_size)
         self.core = self.tree.tree_core
         self.adapter_table = self.core.adapter_table
         self.left: list[str] = []
@@ -77,6 +79,7 @@ class AdapterCache(Cache):
             self.tree.sanity_check()
         self.core.check_invariants()
         owners = Counter(self.free_slots() + self.core.all_values_flatten().tolist() + list(used))
-        assert owners == Counter(range(1, self.allocator.size + 1))
+        first = self.allocator.page_size  # the page before is for padding
+        assert owners == Counter(range(first, first + self.allocator.size))
         budget = self.tree.evictable_size() + self.core.protected_size()
         assert self.allocator.available_size() + budget == self.allocator.size

@@ -70,7 +70,6 @@ REFUSED: dict[str, tuple[Options, str]] = {
         "use_bdlora is set",
     ),
     "replicated": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication is set"),
-    "activated": ({"alora_invocation_tokens": [7, 8]}, "alora_invocation_tokens is set"),
 }
 """Name -> (options, a part of the reason)."""
 

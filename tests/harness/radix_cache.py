@@ -122,8 +122,8 @@ class Cache:
 
     def free_slots(self) -> list[int]:
         """The allocator's free list in order: it shows what was evicted, and when."""
-        slots: list[int] = self.allocator.free_pages.tolist()
-        return slots + list(self.allocator.release_pages.tolist())
+        size, pages = self.allocator.page_size, self.allocator.get_all_free_pages().tolist()
+        return [page * size + i for page in pages for i in range(size)]
 
     def _key(self, tokens: Sequence[int], namespace: str | None) -> Any:
         return self._sglang.RadixKey(array("q", tokens), namespace)

@@ -6,7 +6,7 @@ SGLang's LoRA layers pass their weight buffers to the backend; with ELORA these 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +27,7 @@ from sglang_elora.pages import (
     WeightRef,
 )
 from sglang_elora.swapper.adapter_copy import AdapterCopy
+from sglang_elora.tree import num_inactive
 
 Segment = tuple[PagedAdapter | None, int]
 """(adapter or None, number of token rows)"""
@@ -288,6 +289,24 @@ class PagedLoRABackend(BaseLoRABackend):
         Args:
             batch: What the rows are, if not those of ``set_batch``.
         """
+
+
+def segments_of(
+    runs: Iterable[tuple[str | None, int, int]], adapters: Mapping[str, PagedAdapter]
+) -> list[Segment]:
+    """The segments of a batch. Rows before an adapter begins to act have no adapter.
+
+    Args:
+        runs: (adapter id or None, number of rows, position of the first) of each request.
+    """
+    segments: list[Segment] = []
+    for adapter_id, num_rows, first in runs:
+        if num_before := num_inactive(adapter_id, first, num_rows):
+            segments.append((None, num_before))
+        if num_rows > num_before:
+            adapter = None if adapter_id is None else adapters[adapter_id]
+            segments.append((adapter, num_rows - num_before))
+    return segments
 
 
 def _cut(segments: Sequence[Segment], size: int) -> list[list[Segment]]:

@@ -49,7 +49,7 @@ from sglang_elora.srt.lora.lora_backend import (
     MAX_RANK,
     Graph,
     PagedLoRABackend,
-    Segment,
+    segments_of,
 )
 from sglang_elora.srt.lora.lora_pool import PagedLoRAPool
 from sglang_elora.srt.measured_costs import MeasuredCosts
@@ -57,7 +57,6 @@ from sglang_elora.srt.mem_cache.kv_pool import num_pool_layers
 from sglang_elora.srt.mem_cache.ranks import are_equal, digest_values
 from sglang_elora.srt.mem_cache.residency import AdapterChanged, AdapterSource, Residency
 from sglang_elora.swapper.adapter_copy import AdapterCopy
-from sglang_elora.tree import num_inactive
 
 if TYPE_CHECKING:
     from sglang.srt.lora.lora_config import LoRAConfig
@@ -335,16 +334,10 @@ class EloraLoRAManager(LoRAManager):
         self.max_adapters_in_batch = max(self.max_adapters_in_batch, len(distinct))
         rows = generate_sequence_lengths(forward_batch, device=torch.device("cpu")).tolist()
         first = repeat(sys.maxsize)  # every row of a decode step comes after the prompt
-        if forward_batch.forward_mode.is_extend() and forward_batch.extend_prefix_lens_cpu:
-            first = forward_batch.extend_prefix_lens_cpu
-        segments: list[Segment] = []
-        for adapter_id, num_rows, position in zip(ids, rows, first, strict=False):
-            if num_before := num_inactive(adapter_id, position, num_rows):
-                segments.append((None, num_before))
-            if num_rows > num_before:
-                adapter = None if adapter_id is None else adapters[adapter_id]
-                segments.append((adapter, num_rows - num_before))
-        self.lora_backend.set_batch(segments, graph)
+        if forward_batch.forward_mode.is_extend():
+            first = forward_batch.extend_prefix_lens_cpu or first
+        runs = zip(ids, rows, first, strict=False)
+        self.lora_backend.set_batch(segments_of(runs, adapters), graph)
 
     def _set_output_rows(
         self, forward_batch: ForwardBatch, adapters: Sequence[PagedAdapter | None]

@@ -40,10 +40,10 @@ from sglang_elora.srt.mem_cache import activated
 from sglang_elora.srt.mem_cache.adapter_node import FULL, AdapterNode
 from sglang_elora.srt.mem_cache.freed import Freed, parts_of
 from sglang_elora.srt.mem_cache.ordered_tree_core import OrderedTreeCore
+from sglang_elora.srt.mem_cache.tree_check import check_tree
 from sglang_elora.tree import (
     ActivatedNamespace,
     AdapterTable,
-    EvictionOrder,
     adapter_of,
     is_activated,
 )
@@ -121,6 +121,10 @@ class EloraTreeCore(OrderedTreeCore):
     def adapter_node_of(self, node: UnifiedTreeNode) -> AdapterNode:
         """The node of the adapter that computed this KV."""
         return self.node_of(str(adapter_of(node.key.extra_key)))
+
+    def known_node_of(self, adapter_id: str | None) -> AdapterNode | None:
+        """The adapter's node, if it was created."""
+        return None if adapter_id is None else self._adapter_nodes.get(adapter_id)
 
     @override
     def root_node_handle(self, extra_key: str | None = None) -> NodeId:
@@ -443,68 +447,5 @@ class EloraTreeCore(OrderedTreeCore):
     # ==== Check ====
 
     def check_invariants(self) -> None:
-        """Check the order of leaves and the counts of each adapter against the tree.
-
-        SGLang's ``sanity_check`` checks structure, leaves, sizes and locks, including those of
-        adapter nodes.
-
-        Raises:
-            AssertionError: KV is on the device without its adapter, or a count is wrong.
-            RuntimeError: The eviction order does not match the leaves.
-        """
-        for leaves in (self.evictable_device_leaves, self.evictable_host_leaves):
-            if isinstance(leaves, EvictionOrder):
-                leaves.check_invariants()
-        self.adapter_table.check_invariants()
-        if self.policy is not None:
-            self.policy.check_invariants(self._items_on_device())
-        counted = {
-            adapter_id: [0, 0]
-            for adapter_id in (None, *(adapter.adapter_id for adapter in self.adapter_table))
-        }
-        below: dict[str | None, set[NodeId]] = {adapter_id: set() for adapter_id in counted}
-        for node in self._collect_all_nodes():
-            if node is self.root_node or isinstance(node, AdapterNode):
-                continue
-            data = node.component_data[FULL]
-            namespace = node.key.extra_key
-            adapter_id = adapter_of(namespace)
-            if is_activated(namespace):  # below itself, or KV of the base model
-                above = node.parent.key.extra_key
-                is_placed = above == namespace or adapter_of(above) is None
-            else:
-                is_placed = adapter_id is None or self._is_under(node, self.node_of(adapter_id))
-            assert is_placed, f"{node.key} is misplaced"
-            below[adapter_id].add(node.id)
-            counted[adapter_id][0] += 0 if data.value is None else len(data.value)
-            counted[adapter_id][1] += 0 if data.host_value is None else len(data.host_value)
-        for adapter_id, top in self._adapter_nodes.items():
-            assert below[adapter_id] == top.kv_nodes.keys(), (
-                f"nodes of {adapter_id} are not those listed"
-            )
-        for adapter in (self.adapter_table.base, *self.adapter_table):
-            assert counted[adapter.adapter_id] == [adapter.device_tokens, adapter.host_tokens], (
-                f"{adapter} holds {counted[adapter.adapter_id]} tokens"
-            )
-            assert adapter.retired or adapter.invalid_tokens == 0, (
-                f"KV on the device without its adapter: {adapter}"
-            )
-            if adapter.resident and adapter.adapter_id is not None:
-                node = self.node_of(adapter.adapter_id)
-                assert len(node.slots) == adapter.num_slots, f"{adapter} in {len(node.slots)} slots"
-                assert not adapter.pinned or node.component_data[FULL].lock_ref > 0, adapter
-
-    def _items_on_device(self) -> list[CacheEntry]:
-        nodes = [node for node in self._collect_all_nodes() if node is not self.root_node]
-        return [
-            n.entry
-            for n in nodes
-            if n.component_data[FULL].value is not None
-            and (not isinstance(n, AdapterNode) or n.adapter.resident)
-        ]
-
-    @staticmethod
-    def _is_under(node: UnifiedTreeNode, ancestor: UnifiedTreeNode) -> bool:
-        while node is not None and node is not ancestor:
-            node = node.parent
-        return node is ancestor
+        """Check the tree as a whole (``tree_check.check_tree``)."""
+        check_tree(self)
