@@ -24,6 +24,7 @@ class ActivatedCache(AdapterCache):
 
     def __init__(self, num_slots: int, page_size: int = 1) -> None:
         super().__init__(num_slots, page_size=page_size)
+        self.core.full.lock_adapters()
         self.page_size = page_size
         self.holds: dict[int, tuple[Any, ...]] = {}
 

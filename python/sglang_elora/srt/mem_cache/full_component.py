@@ -118,17 +118,22 @@ class EloraFullComponent(FullComponent):
                 num_tokens = len(loaded.component_data[self.component_type].value)
                 self.tree_core.count_kv(loaded, device=num_tokens)
 
-    @override
-    def acquire_component_lock(
+    def lock_adapters(self) -> None:
+        """From now on lock the adapter of activated KV with it: its node is not on the path.
+
+        Called for the first activated adapter; without any, a lock takes no longer than SGLang's.
+        """
+        self.acquire_component_lock = self._acquire_with_adapter
+        self.release_component_lock = self._release_with_adapter
+
+    def _acquire_with_adapter(
         self, node: UnifiedTreeNode, result: IncLockRefResult, lock_host: bool = False
     ) -> IncLockRefResult:
-        """Lock a path, and the adapter of activated KV, whose node is not on it."""
         if is_activated(node.key.extra_key) and not lock_host:
             self.tree_core.inc_full_pin(self.tree_core.adapter_node_of(node).id)
         return super().acquire_component_lock(node, result, lock_host)
 
-    @override
-    def release_component_lock(
+    def _release_with_adapter(
         self, node: UnifiedTreeNode, params: DecLockRefParams, lock_host: bool = False
     ) -> None:
         super().release_component_lock(node, params, lock_host)

@@ -168,6 +168,8 @@ class Residency:
             source.adapter_id, num_slots=num_slots, pinned=source.pinned, version=version
         )
         adapter.num_dropped, adapter.invocation = source.num_dropped, source.invocation
+        if source.invocation:
+            self.core.full.lock_adapters()
         self.names[source.adapter_id] = name
 
     def pin(self, adapter_id: str) -> None:
