@@ -43,7 +43,7 @@ def match(core: EloraTreeCore, params: MatchPrefixParams) -> MatchResult:
     """The longest cached prefix of a request with an activated LoRA, whose key has an
     ``ActivatedNamespace``."""
     key, namespace = params.key, params.key.extra_key
-    first = core.match_prefix(replace(params, key=_part(key, namespace.base, 0, namespace.start)))
+    first = core.match_prefix(replace(params, key=base_part(key)))
     found = first
     if first.device_prefix_len + first.host_hit_length == namespace.start < len(key):
         rest = replace(params, key=_part(key, str(namespace), namespace.start, len(key)))
@@ -71,7 +71,7 @@ def insert(
     result = walk(
         replace(
             params,
-            key=_part(key, namespace.base, 0, start),
+            key=base_part(key),
             value=value[:start],
             prev_prefix_len=min(params.prev_prefix_len, start),
             inserted_len=min(params.inserted_len, start),
@@ -89,6 +89,11 @@ def insert(
             below = walk(rest)
         result = replace(below, prefix_len=result.prefix_len + below.prefix_len)
     return replace(result, last_device_node=NodeWithAdapter.of(result.last_device_node, namespace))
+
+
+def base_part(key: RadixKey) -> RadixKey:
+    """The part of a key that KV of the base model has, in its namespace."""
+    return _part(key, key.extra_key.base, 0, key.extra_key.start)
 
 
 def _part(key: RadixKey, namespace: str | None, start: int, end: int) -> RadixKey:

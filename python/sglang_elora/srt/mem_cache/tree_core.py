@@ -128,10 +128,10 @@ class EloraTreeCore(OrderedTreeCore):
 
     @override
     def root_node_handle(self, extra_key: str | None = None) -> NodeId:
-        root = self._root_of(extra_key).id
         if isinstance(extra_key, ActivatedNamespace):
+            root = self._root_of(extra_key.base).id
             return activated.NodeWithAdapter.of(root, extra_key)
-        return root
+        return self._root_of(extra_key).id
 
     @override
     def is_root(self, node_id: NodeId) -> bool:
@@ -139,7 +139,7 @@ class EloraTreeCore(OrderedTreeCore):
 
     @override
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
-        if isinstance(params.key.extra_key, ActivatedNamespace):
+        if type(params.key.extra_key) is ActivatedNamespace:  # asked of every request
             return activated.match(self, params)
         root = self._root_of(params.key.extra_key)
         if not (self.enable_hicache or self.is_eagle or len(self.components) > 1):
@@ -208,6 +208,8 @@ class EloraTreeCore(OrderedTreeCore):
 
     @override
     def match_full_device_prefix(self, key: RadixKey) -> tuple[int, NodeId, int]:
+        if isinstance(key.extra_key, ActivatedNamespace):
+            key = activated.base_part(key)
         walk = super().match_full_device_prefix
         found: tuple[int, NodeId, int] = self._walk_from(self._root_of(key.extra_key), walk, key)
         return found
@@ -224,8 +226,6 @@ class EloraTreeCore(OrderedTreeCore):
     def _root_of(self, namespace: str | None) -> UnifiedTreeNode:
         if self._walk_root is not None:
             return self._walk_root
-        if isinstance(namespace, ActivatedNamespace):
-            namespace = namespace.base
         adapter_id = adapter_of(namespace)
         return self.root_node if adapter_id is None else self.node_of(adapter_id)
 
