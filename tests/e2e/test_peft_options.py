@@ -187,6 +187,15 @@ async def test_weights_of_experts_may_be_sent_in_a_request(client: Client, kinds
     torch.multiprocessing.set_sharing_strategy("file_system")
     for name in ("experts-and-all", "some-experts"):
         tensors = load_file(kinds.served[name] / WEIGHTS)
+        other = {key: torch.full_like(tensor, torch.nan) for key, tensor in tensors.items()}
+        for first, second in ((tensors, None), (tensors, {}), ({}, tensors), (tensors, other)):
+            bodies = [
+                sent(kinds.served[name], f"sent-{name}", each) for each in (first, second or {})
+            ]
+            payloads = [body["serialized_named_tensors"][0] for body in bodies]
+            body = bodies[0] | {"serialized_named_tensors": payloads[: 1 + (second is not None)]}
+            refused = await client.post(PATH, body)
+            assert refused.status_code == 400, refused.text
         body = sent(kinds.served[name], f"sent-{name}", tensors)
         body["serialized_named_tensors"] *= 2  # for each rank
         loaded = await client.post(PATH, body)

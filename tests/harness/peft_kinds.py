@@ -69,6 +69,10 @@ REFUSED: dict[str, tuple[Options, str]] = {
         {"use_bdlora": {"target_modules_bd_a": ["o_proj"], "nblocks": 2, "match_strict": False}},
         "use_bdlora is set",
     ),
+    "activated-head": (
+        {"target_modules": ["q_proj", "lm_head"], "alora_invocation_tokens": [7, 8]},
+        "is set, and it has weights for lm_head",
+    ),
     "replicated": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication is set"),
 }
 """Name -> (options, a part of the reason)."""

@@ -113,9 +113,9 @@ HOOKS: tuple[Hook, ...] = (
         "sglang.srt.managers.tp_worker.BaseTpWorker.load_lora_adapter_from_tensors",
         ("self", "recv_req"),
         HookType.AROUND,
-        adapter_loading.refuse_unreadable_tensors,
+        adapter_loading.load_tensors_on_all_ranks,
         When.ELORA,
-        "The scheduler lets an error of what a client sent end the process.",
+        "The scheduler lets an error of what a client sent end the process, of one rank or all.",
     ),
     Hook(
         "sglang.srt.lora.lora_manager.LoRAManager.load_lora_adapter_from_tensors",

@@ -234,21 +234,16 @@ class EloraLoRAManager(LoRAManager):
     def load_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
         """Load an adapter on all tensor-parallel ranks or on none, and start to read its
         weights."""
-        result = self._agree_on_load(lora_ref, super().load_lora_adapter(lora_ref))
+        result = self.agree_on_load(lora_ref, super().load_lora_adapter(lora_ref))
         if result.success and self.residency is not None:
             self.residency.host.request(lora_ref.lora_id)
         return result
 
-    @override
-    def load_lora_adapter_from_tensors(
-        self, lora_ref: LoRARef, *args: Any, **kwargs: Any
-    ) -> LoRAUpdateOutput:
-        """As ``load_lora_adapter``, from weights in the request."""
-        result = super().load_lora_adapter_from_tensors(lora_ref, *args, **kwargs)
-        return self._agree_on_load(lora_ref, result)
+    def agree_on_load(self, lora_ref: LoRARef, result: LoRAUpdateOutput) -> LoRAUpdateOutput:
+        """The common result of all ranks. Unless all loaded the same adapter, it is unloaded.
 
-    def _agree_on_load(self, lora_ref: LoRARef, result: LoRAUpdateOutput) -> LoRAUpdateOutput:
-        """The common result of all ranks. Unless all loaded the same adapter, it is unloaded."""
+        Each rank has to call it once per load, also if its own has failed.
+        """
         if self.residency is None:
             return result
         facts = self._facts(lora_ref.lora_id) if result.success else None

@@ -17,7 +17,7 @@ from sglang.srt.managers.io_struct import (
     LoadLoRAAdapterReqOutput,
     LoRAUpdateOutput,
 )
-from sglang.srt.runtime_context import get_lora, get_model
+from sglang.srt.runtime_context import get_lora, get_model, get_parallel
 
 from sglang_elora.adapters import (
     AdapterError,
@@ -129,10 +129,7 @@ def check_before_load_from_tensors(
     *rest: Any,
 ) -> LoRAUpdateOutput:
     """Check the tensors of an adapter. Runs around ``LoRAManager.load_lora_adapter_from_tensors``
-    in each scheduler.
-
-    The tensors are not sharded, so all ranks get the same result.
-    """
+    in each scheduler."""
     name, base, limits = lora_ref.lora_name or "", _base_of(get_model()), _limits_of(get_lora())
     try:
         facts = check_tensors(name, config_dict, tensors, base, **limits)
@@ -146,18 +143,29 @@ def check_before_load_from_tensors(
     return original(self, lora_ref, tensors, config_dict, *rest)
 
 
-def refuse_unreadable_tensors(
+def load_tensors_on_all_ranks(
     original: Callable[..., LoRAUpdateOutput], self: Any, recv_req: Any
 ) -> LoRAUpdateOutput:
-    """Fail only the request if its tensors cannot be unpacked. Runs around a scheduler worker's
-    ``load_lora_adapter_from_tensors``."""
-    try:
-        return original(self, recv_req)
-    except Exception as error:
-        logger.exception("tensors of LoRA adapter %r cannot be loaded", recv_req.lora_name)
-        manager: LoRAManager = self.model_runner.lora_manager
-        text = f"LoRA adapter {recv_req.lora_name!r}: its tensors cannot be read: {error!r:.300}"
-        return manager.create_lora_update_result(success=False, error_message=text)
+    """Load sent tensors on all ranks or on none. Runs around a scheduler worker's
+    ``load_lora_adapter_from_tensors``.
+
+    Each rank gets a payload of its own, which only it can find unreadable.
+    """
+    manager, problem = self.model_runner.lora_manager, ""
+    num_sent, num_ranks = len(recv_req.serialized_named_tensors), get_parallel().tp_size
+    if num_sent < num_ranks:
+        problem = f"{num_sent} payloads were sent, of one for each of {num_ranks} ranks"
+    else:
+        try:
+            result = original(self, recv_req)
+        except Exception as error:
+            logger.exception("tensors of LoRA adapter %r cannot be loaded", recv_req.lora_name)
+            problem = f"its tensors cannot be read: {error!r:.300}"
+    if problem:
+        text = f"LoRA adapter {recv_req.lora_name!r}: {problem}"
+        result = manager.create_lora_update_result(success=False, error_message=text)
+    agreed: LoRAUpdateOutput = manager.agree_on_load(recv_req.to_ref(), result)
+    return agreed
 
 
 def _check(name: str, path: str, model: Any, lora: Any, *, read_weights: bool = True) -> Path:
