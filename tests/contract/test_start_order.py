@@ -78,6 +78,7 @@ class Server:
                 forward_mode=self.host.mode[mode],
                 extend_seq_lens=torch.tensor(lengths),
                 extend_seq_lens_cpu=lengths,
+                extend_prefix_lens_cpu=[0] * len(lengths),
                 extend_num_tokens=sum(lengths),
             )
         )
