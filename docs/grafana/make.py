@@ -234,9 +234,11 @@ ROWS: list[list[Panel]] = [
     ],
     [
         chart(
-            "KV moved, tokens per second",
-            "Between device and host.",
-            elora_rates(to_host="kv_slots_to_host", from_host="kv_slots_from_host"),
+            "KV moved or shared, tokens per second",
+            "Between device and host; found by activated LoRAs as KV of the base model.",
+            elora_rates(
+                to_host="kv_slots_to_host", from_host="kv_slots_from_host", shared="shared_tokens"
+            ),
         ),
         chart(
             "Prefetched, slots per second",
