@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -189,6 +190,23 @@ def test_any_lock_of_activated_kv_locks_its_adapter() -> None:
     cache.check()
     cache.unlock(node, receipt)
     assert cache.evict(400) == 22 + 8
+
+
+def test_request_visits_its_adapter_and_the_base_kv_that_it_found() -> None:
+    cache = loaded()
+    cache.ask(tuple(range(10, 30)), None)
+    tokens = (*range(10, 30), 3, 40)
+    visited: list[list[Any]] = []
+    namespace, adapter = cache.namespace(tokens, "c", ""), cache.adapter_table.get("c").entry
+    for num_nodes in (2, 3):  # the second time, KV of its own too
+        node = cache.match(tokens, namespace).last_device_node
+        cache.core.policy = SimpleNamespace(visit=visited.append)
+        cache.core.visit(node)
+        cache.core.policy = None
+        assert len(visited[-1]) == num_nodes
+        assert [entry is adapter for entry in visited[-1]].count(True) == 1
+        assert visited[-1][-1] is adapter
+        cache.ask(tokens, "c")
 
 
 @pytest.mark.parametrize("page_size", [1, 4])

@@ -94,13 +94,17 @@ class OrderedTreeCore(UnifiedTreeCore):
 
     def visit(self, node_id: NodeId) -> None:
         """Record that a request uses the path that ends at this node. Call once per request."""
-        path = [node.entry for node in self.path_of(self.node_by_id(node_id))]
+        path = [node.entry for node in self._used_at(node_id)]
         if self.policy is not None:
             for item in path:
                 if item.prefetched:
                     item.prefetched = False
                     self.counts.prefetched_slots_used += item.num_slots
             self.policy.visit(path)
+
+    def _used_at(self, node_id: NodeId) -> list[UnifiedTreeNode]:
+        """The nodes that a request uses which has found the KV up to this node."""
+        return self.path_of(self.node_by_id(node_id))
 
     @override
     def _new_node(self, priority: int = 0) -> UnifiedTreeNode:
