@@ -104,12 +104,10 @@ class EloraTreeCore(OrderedTreeCore):
         """Whether a request or a copy holds the adapter, or it is pinned."""
         return self.node_of(adapter_id).is_locked
 
-    @override
     def path_of(self, node: UnifiedTreeNode) -> list[UnifiedTreeNode]:
         path = super().path_of(node)
         return [*path, self.adapter_node_of(node)] if is_activated(node.key.extra_key) else path
 
-    @override
     def _used_at(self, node_id: NodeId) -> list[UnifiedTreeNode]:
         path = super()._used_at(node_id)
         if isinstance(node_id, activated.NodeWithAdapter):
