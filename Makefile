@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Tests with servers that may share the machine with others: nothing in them depends on its speed.
-LOADED := $(addprefix tests/e2e/test_,pressure.py missing_waits.py gpu_server_stages.py \
+LOADED := $(addprefix tests/e2e/test_,pressure.py missing_waits.py hybrid_models.py \
+  activated.py gpu_server_stages.py \
   host_tier.py lang.py examples.py one_pool.py bad_adapters.py sent_adapters.py namespace.py \
   triton_backend.py outputs.py dtypes.py events.py entry_points.py two_replicas.py \
   hostile_requests.py openapi.py adapter_sources.py chats.py cleanup.py model_families.py \
   engine.py peft_options.py tokenizer_workers.py embedding_models.py streaming_sessions.py \
-  vllm_side.py hybrid_models.py activated.py)
+  vllm_side.py)
 DEMO ?=
 BENCH ?=
 
