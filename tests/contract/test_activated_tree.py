@@ -133,6 +133,16 @@ def test_extra_key_separates_both_parts() -> None:
     cache.check()
 
 
+def test_cache_salt_separates_both_parts() -> None:
+    cache = loaded()
+    tokens = (*range(10, 30), 3, 40)
+    for salt, found in (("s", 0), ("t", 0), (None, 0), ("s", 22)):
+        cache.salt = salt
+        assert cache.ask(tokens, "c") == found
+    assert cache.ask(tokens, None) == 20
+    cache.check()
+
+
 def test_kv_of_another_content_version_is_not_found() -> None:
     """SGLang gives an adapter that is loaded again a new id."""
     cache = loaded()

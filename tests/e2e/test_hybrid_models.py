@@ -18,7 +18,8 @@ import pytest
 
 from sglang_elora.testbed.server import ServerProcess
 from tests.harness.client import Client
-from tests.harness.model_families import HYBRIDS, VOCABULARY, WINDOWED, Family, make_family
+from tests.harness.hybrid_families import HYBRIDS, WINDOWED
+from tests.harness.model_families import VOCABULARY, Family, make_family
 from tests.harness.server_flags import server_flags
 
 RANKS = (2, 8, 16, 32)

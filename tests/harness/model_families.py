@@ -18,7 +18,7 @@ from tests.harness.reference import Reference
 from tests.harness.server_flags import HOST_TIER
 
 VOCABULARY = 1024
-_SIZES = {
+SIZES = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 2,
@@ -29,16 +29,16 @@ _SIZES = {
     "tie_word_embeddings": False,
     "pad_token_id": 0,
 }
-_ENCODER = {  # of images
+ENCODER = {  # of images
     "depth": 1,
     "hidden_size": 64,
     "intermediate_size": 64,
     "num_heads": 2,
     "out_hidden_size": 128,
 }
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
-_PARAMETERS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+PARAMETERS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 _RANKS = {
     "rank_pattern": {"q_proj": 2, r".*\.gate_up_proj": 16},
     "alpha_pattern": {"q_proj": 4, r".*\.gate_up_proj": 8},
@@ -53,7 +53,7 @@ class Family:
     name: str
     model_type: str
     targets: Mapping[str, Sequence[str] | str] = field(
-        default_factory=lambda: {"attention": _ATTENTION, "all": (*_ATTENTION, *_MLP)}
+        default_factory=lambda: {"attention": ATTENTION, "all": (*ATTENTION, *MLP)}
     )
     refused: Mapping[str, Sequence[str]] = field(default_factory=dict)  # as ``targets``
     lora_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by adapter
@@ -64,7 +64,7 @@ class Family:
     stored: Mapping[str, Any] = field(default_factory=dict)
     """Entries of the language model's configuration that SGLang reads otherwise than transformers
     writes them."""
-    sizes: Mapping[str, Any] = field(default_factory=lambda: _SIZES)
+    sizes: Mapping[str, Any] = field(default_factory=lambda: SIZES)
     embedding_std: float = 1.0
     processor: bool = False  # of images, without which SGLang starts no such model
     auto: str = "AutoModelForCausalLM"
@@ -75,10 +75,10 @@ class Family:
     differs: bool = False  # from Llama, in more than a detail of attention
 
 
-_MELLUM = Family(
+MELLUM = Family(
     "Mellum 2",
     "mellum",
-    targets={"attention": _ATTENTION, "query": ("q_proj",)},
+    targets={"attention": ATTENTION, "query": ("q_proj",)},
     options={
         "head_dim": 32,
         "num_hidden_layers": 5,
@@ -102,7 +102,7 @@ FAMILIES = (
             "head": ("lm_head",),
             "embedding": ("embed_tokens",),
             "tied": ("lm_head",),
-            "all": (*_ATTENTION, *_MLP, "embed_tokens", "lm_head"),
+            "all": (*ATTENTION, *MLP, "embed_tokens", "lm_head"),
         },
         lora_options={"tied": {"ensure_weight_tying": True}},
         options={"tie_word_embeddings": True},
@@ -125,9 +125,9 @@ FAMILIES = (
         embedding_std=0.02,  # it is scaled up, and is the output layer too: or tokens repeat
         differs=True,
     ),
-    _MELLUM,
+    MELLUM,
     replace(
-        _MELLUM,
+        MELLUM,
         name="Mellum 2, drafted n-grams",
         flags=_DRAFTED,
         programs=("g++", "ninja"),
@@ -136,14 +136,14 @@ FAMILIES = (
     Family(
         "Qwen2.5-VL",
         "qwen2_5_vl",
-        targets={"attention": _ATTENTION, "query": ("q_proj",)},  # no module of the image encoder
+        targets={"attention": ATTENTION, "query": ("q_proj",)},  # no module of the image encoder
         sizes={},
         options={
             "text_config": {
-                **_SIZES,
+                **SIZES,
                 "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
             },
-            "vision_config": _ENCODER,
+            "vision_config": ENCODER,
             "tie_word_embeddings": False,
         },
         auto="AutoModelForImageTextToText",
@@ -152,9 +152,9 @@ FAMILIES = (
     Family(
         "Qwen3-MoE",
         "qwen3_moe",
-        targets={"attention": _ATTENTION, "experts": (), "all": _ATTENTION},
-        lora_options={"experts": _PARAMETERS, "all": {**_PARAMETERS, **_RANKS}},
-        per_expert=[f"mlp.experts.{{}}.{projection}" for projection in _MLP],
+        targets={"attention": ATTENTION, "experts": (), "all": ATTENTION},
+        lora_options={"experts": PARAMETERS, "all": {**PARAMETERS, **_RANKS}},
+        per_expert=[f"mlp.experts.{{}}.{projection}" for projection in MLP],
         options={
             "head_dim": 32,
             "num_experts": 4,
@@ -172,8 +172,8 @@ FAMILIES = (
     Family(
         "Mixtral",
         "mixtral",
-        targets={"attention": _ATTENTION, "experts": (), "down": ()},
-        lora_options={"experts": _PARAMETERS, "down": {"target_parameters": ["experts.down_proj"]}},
+        targets={"attention": ATTENTION, "experts": (), "down": ()},
+        lora_options={"experts": PARAMETERS, "down": {"target_parameters": ["experts.down_proj"]}},
         per_expert=[f"block_sparse_moe.experts.{{}}.{name}" for name in ("w1", "w3", "w2")],
         options={"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
         flags=("--lora-target-modules", "all", "--max-lora-rank", "16"),
@@ -181,8 +181,8 @@ FAMILIES = (
     Family(
         "GLM 4.5",
         "glm4_moe",
-        targets={"attention": _ATTENTION, "shared": _MLP, "all": (*_ATTENTION, *_MLP)},
-        lora_options={"all": _PARAMETERS},
+        targets={"attention": ATTENTION, "shared": MLP, "all": (*ATTENTION, *MLP)},
+        lora_options={"all": PARAMETERS},
         options={
             "head_dim": 32,
             "n_routed_experts": 4,
@@ -201,10 +201,10 @@ FAMILIES = (
             "attention": _LATENT_ATTENTION,
             "a part": ("kv_a_proj_with_mqa", "o_proj"),
             "queries": ("q_a_proj", "q_b_proj"),
-            "MLP": _MLP,
+            "MLP": MLP,
             "experts": ("o_proj", "down_proj"),
         },
-        lora_options={"experts": _PARAMETERS},
+        lora_options={"experts": PARAMETERS},
         refused={"latent": ("q_a_proj", "kv_b_proj")},
         options={
             "num_key_value_heads": 4,
@@ -236,7 +236,7 @@ FAMILIES = (
             },
         },
         flags=(
-            *("--lora-target-modules", *_LATENT_ATTENTION, *_MLP),
+            *("--lora-target-modules", *_LATENT_ATTENTION, *MLP),
             *("--max-total-tokens", "1200", *HOST_TIER, "write_back"),  # room for two adapters
             *("--elora-check-streams", "latest"),
         ),
@@ -251,158 +251,6 @@ FAMILIES = (
         differs=True,
     ),
 )
-
-
-_PATTERN = "M-M*M-M*-"  # Mamba, MLP, attention
-_STATE_INPUTS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
-_QWEN3_5 = Family(
-    "Qwen3.5",
-    "qwen3_5_text",
-    targets={
-        "attention": _ATTENTION,
-        "linear attention": (*_STATE_INPUTS, "out_proj"),
-        "a part": ("q_proj", "in_proj_z", "in_proj_a"),
-        "qkv": ("k_proj", "in_proj_qkv"),
-        "MLP": _MLP,
-        "all": "all-linear",
-    },
-    options={
-        "head_dim": 32,
-        "num_hidden_layers": 8,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 32,
-        "linear_value_head_dim": 32,
-        "linear_conv_kernel_dim": 4,
-    },
-    stored={"full_attention_interval": 4},
-)
-HYBRIDS = (
-    _QWEN3_5,
-    replace(
-        _QWEN3_5,
-        name="Qwen3.5 with experts",
-        model_type="qwen3_5_moe_text",
-        targets={
-            "attention": _ATTENTION,
-            "experts": ("o_proj",),
-            "shared": _MLP,
-            "all": (*_ATTENTION, *_MLP, "in_proj_z", "out_proj"),
-        },
-        lora_options={"experts": _PARAMETERS, "all": _PARAMETERS},
-        options={
-            **_QWEN3_5.options,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 64,
-            "shared_expert_intermediate_size": 64,
-        },
-    ),
-    replace(
-        _QWEN3_5,
-        name="Qwen3.5 with an image encoder",
-        model_type="qwen3_5",
-        targets={name: kinds for name, kinds in _QWEN3_5.targets.items() if name != "all"},
-        sizes={},
-        options={
-            "text_config": {
-                **_SIZES,
-                **_QWEN3_5.options,
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": 10000.0,
-                    "partial_rotary_factor": 0.25,
-                    "mrope_section": [2, 1, 1],
-                    "mrope_interleaved": True,
-                },
-            },
-            "vision_config": {**_ENCODER, "num_position_embeddings": 16},
-            "tie_word_embeddings": False,
-        },
-        auto="AutoModelForImageTextToText",
-        processor=True,
-    ),
-    Family(
-        "Nemotron-H",
-        "nemotron_h",
-        targets={
-            "attention": _ATTENTION,
-            "Mamba": ("in_proj",),  # PEFT refuses out_proj
-            "a part": ("q_proj", "in_proj"),
-            "kv": ("k_proj", "v_proj", "down_proj"),
-            "MLP": ("up_proj", "down_proj"),
-            "all": (*_ATTENTION, "in_proj", "up_proj", "down_proj"),
-        },
-        options={
-            "hybrid_override_pattern": _PATTERN,
-            "num_hidden_layers": len(_PATTERN),
-            "head_dim": 32,
-            "mamba_num_heads": 4,
-            "mamba_head_dim": 32,
-            "ssm_state_size": 16,
-            "n_groups": 2,
-            "chunk_size": 64,
-        },
-        stored={
-            "hybrid_override_pattern": _PATTERN,
-            "layers_block_type": None,
-            "mamba_n_groups": 2,
-            "mtp_layers_block_type": None,
-        },
-    ),
-    Family(
-        "Falcon-H1",
-        "falcon_h1",
-        targets={
-            "attention": _ATTENTION,
-            "Mamba": ("in_proj",),
-            "a part": ("v_proj", "in_proj"),
-            "kv": ("k_proj", "v_proj", "up_proj"),
-            "MLP": _MLP,
-            "all": (*_ATTENTION, *_MLP, "in_proj"),
-        },
-        options={
-            "head_dim": 32,
-            "num_hidden_layers": 3,
-            "mamba_d_ssm": 128,
-            "mamba_n_heads": 4,
-            "mamba_d_head": 32,
-            "mamba_n_groups": 2,
-            "mamba_d_state": 16,
-            "mamba_chunk_size": 64,
-            "ssm_multipliers": [0.5, 0.7, 0.9, 1.1, 1.3],
-        },
-    ),
-)
-"""Families with layers that have a state in place of KV."""
-
-_PARTS_OF_ATTENTION = {
-    "attention": _ATTENTION,
-    "query": ("q_proj",),
-    "kv": ("k_proj", "v_proj"),
-    "a part": ("v_proj", "o_proj"),
-    "output": ("o_proj",),
-    "inputs": ("q_proj", "k_proj", "v_proj"),
-}
-WINDOWED = (
-    replace(_MELLUM, targets=_PARTS_OF_ATTENTION),
-    Family(
-        "gpt-oss",
-        "gpt_oss",
-        targets=_PARTS_OF_ATTENTION,
-        options={
-            "head_dim": 32,
-            "num_hidden_layers": 4,
-            "intermediate_size": 64,
-            "sliding_window": 16,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-        },
-        pool_slots=2500,
-    ),
-)
-"""Families with layers that attend to a sliding window."""
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class Cache:
         page_size: int = 1,
     ) -> None:
         self._sglang = sglang()
+        self.salt: str | None = None  # of the requests that follow
         options = {
             "dtype": self._sglang.torch.float32,
             "device": device,
@@ -126,4 +127,4 @@ class Cache:
         return [page * size + i for page in pages for i in range(size)]
 
     def _key(self, tokens: Sequence[int], namespace: str | None) -> Any:
-        return self._sglang.RadixKey(array("q", tokens), namespace)
+        return self._sglang.RadixKey(array("q", tokens), namespace, cache_salt=self.salt)

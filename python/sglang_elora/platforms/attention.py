@@ -69,13 +69,13 @@ class CpuAttention(TorchNativeAttnBackend):
         k: torch.Tensor,
         v: torch.Tensor,
         layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
+        *args: Any,
         sinks: torch.Tensor | None = None,
+        **options: Any,
     ) -> torch.Tensor:
         """Attention of one new token per request ``[requests, heads * head_dim]``."""
         self._begin_layer(layer, sinks)
-        result: torch.Tensor = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+        result: torch.Tensor = super().forward_decode(q, k, v, layer, *args, **options)
         return result
 
     def _begin_layer(self, layer: RadixAttention, sinks: torch.Tensor | None) -> None:
@@ -148,44 +148,15 @@ class CpuAttention(TorchNativeAttnBackend):
         return output
 
     @override
-    def _run_sdpa_forward_decode(
-        self,
-        query: torch.Tensor,
-        output: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        req_to_token: torch.Tensor,
-        req_pool_indices: torch.Tensor,
-        seq_lens: torch.Tensor,
-        encoder_lens: torch.Tensor | None = None,
-        **options: Any,
-    ) -> torch.Tensor:
-        """As ``_run_sdpa_forward_extend`` for one new token per request."""
+    def _run_sdpa_forward_decode(self, *batch: Any, **options: Any) -> torch.Tensor:
+        """As ``_run_sdpa_forward_extend`` for one new token per request, with the arguments of
+        SGLang's: those of prefill without its two lengths."""
+        *tensors, seq_lens, encoder_lens = batch
         if encoder_lens is not None or (self._sinks is None and self._slots_of_layer is None):
-            result: torch.Tensor = super()._run_sdpa_forward_decode(
-                query,
-                output,
-                k_cache,
-                v_cache,
-                req_to_token,
-                req_pool_indices,
-                seq_lens,
-                encoder_lens,
-                **options,
-            )
+            result: torch.Tensor = super()._run_sdpa_forward_decode(*batch, **options)
             return result
-        return self._run_sdpa_forward_extend(
-            query,
-            output,
-            k_cache,
-            v_cache,
-            req_to_token,
-            req_pool_indices,
-            seq_lens,
-            seq_lens - 1,
-            torch.ones_like(seq_lens),
-            **{**options, "causal": True},
-        )
+        as_prefill: list[Any] = [*tensors, seq_lens, seq_lens - 1, torch.ones_like(seq_lens)]
+        return self._run_sdpa_forward_extend(*as_prefill, **{**options, "causal": True})
 
     def _read(self, cache: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """K or V of these slots; with sinks, one more of zeros."""

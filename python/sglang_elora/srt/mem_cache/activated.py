@@ -2,7 +2,8 @@
 
 Such a path is matched and inserted in two walks, the second from the node where the first ends. The
 adapter's node is not on it, so a lock on the path does not protect the adapter as it does for other
-requests: the ids of nodes that such a request locks carry the adapter, which is locked with them.
+requests. Locks of the adapter's KV lock it too (``EloraFullComponent.lock_adapters``); where a
+request has found KV of the base model only, the id of the node that it locks carries the adapter.
 """
 
 from __future__ import annotations
@@ -20,23 +21,25 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.unified_tree_core import NodeId
 
-from sglang_elora.tree import adapter_of
+from sglang_elora.tree import ActivatedNamespace, adapter_of, is_activated
 
 if TYPE_CHECKING:
     from sglang_elora.srt.mem_cache.tree_core import EloraTreeCore
 
 
 class NodeWithAdapter(int):
-    """The id of a node, and of the adapter that is locked with it."""
+    """The id of a node of the base model's KV, and of the adapter that is locked with it."""
 
     adapter_id: str
 
-    @classmethod
-    def of(cls, node_id: NodeId, namespace: str) -> NodeWithAdapter:
-        made, adapter_id = cls(node_id), adapter_of(namespace)
-        assert adapter_id is not None, namespace
-        made.adapter_id = adapter_id
-        return made
+
+def with_adapter(core: EloraTreeCore, node_id: NodeId, namespace: ActivatedNamespace) -> NodeId:
+    """The node's id for a request in this namespace."""
+    if is_activated(core.node_by_id(node_id).key.extra_key):
+        return node_id
+    made = NodeWithAdapter(node_id)
+    made.adapter_id = str(adapter_of(namespace))
+    return made
 
 
 def match(core: EloraTreeCore, params: MatchPrefixParams) -> MatchResult:
@@ -51,7 +54,7 @@ def match(core: EloraTreeCore, params: MatchPrefixParams) -> MatchResult:
             found = _joined(first, core.match_prefix(rest))
     return found._replace(
         **{
-            name: NodeWithAdapter.of(getattr(found, name), namespace)
+            name: with_adapter(core, getattr(found, name), namespace)
             for name in ("last_device_node", "last_host_node", "best_match_node")
         }
     )
@@ -88,7 +91,8 @@ def insert(
         with core.walks_from(result.last_device_node):
             below = walk(rest)
         result = replace(below, prefix_len=result.prefix_len + below.prefix_len)
-    return replace(result, last_device_node=NodeWithAdapter.of(result.last_device_node, namespace))
+    end = with_adapter(core, result.last_device_node, namespace)
+    return replace(result, last_device_node=end)
 
 
 def base_part(key: RadixKey) -> RadixKey:

@@ -111,8 +111,7 @@ class EloraTreeCore(OrderedTreeCore):
     def _used_at(self, node_id: NodeId) -> list[UnifiedTreeNode]:
         path = super()._used_at(node_id)
         if isinstance(node_id, activated.NodeWithAdapter):
-            adapter = self.node_of(node_id.adapter_id)
-            return path if adapter in path[-1:] else [*path, adapter]
+            path.append(self.node_of(node_id.adapter_id))
         return path
 
     # ==== Where walks start ====
@@ -140,8 +139,7 @@ class EloraTreeCore(OrderedTreeCore):
     @override
     def root_node_handle(self, extra_key: str | None = None) -> NodeId:
         if isinstance(extra_key, ActivatedNamespace):
-            root = self._root_of(extra_key.base).id
-            return activated.NodeWithAdapter.of(root, extra_key)
+            return activated.with_adapter(self, self._root_of(extra_key.base).id, extra_key)
         return self._root_of(extra_key).id
 
     @override
@@ -201,10 +199,8 @@ class EloraTreeCore(OrderedTreeCore):
 
         SGLang collects a request's slots up to the root of the tree, above the adapter.
         """
-        until, namespace = (
-            self.node_by_id(until_node_id),
-            self.node_by_id(from_node_id).key.extra_key,
-        )
+        until = self.node_by_id(until_node_id)
+        namespace = self.node_by_id(from_node_id).key.extra_key
         if until is self._tree_root and not is_activated(namespace):
             until = self._root_of(namespace)
         slots: torch.Tensor = super().collect_full_device_indices(from_node_id, until.id)
@@ -219,8 +215,6 @@ class EloraTreeCore(OrderedTreeCore):
 
     @override
     def match_full_device_prefix(self, key: RadixKey) -> tuple[int, NodeId, int]:
-        if isinstance(key.extra_key, ActivatedNamespace):
-            key = activated.base_part(key)
         walk = super().match_full_device_prefix
         found: tuple[int, NodeId, int] = self._walk_from(self._root_of(key.extra_key), walk, key)
         return found

@@ -169,10 +169,8 @@ class Admission:
                 "may be of its own, and its next turn needs that of the base model."
             )
             return
-        start, base = (
-            last_occurrence(req.origin_input_ids, invocation),
-            base_namespace(req.caller_extra_key),
-        )
+        base = base_namespace(req.caller_extra_key)
+        start = last_occurrence(req.origin_input_ids, invocation)
         if start is None:
             req.lora_id, req.extra_key = None, base
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,14 +94,23 @@ def _check_page_owners(scheduler: Scheduler, core: EloraTreeCore, requests: list
     for kv in {id(kv): kv for kv in [*held, *(request.kv for request in requests)]}.values():
         row = rows[kv.req_pool_idx, kv.cache_protected_len : kv.kv_allocated_len]
         owned.append(row[::page_size] // page_size)
+    there = f"{core.adapter_table.resident_slots} slots of adapters, {len(requests)} requests"
+    _check_owned_once(owned, allocator.size // page_size, there)
+
+
+def _check_owned_once(owned: Sequence[torch.Tensor], num_pages: int, there: str) -> None:
+    """Check that each of the pages 1 to ``num_pages`` is among the owned ones exactly once.
+
+    Args:
+        owned: Numbers of pages, of all owners.
+        there: What the text of an error says of the pool.
+    """
     counts = torch.bincount(torch.cat([pages.to(torch.int64).cpu() for pages in owned]))
     counts[0] = 1  # the padding page has no owner
-    num_pages = allocator.size // page_size
     wrong = (counts != 1).nonzero().flatten().tolist()
     assert len(counts) == num_pages + 1 and not wrong, (
         f"{len(counts) - 1} of {num_pages} pages have owners, these have not exactly one: "
-        f"{wrong[:8]} ({core.adapter_table.resident_slots} slots of adapters, "
-        f"{len(requests)} requests)"
+        f"{wrong[:8]} ({there})"
     )
 
 
@@ -111,14 +121,9 @@ def _check_window_owners(allocator: Any, core: EloraTreeCore) -> None:
         return
     page_size, windows = allocator.page_size, allocator.full_to_swa_index_mapping[:-1]
     pages = windows[(windows > 0) & (windows % page_size == 0)] // page_size
-    counts = torch.bincount(torch.cat([allocator.swa_attn_allocator.get_all_free_pages(), pages]))
-    counts[0] = 1  # the padding page has no owner
-    num_pages = allocator.size_swa // page_size
-    wrong = (counts != 1).nonzero().flatten().tolist()
-    assert len(counts) == num_pages + 1 and not wrong, (
-        f"{len(counts) - 1} of {num_pages} pages of sliding windows have owners, these have not "
-        f"exactly one: {wrong[:8]}"
-    )
-    resident = [core.node_of(str(a.adapter_id)) for a in core.adapter_table if a.resident]
-    for node in resident:
-        assert not windows[node.slots].any(), f"slots of {node.adapter} have sliding windows"
+    owned = [allocator.swa_attn_allocator.get_all_free_pages(), pages]
+    _check_owned_once(owned, allocator.size_swa // page_size, "sliding windows")
+    for adapter in core.adapter_table:
+        if adapter.resident:
+            slots = core.node_of(str(adapter.adapter_id)).slots
+            assert not windows[slots].any(), f"slots of {adapter} have sliding windows"
