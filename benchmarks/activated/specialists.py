@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import statistics
 import tempfile
 import time
@@ -34,7 +33,7 @@ ensure_torchvision_importable()
 import requests  # noqa: E402
 
 from sglang_elora.bench.machine import machine  # noqa: E402
-from sglang_elora.testbed.adapters import ALL_LINEAR, AdapterSpec, make_adapters  # noqa: E402
+from sglang_elora.testbed.adapters import ALL_LINEAR, AdapterSpec, copy_activated, make_adapters  # noqa: E402
 from sglang_elora.testbed.checkpoint import ModelShape, make_checkpoint  # noqa: E402
 from sglang_elora.testbed.server import ELORA_SERVER, ServerProcess  # noqa: E402
 
@@ -54,12 +53,8 @@ def make_specialists(checkpoint: Path, folder: Path) -> dict[str, Path]:
     ]
     found = make_adapters(checkpoint, folder, specs)
     for i in range(NUM_SPECIALISTS):
-        path = folder / f"activated-{i}"
-        shutil.copytree(found[f"plain-{i}"], path)
-        config = path / "adapter_config.json"
-        settings = json.loads(config.read_text())
-        config.write_text(json.dumps({**settings, "alora_invocation_tokens": invocation(i)}))
-        found[path.name] = path
+        name = f"activated-{i}"
+        found[name] = copy_activated(found[f"plain-{i}"], folder / name, invocation(i))
     return found
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 import warnings
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import httpx
 import pytest
 
+from sglang_elora.testbed.adapters import copy_activated
 from sglang_elora.testbed.server import ServerProcess
 from tests.harness.reference import Reference
 
@@ -24,8 +28,9 @@ def shown_by(
     server: ServerProcess,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    names: Sequence[str] = NAMES,
 ) -> str:
-    monkeypatch.setattr(sys, "argv", [example, "--url", server.url, "--adapters", *NAMES])
+    monkeypatch.setattr(sys, "argv", [example, "--url", server.url, "--adapters", *names])
     monkeypatch.syspath_prepend(str(EXAMPLES))
     runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")
     return capsys.readouterr().out
@@ -41,6 +46,32 @@ def test_example_programs_run(
 ) -> None:
     shown = shown_by(example, elora_server, monkeypatch, capsys)
     assert all(name in shown for name in NAMES[:num_adapters])
+
+
+def test_example_checkers_share_the_kv_before_their_invocation(
+    elora_server: ServerProcess,
+    checkpoint: Path,
+    adapters: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    invocation = runpy.run_path(str(EXAMPLES / "activated_checkers.py"))["INVOCATION"]
+    tokens = Reference(checkpoint, {}).tokenizer.encode(invocation, add_special_tokens=False)
+    names = [f"check-{name}" for name in NAMES]
+    with httpx.Client(base_url=elora_server.url, timeout=60, trust_env=False) as http:
+        for name, original in zip(names, NAMES, strict=True):
+            path = copy_activated(adapters[original], tmp_path / name, tokens)
+            body = {"lora_name": name, "lora_path": str(path)}
+            assert http.post("/load_lora_adapter", json=body).status_code == 200
+        shown = shown_by("activated_checkers", elora_server, monkeypatch, capsys, names)
+        for name in names:
+            http.post("/unload_lora_adapter", json={"lora_name": name}).raise_for_status()
+    counts = re.findall(r"(\d+) of (\d+) prompt tokens found", shown)
+    assert len(counts) == len(names)
+    for found, prompt in counts:  # all before the invocation, but the last token of the draft
+        assert int(prompt) > 150 and int(found) >= int(prompt) - len(tokens) - 1
 
 
 def test_example_chat_hits_its_history_in_the_cache(

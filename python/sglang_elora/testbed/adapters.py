@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -160,6 +161,19 @@ class _Factory:
         adapted.save_pretrained(str(directory), safe_serialization=True)
         self._model = cast("PreTrainedModel", adapted.unload())
         _sort_target_modules(directory / "adapter_config.json")
+
+
+def copy_activated(adapter: Path, folder: Path, invocation: Sequence[int]) -> Path:
+    """Copy an adapter to ``folder`` as an activated LoRA, and return the folder.
+
+    Args:
+        invocation: Tokens from whose last occurrence in a prompt on the copy acts.
+    """
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    config = folder / "adapter_config.json"
+    settings = json.loads(config.read_text()) | {"alora_invocation_tokens": list(invocation)}
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    return folder
 
 
 def _randomise(adapted: PeftModel, spec: AdapterSpec) -> None:
