@@ -112,11 +112,16 @@ async def test_activated_adapters_answer_as_peft(mode: str, tmp_path: Path, logs
             again = [await load_again(client, made, name) for name in ("from its folder", "sent")]
             answers += [await ask(client, name, invoked) for name in ("judge", *again)]
             metrics = (await client.get("/metrics")).text
+            rows = (await client.get("/elora/state")).json()["adapters"]
     assert state["kv_tokens_invalid"] == 0 and state["checks"] > 0
     assert state["adapter_loads"] > len(made.adapters), "no adapter was evicted"
     assert state["shared_tokens"] > 500
     (shared,) = re.findall(r"^sglang:elora_shared_tokens_total\{.*\} (\S+)", metrics, re.M)
     assert float(shared) >= state["shared_tokens"]
+    of_adapters = {row["lora_name"]: row["shared_tokens"] for row in rows if row["is_activated"]}
+    assert PLAIN not in of_adapters and of_adapters.keys() >= INVOCATIONS.keys()
+    assert all(of_adapters[name] > 0 for name in INVOCATIONS), of_adapters
+    assert sum(of_adapters.values()) >= state["shared_tokens"]
     questions += [("judge", invoked)] * 3
     reference = made.reference()
     for (name, prompt), output in zip(questions, answers, strict=True):

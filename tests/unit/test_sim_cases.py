@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sglang_elora.sim import Calibration, Record, make_engine
-from sglang_elora.workloads import CHAT, Session, Trace, Turn
+from sglang_elora.workloads import CHAT, Check, Session, Trace, Turn
 
 BY_HAND = Calibration(
     name="by hand",
@@ -95,6 +95,51 @@ def test_sim_second_turn_hits_the_kv_of_the_first(side: str) -> None:
     assert (second.num_prompt, second.num_cached, second.num_from_host) == (65, 54, 0)
     assert not second.was_cold
     assert second.ttft_s == pytest.approx(0.010 + 11e-4)
+
+
+def checked(*names: str) -> Session:
+    """Two turns with the base model, each checked by these adapters: 4 tokens, 2 of answer."""
+    talk = session("", 0.0, (30, 5, 0.0), (10, 2, 1.0))
+    checks = tuple(Check(name, range(4), 2) for name in names)
+    return replace(talk, turns=tuple(replace(turn, checks=checks) for turn in talk.turns))
+
+
+@pytest.mark.parametrize(
+    ("side", "adapters", "found"),
+    [
+        ("elora:elora+activated", ("a", "b"), [54, 54, 66, 66]),
+        ("elora:elora", ("a", "b"), [0, 0, 54, 54]),
+        ("stock-tuned:3", ("a", "b"), [0, 0, 54, 54]),
+        ("elora:elora", ("", ""), [54, 54, 66, 66]),
+        ("slora", ("a", "b"), [0, 0, 0, 0]),
+    ],
+)
+def test_sim_check_finds_kv_of_the_conversation_that_it_may_use(
+    side: str, adapters: tuple[str, str], found: list[int]
+) -> None:
+    """Of 20 + 30 + 5 tokens all but the last, and 10 + 2 more after the second turn. KV of plain
+    adapters is their own, of the turn before."""
+    records = play(side, replace(BY_HAND, pool_slots=600), checked(*adapters))
+    checks = [record for record in records if record.is_check]
+    assert [record.num_prompt for record in checks] == [59, 59, 71, 71]
+    assert [record.num_cached for record in checks] == found
+    turns = [record for record in records if not record.is_check]
+    assert [record.num_cached for record in turns] == ([0, 0] if side == "slora" else [0, 54])
+    assert all(check.due_s == turns[check.turn].last_s for check in checks)
+
+
+def test_sim_adapter_stays_while_its_kv_below_the_conversation_does() -> None:
+    """Room for one adapter and a little KV: what a check leaves is evicted before its adapter."""
+    calibration = replace(BY_HAND, pool_slots=90)
+    engine = make_engine("elora:elora+activated", calibration, ADAPTERS)
+    records = engine.play(Trace(CHAT, 0, 1.0, 60.0, (checked("a", "b", "c"),)))
+    engine.check_invariants()
+    assert len(records) == 8 and engine.num_loads > 3
+
+
+def test_sim_refuses_checks_for_sides_that_know_the_future() -> None:
+    with pytest.raises(ValueError, match="clairvoyant sides know no traces with checks"):
+        play("clairvoyant", BY_HAND, checked("a"))
 
 
 def test_sim_slora_has_no_cache_hits() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from sglang_elora.bench.peak import peak_factor
 from sglang_elora.workloads import (
     AGENT,
     CHAT,
+    CHECKS,
     GROWS_AT,
     TRANSLATION,
     WORKLOADS,
@@ -22,6 +24,7 @@ from sglang_elora.workloads import (
     Trace,
     Turn,
     Workload,
+    adapter_name,
     make_trace,
     popular_adapter,
 )
@@ -159,3 +162,23 @@ def test_peak_factor_is_the_rate_after_the_last_window_within_the_limit() -> Non
     assert peak_factor(slow_at_first[:1], rise, 0.5, 4) is None
     late = [(rise.new_duration_s + 5, 0.1)]  # a session's last turn
     assert peak_factor(late, rise, 0.5, 4) == pytest.approx(2.0)
+
+
+def test_checked_workload_asks_the_adapters_of_an_application_after_each_turn(
+    tmp_path: Path,
+) -> None:
+    trace = make_trace(replace(CHECKS, num_adapters=20), turns_per_s=4.0, duration_s=60.0)
+    asked: dict[Sequence[int], set[tuple[str, ...]]] = {}
+    for session in trace.sessions:
+        assert session.adapter == "" and session.num_tokens <= CHECKS.max_tokens
+        for turn in session.turns:
+            asked.setdefault(session.system, set()).add(tuple(c.adapter for c in turn.checks))
+            assert all(check.num_output == 8 and check.new_tokens for check in turn.checks)
+    assert len(asked) == 4, "20 adapters are those of 4 applications"
+    assert sorted(name for (names,) in asked.values() for name in names) == [
+        adapter_name(i) for i in range(20)
+    ]
+    trace.save(tmp_path / "trace.jsonl")
+    assert Trace.load(tmp_path / "trace.jsonl") == trace
+    turns = [turn for s in trace.without_adapters().sessions for turn in s.turns]
+    assert {check.adapter for turn in turns for check in turn.checks} == {""}

@@ -30,6 +30,8 @@ class AdapterState(msgspec.Struct, frozen=True, array_like=True):
     visits: int  # requests that ran with it
     last_used_s: float | None
     num_dropped_weights: int = 0  # in its files, and not served (--elora-tower-weights drop)
+    is_activated: bool = False  # acts from its invocation tokens on (``tree.activation``)
+    shared_tokens: int = 0  # of its prompts, found as KV of the base model
 
 
 class PoolState(msgspec.Struct, frozen=True, array_like=True):

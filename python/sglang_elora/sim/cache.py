@@ -2,6 +2,9 @@
 
 ``tree/eviction.py`` chooses the victims, as in the server; adapters are those of
 ``tree.AdapterTable``. In a static split KV belongs to the base model, and the pool has no adapters.
+
+KV of an activated LoRA lies below KV of the base model, and its adapter stays on the device with
+it.
 """
 
 from __future__ import annotations
@@ -47,6 +50,8 @@ class Cache:
         self.leaves, self.host_leaves = self.orders.device, self.orders.host
         self.sessions = Sessions[Segment](path_of, self.orders.set_session_state)
         self.ghosts = Ghosts(policy)
+        base = adapter_table.base
+        self.base = Segment(base.entry, base, on_device=True, locks=1)
         self._adapters: dict[str, Segment] = {}
         self._duplicates: dict[Segment, None] = {}  # KV on both tiers, in order
         self._lowers = isinstance(policy, Foreseer)
@@ -68,8 +73,8 @@ class Cache:
         return adapter.locks > 0 or adapter.entry.queue_position is not None
 
     def segments(self) -> list[Segment]:
-        """All adapters, and all KV cached below them."""
-        found = list(self._adapters.values())
+        """The base model, all adapters, and all KV cached below them."""
+        found = [self.base, *self._adapters.values()]
         for segment in found:  # the list grows during the iteration
             found += segment.children
         return found
@@ -101,7 +106,7 @@ class Cache:
     def place(self, segment: Segment) -> None:
         """Put a segment on the device, into free slots."""
         assert not segment.on_device and segment.num_slots <= self.free, segment
-        assert segment.parent is None or segment.parent.on_device, segment
+        assert all(above.on_device for above in self._needed_by(segment)), segment
         self.free -= segment.num_slots
         segment.on_device = True
         if segment.entry.is_adapter:
@@ -114,10 +119,11 @@ class Cache:
             self.ghosts.recall(segment.entry.group, [segment], segment.entry)
             self.policy.create(segment.entry)
         self.policy.place(segment.entry)
+        for above in self._needed_by(segment):
+            above.device_children += 1
+            self._update_leaf(above)
         if segment.parent is not None:
-            segment.parent.device_children += 1
             segment.parent.children[segment] = None
-            self._update_leaf(segment.parent)
         self.host_leaves.discard(segment)
         if segment.on_host:
             self._duplicates[segment] = None
@@ -183,9 +189,17 @@ class Cache:
         if not leaf.entry.is_adapter:
             self.adapter_table.count_kv(leaf.adapter, device=-leaf.num_slots, host=0)
             self.counts.kv_slots_evicted[reason] += leaf.num_slots
-        if leaf.parent is not None:
-            leaf.parent.device_children -= 1
-            self._update_leaf(leaf.parent)
+        for above in self._needed_by(leaf):
+            above.device_children -= 1
+            self._update_leaf(above)
+
+    def _needed_by(self, segment: Segment) -> list[Segment]:
+        """What must be on the device while this segment is."""
+        if segment.parent is None:
+            return []
+        if segment.parent.adapter is segment.adapter:
+            return [segment.parent]
+        return [segment.parent, self.adapter(str(segment.adapter.adapter_id))]
 
     def _is_worth_copy(self, leaf: Segment) -> bool:
         return self.host_slots > 0 and self.orders.is_worth_host_copy(
@@ -277,9 +291,8 @@ class Cache:
         assert self.locked == locked, (self.locked, locked)
         held = sum(s.num_slots for s in segments if s.on_host and not s.entry.is_adapter)
         assert self.host_free == self.host_slots - held
-        assert all(s.parent is None or s.parent.on_device for s in device), (
-            "KV without what is above"
-        )
+        needed = [above for segment in device for above in self._needed_by(segment)]
+        assert all(above.on_device for above in needed), "KV without what is above"
         leaves = {s for s in device if not s.locks and not s.device_children}
         assert set(self.leaves) == leaves, (len(self.leaves), len(leaves))
         self.adapter_table.check_invariants()
@@ -288,8 +301,8 @@ class Cache:
 
 
 def path_of(segment: Segment) -> list[Segment]:
-    """The path from a segment up to its adapter, or to a system prompt without one."""
+    """The path from a segment up to its adapter; for KV of the base model, without that."""
     path = [segment]
-    while path[-1].parent is not None:
-        path.append(path[-1].parent)
+    while (above := path[-1].parent) is not None and not above.is_base:
+        path.append(above)
     return path

@@ -41,6 +41,7 @@ class Engine:
         keeps_kv: Whether the KV of a request stays cached after its end.
         touches_at_end: The end of a request counts as a use of its path, as in SGLang.
         names_sessions: Requests name their session, and the end of the last one closes it.
+        activated: Adapters that check a conversation are activated LoRAs, which use its KV.
         hints: The client sends a hint ``HINT_LEAD_S`` before each turn but the first; with a policy
             that knows the future, before the first one, too.
     """
@@ -57,14 +58,15 @@ class Engine:
         kv_needs_adapter: bool = True,
         touches_at_end: bool = False,
         names_sessions: bool = False,
+        activated: bool = False,
         hints: bool = False,
     ) -> None:
         self._calibration, self._cache, self._residence = calibration, cache, residence
         self._link, self._costs = link, costs
         self._keeps_kv, self._kv_needs_adapter = keeps_kv, kv_needs_adapter
         self._touches_at_end, self._names_sessions = touches_at_end, names_sessions
-        self._hints = hints
-        self._systems: dict[tuple[str, Sequence[int]], Segment] = {}
+        self._activated, self._hints = activated, hints
+        self._systems: dict[tuple[Segment, Sequence[int]], Segment] = {}
         self._arrivals: list[tuple[float, int, Request | Talk]] = []  # a Talk stands for a hint
         self._waiting: list[Request] = []
         self._running: list[tuple[int, int, Request]] = []  # (last step, number, request)
@@ -112,26 +114,57 @@ class Engine:
     # ==== Sessions ====
 
     def _begin(self, session: Session) -> Talk:
-        adapter, path = self._cache.adapter(session.adapter), []
-        if session.system and self._keeps_kv:
-            key = (session.adapter, session.system)
-            system = self._systems.get(key)
-            if system is None:
-                system = self._systems[key] = self._kv(len(session.system), adapter, None)
-            path = [system]
-        longest = session.num_tokens + adapter.num_slots * self._kv_needs_adapter
+        adapter = self._adapter(session.adapter)
+        checks = [check for turn in session.turns for check in turn.checks]
+        users = [(adapter, 0)] + [
+            (self._adapter(check.adapter), len(check.new_tokens) + check.num_output)
+            for check in checks
+        ]
+        longest = session.num_tokens + max(
+            user.num_slots * self._kv_needs_adapter + more for user, more in users
+        )
         if longest > self._cache.pool_slots:
             raise ValueError(
                 f"session {session.number} takes {longest} slots with its adapter, and the pool "
                 f"has {self._cache.pool_slots}"
             )
-        return Talk(session, adapter, path, len(session.system))
+        return Talk(session, adapter, self._begun(session, adapter), len(session.system))
+
+    def _adapter(self, name: str) -> Segment:
+        return self._cache.adapter(name) if name else self._cache.base
+
+    def _begun(self, session: Session, adapter: Segment) -> list[Segment]:
+        """The path of a session's system prompt with this adapter."""
+        if not (session.system and self._keeps_kv):
+            return []
+        key = (adapter, session.system)
+        system = self._systems.get(key)
+        if system is None:
+            system = self._systems[key] = self._kv(len(session.system), adapter, None)
+        return [system]
 
     def _kv(self, num_slots: int, adapter: Segment, above: Segment | None) -> Segment:
-        if not self._kv_needs_adapter:
-            return Segment(CacheEntry(False, num_slots), self._cache.adapter_table.base, above)
-        item = CacheEntry(False, num_slots, adapter.adapter.adapter_id)
-        return Segment(item, adapter.adapter, above or adapter)
+        owner = adapter if self._kv_needs_adapter else self._cache.base
+        item = CacheEntry(False, num_slots, owner.adapter.adapter_id)
+        return Segment(item, owner.adapter, above or owner)
+
+    def _check(self, talk: Talk, turn: int) -> None:
+        """Send the checks of an answer, if it has some."""
+        for check in talk.session.turns[turn].checks:
+            adapter = self._adapter(check.adapter)
+            path = self._checked(talk, adapter, check.adapter)
+            asked = Talk(talk.session, adapter, path, talk.num_tokens, is_check=True)
+            num_prompt = talk.num_tokens + len(check.new_tokens)
+            self._push(self._now_s, Request(asked, turn, self._now_s, num_prompt, check.num_output))
+
+    def _checked(self, talk: Talk, adapter: Segment, name: str) -> list[Segment]:
+        """The path of the conversation so far as a check with this adapter finds it."""
+        if adapter is talk.adapter or self._activated or not self._keeps_kv:
+            return [*talk.path]
+        path = talk.copies.setdefault(name, self._begun(talk.session, adapter))
+        num_new = talk.num_tokens - 1 - sum(segment.num_slots for segment in path)
+        path.append(self._kv(num_new, adapter, path[-1] if path else None))
+        return [*path]
 
     def _arrive(self, talk: Talk, turn: int, due_s: float) -> None:
         said = talk.session.turns[turn]
@@ -240,7 +273,7 @@ class Engine:
 
     def _visit(self, request: Request) -> None:
         used = request.locked[::-1]
-        if self._kv_needs_adapter:
+        if self._kv_needs_adapter and not request.talk.adapter.is_base:
             used.append(request.talk.adapter)
         self._residence.used(request)
         if self._future is not None:
@@ -338,6 +371,9 @@ class Engine:
             cache.unlock(segment)
         self._residence.leave(request)
         self._record(request)
+        if talk.is_check:
+            return
+        self._check(talk, request.turn)
         following = request.turn + 1
         if self._names_sessions:
             self._tell(talk, is_last=following == len(talk.session.turns))
@@ -366,5 +402,6 @@ class Engine:
                 request.num_from_host,
                 request.num_output,
                 request.was_cold,
+                request.talk.is_check,
             )
         )

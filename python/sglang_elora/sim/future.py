@@ -35,7 +35,11 @@ class _Uses:
 
 
 class Future:
-    """Informs a clairvoyant policy of each entry's next use."""
+    """Informs a clairvoyant policy of each entry's next use.
+
+    Raises:
+        ValueError: The trace has checks, whose uses of a conversation are not known in advance.
+    """
 
     def __init__(self, trace: Trace, policy: Foreseer) -> None:
         self._policy = policy
@@ -44,6 +48,8 @@ class Future:
         self._of_adapter: dict[str, _Uses] = {}
         self._of_system: dict[tuple[str, Sequence[int]], _Uses] = {}
         for session in trace.sessions:
+            if any(turn.checks for turn in session.turns):
+                raise ValueError("clairvoyant sides know no traces with checks")
             due = [s if s < trace.duration_s else math.inf for s in due_s(session)]
             self._due.append(due)
             for turn, moment_s in enumerate(due):

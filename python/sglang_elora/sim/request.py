@@ -10,13 +10,16 @@ from sglang_elora.workloads import Session
 
 @dataclass(slots=True, eq=False)
 class Talk:
-    """A running session. ``path`` is the prefix of its next prompt: the system prompt and one
-    segment per turn."""
+    """A running session, or a check of it. ``path`` is the prefix of its next prompt: the system
+    prompt and one segment per turn."""
 
     session: Session
     adapter: Segment
     path: list[Segment]
     num_tokens: int  # of the history, including the last answer's last token
+    is_check: bool = False
+    copies: dict[str, list[Segment]] = field(default_factory=dict)
+    """The history as KV of adapters that have checked it, without their questions and answers."""
 
     @property
     def name(self) -> str:
@@ -43,9 +46,9 @@ class Request:
     first_s: float = 0.0
 
     @property
-    def lora_id(self) -> str:
+    def lora_id(self) -> str | None:
         """The request's adapter; SGLang's name of the field."""
-        return self.talk.session.adapter
+        return self.talk.adapter.adapter.adapter_id
 
     @property
     def origin_input_ids(self) -> range:
@@ -67,6 +70,7 @@ class Record:
     num_from_host: int
     num_output: int
     was_cold: bool
+    is_check: bool = False
 
     @property
     def ttft_s(self) -> float:

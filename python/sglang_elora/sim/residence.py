@@ -75,7 +75,7 @@ class Residence(ABC):
 
 class SplitResidence(Residence):
     """SGLang's static split: a fixed number of adapter slots with LRU eviction; loads block the
-    batch."""
+    batch. As in SGLang, requests of the base model occupy a slot, too."""
 
     def __init__(self, num_slots: int, calibration: Calibration, link: Link) -> None:
         self.num_loads = 0
@@ -203,7 +203,8 @@ class PoolResidence(Residence):
                 break
 
     def expect(self, talk: Talk) -> None:
-        self._planner.expect([str(talk.adapter.entry.group)])
+        if not talk.adapter.is_base:
+            self._planner.expect([str(talk.adapter.entry.group)])
         self._planner.expect_sessions([talk.name])
 
     def is_there(self, adapter: Segment) -> bool:
@@ -213,7 +214,7 @@ class PoolResidence(Residence):
         adapter_id = request.lora_id
         if not request.talk.adapter.on_device:
             return False
-        if adapter_id not in self._memory.copies:
+        if adapter_id is None or adapter_id not in self._memory.copies:
             return True
         return self._planner.is_hidden(
             adapter_id,
@@ -226,10 +227,12 @@ class PoolResidence(Residence):
         self._memory.cache.lock(request.talk.adapter)
 
     def used(self, request: Request) -> None:
-        self._planner.used(request.lora_id)
+        if request.lora_id is not None:
+            self._planner.used(request.lora_id)
 
     def ready_s(self, now_s: float, batch: Sequence[Request]) -> float:
-        ends = (self._memory.copied_s(request.lora_id, now_s) for request in batch)
+        adapters = (request.lora_id for request in batch)
+        ends = (self._memory.copied_s(a, now_s) for a in adapters if a is not None)
         return max(ends, default=now_s)
 
     def leave(self, request: Request) -> None:

@@ -16,8 +16,8 @@ class Segment:
     """
 
     entry: CacheEntry
-    adapter: Adapter  # itself or its ancestor; the base model if KV needs no adapter
-    parent: Segment | None = None  # None for adapters and for system prompts without an adapter
+    adapter: Adapter  # itself, or the one whose KV it is; the base model if KV needs no adapter
+    parent: Segment | None = None  # None for adapters and for the base model
     on_device: bool = False
     on_host: bool = False  # KV only; ``Images`` tracks adapters
     locks: int = 0
@@ -29,6 +29,11 @@ class Segment:
     @property
     def num_slots(self) -> int:
         return self.entry.num_slots
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is the base model, which has no slots and is never evicted."""
+        return self.entry.is_adapter and self.entry.group is None
 
     @property
     def is_locked(self) -> bool:

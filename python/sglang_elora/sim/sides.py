@@ -7,7 +7,8 @@ block the batch; with ``stock-tuned:N+overlap`` they start for waiting requests 
 ``slora``: one pool, adapters as in ``elora:lru``, no KV of ended requests (Sheng et al., "S-LoRA",
 MLSys 2024). ``chameleon``: ``slora`` with another eviction order of adapters. With
 ``elora:POLICY+sessions`` requests name their session, and the last one closes it; with ``+hints``
-(or ``+sessions+hints``) the client sends a hint one second before each turn but the first.
+(or ``+sessions+hints``) the client sends a hint one second before each turn but the first. With
+``+activated`` the adapters that check a conversation are activated LoRAs.
 
 Yardsticks: ``clairvoyant`` is ``elora`` with a policy that knows the trace; ``clairvoyant:PART``
 knows the next uses of one part (``host``, ``device``, ``adapters``) and ranks the rest as
@@ -71,13 +72,14 @@ def make_engine(side: str, calibration: Calibration, adapters: list[str]) -> Eng
         return _pool(calibration, adapter_table, Clairvoyant.name, names_sessions=True, hints=True)
     if side == Clairvoyant.name or (kind == "elora" and argument):
         policy, *options = (argument or side).split("+")
-        if set(options) <= {"sessions", "hints"}:
+        if set(options) <= {"sessions", "hints", "activated"}:
             return _pool(
                 calibration,
                 adapter_table,
                 policy,
                 names_sessions="sessions" in options,
                 hints="hints" in options,
+                activated="activated" in options,
             )
     raise ValueError(
         f"side {side!r} must be stock-default, stock-tuned:SLOTS[+overlap], elora:POLICY, slora, "
@@ -124,6 +126,7 @@ def _pool(
     keeps_kv: bool = True,
     names_sessions: bool = False,
     hints: bool = False,
+    activated: bool = False,
     **options: Any,
 ) -> Engine:
     costs, link = OnlineCosts(), Link(calibration)
@@ -149,6 +152,7 @@ def _pool(
         keeps_kv=keeps_kv,
         names_sessions=names_sessions,
         hints=hints,
+        activated=activated,
     )
 
 

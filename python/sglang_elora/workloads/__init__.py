@@ -6,6 +6,7 @@ __all__ = [
     "AGENT",
     "BASE",
     "CHAT",
+    "CHECKS",
     "FIRST_TOKEN",
     "FULL_SIZE",
     "GROWS_AT",
@@ -14,6 +15,7 @@ __all__ = [
     "TURNS_PER_S",
     "WORKLOADS",
     "Assignment",
+    "Check",
     "Law",
     "Recorded",
     "Rise",
@@ -42,6 +44,7 @@ from sglang_elora.workloads.popularity import Law
 from sglang_elora.workloads.presets import (
     AGENT,
     CHAT,
+    CHECKS,
     FULL_SIZE,
     STOCK_DEFAULT_SLOTS,
     TRANSLATION,
@@ -50,5 +53,5 @@ from sglang_elora.workloads.presets import (
 )
 from sglang_elora.workloads.published import shared_prefix, slora
 from sglang_elora.workloads.rise import Rise
-from sglang_elora.workloads.trace import BASE, Session, Trace, Turn, due_s
+from sglang_elora.workloads.trace import BASE, Check, Session, Trace, Turn, due_s
 from sglang_elora.workloads.workload import GROWS_AT, Recorded, Workload

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from sglang_elora.workloads.popularity import draw
-from sglang_elora.workloads.trace import Session, Trace, Turn, due_s
+from sglang_elora.workloads.trace import Check, Session, Trace, Turn, due_s
 from sglang_elora.workloads.workload import GROWS_AT, Workload
 
 FIRST_TOKEN = 3  # lowest generated token id; special tokens are below
@@ -80,7 +80,8 @@ def _session(
     tokens: Callable[[random.Random, int, int], Sequence[int]],
 ) -> Session:
     adapter = popular_adapter(workload, start_s, duration_s, rng, number)
-    own = random.Random(f"system/{workload.name}/{adapter}")
+    owner = adapter // (workload.num_checks or 1)  # an application, or the adapter
+    own = random.Random(f"system/{workload.name}/{owner}")
     system = tokens(own, own.randint(*workload.system_tokens), workload.vocab_size)
     left = workload.max_tokens - len(system)
     turns: list[Turn] = []
@@ -94,8 +95,31 @@ def _session(
             break
         new = min(new, left - output)
         left -= new + output
-        turns.append(Turn(tokens(rng, new, workload.vocab_size), output, think_s))
-    return Session(number, adapter_name(adapter), start_s, system, tuple(turns))
+        said = tokens(rng, new, workload.vocab_size)
+        turns.append(Turn(said, output, think_s, _checks(workload, owner, rng, tokens)))
+    name = "" if workload.num_checks else adapter_name(adapter)
+    return Session(number, name, start_s, system, tuple(turns))
+
+
+def _checks(
+    workload: Workload,
+    application: int,
+    rng: random.Random,
+    tokens: Callable[[random.Random, int, int], Sequence[int]],
+) -> tuple[Check, ...]:
+    first = application * workload.num_checks
+    return tuple(
+        Check(
+            adapter_name(index % workload.num_adapters),
+            tokens(
+                rng,
+                lognormal(rng, workload.check_tokens, workload.user_spread),
+                workload.vocab_size,
+            ),
+            workload.check_output,
+        )
+        for index in range(first, first + workload.num_checks)
+    )
 
 
 def _from_zero(session: Session, rng: random.Random) -> Session | None:
@@ -109,7 +133,7 @@ def _from_zero(session: Session, rng: random.Random) -> Session | None:
     if first is None:
         return None
     turn = session.turns[first]
-    opening = Turn(_said(session.turns[:first], turn, rng), turn.num_output, 0.0)
+    opening = replace(turn, new_tokens=_said(session.turns[:first], turn, rng), think_s=0.0)
     turns = (opening, *session.turns[first + 1 :])
     return replace(session, start_s=moments_s[first], turns=turns)
 

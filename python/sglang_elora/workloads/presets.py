@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from sglang_elora.workloads.workload import Workload
 
@@ -64,3 +65,6 @@ FULL_SIZE: Mapping[str, Workload] = {
 and 215 tokens) are LMSYS-Chat-1M's (Zheng et al., arXiv 2309.11998, table 1: 69.5 and 214.5).
 Its turns and spreads, and all of the other two, are our choice, after the CPU presets: system
 prompts are 2.5 times as long, as adapters take 2.5 times as many slots."""
+
+CHECKS = replace(FULL_SIZE["chat"], name="checks", num_checks=5)
+"""Chats with the base model, each turn of which five adapters check: for the simulator."""

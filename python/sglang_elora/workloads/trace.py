@@ -1,4 +1,4 @@
-"""Traces: multi-turn sessions, each with one adapter.
+"""Traces: multi-turn sessions, each with one adapter, and questions to others about them.
 
 Open-loop in the starts of sessions, closed-loop within a session: a turn is sent ``think_s`` after
 the end of the previous answer.
@@ -20,18 +20,30 @@ BASE = "-base"  # suffix of the name of a workload without adapters
 
 
 @dataclass(frozen=True, slots=True)
+class Check:
+    """A question to another adapter about a conversation: its prompt is the conversation so far and
+    ``new_tokens``, and the conversation goes on without either."""
+
+    adapter: str
+    new_tokens: Sequence[int]
+    num_output: int
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn's new tokens and answer length; sent ``think_s`` after the previous answer."""
+    """One turn's new tokens and answer length; sent ``think_s`` after the previous answer. Its
+    checks are sent together, at the end of its answer."""
 
     new_tokens: Sequence[int]
     num_output: int
     think_s: float
+    checks: tuple[Check, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
     number: int
-    adapter: str
+    adapter: str  # "" for the base model
     start_s: float
     system: Sequence[int]  # shared by sessions of the adapter
     turns: tuple[Turn, ...]
@@ -103,9 +115,13 @@ class Trace:
         return replace(self, duration_s=rise.new_duration_s, sessions=sessions)
 
     def without_adapters(self) -> Trace:
-        """The same sessions, all with the base model; the workload's name ends in ``BASE``."""
+        """The same sessions and checks, all with the base model; the workload's name ends in
+        ``BASE``."""
         workload = replace(self.workload, name=f"{self.workload.name}{BASE}")
-        sessions = tuple(replace(session, adapter="") for session in self.sessions)
+        sessions = tuple(
+            replace(session, adapter="", turns=tuple(map(_of_base, session.turns)))
+            for session in self.sessions
+        )
         return replace(self, workload=workload, sessions=sessions)
 
     def facts(self) -> dict[str, Any]:
@@ -127,8 +143,7 @@ class Trace:
         about = facts.pop("workload")
         workload = Recorded(**about) if "path" in about else _workload(about)
         sessions = tuple(
-            Session(**{**row, "turns": tuple(Turn(**turn) for turn in row["turns"])})
-            for row in rows
+            Session(**{**row, "turns": tuple(_turn(turn) for turn in row["turns"])}) for row in rows
         )
         return cls(workload, sessions=sessions, **facts)
 
@@ -140,6 +155,14 @@ def due_s(session: Session) -> list[float]:
         moment_s += NOMINAL_ANSWER_S + turn.think_s
         found.append(moment_s)
     return found
+
+
+def _of_base(turn: Turn) -> Turn:
+    return replace(turn, checks=tuple(replace(check, adapter="") for check in turn.checks))
+
+
+def _turn(row: dict[str, Any]) -> Turn:
+    return Turn(**{**row, "checks": tuple(Check(**check) for check in row.get("checks", ()))})
 
 
 def _workload(about: dict[str, Any]) -> Workload:

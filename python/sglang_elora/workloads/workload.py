@@ -18,6 +18,9 @@ class Workload:
     of shape ``think_shape``, gaps between session starts Gamma with coefficient of variation
     ``start_cv``. Only the ``active`` share of the adapters is used (before and after ``GROWS_AT``),
     and the popularity ranking shifts by one adapter ``moves`` times per trace.
+
+    With ``num_checks``, each conversation belongs to an application with that many adapters of its
+    own. It is held with the base model, and after each turn these adapters are asked about it.
     """
 
     name: str
@@ -38,6 +41,9 @@ class Workload:
     start_cv: float = 1.5
     max_tokens: int = 2048  # of a session, prompts and answers together
     vocab_size: int = 2048
+    num_checks: int = 0
+    check_tokens: float = 30.0  # mean of a question
+    check_output: int = 8  # of each answer
 
     @property
     def mean_turns(self) -> float:

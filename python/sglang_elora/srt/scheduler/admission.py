@@ -121,13 +121,15 @@ class Admission:
         core.visit(node)
 
     def _count_prompt(self, req: Req) -> None:
-        tokens, found = self.residency.core.counts.prompt_tokens, req.prefix_len
+        counts, found = self.residency.core.counts, req.prefix_len
+        tokens = counts.prompt_tokens
         from_host = min(found, req.materialized_host_hit_len())
         tokens["device"] += found - from_host
         tokens["host"] += from_host
         tokens["computed"] += len(req.origin_input_ids) - found
-        shared = num_inactive(req.lora_id, 0, found)
-        self.residency.core.counts.shared_tokens += shared
+        if (shared := num_inactive(req.lora_id, 0, found)) > 0:
+            counts.shared_tokens += shared
+            self.residency.adapter_table.get(req.lora_id).shared_tokens += shared
 
     def admit(self, req: Req, running: set[str | None]) -> bool:
         """Whether the request may be added to the batch now; if so, its adapter has slots.

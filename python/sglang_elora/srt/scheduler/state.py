@@ -47,6 +47,8 @@ def adapter_state(residency: Residency, adapter_id: str) -> AdapterState:
         visits=adapter.num_requests,
         last_used_s=adapter.used_s,
         num_dropped_weights=adapter.num_dropped,
+        is_activated=bool(adapter.invocation),
+        shared_tokens=adapter.shared_tokens,
     )
 
 
