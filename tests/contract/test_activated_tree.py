@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from sglang_elora.policy import Costs
+from sglang_elora.policy.cache_entry import UNCOUNTED
+from sglang_elora.policy.elora import Elora
 from sglang_elora.tree import (
     ActivatedNamespace,
     adapter_of,
@@ -87,6 +90,7 @@ class ActivatedCache(AdapterCache):
 
 def loaded(page_size: int = 1, num_slots: int = 400) -> ActivatedCache:
     cache = ActivatedCache(num_slots, page_size)
+    cache.core.use_policy(Elora(Costs()), num_slots)
     for adapter_id in INVOCATIONS:
         cache.add(adapter_id, 8)
         assert cache.load(adapter_id)
@@ -239,3 +243,19 @@ def test_no_request_finds_kv_of_another(seed: int, page_size: int) -> None:
             cache.evict(rng.randrange(200))
         cache.check()
     assert num_found > 200
+
+
+def test_policy_sees_that_kv_is_of_an_activated_adapter_and_no_turn() -> None:
+    cache = loaded()
+    said = tuple(range(10, 60))
+    cache.ask(said, None)
+    cache.ask((*said, 3, 9), "c")
+    for namespace, tokens, is_activated in (
+        (None, said, False),
+        (cache.namespace((*said, 3, 9), "c", ""), (*said, 3, 9), True),
+    ):
+        end = cache.match(tokens, namespace).last_device_node
+        assert cache.core.node_by_id(end).entry.is_activated is is_activated
+        cache.core.end_turn(cache.core.node_by_id(end))
+    turns = [node.entry.turns for node in cache.core.path_of(cache.core.node_by_id(end))]
+    assert turns == [1, 1, UNCOUNTED], "question, conversation, adapter"

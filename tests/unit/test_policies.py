@@ -459,6 +459,25 @@ def test_elora_host_order_evicts_conversations_that_are_over_by_their_turns() ->
     assert policy.host_kind(over) == kind, "a named session has precedence"
 
 
+def test_elora_learns_that_kv_beside_a_conversation_is_not_used_again() -> None:
+    """KV of activated adapters is never reused here, KV of the base model always."""
+    policy = Elora(Costs(), writes_back=True)
+    for _ in range(300):
+        said, question = kv(), kv(group="judge", is_activated=True)
+        policy.create(said)
+        policy.create(question)
+        policy.advance(0.1)
+        policy.visit([said])
+        policy.remove(question)
+    policy.learn()
+    said, question = kv(), kv(group="judge", is_activated=True)
+    for item in (said, question):
+        policy.create(item)
+        policy.place(item)
+    assert rank(policy, said) > 5 * rank(policy, question)
+    assert policy.host_kind(said) != policy.host_kind(question)
+
+
 def test_elora_ranks_a_popular_adapter_above_a_rare_one_that_was_used_as_recently() -> None:
     policy = Elora(Costs())
     popular, rare = (CacheEntry(True, 100, name, backed=True) for name in ("popular", "rare"))

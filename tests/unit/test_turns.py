@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sglang_elora.policy import CacheEntry
 from sglang_elora.policy.cache_entry import UNCOUNTED
@@ -69,3 +70,20 @@ def test_turn_without_kv_is_ignored() -> None:
     end_turn([ADAPTER])
     end_turn([])
     assert ADAPTER.turns == UNCOUNTED
+
+
+def test_request_with_an_activated_adapter_is_no_turn_of_the_conversation() -> None:
+    said = [kv(), kv()]
+    finish(said)
+    question = CacheEntry(False, 10, "judge", is_activated=True)
+    assert finish([*said, question]) == [1, 1, 1]
+    assert [item.turns_of_user for item in said] == [1, 1]
+    assert finish([*said, kv()]) == [1, 1, 2]
+
+
+def test_base_kv_that_an_activated_adapter_computed_again_keeps_its_turns() -> None:
+    again = replace(kv(), turns_recalled=3)
+    question = CacheEntry(False, 10, "judge", is_activated=True)
+    assert finish([again, question]) == [3, 3]
+    assert again.turns_of_user == 3
+    assert finish([again, kv()]) == [3, 4]

@@ -31,6 +31,7 @@ class CacheEntry:
     is_adapter: bool
     num_slots: int
     group: str | None = None  # id of the adapter that it is or belongs to; None: base model
+    is_activated: bool = False  # KV of an activated LoRA, below KV of the base model
     backed: bool = False  # it has a copy on the host; always true for an adapter
     queue_position: int | None = None  # position of the first queued request that needs it
     prefetched: bool = False  # loaded without a request that needs it, and not used since

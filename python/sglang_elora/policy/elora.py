@@ -6,8 +6,9 @@ the host (adapters, and KV with a host copy) or the recompute (other KV), at mea
 KV is copied to the host, where adapters have a copy in any case. While the host tier is full, each
 such copy drops another one; KV that stays on the device saves the value of that copy, too.
 Host copies, and only they, are ranked by the turns of their conversation (``tree/turns.py``): a
-life table for each number of turns tells which conversations are over. An adapter's value is the
-geometric mean of that by hit density and that by its own rate of visits.
+life table for each number of turns tells which conversations are over. KV of activated LoRAs,
+which lies beside a conversation that goes on without it, has a life table of its own. An adapter's
+value is the geometric mean of that by hit density and that by its own rate of visits.
 
 An adapter cannot be evicted before its KV. A few KV slots of high value could therefore keep a
 large adapter of low value. To prevent that, an adapter and its KV are also valued together (total
@@ -36,8 +37,10 @@ from sglang_elora.policy.registry import register
 from sglang_elora.policy.reuse_table import ReuseTable
 
 ADAPTER, KV, KV_ON_HOST = range(3)
+ACTIVATED = len(SessionState)
+"""Class of KV of activated LoRAs that no named session uses, beside those of ``SessionState``."""
 Kind = tuple[str | None, int, int]
-"""(adapter id, one of the above, ``SessionState``)"""
+"""(adapter id, one of the above, ``SessionState`` or ``ACTIVATED``)"""
 
 _COPY_OUT = 0.5
 """Cost of a copy to the host, as a share of the cost of a load. It is below 1 because the copy uses
@@ -91,7 +94,8 @@ class Elora(Policy):
     ) -> None:
         super().__init__(costs)
         self._writes_back = writes_back
-        self._adapters, self._kv = ([ReuseTable() for _ in SessionState] for _ in range(2))
+        self._adapters = [ReuseTable() for _ in SessionState]
+        self._kv = [ReuseTable() for _ in range(ACTIVATED + 1)]
         self._by_turns = [ReuseTable() for _ in range(MOST_TURNS + 1)]
         self._is_held = is_held
         self._host_price = 0.0  # mean hit density of the host copies dropped for new ones
@@ -149,7 +153,7 @@ class Elora(Policy):
 
     def kind(self, item: CacheEntry) -> Kind:
         family = ADAPTER if item.is_adapter else KV_ON_HOST if item.backed else KV
-        return item.group, family, item.session_state
+        return item.group, family, _class_of(item)
 
     def priority(self, item: CacheEntry) -> float:
         return item.last
@@ -284,19 +288,25 @@ class Elora(Policy):
             return
         age = self.clock - item.last
         self._reuse_of(item).end(age, returned=returned)
-        if not item.is_adapter and item.session_state == SessionState.UNKNOWN:
+        if not item.is_adapter and _class_of(item) == SessionState.UNKNOWN:
             self._host_table(_host_class(item)).end(age, returned=returned)
 
     def _host_table(self, host_class: int) -> ReuseTable:
         return self._by_turns[host_class] if host_class >= 0 else self._kv[-host_class]
 
     def _reuse_of(self, item: CacheEntry) -> ReuseTable:
-        return (self._adapters if item.is_adapter else self._kv)[item.session_state]
+        return (self._adapters if item.is_adapter else self._kv)[_class_of(item)]
+
+
+def _class_of(item: CacheEntry) -> int:
+    if item.is_activated and item.session_state == SessionState.UNKNOWN:
+        return ACTIVATED
+    return item.session_state
 
 
 def _host_class(item: CacheEntry) -> int:
-    """Life table of KV on the host: minus the state of its named sessions, or the number of turns
-    of the conversation that used it last."""
-    if item.session_state != SessionState.UNKNOWN:
-        return -int(item.session_state)
+    """Life table of KV on the host: minus its class, or the number of turns of the conversation
+    that used it last."""
+    if (its_class := _class_of(item)) != SessionState.UNKNOWN:
+        return -its_class
     return min(item.turns_of_user, MOST_TURNS)

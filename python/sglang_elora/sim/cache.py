@@ -267,9 +267,10 @@ class Cache:
         self.ghosts.add(segment.entry.group, segment, segment.entry)
         self.sessions.drop(segment)
         segment.num_sessions = 0
-        segment.entry = CacheEntry(
-            False, segment.num_slots, segment.entry.group
-        )  # for when it is cached again
+        group, is_activated = segment.entry.group, segment.entry.is_activated
+        segment.entry = CacheEntry(  # for when it is cached again
+            False, segment.num_slots, group, is_activated
+        )
         if segment.parent is not None:
             segment.parent.children.pop(segment, None)
             self._update_host_leaf(segment.parent)

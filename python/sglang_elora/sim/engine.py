@@ -145,7 +145,8 @@ class Engine:
 
     def _kv(self, num_slots: int, adapter: Segment, above: Segment | None) -> Segment:
         owner = adapter if self._kv_needs_adapter else self._cache.base
-        item = CacheEntry(False, num_slots, owner.adapter.adapter_id)
+        is_activated = above is not None and above.adapter is not owner.adapter
+        item = CacheEntry(False, num_slots, owner.adapter.adapter_id, is_activated)
         return Segment(item, owner.adapter, above or owner)
 
     def _check(self, talk: Talk, turn: int) -> None:

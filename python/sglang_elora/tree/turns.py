@@ -5,7 +5,8 @@ finished requests whose KV lies on the path to its end: KV that a request adds h
 than the KV above it. Where a request diverges from cached KV, the part that both share belongs to
 the turn before (or, at the start of a prompt, to none, such as a system prompt).
 
-An answer that is generated again for the same prompt counts as a further turn.
+An answer that is generated again for the same prompt counts as a further turn. A request with an
+activated LoRA counts as none: the conversation goes on without its KV.
 
 A conversation that was evicted and is computed again continues its count, if it is still known as
 a ghost (``ghosts.py``).
@@ -29,9 +30,12 @@ def end_turn(path: Sequence[CacheEntry]) -> None:
         return
     if kv[0].turns == UNCOUNTED:
         new = [item for item in kv if item.turns == UNCOUNTED]
-        turns = max(turns_above(kv), *(item.turns_recalled for item in new)) + 1
+        turns = max(turns_above(kv), *(item.turns_recalled for item in new))
+        turns += not kv[0].is_activated
         for item in new:
-            item.turns = turns
+            item.turns = item.turns_of_user = turns
+    if kv[0].is_activated:
+        return
     for item in kv:
         item.turns_of_user = kv[0].turns if item.turns > 0 else 0
 
