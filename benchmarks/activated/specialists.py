@@ -1,6 +1,6 @@
 """Five specialists over one conversation: plain LoRA, activated LoRA and the base model.
 
-    python -m benchmarks.activated.specialists --rounds N --out FILE
+    python -m benchmarks.activated.specialists --rounds N --out FILE [--together]
 
 Each round begins with a new conversation, which the base model answers. Then five adapters are
 asked about it, one after the other: each question is the conversation, the adapter's invocation
@@ -8,6 +8,9 @@ tokens and a few more. The three ways alternate on one server, in an order that 
 LoRAs, as activated LoRAs of the same weights, and without adapters. The cache is flushed before
 each. Recorded are, per question, the time to the first token and the prompt tokens computed, and
 per conversation the KV tokens on the device at its end.
+
+With ``--together`` nothing is cached: the base model answers nothing first, and the five are asked
+at once, as by the branches of a program.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +88,22 @@ def ask(url: str, adapter: str | None, prompt: Sequence[int]) -> dict[str, Any]:
     return {"ttft_s": first, "computed": computed, "ids": last["output_ids"]}
 
 
-def converse(url: str, way: str, conversation: Sequence[int], rng: random.Random) -> dict[str, Any]:
+def converse(
+    url: str, way: str, conversation: Sequence[int], rng: random.Random, *, together: bool
+) -> dict[str, Any]:
     requests.post(f"{url}/flush_cache", timeout=60).raise_for_status()
-    begin = ask(url, None, conversation)
-    asked = []
-    for i in range(NUM_SPECIALISTS):
-        question = [*invocation(i), *(rng.randrange(3, 2000) for _ in range(QUESTION))]
-        prompt = [*conversation, *begin["ids"], *question]
-        asked.append(ask(url, None if way == "base" else f"{way}-{i}", prompt))
+    said = [*conversation, *([] if together else ask(url, None, conversation)["ids"])]
+    names = [None if way == "base" else f"{way}-{i}" for i in range(NUM_SPECIALISTS)]
+    prompts = [
+        [*said, *invocation(i), *(rng.randrange(3, 2000) for _ in range(QUESTION))]
+        for i in range(NUM_SPECIALISTS)
+    ]
+    with ThreadPoolExecutor(NUM_SPECIALISTS if together else 1) as pool:
+        asked = list(pool.map(partial(ask, url), names, prompts))
     state = requests.get(f"{url}/server_info", timeout=60).json()["internal_states"][0]["elora"]
     return {
         "way": way,
+        "together": together,
         "ttft_s": [each["ttft_s"] for each in asked],
         "computed": [each["computed"] for each in asked],
         "kv_tokens": state["kv_tokens_device"],
@@ -124,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--together", action="store_true", help="all five at once, nothing cached")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = make_checkpoint(Path(folder) / "base", shape=SHAPE)
@@ -135,12 +146,14 @@ def main() -> None:
         rng, rows = random.Random(0), []
         with ServerProcess(flags, log_path=log_path, program=ELORA_SERVER) as server:
             for way in WAYS:  # all adapters are read, all code has run
-                converse(server.url, way, [rng.randrange(3, 2000) for _ in range(50)], rng)
+                short = [rng.randrange(3, 2000) for _ in range(50)]
+                converse(server.url, way, short, rng, together=args.together)
             for number in range(args.rounds):
                 conversation = [rng.randrange(3, 2000) for _ in range(CONVERSATION)]
                 order = [WAYS[(number + i) % len(WAYS)] for i in range(len(WAYS))]
                 for way in order:
-                    rows.append({"round": number, **converse(server.url, way, conversation, rng)})
+                    found = converse(server.url, way, conversation, rng, together=args.together)
+                    rows.append({"round": number, **found})
         with args.out.open("a") as out:
             for row in rows:
                 out.write(json.dumps({"machine": machine(), **row}) + "\n")

@@ -213,9 +213,10 @@ ROWS: list[list[Panel]] = [
     ],
     [
         chart(
-            "Waiting for adapters",
-            "Requests per second that waited for their adapter.",
-            elora_rates(waited="requests_waited_for_adapter"),
+            "Waiting for adapters and prompts",
+            "Requests per second that waited for their adapter, or for another request to compute "
+            "the prompt that they share.",
+            elora_rates(adapter="requests_waited_for_adapter", prompt="requests_waited_for_prompt"),
         ),
         chart(
             "Mean wait for an adapter",

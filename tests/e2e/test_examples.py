@@ -6,12 +6,14 @@ import re
 import runpy
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
+import sglang as sgl
 
 from sglang_elora.testbed.adapters import copy_activated
 from sglang_elora.testbed.server import ServerProcess
@@ -21,6 +23,12 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ("attention-r8", "mlp-r24", "rslora-r8", "all-r4", "qv-r4")
 # As an error, SGLang's warning would end the thread that gives it, and all would wait for that.
 pytestmark = pytest.mark.filterwarnings("ignore:Error in stream_executor")
+
+
+class Checkers(NamedTuple):
+    names: list[str]
+    invocation: str
+    num_tokens: int  # of the invocation
 
 
 def shown_by(
@@ -48,14 +56,15 @@ def test_example_programs_run(
     assert all(name in shown for name in NAMES[:num_adapters])
 
 
-def test_example_checkers_share_the_kv_before_their_invocation(
+@pytest.fixture
+def checkers(
     elora_server: ServerProcess,
     checkpoint: Path,
     adapters: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+) -> Iterator[Checkers]:
+    """Activated copies of ``NAMES``, loaded into the server."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     invocation = runpy.run_path(str(EXAMPLES / "activated_checkers.py"))["INVOCATION"]
     tokens = Reference(checkpoint, {}).tokenizer.encode(invocation, add_special_tokens=False)
@@ -65,13 +74,44 @@ def test_example_checkers_share_the_kv_before_their_invocation(
             path = copy_activated(adapters[original], tmp_path / name, tokens)
             body = {"lora_name": name, "lora_path": str(path)}
             assert http.post("/load_lora_adapter", json=body).status_code == 200
-        shown = shown_by("activated_checkers", elora_server, monkeypatch, capsys, names)
+        yield Checkers(names, invocation, len(tokens))
         for name in names:
             http.post("/unload_lora_adapter", json={"lora_name": name}).raise_for_status()
+
+
+def test_example_checkers_share_the_kv_before_their_invocation(
+    elora_server: ServerProcess,
+    checkers: Checkers,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shown = shown_by("activated_checkers", elora_server, monkeypatch, capsys, checkers.names)
     counts = re.findall(r"(\d+) of (\d+) prompt tokens found", shown)
-    assert len(counts) == len(names)
+    assert len(counts) == len(NAMES)
     for found, prompt in counts:  # all before the invocation, but the last token of the draft
-        assert int(prompt) > 150 and int(found) >= int(prompt) - len(tokens) - 1
+        assert int(prompt) > 150 and int(found) >= int(prompt) - checkers.num_tokens - 1
+
+
+def test_fork_into_activated_adapters_computes_its_prefix_once(
+    elora_server: ServerProcess, checkers: Checkers
+) -> None:
+    """Nothing of the state is cached, and the program's client cannot know that its branches share
+    KV: the server lets one of them compute it, and the others wait."""
+    question = "What did the harbour master say to the second pilot about the tide? " * 8
+
+    @sgl.function
+    def asked(s: Any) -> None:
+        s += question
+        branches = s.fork(len(checkers.names), lora_path=checkers.names)
+        branches += checkers.invocation + sgl.gen("verdict", max_tokens=4)
+        branches.join()
+        s.set_var("meta", [branch.get_meta_info("verdict") for branch in branches])
+
+    state = asked.run(backend=sgl.RuntimeEndpoint(elora_server.url), temperature=0)
+    found = sorted(meta["cached_tokens"] for meta in state["meta"])
+    shared = state["meta"][0]["prompt_tokens"] - checkers.num_tokens
+    assert shared > 150 and found[0] < 10
+    assert all(count >= shared - 1 for count in found[1:])
 
 
 def test_example_chat_hits_its_history_in_the_cache(

@@ -94,6 +94,13 @@ class Counters:
         default=0,
         metadata={"text": "Requests that ended because their adapter could not be loaded"},
     )
+    requests_waited_for_prompt: int = field(
+        default=0,
+        metadata={
+            "text": "Requests with an activated LoRA that waited for another one to compute their "
+            "prompt"
+        },
+    )
     requests_waited_for_adapter: int = field(
         default=0, metadata={"text": "Requests that waited for their adapter"}
     )

@@ -26,6 +26,7 @@ from sglang.srt.session.streaming_session import is_virtual_node
 
 from sglang_elora.srt.mem_cache.residency import Residency
 from sglang_elora.srt.scheduler.parts import elora_of
+from sglang_elora.srt.scheduler.shared_prompts import SharedPrompts
 from sglang_elora.srt.scheduler.swapper import Swapper
 from sglang_elora.tree import (
     ActivatedAdapter,
@@ -92,10 +93,12 @@ class Admission:
         self.max_adapters = max_adapters
         self.num_drafted = num_drafted
         self._pass = _Pass()
+        self._shared = SharedPrompts(residency.core)
 
     def begin_pass(self, adder: PrefillAdder) -> None:
         """Begin a pass: SGLang fills a prefill batch and checks each queued request once."""
         self.adder = adder
+        self._shared.begin_pass()
         self._pass = _Pass()
 
     def taken(self, req: Req) -> None:
@@ -110,6 +113,7 @@ class Admission:
         if not req.retracted_stain:
             self._count_prompt(req)
         self._pass.num_admitted += 1
+        self._shared.taken(req)
         self._visit(req)
         if req.lora_id is not None:
             self.swapper.used(req.lora_id)
@@ -134,7 +138,8 @@ class Admission:
     def admit(self, req: Req, running: set[str | None]) -> bool:
         """Whether the request may be added to the batch now; if so, its adapter has slots.
 
-        O(1), independent of the queue's length.
+        O(1), independent of the queue's length; for an activated LoRA one walk of the tree if
+        another request may compute its prompt.
 
         Args:
             running: Adapters of the batch so far and of the running batch.
@@ -144,7 +149,7 @@ class Admission:
         if not self._secure(req, running):
             self._refused(req)
             return False
-        return True
+        return not self._shared.waits(req)
 
     @contextmanager
     def keeping_adapter_of(self, req: Req) -> Iterator[None]:
