@@ -49,11 +49,12 @@ ALLOWED = {
     "demo": {"control", "demo", "platforms", "testbed"},
     "estimators": {"estimators", "policy"},
     "frontend": {"control", "frontend", "patches", "platforms", "srt/install"},
+    "fleet": {"fleet"},
     "kernels": {"kernels"},
     "pages": {"kernels", "pages"},
     "platforms": {"platforms"},
     "policy": {"policy"},
-    "sim": {"control", "estimators", "policy", "sim", "swapper", "tree", "workloads"},
+    "sim": {"control", "estimators", "fleet", "policy", "sim", "swapper", "tree", "workloads"},
     "srt": {*LIBRARIES, "srt"},
     "srt/arguments": {*LIBRARIES, "srt/arguments", "srt/lora", "srt/mem_cache"},
     "srt/install": {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sglang_elora.estimators import OnlineCosts
 from sglang_elora.policy import CacheEntry
@@ -32,6 +32,10 @@ HINT_LEAD_S = 1.0
 
 LOAD_BACK_THRESHOLD = 10
 """SGLang's minimum number of tokens to load back from the host; fewer are recomputed."""
+
+
+OnAnswer = Callable[[Session, int, float, int], None]
+"""Called with a session, the turn that was answered, when, and the tokens of the history now."""
 
 
 class Engine:
@@ -71,8 +75,10 @@ class Engine:
         self._waiting: list[Request] = []
         self._running: list[tuple[int, int, Request]] = []  # (last step, number, request)
         self._num_context = self._num_steps = self._num_requests = 0
-        self._now_s = 0.0
+        self._now_s, self._until_s, self._duration_s = 0.0, math.inf, math.inf
         self._future: Future | None = None
+        self._talks: dict[int, Talk] = {}  # of sessions that ``send`` brought, by number
+        self.on_answer: OnAnswer | None = None
         self.records: list[Record] = []
 
     def play(self, trace: Trace) -> list[Record]:
@@ -87,12 +93,59 @@ class Engine:
         for session in trace.sessions:
             if session.start_s < trace.duration_s and session.turns:
                 self._arrive(self._begin(session), 0, session.start_s)
-        while self._arrivals or self._waiting or self._running:
-            self._receive()
-            self._residence.step(self._now_s, self._waiting, is_busy=bool(self._running))
-            if not (self._prefill() or self._decode()):
-                self._idle()
+        while self.num_requests:
+            self._step()
         return self.records
+
+    def send(self, session: Session, turn: int, due_s: float, num_tokens: int) -> None:
+        """Receive one turn; ``on_answer`` is told its answer.
+
+        Args:
+            due_s: When the client sent it.
+            num_tokens: Tokens of the session's history, which other servers may have computed.
+
+        Raises:
+            ValueError: The pool cannot hold the session.
+        """
+        talk = self._talks.get(session.number)
+        if talk is None:
+            talk = self._talks[session.number] = self._begin(session)
+        if self._keeps_kv:
+            self._extend(talk.path, talk.adapter, num_tokens)
+        talk.num_tokens = num_tokens
+        self._arrive(talk, turn, due_s)
+
+    def run_until(self, moment_s: float) -> None:
+        """Simulate up to ``moment_s``, or to the end of the batch that runs then."""
+        self._until_s = moment_s
+        while self._now_s < moment_s and self.num_requests:
+            self._step()
+        self._now_s = max(self._now_s, moment_s)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that wait or run."""
+        return len(self._arrivals) + len(self._waiting) + len(self._running)
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether the adapter is on the device."""
+        return self._residence.is_there(self._adapter(name))
+
+    def forget(self, session: Session) -> None:
+        """The session is over, or goes on with another server; its KV stays."""
+        self._talks.pop(session.number, None)
+
+    def unanswered(self) -> list[tuple[Session, int, float, int]]:
+        """Arguments of ``send`` of all requests without an answer."""
+        found = [r for _, _, r in self._arrivals if isinstance(r, Request)]
+        found += [*self._waiting, *(request for _, _, request in self._running)]
+        return [(r.talk.session, r.turn, r.due_s, r.talk.num_tokens) for r in found]
+
+    def _step(self) -> None:
+        self._receive()
+        self._residence.step(self._now_s, self._waiting, is_busy=bool(self._running))
+        if not (self._prefill() or self._decode()):
+            self._idle()
 
     @property
     def num_loads(self) -> int:
@@ -163,9 +216,15 @@ class Engine:
         if adapter is talk.adapter or self._activated or not self._keeps_kv:
             return [*talk.path]
         path = talk.copies.setdefault(name, self._begun(talk.session, adapter))
-        num_new = talk.num_tokens - 1 - sum(segment.num_slots for segment in path)
-        path.append(self._kv(num_new, adapter, path[-1] if path else None))
+        self._extend(path, adapter, talk.num_tokens)
         return [*path]
+
+    def _extend(self, path: list[Segment], adapter: Segment, num_tokens: int) -> None:
+        """Add to a path what a history of this length has beyond it; its last token was not
+        computed by the request that generated it."""
+        num_new = num_tokens - 1 - sum(segment.num_slots for segment in path)
+        if num_new > 0:
+            path.append(self._kv(num_new, adapter, path[-1] if path else None))
 
     def _arrive(self, talk: Talk, turn: int, due_s: float) -> None:
         said = talk.session.turns[turn]
@@ -190,7 +249,7 @@ class Engine:
 
     def _idle(self) -> None:
         arrival_s = self._arrivals[0][0] if self._arrivals else math.inf
-        next_s = min(arrival_s, self._residence.next_s)
+        next_s = min(arrival_s, self._residence.next_s, self._until_s)
         if next_s == math.inf:
             raise RuntimeError(f"{len(self._waiting)} requests wait for nothing")
         self._residence.prepare(self._now_s, 1)
@@ -329,6 +388,7 @@ class Engine:
         calibration, num = self._calibration, len(self._running)
         most = self._running[0][0] - self._num_steps
         arrival_s = self._arrivals[0][0] if self._arrivals else math.inf
+        arrival_s = min(arrival_s, self._until_s)
         if self._waiting:
             arrival_s = min(arrival_s, self._residence.next_s)
         begun_s = self._stalled_s()
@@ -373,6 +433,9 @@ class Engine:
         self._residence.leave(request)
         self._record(request)
         if talk.is_check:
+            return
+        if self.on_answer is not None:
+            self.on_answer(talk.session, request.turn, self._now_s, talk.num_tokens)
             return
         self._check(talk, request.turn)
         following = request.turn + 1

@@ -1,0 +1,210 @@
+"""Routers of a simulated fleet, by the rules that are in use, and by placement.
+
+``round-robin``; ``least-load``: fewest requests. ``prefer-loaded``: a server that has the adapter
+on the device, drawn; if none has, any. ``prefer-loaded+load``: the highest sum of having the
+adapter and of the free share of load, each with half of the weight, as gateways add up scores.
+``hash-adapter``, ``hash-session``: consistent hashing with bounded loads. ``cache-aware``: SGLang's
+router: the server that had most of the prompt, if that is more than 0.3 of it, otherwise the one
+with the fewest requests; by load alone while loads differ much. ``placed``: the servers of
+``fleet.Placement``; a session stays where it is while that server is not overloaded.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sglang_elora.fleet import Placement, preference
+from sglang_elora.sim.engine import Engine
+from sglang_elora.workloads import Session
+
+BOUND = 1.25
+"""Most requests of a server under consistent hashing, as a multiple of the mean."""
+
+CACHE_SHARE = 0.3
+IMBALANCE, IMBALANCE_RATIO = 64, 1.5
+"""Defaults of SGLang's router: --cache-threshold, --balance-abs-threshold, --balance-rel-threshold.
+"""
+
+OVERLOAD, OVERLOAD_RATIO = 4, 2.0
+"""``placed`` takes a session from a server with this many requests and this ratio more than the
+mean. Lower values compute more again."""
+
+PERIOD_S, HALF_LIFE_S = 5.0, 30.0
+"""Time between updates of the placement, and in which an adapter's past load halves."""
+
+
+@dataclass(eq=False, slots=True)
+class Server:
+    name: str
+    engine: Engine
+    num_requests: int = 0  # that wait or run, as the router knows
+
+
+class Router(ABC):
+    """Chooses the server of each turn."""
+
+    def __init__(self) -> None:
+        self._rng = random.Random(0)
+
+    def set_servers(self, servers: Sequence[Server]) -> None:
+        """The fleet has changed."""
+        return
+
+    def begin_round(self, now_s: float, servers: Sequence[Server]) -> None:
+        """The servers' numbers of requests are new."""
+        return
+
+    @abstractmethod
+    def choose(
+        self, session: Session, turn: int, servers: Sequence[Server], last: Server | None
+    ) -> Server:
+        """The server for a turn.
+
+        Args:
+            last: The server of the session's turn before; it may be lost.
+        """
+
+    def _least(self, servers: Sequence[Server]) -> Server:
+        """The server with the fewest requests; drawn if there are several."""
+        fewest = min(server.num_requests for server in servers)
+        return self._rng.choice([s for s in servers if s.num_requests == fewest])
+
+
+class RoundRobin(Router):
+    def __init__(self) -> None:
+        super().__init__()
+        self._next = 0
+
+    def choose(
+        self, session: Session, turn: int, servers: Sequence[Server], last: Server | None
+    ) -> Server:
+        self._next += 1
+        return servers[self._next % len(servers)]
+
+
+class LeastLoad(Router):
+    def choose(
+        self, session: Session, turn: int, servers: Sequence[Server], last: Server | None
+    ) -> Server:
+        return self._least(servers)
+
+
+class PreferLoaded(Router):
+    def __init__(self, load_weight: float = 0.0) -> None:
+        super().__init__()
+        self._load_weight = load_weight
+
+    def choose(
+        self, session: Session, turn: int, servers: Sequence[Server], last: Server | None
+    ) -> Server:
+        most = max(server.num_requests for server in servers) or 1
+        scored = [
+            (
+                (1 - self._load_weight) * server.engine.has_adapter(session.adapter)
+                + self._load_weight * (1 - server.num_requests / most),
+                server,
+            )
+            for server in servers
+        ]
+        best = max(score for score, _ in scored)
+        return self._rng.choice([server for score, server in scored if score == best])
+
+
+class Hashed(Router):
+    """Consistent hashing of ``key`` with bounded loads."""
+
+    def __init__(self, key: Callable[[Session], str]) -> None:
+        super().__init__()
+        self._key = key
+        self._orders: dict[str, list[str]] = {}
+        self._servers: dict[str, Server] = {}
+
+    def set_servers(self, servers: Sequence[Server]) -> None:
+        self._orders.clear()
+        self._servers = {server.name: server for server in servers}
+
+    def choose(
+        self, session: Session, turn: int, servers: Sequence[Server], last: Server | None
+    ) -> Server:
+        key = self._key(session)
+        order = self._orders.get(key)
+        if order is None:
+            order = self._orders[key] = preference(key, self._servers)
+        limit = BOUND * (1 + sum(server.num_requests for server in servers)) / len(servers)
+        fits = (self._servers[n] for n in order if self._servers[n].num_requests + 1 <= limit)
+        return next(fits, None) or self._least(servers)
+
+
+class CacheAware(Router):
+    def __init__(self) -> None:
+        super().__init__()
+        self._begun: dict[tuple[str, Sequence[int]], Server] = {}  # who had a system prompt last
+
+    def choose(
+        self, session: Session, turn: int, servers: Sequence[Server], last: Server | None
+    ) -> Server:
+        least, most = self._least(servers), max(server.num_requests for server in servers)
+        key, chosen = (session.adapter, session.system), least
+        is_even = most - least.num_requests <= IMBALANCE or (
+            most <= IMBALANCE_RATIO * least.num_requests
+        )
+        had = last or self._begun.get(key)
+        if is_even and had is not None and had in servers:
+            num_system = len(session.system)
+            share = num_system / (num_system + len(session.turns[0].new_tokens))
+            if last is not None or share > CACHE_SHARE:
+                chosen = had
+        self._begun[key] = chosen
+        return chosen
+
+
+class Placed(Router):
+    def __init__(self) -> None:
+        super().__init__()
+        self.placement = Placement([])
+        self._servers: dict[str, Server] = {}
+        self._loads: defaultdict[str, float] = defaultdict(float)
+        self._updated_s = 0.0
+        self.num_moves = 0
+
+    def set_servers(self, servers: Sequence[Server]) -> None:
+        self._servers = {server.name: server for server in servers}
+        self.placement.set_servers(self._servers)
+
+    def begin_round(self, now_s: float, servers: Sequence[Server]) -> None:
+        if now_s - self._updated_s < PERIOD_S:
+            return
+        decay = 0.5 ** ((now_s - self._updated_s) / HALF_LIFE_S)
+        self._updated_s = now_s
+        loads = {name: decay * load for name, load in self._loads.items() if load > 1e-2}
+        self._loads = defaultdict(float, loads)
+        if loads:
+            self.num_moves += sum(move.what == "add" for move in self.placement.update(loads))
+
+    def choose(
+        self, session: Session, turn: int, servers: Sequence[Server], last: Server | None
+    ) -> Server:
+        self._loads[session.adapter] += 1.0
+        mean = sum(server.num_requests for server in servers) / len(servers)
+        limit = OVERLOAD + OVERLOAD_RATIO * mean
+        if last in servers and last is not None and last.num_requests < limit:
+            return last
+        mine = [self._servers[name] for name in self.placement.servers_of(session.adapter)]
+        least = self._least(mine)
+        return least if least.num_requests < limit else self._least(servers)
+
+
+ROUTERS: dict[str, Callable[[], Router]] = {
+    "round-robin": RoundRobin,
+    "least-load": LeastLoad,
+    "prefer-loaded": PreferLoaded,
+    "prefer-loaded+load": lambda: PreferLoaded(0.5),
+    "hash-adapter": lambda: Hashed(lambda session: session.adapter),
+    "hash-session": lambda: Hashed(lambda session: f"session-{session.number}"),
+    "cache-aware": CacheAware,
+    "placed": Placed,
+}

@@ -1,0 +1,121 @@
+"""Placement of adapters on the servers of a fleet."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from sglang_elora.fleet import Move, Placement, preference
+from sglang_elora.fleet.placement import BOUND, SHARE
+
+SERVERS = [f"server-{i}" for i in range(8)]
+ADAPTERS = [f"a{i:04}" for i in range(400)]
+EVEN = dict.fromkeys(ADAPTERS, 1.0)
+
+
+def skewed(seed: int = 0) -> dict[str, float]:
+    rng = random.Random(seed)
+    names = rng.sample(ADAPTERS, len(ADAPTERS))
+    return {name: 100 / (1 + rank) for rank, name in enumerate(names)}
+
+
+def assigned(placement: Placement, loads: dict[str, float]) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for name, load in loads.items():
+        servers = placement.servers_of(name)
+        for server in servers:
+            found[server] += load / len(servers)
+    return found
+
+
+def test_order_of_servers_is_a_permutation_that_differs_between_adapters() -> None:
+    orders = [preference(name, SERVERS) for name in ADAPTERS]
+    assert all(sorted(order) == SERVERS for order in orders)
+    first = Counter(order[0] for order in orders)
+    assert len(first) == 8 and max(first.values()) < 2 * min(first.values())
+    assert preference("a", SERVERS[::-1]) == preference("a", SERVERS)
+
+
+def test_adapter_without_load_has_the_first_server_of_its_order() -> None:
+    placement = Placement(SERVERS)
+    assert placement.servers_of("a") == preference("a", SERVERS)[:1]
+
+
+def test_equal_adapters_have_one_server_each() -> None:
+    placement = Placement(SERVERS)
+    moves = placement.update(EVEN)
+    assert {move.what for move in moves} == {"add"} and len(moves) == len(ADAPTERS)
+    assert all(len(placement.servers_of(name)) == 1 for name in ADAPTERS)
+
+
+@pytest.mark.parametrize("loads", [EVEN, skewed()], ids=["even", "skewed"])
+def test_no_server_has_much_more_than_the_mean_load(loads: dict[str, float]) -> None:
+    placement = Placement(SERVERS)
+    placement.update(loads)
+    found = assigned(placement, loads)
+    assert max(found.values()) <= BOUND * sum(loads.values()) / len(SERVERS) + 1e-9
+
+
+def test_popular_adapter_has_more_servers_and_none_has_more_than_its_share() -> None:
+    loads = skewed()
+    placement = Placement(SERVERS)
+    placement.update(loads)
+    counts = {name: len(placement.servers_of(name)) for name in loads}
+    popular = max(loads, key=loads.__getitem__)
+    assert counts[popular] == max(counts.values()) > 1
+    fair = sum(loads.values()) / len(SERVERS)
+    assert all(loads[name] / counts[name] <= SHARE * fair for name in loads)
+    assert sum(counts.values()) < len(ADAPTERS) + 2 * len(SERVERS) / SHARE
+
+
+def test_adapter_that_needs_all_servers_has_them_once() -> None:
+    placement = Placement(SERVERS)
+    placement.update({"a": 1.0})
+    assert sorted(placement.servers_of("a")) == SERVERS
+
+
+@pytest.mark.parametrize("what", ["lost", "added"])
+def test_change_of_the_fleet_moves_about_one_adapter_in_n(what: str) -> None:
+    loads = {name: 1.0 + (i % 3) for i, name in enumerate(ADAPTERS)}
+    placement = Placement(SERVERS)
+    placement.update(loads)
+    before = {name: placement.servers_of(name) for name in ADAPTERS}
+    placement.set_servers(SERVERS[1:] if what == "lost" else [*SERVERS, "server-8"])
+    placement.update(loads)
+    moved = sum(before[name] != placement.servers_of(name) for name in ADAPTERS)
+    assert moved < 2 * len(ADAPTERS) / len(SERVERS)
+    assert all(set(placement.servers_of(name)) <= set(placement.servers) for name in ADAPTERS)
+    if what == "lost":
+        assert moved > 0
+
+
+def test_small_changes_of_load_move_nothing() -> None:
+    rng = random.Random(0)
+    loads = skewed()
+    placement = Placement(SERVERS)
+    placement.update(loads)
+    moves = []
+    for _ in range(20):
+        moves += placement.update({n: load * rng.uniform(0.95, 1.05) for n, load in loads.items()})
+    assert len(moves) < len(ADAPTERS) / 10
+
+
+def test_adapter_gives_up_servers_when_its_load_falls() -> None:
+    loads = {**EVEN, "hot": 100.0}
+    placement = Placement(SERVERS)
+    placement.update(loads)
+    assert len(placement.servers_of("hot")) > 2
+    moves = placement.update({**EVEN, "hot": 1.0})
+    assert len(placement.servers_of("hot")) == 1
+    assert {move.what for move in moves if move.adapter == "hot"} == {"remove"}
+    gone = placement.update(EVEN)
+    (server,) = (move.server for move in gone if move.adapter == "hot")
+    assert Move("remove", "hot", server, "no load") in gone
+
+
+def test_every_move_says_why() -> None:
+    placement = Placement(SERVERS)
+    (move, *_) = placement.update({"a": 1.0, "b": 3.0})
+    assert move.why == "6.00 of a server's load on 8"
