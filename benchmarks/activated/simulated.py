@@ -11,14 +11,13 @@ first fifth of the trace, or the longest session's life, are not counted.
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sim.h200 import WARM_UP, Case, longest_life_s, run
-from sglang_elora.sim import Record, make_engine
+from benchmarks.sim.h200 import WARM_UP, Case, longest_life_s, of_records, run
+from sglang_elora.sim import make_engine
 from sglang_elora.workloads import CHECKS, Trace, adapter_name, make_trace
 
 OF_BASE = "base:"
@@ -51,30 +50,15 @@ class Checked(Case):
         return trace.without_adapters() if self.side.startswith(OF_BASE) else trace
 
 
-def figures(records: Sequence[Record]) -> dict[str, float]:
-    ttft = sorted(record.ttft_s for record in records)
-    prompts = sum(record.num_prompt for record in records)
-    host = sum(record.num_from_host for record in records)
-    cached = sum(record.num_cached for record in records)
-    return {
-        "requests": len(records),
-        "ttft_mean_ms": 1e3 * statistics.mean(ttft),
-        "ttft_p95_ms": 1e3 * ttft[int(0.95 * len(ttft))],
-        "cached_device": (cached - host) / prompts,
-        "cached_host": host / prompts,
-        "computed_tokens": (prompts - cached) / len(records),
-    }
-
-
 def measured(case: Case) -> Iterable[tuple[Case, dict[str, Any]]]:
     names = [adapter_name(i) for i in range(case.num_adapters)]
     engine = make_engine(case.side.removeprefix(OF_BASE), case.calibration(), names)
     records = [r for r in engine.play(case.trace()) if r.due_s >= case.counted_from_s]
-    of_checks = figures([record for record in records if record.is_check])
+    of_checks = of_records([record for record in records if record.is_check])
     yield (
         case,
         {
-            **figures([record for record in records if not record.is_check]),
+            **of_records([record for record in records if not record.is_check]),
             **{f"check_{name}": value for name, value in of_checks.items()},
             "adapter_loads": engine.num_loads,
         },

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sim.h200 import RATES, Case, run
+from benchmarks.sim.h200 import RATES, Case, of_records, run
 from sglang_elora.sim import Calibration, make_engine
 from sglang_elora.sim.fleet import Change, Fleet, FleetRecord
 from sglang_elora.sim.routers import ROUTERS, Placed
@@ -57,8 +57,9 @@ def measured(case: Case) -> Iterable[tuple[Case, dict[str, Any]]]:
     mine = [one for one in found if one.record.due_s >= case.counted_from_s]
     yield (
         case,
-        figures(mine)
+        of_records([one.record for one in mine])
         | {
+            "imbalance": imbalance(mine),
             "adapter_loads": fleet.num_loads,
             "moved": fleet.num_moves / len(found),
             "resent": fleet.num_resent,
@@ -67,23 +68,12 @@ def measured(case: Case) -> Iterable[tuple[Case, dict[str, Any]]]:
     )
 
 
-def figures(found: Sequence[FleetRecord]) -> dict[str, Any]:
-    records = [one.record for one in found]
-    ttft = sorted(record.ttft_s for record in records)
-    prompts = sum(record.num_prompt for record in records)
-    cached = sum(record.num_cached for record in records)
+def imbalance(found: Sequence[FleetRecord]) -> float:
+    """Tokens that the busiest server computed, over the mean."""
     work: Counter[str] = Counter()
     for one in found:
         work[one.server] += one.record.num_prompt - one.record.num_cached
-    return {
-        "requests": len(records),
-        "ttft_mean_ms": 1e3 * statistics.mean(ttft),
-        "ttft_p95_ms": 1e3 * ttft[int(0.95 * len(ttft))],
-        "ttft_p99_ms": 1e3 * ttft[int(0.99 * len(ttft))],
-        "cached": cached / prompts,
-        "cold": sum(record.was_cold for record in records) / len(records),
-        "imbalance": max(work.values()) / statistics.mean(work.values()),
-    }
+    return max(work.values()) / statistics.mean(work.values())
 
 
 def main() -> None:

@@ -107,20 +107,30 @@ def figures(case: Case) -> dict[str, Any]:
     engine = make_engine(case.side, calibration, names)
     records = engine.play(case.trace())
     mine = [record for record in records if record.due_s >= case.counted_from_s]
-    ttft = sorted(record.ttft_s for record in mine)
     tpot = [(r.last_s - r.first_s) / (r.num_output - 1) for r in mine if r.num_output > 1]
-    prompts = sum(record.num_prompt for record in mine)
-    host = sum(record.num_from_host for record in mine)
     return {
-        "requests": len(mine),
-        "ttft_mean_ms": 1e3 * statistics.mean(ttft),
-        "ttft_p95_ms": 1e3 * ttft[int(0.95 * len(ttft))],
+        **of_records(mine),
         "tpot_mean_ms": 1e3 * statistics.mean(tpot),
-        "cached_device": sum(r.num_cached - r.num_from_host for r in mine) / prompts,
-        "cached_host": host / prompts,
-        "cold": sum(record.was_cold for record in mine) / len(mine),
         "adapter_loads": engine.num_loads,
         "hit_value_s": hit_value_s(records, engine.slots_to_device, calibration),
+    }
+
+
+def of_records(records: Sequence[Record]) -> dict[str, float]:
+    """Figures of any simulated requests."""
+    ttft = sorted(record.ttft_s for record in records)
+    prompts = sum(record.num_prompt for record in records)
+    cached = sum(record.num_cached for record in records)
+    host = sum(record.num_from_host for record in records)
+    return {
+        "requests": len(records),
+        "ttft_mean_ms": 1e3 * statistics.mean(ttft),
+        "ttft_p95_ms": 1e3 * ttft[int(0.95 * len(ttft))],
+        "ttft_p99_ms": 1e3 * ttft[int(0.99 * len(ttft))],
+        "cached_device": (cached - host) / prompts,
+        "cached_host": host / prompts,
+        "computed_tokens": (prompts - cached) / len(records),
+        "cold": sum(record.was_cold for record in records) / len(records),
     }
 
 
