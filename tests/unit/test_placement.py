@@ -10,7 +10,7 @@ import pytest
 from sglang_elora.fleet import Move, Placement, preference
 from sglang_elora.fleet.placement import BOUND, SHARE
 
-SERVERS = [f"server-{i}" for i in range(8)]
+SERVERS = tuple(f"server-{i}" for i in range(8))
 ADAPTERS = [f"a{i:04}" for i in range(400)]
 EVEN = dict.fromkeys(ADAPTERS, 1.0)
 
@@ -32,7 +32,7 @@ def assigned(placement: Placement, loads: dict[str, float]) -> Counter[str]:
 
 def test_order_of_servers_is_a_permutation_that_differs_between_adapters() -> None:
     orders = [preference(name, SERVERS) for name in ADAPTERS]
-    assert all(sorted(order) == SERVERS for order in orders)
+    assert all(sorted(order) == [*SERVERS] for order in orders)
     first = Counter(order[0] for order in orders)
     assert len(first) == 8 and max(first.values()) < 2 * min(first.values())
     assert preference("a", SERVERS[::-1]) == preference("a", SERVERS)
@@ -73,7 +73,7 @@ def test_popular_adapter_has_more_servers_and_none_has_more_than_its_share() -> 
 def test_adapter_that_needs_all_servers_has_them_once() -> None:
     placement = Placement(SERVERS)
     placement.update({"a": 1.0})
-    assert sorted(placement.servers_of("a")) == SERVERS
+    assert sorted(placement.servers_of("a")) == [*SERVERS]
 
 
 @pytest.mark.parametrize("what", ["lost", "added"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Literal
 
@@ -27,13 +28,14 @@ STAYS = 0.7
 """An adapter loses a copy only below this share of the load at which it would get that copy."""
 
 
-def preference(adapter: str, servers: Iterable[str]) -> list[str]:
-    """The servers in the adapter's order. Equal in all processes."""
+@lru_cache(maxsize=2**16)
+def preference(key: str, servers: tuple[str, ...]) -> tuple[str, ...]:
+    """The servers in the order of an adapter, or of another key. Equal in all processes."""
 
     def weight(server: str) -> bytes:
-        return blake2b(f"{adapter}\0{server}".encode(), digest_size=8).digest()
+        return blake2b(f"{key}\0{server}".encode(), digest_size=8).digest()
 
-    return sorted(servers, key=weight)
+    return tuple(sorted(servers, key=weight))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +56,18 @@ class Placement:
     """
 
     def __init__(self, servers: Iterable[str]) -> None:
-        self.servers = list(servers)
+        self.servers = tuple(servers)
         self._placed: dict[str, tuple[str, ...]] = {}
-        self._orders: dict[str, list[str]] = {}
 
     def servers_of(self, adapter: str) -> Sequence[str]:
         """Servers that should answer the adapter's requests; an adapter without load has its
         first."""
-        return self._placed.get(adapter) or self._order(adapter)[:1]
+        return self._placed.get(adapter) or preference(adapter, self.servers)[:1]
 
     def set_servers(self, servers: Iterable[str]) -> None:
         """Servers were lost or added. Takes effect on loads at the next ``update``."""
-        self.servers = list(servers)
+        self.servers = tuple(servers)
         known = frozenset(self.servers)
-        self._orders.clear()
         self._placed = {
             adapter: left
             for adapter, placed in self._placed.items()
@@ -103,7 +103,7 @@ class Placement:
         """Servers for an adapter of this load."""
         wanted = load / (SHARE * fair)
         count = max(1, min(len(self.servers), math.ceil(wanted)))
-        if count < before <= len(self.servers) and wanted > STAYS * (before - 1):
+        if count < before and wanted > STAYS * (before - 1):
             return before
         return count
 
@@ -116,15 +116,9 @@ class Placement:
         limit: float,
         assigned: Mapping[str, float],
     ) -> tuple[str, ...]:
-        order = self._order(adapter)
+        order = preference(adapter, self.servers)
         first = [server for server in order if server in old]
         rest = [server for server in order if server not in old]
         fits = [s for s in (*first, *rest) if assigned[s] + part <= limit]
         others = sorted((s for s in order if s not in fits), key=lambda s: assigned[s])
         return tuple([*fits, *others][:count])
-
-    def _order(self, adapter: str) -> list[str]:
-        order = self._orders.get(adapter)
-        if order is None:
-            order = self._orders[adapter] = preference(adapter, self.servers)
-        return order

@@ -120,20 +120,15 @@ class Hashed(Router):
     def __init__(self, key: Callable[[Session], str]) -> None:
         super().__init__()
         self._key = key
-        self._orders: dict[str, list[str]] = {}
         self._servers: dict[str, Server] = {}
 
     def set_servers(self, servers: Sequence[Server]) -> None:
-        self._orders.clear()
         self._servers = {server.name: server for server in servers}
 
     def choose(
         self, session: Session, turn: int, servers: Sequence[Server], last: Server | None
     ) -> Server:
-        key = self._key(session)
-        order = self._orders.get(key)
-        if order is None:
-            order = self._orders[key] = preference(key, self._servers)
+        order = preference(self._key(session), tuple(self._servers))
         limit = BOUND * (1 + sum(server.num_requests for server in servers)) / len(servers)
         fits = (self._servers[n] for n in order if self._servers[n].num_requests + 1 <= limit)
         return next(fits, None) or self._least(servers)

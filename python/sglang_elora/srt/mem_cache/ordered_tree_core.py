@@ -226,16 +226,15 @@ class OrderedTreeCore(UnifiedTreeCore):
     def _add_new_node(
         self, parent: UnifiedTreeNode, key: RadixKey, value: torch.Tensor, **options: Any
     ) -> UnifiedTreeNode:
-        namespace = key.extra_key
-        item = CacheEntry(False, len(value), adapter_of(namespace), is_activated(namespace))
+        item = CacheEntry(False, len(value), adapter_of(key.extra_key), is_activated(key.extra_key))
         if self.policy is not None:
             self.policy.create(item)
         self._next_entry = item
         node = super()._add_new_node(parent, key, value, **options)
         if self.ghosts is not None:
             hashes = self._hash_prefix(node)
-            if self.ghosts.has(known_in := _namespace(key)):
-                self.ghosts.recall(known_in, hashes.tolist(), item)
+            if self.ghosts.has(namespace := _namespace(key)):
+                self.ghosts.recall(namespace, hashes.tolist(), item)
         return node
 
     def _hash_prefix(self, node: UnifiedTreeNode) -> NDArray[np.uint64]:
