@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from sglang_elora.tree import EvictionOrder
+from sglang_elora.policy import Costs, PolicyContext, make_policy
+from sglang_elora.tree import EvictionOrder, TierOrders
+from sglang_elora.tree.eviction import REFRESH_EVERY
 from sglang_elora.tree.swept_heap import SweptHeap
 
 NUM_LEAVES = 30_000
@@ -93,6 +96,25 @@ def test_refresh_spreads_the_work_of_many_visited_leaves() -> None:
         order.refresh()
     assert order.take_lowest() is leaves[0]
     assert work_of(order.take_lowest) <= MOST_PER_CALL
+
+
+def test_device_order_is_refreshed_only_when_the_policy_clock_has_moved() -> None:
+    policy = make_policy("lru", PolicyContext(Costs()))
+    orders: TierOrders[Any] = TierOrders(policy, lambda node: False)
+    refreshed = 0
+
+    def refresh() -> None:
+        nonlocal refreshed
+        refreshed += 1
+
+    orders.device.refresh = refresh  # type: ignore[method-assign]
+    for _ in range(100):
+        policy.advance(REFRESH_EVERY / 4)  # decode batches of few requests
+        orders.refresh()
+    assert refreshed == 25
+    for _ in range(100):  # no slot is filled
+        orders.refresh()
+    assert refreshed == 25
 
 
 def test_emptied_and_refilled_class_has_one_ranking_entry() -> None:

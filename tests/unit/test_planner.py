@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,13 @@ from sglang_elora.sim.cache import Cache
 from sglang_elora.sim.link import Link
 from sglang_elora.sim.memory import PoolMemory
 from sglang_elora.sim.segment import Segment
-from sglang_elora.swapper.planner import LOOKAHEAD, ROOM_LEAVES, WORK_PER_STEP, Planner
+from sglang_elora.swapper.planner import (
+    LOOKAHEAD,
+    ROOM_LEAVES,
+    ROOM_RETRY,
+    WORK_PER_STEP,
+    Planner,
+)
 from sglang_elora.tree import AdapterTable, Eviction
 
 CPU = Calibration.load(Path(__file__).resolve().parents[2] / "benchmarks/sim/cpu.json")
@@ -144,6 +151,31 @@ def test_planner_evicts_kv_in_small_parts_for_the_next_load() -> None:
         assert world.cache.free - free <= ROOM_LEAVES
         free = world.cache.free
     assert world.cache.free == SLOTS and world.resident() == [0, 1]
+
+
+def test_planner_without_room_searches_again_after_some_batches_or_a_copy() -> None:
+    world = World(4 * SLOTS, host_slots=100 * SLOTS)
+    world.load(0, 1)
+    for _ in range(2 * SLOTS):
+        world.cache_kv(1, 1)
+    memory, tries = world.memory, 0
+    evict = memory.evict_without_copies
+
+    def counted(eviction: Eviction) -> int:
+        nonlocal tries
+        tries += 1
+        return evict(replace(eviction, max_leaves=0))  # each victim would have to be copied
+
+    memory.evict_without_copies = counted  # type: ignore[method-assign]
+    memory._to_host_free_s = math.inf  # a copy to the host is in progress
+    for _ in range(4 * ROOM_RETRY):
+        world.planner.prepare()
+        memory.num_launches += 1
+    assert tries == 4
+    memory._to_host_free_s = 0.0
+    assert world.planner.prepare() and tries == 5  # copies the next victims
+    world.planner.prepare()
+    assert tries == 6
 
 
 def test_planner_loads_evicted_adapters_back_into_free_slots_only() -> None:

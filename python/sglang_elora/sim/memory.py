@@ -64,7 +64,7 @@ class PoolMemory:
         self._images.settle(now_s)
 
     def refresh_order(self) -> None:
-        self.cache.leaves.refresh()
+        self.cache.orders.refresh()
 
     def is_there(self, adapter: Segment) -> bool:
         """Whether an adapter is on the device and its copy is complete."""

@@ -24,6 +24,11 @@ planner, in advance of such a need; the unloading of its adapter."""
 MAX_REMEMBERED = 8192
 """Most evicted entries that are remembered as candidates for a load back. More cost memory only."""
 
+REFRESH_EVERY = 2**-11
+"""Pool turnovers between two refreshes of the order on the device. Ranks of 200 kinds are then at
+most 1.3% of a turnover old. Raising it makes fewer of the scheduler's steps longer, by 0.1 ms, and
+ranks older."""
+
 _QUEUED = "queued"
 """Kind of all entries that queued requests need. It ranks above every other kind."""
 
@@ -123,6 +128,7 @@ class TierOrders(Generic[N]):
 
     def __init__(self, policy: Policy, is_on_host: Callable[[N], bool]) -> None:
         self._policy = policy
+        self._refreshed_at = policy.clock
         # These run thousands of times per second: bound once, without attributes of ``self``.
         kind_of, rank_of, priority_of = policy.kind, policy.rank, policy.priority
         host_kind_of, host_priority_of = policy.host_kind, policy.host_priority
@@ -146,6 +152,14 @@ class TierOrders(Generic[N]):
             lambda node: host_kind_of(node.entry),
             policy.host_rank,
         )
+
+    def refresh(self) -> None:
+        """Refresh the order on the device, because ranks change with time. Call once per scheduler
+        iteration, when there is time."""
+        clock = self._policy.clock
+        if clock - self._refreshed_at >= REFRESH_EVERY:
+            self._refreshed_at = clock
+            self.device.refresh()
 
     def set_queue_position(self, node: N, position: int | None) -> None:
         """Set the position of the first queued request that needs the node; None: there is none."""

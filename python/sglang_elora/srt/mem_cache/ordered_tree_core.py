@@ -170,10 +170,9 @@ class OrderedTreeCore(UnifiedTreeCore):
             self.orders.set_session_state(node, state)
 
     def refresh_order(self) -> None:
-        """Refresh the order on the device, because ranks change with time. Call once per scheduler
-        iteration, when there is time."""
-        if self.policy is not None:
-            self.evictable_device_leaves.refresh()
+        """Refresh the order on the device (``TierOrders.refresh``)."""
+        if self.orders is not None:
+            self.orders.refresh()
 
     def learn(self) -> bool:
         """Have the policy learn; call when there is time. Returns whether there was work."""
