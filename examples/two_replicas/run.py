@@ -35,6 +35,7 @@ from sglang_elora.testbed.server import ServerProcess, free_port, python_module
 NUM_REPLICAS = 2
 POOL_SLOTS = 8000  # of a replica: about half of the adapters beside their KV
 ROUTING_KEY = "X-SMG-Routing-Key"  # the header that the router's policy "manual" goes by
+SESSION, SESSION_END = "X-Request-Id-Session", "X-Request-Id-Session-End"  # read by the replicas
 MEAN_THINK_S = 2.0
 NUM_TOKENS = 16  # of an answer
 
@@ -113,7 +114,12 @@ def replica(checkpoint: Path, adapters: Mapping[str, Path], log_path: Path) -> S
 
 
 def router(urls: Sequence[str], route: Route, log_path: Path) -> ServerProcess:
-    flags = ("--worker-urls", *urls, *route.flags, "--worker-startup-check-interval", "1")
+    flags = (
+        *("--worker-urls", *urls, *route.flags, "--worker-startup-check-interval", "1"),
+        # A replica that drains is not ready: it gets no more requests, and loses none.
+        *("--health-check-endpoint", "/ready", "--health-check-interval-secs", "1"),
+        *("--health-failure-threshold", "1", "--health-success-threshold", "1"),
+    )
     ports = ("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port()))
     program = python_module("sglang_router.launch_router")
     return ServerProcess([*flags, *ports], log_path=log_path, program=program)
@@ -140,12 +146,16 @@ async def hold_chats(
 
         async def hold(number: int) -> None:
             adapter, session = adapters[number % len(adapters)], f"session-{number}"
-            headers = {} if route.key is None else {ROUTING_KEY: route.key(session, adapter)}
+            headers = {SESSION: session}
+            if route.key is not None:
+                headers[ROUTING_KEY] = route.key(session, adapter)
             messages: list[dict[str, Any]] = [{"role": "system", "content": system_prompt(adapter)}]
             thinking = random.Random(number)
             for turn in range(num_turns):
                 await asyncio.sleep(MEAN_THINK_S * min(3.0, thinking.expovariate(1.0)))
                 messages.append({"role": "user", "content": user_message(number, turn)})
+                if turn + 1 == num_turns:
+                    headers[SESSION_END] = "true"
                 body = {
                     "model": f"{MODEL}:{adapter}",
                     "messages": messages,

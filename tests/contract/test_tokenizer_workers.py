@@ -221,9 +221,13 @@ def test_dead_worker_delays_a_load_and_does_not_fail_it(monkeypatch: pytest.Monk
         async def loaded_in_scheduler() -> list[LoRARef]:
             return [LATER]
 
-        dead.elora = SimpleNamespace(loaded_in_scheduler=loaded_in_scheduler)
+        async def join() -> None:
+            dead.has_joined = True
+
+        drain = SimpleNamespace(join=join)
+        dead.elora = SimpleNamespace(loaded_in_scheduler=loaded_in_scheduler, drain=drain)
         await shared_table.use_loaded(dead)
-        assert known(dead)[0] == {"later": LATER}
+        assert known(dead)[0] == {"later": LATER} and dead.has_joined
         assert known(dead)[1].keys() == {"first", "later"}  # the others know both
 
     asyncio.run(work())

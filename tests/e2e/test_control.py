@@ -347,6 +347,44 @@ async def test_control_channel_recovers_after_a_peer_restarts(
         assert list(answer.token_ids) == reference.generate(name, prompts[1])
 
 
+async def test_drained_server_ends_its_sessions_and_takes_no_new_ones(
+    client: Client, server: ServerProcess, reference: Reference, prompts: Sequence[list[int]]
+) -> None:
+    first = await client.generate("qv-r4", prompts[0], session_id="d1")
+    running = await client.begin("mlp-r24", prompts[0], num_tokens=200, session_id="d2")
+    assert (await client.get("/ready")).status_code == 200
+    begun = (await client.post("/elora/drain", {"refuse_after_s": 0})).json()
+    assert begun["refusing"] and begun["num_requests"] == 1 and begun["open_sessions"] >= 2
+    assert (await client.get("/ready")).status_code == 503
+    assert (await client.get("/health")).status_code == 200
+    for path, body in (
+        ("/generate", {"input_ids": prompts[0], "stream": True, "session_id": "d3"}),
+        ("/v1/completions", {"model": "demo:qv-r4", "prompt": "hello", "stream": True}),
+        ("/v1/chat/completions", {"model": "demo", "messages": [], "session_id": "d3"}),
+        ("/open_session", {"capacity_of_str_len": 100}),
+    ):
+        assert (await client.post(path, body)).status_code == 503, path
+    turn = [*prompts[0], *first.token_ids, *prompts[1]]
+    second = await client.generate("qv-r4", turn, session_id="d1")
+    assert list(second.token_ids) == reference.generate("qv-r4", turn)
+    assert second.cached_tokens >= len(prompts[0])
+    assert list((await running).token_ids) == reference.generate("mlp-r24", prompts[0], 200)
+    drain = ("drain", "--url", server.url)
+    assert await asyncio.to_thread(main, [*drain, "--wait", "0"]) == 1
+    waiting = asyncio.create_task(asyncio.to_thread(main, [*drain, "--wait", "60"]))
+    for session in (f"d{i}" for i in (1, 2)):
+        assert (await client.post("/close_session", {"session_id": session})).status_code == 200
+    left = (await client.get("/elora/drain")).json()
+    assert left["num_requests"] == 0 and left["open_sessions"] == begun["open_sessions"] - 2
+    await client.post("/flush_cache", {})  # sessions of other tests
+    assert await waiting == 0
+    assert (await client.post("/generate", {"text": "x", "session_id": "d1"})).status_code == 200
+    assert await asyncio.to_thread(main, [*drain, "--end"]) == 0
+    assert (await client.get("/ready")).status_code == 200
+    again = await client.generate("qv-r4", prompts[0])
+    assert again.token_ids == first.token_ids
+
+
 async def test_orders_require_the_admin_key_if_one_is_set(
     checkpoint: Path, adapters: dict[str, Path], logs: Path
 ) -> None:
@@ -369,6 +407,9 @@ async def test_orders_require_the_admin_key_if_one_is_set(
             http = client._http
             assert (await http.get("/v1/models")).status_code == 401
             assert (await http.get("/v1/models", headers=user)).status_code == 200
+            for method in ("GET", "POST", "DELETE"):
+                got = await http.request(method, "/elora/drain", headers=user)
+                assert got.status_code == 401, method
             for path in ("/load_lora_adapter", "/load_lora_adapter_from_tensors"):
                 got = await http.post(path, json={"lora_name": "theirs"}, headers=user)
                 assert got.status_code == 401

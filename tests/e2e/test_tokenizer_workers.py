@@ -207,7 +207,7 @@ async def test_adapter_dir_is_watched_by_one_worker_for_all(
     assert log.count("adapter 'found' of") == 1
 
 
-async def test_worker_that_was_started_again_serves_what_was_loaded_meanwhile(
+async def test_worker_that_was_started_again_knows_loads_and_a_drain_meanwhile(
     server: ServerProcess,
     clients: list[Client],
     adapters: dict[str, Path],
@@ -218,11 +218,15 @@ async def test_worker_that_was_started_again_serves_what_was_loaded_meanwhile(
     assert (await clients[0].post("/load_lora_adapter", body)).status_code == 200
     unloaded = await clients[0].post("/unload_lora_adapter", {"lora_name": "all-r64"})
     assert unloaded.status_code == 200, unloaded.text
+    assert (await clients[0].post("/elora/drain", {})).status_code == 200
     killed = worker_processes(server)[0]
     killed.send_signal(signal.SIGKILL)
     killed.wait(10)
     expected = reference.generate("rslora-r8", prompts[2])
     async with clients_of(server) as restarted:
+        for client in restarted:
+            assert (await client.get("/ready")).status_code == 503  # it drains, too
+        assert (await restarted[0]._http.delete("/elora/drain")).status_code == 200
         for client in restarted:
             assert await served(client, "kept", prompts[2]) == expected
             assert await served(client, "all-r64", prompts[2]) is None
@@ -231,3 +235,23 @@ async def test_worker_that_was_started_again_serves_what_was_loaded_meanwhile(
         gone = await restarted[-1].post("/unload_lora_adapter", {"lora_name": "kept"})
         assert gone.status_code == 200, gone.text
     assert server.returncode is None
+
+
+async def test_drain_order_to_one_worker_reaches_all(
+    server: ServerProcess, prompts: Sequence[list[int]]
+) -> None:
+    async with clients_of(server) as clients:
+        first, *others = clients
+        await others[0].generate("qv-r4", prompts[0], session_id="open")
+        running = await others[1].begin("qv-r4", prompts[1], num_tokens=200, session_id="running")
+        begun = (await first.post("/elora/drain", {"refuse_after_s": 0})).json()
+        assert begun["refusing"] and begun["num_requests"] == 1 and begun["open_sessions"] == 2
+        await running
+        for client in clients:
+            assert (await client.get("/ready")).status_code == 503
+            for session, status in (("open", 200), ("running", 200), ("new", 503)):
+                body = {"input_ids": prompts[0], "session_id": session}
+                assert (await client.post("/generate", body)).status_code == status, session
+        assert not (await clients[-1]._http.delete("/elora/drain")).json()["draining"]
+        for client in clients:
+            assert (await client.get("/ready")).status_code == 200

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from sglang_elora.testbed.adapters import demo_adapters, make_adapters
@@ -34,6 +35,11 @@ def urls(checkpoint: Path, adapters: dict[str, Path], logs: Path) -> Iterator[li
         yield [one.url, two.url]
 
 
+def num_sessions(url: str) -> int:
+    pool = httpx.get(f"{url}/elora/state", trust_env=False).json()["pool"]
+    return int(pool["num_sessions"])
+
+
 @pytest.mark.parametrize("name", ["session", "adapter", "round_robin"])
 def test_router_keeps_requests_of_one_key_on_one_replica(
     name: str, urls: list[str], adapters: dict[str, Path], logs: Path
@@ -48,6 +54,84 @@ def test_router_keeps_requests_of_one_key_on_one_replica(
         assert sum(places) > NUM_ADAPTERS, "adapters are on both"
     else:
         assert sum(places) == NUM_ADAPTERS and all(places)
+        assert sum(num_sessions(url) for url in urls) == 0, "their last turns ended them"
         assert [replica["adapter_loads"] for replica in did] == places
         assert [replica["requests"] for replica in did] == [NUM_TURNS * n for n in places]
         assert all(replica["cached_tokens"] > 0 for replica in did)
+
+
+def test_session_headers_pass_the_router_on_every_endpoint(
+    urls: list[str], adapters: dict[str, Path], logs: Path
+) -> None:
+    name = next(iter(adapters))
+    for url in urls:
+        EXAMPLE["empty"](url, list(adapters))
+    bodies = {
+        "/v1/chat/completions": {
+            "model": f"demo:{name}",
+            "messages": [{"role": "user", "content": "hello"}],
+            "max_tokens": 4,
+        },
+        "/v1/completions": {"model": f"demo:{name}", "prompt": "hello", "max_tokens": 4},
+        "/generate": {"text": "hello", "lora_path": name, "sampling_params": {"max_new_tokens": 4}},
+    }
+    log_path = logs / "session-headers.log"
+    with EXAMPLE["router"](urls, EXAMPLE["ROUTES"]["session"], log_path) as front:
+        EXAMPLE["wait_for_workers"](front.url)
+        for i, (path, body) in enumerate(bodies.items()):
+            for end, open_sessions in (("false", 1), ("true", 0)):
+                headers = {EXAMPLE["ROUTING_KEY"]: str(i), EXAMPLE["SESSION"]: f"session-{i}"}
+                headers[EXAMPLE["SESSION_END"]] = end
+                answer = httpx.post(
+                    f"{front.url}{path}", json=body, headers=headers, trust_env=False, timeout=60
+                )
+                assert answer.status_code == 200, answer.text
+                assert sum(num_sessions(url) for url in urls) == open_sessions, (path, end)
+
+
+def test_no_request_is_lost_while_one_replica_is_drained(
+    urls: list[str], adapters: dict[str, Path], logs: Path
+) -> None:
+    names, drained = list(adapters), urls[0]
+    log_path = logs / "drained-replica.log"
+    counts = EXAMPLE["counts"]
+    with (
+        httpx.Client(timeout=60, trust_env=False) as http,
+        EXAMPLE["router"](urls, EXAMPLE["ROUTES"]["session"], log_path) as front,
+    ):
+        EXAMPLE["wait_for_workers"](front.url)
+
+        def turns(sessions: range) -> dict[int, str]:
+            """One turn of each session through the router; their answers."""
+            answers = {}
+            for session in sessions:
+                key = f"drained-{session}"
+                answer = http.post(
+                    f"{front.url}/generate",
+                    json={
+                        "text": f"Question {session % len(names)}",
+                        "lora_path": names[session % len(names)],
+                        "sampling_params": {"temperature": 0, "max_new_tokens": 8},
+                    },
+                    headers={EXAMPLE["ROUTING_KEY"]: key, EXAMPLE["SESSION"]: key},
+                )
+                assert answer.status_code == 200, answer.text
+                answers[session % len(names)] = answer.json()["text"]
+            return answers
+
+        expected = turns(range(len(names)))
+        assert all(num_sessions(url) for url in urls)
+        http.post(f"{drained}/elora/drain", json={"refuse_after_s": 5}).raise_for_status()
+        try:
+            first, served = len(names), -1
+            while not (
+                http.get(f"{drained}/elora/drain").json()["refusing"]
+                and counts(drained).requests == served
+            ):
+                served = counts(drained).requests
+                assert turns(range(len(names))) == expected
+                assert turns(range(first, first + len(names))) == expected  # new sessions
+                first += len(names)
+            assert http.get(f"{drained}/elora/drain").json()["num_requests"] == 0
+        finally:
+            http.delete(f"{drained}/elora/drain").raise_for_status()

@@ -50,10 +50,15 @@ class Client:
         return _generated((await self._events("/generate", body))[-1])
 
     async def begin(
-        self, adapter: str | None, prompt: Sequence[int], *, num_tokens: int = 32
+        self,
+        adapter: str | None,
+        prompt: Sequence[int],
+        *,
+        num_tokens: int = 32,
+        **extra: Any,
     ) -> asyncio.Task[Answer]:
         """Returns when the first token is there; the task ends with the whole answer."""
-        body = _generate_body(adapter, prompt, num_tokens, stream=True)
+        body = _generate_body(adapter, prompt, num_tokens, stream=True, **extra)
         request = self._http.build_request("POST", "/generate", json=body)
         response = await self._http.send(request, stream=True)
         assert response.status_code == 200, await response.aread()

@@ -14,6 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("demo", help="serve 16 adapters and chat with them", add_help=False)
     commands.add_parser("bench", help="measure stock and ELORA, or any server", add_help=False)
     commands.add_parser("top", help="watch a server's pool and adapters", add_help=False)
+    commands.add_parser("drain", help="refuse new sessions, wait for the rest", add_help=False)
     commands.add_parser("check-sglang", help="what another SGLang would break", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "demo":
@@ -32,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sglang_elora.commands.top import main as top
 
         return top(rest)
+    if arguments.command == "drain":
+        from sglang_elora.commands.drain import main as drain
+
+        return drain(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from sglang_elora.commands.doctor import main as doctor

@@ -2,6 +2,7 @@
 
 from sglang_elora.control.announcer import Announcer
 from sglang_elora.control.counters import Counters
+from sglang_elora.control.draining import Draining
 from sglang_elora.control.hint_limiter import HintLimiter
 from sglang_elora.control.histogram import Histogram
 from sglang_elora.control.mirror import StateMirror
@@ -12,6 +13,7 @@ __all__ = [
     "Announcer",
     "Changes",
     "Counters",
+    "Draining",
     "HintLimiter",
     "Histogram",
     "PoolState",

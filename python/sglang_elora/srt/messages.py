@@ -86,9 +86,18 @@ class LoadedAnswer(BaseReq, tag="elora.loaded.answer", kw_only=True):  # type: i
     adapters: list[LoRARef]
 
 
+class SessionsRequest(BaseReq, tag="elora.sessions", kw_only=True):  # type: ignore[call-arg]
+    """Asks for the open sessions that have KV on the device or the host."""
+
+
+class SessionsAnswer(BaseReq, tag="elora.sessions.answer", kw_only=True):  # type: ignore[call-arg]
+    sessions: list[str]
+
+
 TYPES = (
     *(AdapterHint, StateRequest, StateAnswer, AdapterOrder, AdapterOrderAnswer),
     *(OrderFailed, Undecodable, WorkersCall, WorkersAnswer, LoadedRequest, LoadedAnswer),
+    *(SessionsRequest, SessionsAnswer),
 )
 
 

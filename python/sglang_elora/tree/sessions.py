@@ -78,6 +78,10 @@ class Sessions(Generic[N]):
         path = self._paths.get(session)
         return None if not path else path[0]
 
+    def with_kv(self) -> list[str]:
+        """The open sessions whose last turn left KV that is still cached."""
+        return [session for session, path in self._paths.items() if path]
+
     def over(self, session: str) -> None:
         """Close the session: it will have no further turn."""
         for node in self._paths.pop(session, ()):

@@ -5,7 +5,13 @@ from __future__ import annotations
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_elora.srt.install.hook import Hook, When
-from sglang_elora.srt.tokenizer import endpoint_errors, http_guard, named_adapters, request_hints
+from sglang_elora.srt.tokenizer import (
+    drain,
+    endpoint_errors,
+    http_guard,
+    named_adapters,
+    request_hints,
+)
 
 ENDPOINT_HOOKS: tuple[Hook, ...] = (
     Hook(
@@ -40,6 +46,14 @@ ENDPOINT_HOOKS: tuple[Hook, ...] = (
         When.ELORA,
         "Arrival has no registry, and a chat is rendered and tokenized before the tokenizer "
         "manager hears of it.",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.is_ready",
+        ("self",),
+        HookType.AROUND,
+        drain.is_ready,
+        When.ELORA,
+        "What makes a server unready has no registry.",
     ),
     Hook(
         "sglang.srt.utils.auth.decide_request_auth",

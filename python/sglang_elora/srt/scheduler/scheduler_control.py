@@ -22,6 +22,8 @@ from sglang_elora.srt.messages import (
     AdapterOrderAnswer,
     LoadedAnswer,
     LoadedRequest,
+    SessionsAnswer,
+    SessionsRequest,
     StateAnswer,
     StateRequest,
     Undecodable,
@@ -58,6 +60,7 @@ class Control:
             StateRequest: self.state,
             AdapterOrder: self.order,
             LoadedRequest: self.loaded,
+            SessionsRequest: self.sessions,
         }
         dispatcher += TypeBasedDispatcher(
             [(kind, partial(self._handle, handler)) for kind, handler in handlers.items()]
@@ -90,6 +93,11 @@ class Control:
     def loaded(self, request: LoadedRequest) -> LoadedAnswer:
         manager = self._scheduler.tp_worker.model_runner.lora_manager
         return LoadedAnswer(rid=request.rid, adapters=list(manager.lora_refs.values()))
+
+    def sessions(self, request: SessionsRequest) -> SessionsAnswer:
+        of_tree = self._residency.core.sessions.with_kv()
+        streaming = self._scheduler.session_controller.sessions
+        return SessionsAnswer(rid=request.rid, sessions=[*{*of_tree, *streaming}])
 
     def order(self, order: AdapterOrder) -> AdapterOrderAnswer:
         adapter_id, orders = (

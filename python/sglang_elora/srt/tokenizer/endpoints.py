@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, ORJSONResponse
 from pydantic import BaseModel, Field, model_validator
 from sglang.srt.utils.auth import AuthLevel, auth_level
+from starlette.middleware import Middleware
 from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
@@ -25,8 +26,15 @@ from sglang_elora.control import AdapterState, PoolState
 from sglang_elora.control.page_policy import content_policy
 from sglang_elora.srt.messages import AdapterOrderAnswer
 from sglang_elora.srt.orders import OrderRefused
+from sglang_elora.srt.tokenizer.drain import (
+    REFUSE_AFTER_S,
+    SESSION_IDLE_S,
+    DrainOptions,
+    DrainStatus,
+)
 from sglang_elora.srt.tokenizer.http_guard import PAGE, HttpGuard
 from sglang_elora.srt.tokenizer.request_checks import MAX_CHARS
+from sglang_elora.srt.tokenizer.session_gate import SessionGate
 from sglang_elora.srt.tokenizer.tokenizer_control import (
     GLANCE_S,
     NoAnswer,
@@ -162,6 +170,51 @@ def _add_control(app: FastAPI, control: TokenizerControl) -> None:
         return _outcome(await control.order("evict", control.id_of(body.lora_name)))
 
 
+class DrainBody(BaseModel):
+    """How to drain."""
+
+    refuse_after_s: float = Field(
+        default=REFUSE_AFTER_S,
+        ge=0,
+        le=3600,
+        description="Seconds from the order until new sessions are refused.",
+    )
+    session_idle_s: float = Field(
+        default=SESSION_IDLE_S,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds without a request after which a session is not waited for.",
+    )
+
+
+def _add_drain(app: FastAPI, control: TokenizerControl) -> None:
+    elora: dict[str, Any] = {"tags": ["elora"], "response_class": ORJSONResponse}
+
+    @app.post("/elora/drain", **elora)
+    @_for_admins
+    async def drain(body: DrainBody | None = None) -> ORJSONResponse:
+        """Refuse new sessions with HTTP 503, and serve open ones to their end. ``GET /ready``
+        answers 503 at once."""
+        options = DrainOptions(**(body or DrainBody()).model_dump())
+        return _drained(await control.drain.begin(options))
+
+    @app.get("/elora/drain", **elora)
+    @_for_admins
+    async def drain_status() -> ORJSONResponse:
+        """The requests and sessions that a drain still waits for."""
+        return _drained(await control.drain.status())
+
+    @app.delete("/elora/drain", **elora)
+    @_for_admins
+    async def end_drain() -> ORJSONResponse:
+        """Serve all sessions again."""
+        return _drained(await control.drain.end())
+
+
+def _drained(status: DrainStatus) -> ORJSONResponse:
+    return ORJSONResponse(msgspec.structs.asdict(status))
+
+
 def _close_to_users(app: FastAPI) -> None:
     """Restrict to admins those endpoints of SGLang that affect other users but are open to every
     key."""
@@ -202,6 +255,7 @@ def _hidden(value: Any, secrets: Sequence[str]) -> Any:
 def guard(app: FastAPI) -> None:
     """Add checks of access and answers to errors. Call once, before the app has been started."""
     app.add_middleware(HttpGuard, routes=app)
+    app.user_middleware.append(Middleware(SessionGate, server=app))  # the innermost
     _close_to_users(app)
     _hide_secrets(app)
     for refusal in (NotLoaded, OrderRefused):
@@ -215,7 +269,9 @@ def guard(app: FastAPI) -> None:
 def add_endpoints(app: FastAPI, control: TokenizerControl) -> None:
     if not getattr(app.state, "elora_guarded", False):
         guard(app)
+    app.state.elora = control
     _add_control(app, control)
+    _add_drain(app, control)
     _add_tiers(app, control)
     if control.serves_metrics:
         _add_metrics(app, control)

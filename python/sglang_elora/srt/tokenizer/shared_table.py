@@ -136,7 +136,7 @@ def _removed(before: dict[str, LoRARef], now: dict[str, LoRARef]) -> list[str]:
 
 async def use_loaded(manager: TokenizerManager) -> None:
     """Set a starting worker's tables to what is loaded in the scheduler and known to the others,
-    which may have changed since the start of the server.
+    which may have changed since the start of the server; drain if they do.
 
     Raises:
         NoAnswer: The scheduler did not answer in time.
@@ -152,3 +152,4 @@ async def use_loaded(manager: TokenizerManager) -> None:
     for refs in await manager.elora_workers.ask("known", None, list[LoRARef]):
         manager.lora_ref_cache.update({ref.lora_name or "": ref for ref in refs})
     keep_loaded(manager)
+    await control.drain.join()

@@ -27,9 +27,12 @@ from sglang_elora.srt.messages import (
     AdapterOrderAnswer,
     LoadedAnswer,
     LoadedRequest,
+    SessionsAnswer,
+    SessionsRequest,
     StateAnswer,
     StateRequest,
 )
+from sglang_elora.srt.tokenizer.drain import Drain
 from sglang_elora.srt.tokenizer.workers import PATIENCE_S, Workers
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ ANSWER_S = 60.0
 GLANCE_S = 0.2
 """Seconds that ``glance``, and a scrape of metrics, wait for new state."""
 
+_ANSWERS = (StateAnswer, AdapterOrderAnswer, LoadedAnswer, SessionsAnswer)
 _SHOWN = 200  # most characters of a dropped message in the log
 
 
@@ -99,12 +103,11 @@ class TokenizerControl:
         self._leases: dict[str, asyncio.TimerHandle] = {}
         self._asked: dict[str, asyncio.Future[Any]] = {}  # awaited answers by request id
         self._refreshing = asyncio.Lock()
+        self.drain = Drain(manager, self)
 
     def add_to(self, dispatcher: TypeBasedDispatcher) -> None:
         """Register the handlers of answers."""
-        dispatcher += TypeBasedDispatcher(
-            [(kind, self._answered) for kind in (StateAnswer, AdapterOrderAnswer, LoadedAnswer)]
-        )
+        dispatcher += TypeBasedDispatcher([(kind, self._answered) for kind in _ANSWERS])
         dispatcher.add_fallback_fn(self._drop)
 
     def announce(self, names: Any, session: Any = None) -> None:
@@ -137,7 +140,7 @@ class TokenizerControl:
         async with self._refreshing:
             more = True
             while more:
-                answer: StateAnswer = await self._ask(StateRequest(version=self.mirror.version))
+                answer: StateAnswer = await self.ask(StateRequest(version=self.mirror.version))
                 self.mirror.apply(answer.changes, self.names())
                 more = answer.changes.more
             self._mirrored_s = time.monotonic()
@@ -165,12 +168,12 @@ class TokenizerControl:
 
     async def loaded_in_scheduler(self) -> list[LoRARef]:
         """The adapters that the schedulers have loaded. Raises NoAnswer."""
-        answer: LoadedAnswer = await self._ask(LoadedRequest())
+        answer: LoadedAnswer = await self.ask(LoadedRequest())
         return answer.adapters
 
     async def order(self, do: str, adapter_id: str) -> AdapterOrderAnswer:
         """Send an order on an adapter or a session to the schedulers. Raises NoAnswer."""
-        answer: AdapterOrderAnswer = await self._ask(AdapterOrder(do=do, adapter=adapter_id))
+        answer: AdapterOrderAnswer = await self.ask(AdapterOrder(do=do, adapter=adapter_id))
         return answer
 
     async def pin(self, adapter_id: str, lease_s: float | None) -> AdapterOrderAnswer:
@@ -227,7 +230,10 @@ class TokenizerControl:
         # NOTE: ``get_all_adapters`` copies the whole table.
         return self._registry._registry.get(name)
 
-    async def _ask(self, request: StateRequest | AdapterOrder | LoadedRequest) -> Any:
+    async def ask(
+        self, request: StateRequest | AdapterOrder | LoadedRequest | SessionsRequest
+    ) -> Any:
+        """The schedulers' answer to a request. Raises NoAnswer."""
         self._manager.auto_create_handle_loop()
         request.rid = uuid.uuid4().hex
         future = self._asked[request.rid] = asyncio.get_running_loop().create_future()
@@ -239,7 +245,9 @@ class TokenizerControl:
         finally:
             del self._asked[request.rid]
 
-    def _answered(self, answer: StateAnswer | AdapterOrderAnswer | LoadedAnswer) -> None:
+    def _answered(
+        self, answer: StateAnswer | AdapterOrderAnswer | LoadedAnswer | SessionsAnswer
+    ) -> None:
         future = self._asked.get(answer.rid or "")
         if future is None or future.done():
             self._drop(answer)
