@@ -14,7 +14,6 @@ from typing import Any
 import kubernetes_validate
 import msgspec
 import pytest
-import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -28,9 +27,11 @@ from tests.harness.manifests import (
     built,
     containers,
     documents,
+    engine,
     files,
     identity,
     merged,
+    picker_config,
 )
 from tests.unit.test_state_mirror import POOL
 
@@ -237,7 +238,9 @@ def test_references_between_objects_name_objects_that_exist() -> None:
     for key, one in ALL.items():
         if key[1] == "RoleBinding":
             assert (key[0], one["roleRef"]["kind"], one["roleRef"]["name"]) in ALL
-            assert ("v1", "ServiceAccount", one["subjects"][0]["name"]) in ALL
+            (subject,) = one["subjects"]
+            assert ("v1", "ServiceAccount", subject["name"]) in ALL
+            assert subject["namespace"] == one["metadata"]["namespace"]
 
 
 def test_service_monitor_scrapes_a_port_that_the_service_has() -> None:
@@ -331,25 +334,6 @@ def test_pod_ends_only_after_the_drain_of_its_pre_stop_hook() -> None:
 def test_settings_that_look_like_elora_variables_are_known() -> None:
     settings = {name for one in ALL.values() if one["kind"] == "ConfigMap" for name in one["data"]}
     assert EloraConfig.from_env({name: "" for name in settings if "ELORA" in name})
-
-
-def picker_config() -> Object:
-    (text,) = ALL["v1", "ConfigMap", "elora-picker"]["data"].values()
-    found: Object = yaml.safe_load(text)
-    return found
-
-
-def engine() -> Object:
-    """How the picker reads the metrics of our servers."""
-    (extractor,) = [
-        plugin
-        for plugin in picker_config()["plugins"]
-        if plugin["type"] == "core-metrics-extractor"
-    ]
-    (entry,) = extractor["parameters"]["engineConfigs"]
-    found: Object = entry
-    assert extractor["parameters"]["defaultEngine"] == entry["name"]
-    return found
 
 
 def test_picker_config_names_known_plugins_and_refers_to_them() -> None:

@@ -1,7 +1,7 @@
 """Kubernetes manifests of examples/kubernetes, as ``kubectl apply --kustomize`` would send them.
 
-Only what the examples use of kustomize is understood: resources, components, and patches without
-targets, which are merged by the names of objects, containers, volumes and mounts.
+Only what the examples use of kustomize is understood: a namespace, resources, components, and
+patches without targets, which are merged by the names of objects, containers, volumes and mounts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def built(folder: Path, component: Path | None = None) -> list[Object]:
             for change in documents(kustomization / patch["path"]):
                 (at,) = [i for i, one in enumerate(found) if identity(one) == identity(change)]
                 found[at] = merged(found[at], change)
-    return found
+    place = {"metadata": {"namespace": _kustomization(folder)["namespace"]}}
+    return [merged(one, place) for one in found]
 
 
 def identity(one: Object) -> tuple[str, str, str]:
@@ -68,6 +69,29 @@ def containers(objects: list[Object]) -> Iterator[tuple[Object, Object]]:
         if one["kind"] in ("StatefulSet", "Deployment"):
             for container in one["spec"]["template"]["spec"]["containers"]:
                 yield one, container
+
+
+def picker_config() -> Object:
+    """The configuration of the endpoint picker, a file in a ConfigMap."""
+    (picker,) = [
+        one for one in documents(FOLDER / "gateway" / "picker.yaml") if one["kind"] == "ConfigMap"
+    ]
+    (text,) = picker["data"].values()
+    found: Object = yaml.safe_load(text)
+    return found
+
+
+def engine() -> Object:
+    """How the picker reads the metrics of our servers: an entry of ``engineConfigs``."""
+    (extractor,) = [
+        plugin
+        for plugin in picker_config()["plugins"]
+        if plugin["type"] == "core-metrics-extractor"
+    ]
+    (entry,) = extractor["parameters"]["engineConfigs"]
+    assert extractor["parameters"]["defaultEngine"] == entry["name"]
+    found: Object = entry
+    return found
 
 
 def _kustomization(folder: Path) -> Object:
