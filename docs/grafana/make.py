@@ -228,9 +228,17 @@ ROWS: list[list[Panel]] = [
             unit="ms",
         ),
         table(
-            "Adapters of running and of waiting requests",
+            "Adapters on the device and of waiting requests",
             "What the Gateway API inference extension routes by.",
             "sglang:lora_requests_info{MODEL}",
+        ),
+        chart(
+            "Servers that have an adapter on the device",
+            "The 20 adapters that most servers have.",
+            {
+                "{{adapter_name}}": "topk(20, count by (adapter_name) "
+                '(sglang:lora_adapter_loaded{level=~"gpu",MODEL}))'
+            },
         ),
     ],
     [

@@ -19,7 +19,15 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
-from sglang_elora.control import Changes, Counters, HintLimiter, Histogram, PoolState, StateMirror
+from sglang_elora.control import (
+    AdapterState,
+    Changes,
+    Counters,
+    HintLimiter,
+    Histogram,
+    PoolState,
+    StateMirror,
+)
 from sglang_elora.control.metrics import StateCollector
 
 with warnings.catch_warnings():  # SGLang's
@@ -40,12 +48,14 @@ def of_elora() -> Exported:
     lists = {"waiting": [], "running": []}
     pool = PoolState(**{**numbers, **lists, "counts": Counters().flat(), "load_s": Histogram()})
     mirror = StateMirror()
-    mirror.apply(Changes(1, False, [], msgspec.convert(msgspec.to_builtins(pool), PoolState)), ())
+    row = AdapterState("a", "device", False, 8, 0, 0, 0, 0, None)
+    told = msgspec.convert(msgspec.to_builtins(pool), PoolState)
+    mirror.apply(Changes(1, False, [row], told), {"a"})
     registry = SimpleNamespace(uses=dict)
     process = SimpleNamespace(num_hints=0, gate=HintLimiter(), _registry=registry, _leases={})
     hints = asyncio.run(TokenizerControl._report(process, None)).hints
     collected = CollectorRegistry()
-    collected.register(StateCollector(mirror, dict, lambda: hints, "demo"))
+    collected.register(StateCollector(mirror, lambda: {"a": "law"}, lambda: hints, "demo"))
     return {
         sample.name: set(sample.labels)
         for family in collected.collect()

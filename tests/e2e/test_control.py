@@ -17,6 +17,7 @@ from sglang_elora.control.hint_limiter import GAP_S
 from sglang_elora.testbed.server import ServerProcess
 from tests.harness.client import Client
 from tests.harness.control import adapter, off_device, on_device, order, state, until
+from tests.harness.manifests import engine
 from tests.harness.plugin_packages import install_plugin
 from tests.harness.reference import Reference
 from tests.harness.server_flags import server_flags
@@ -223,7 +224,33 @@ async def test_metrics_endpoint_exports_sglang_and_elora_metrics(
     loads = now["pool"]["counts"]["adapter_loads"]
     assert found["sglang:elora_adapter_loads_total", None] == loads > 0
     assert found["sglang:elora_adapter_load_seconds_count", None] == loads
-    assert ("sglang:lora_requests_info", None) in found
+
+
+async def test_endpoint_picker_finds_its_metrics_and_an_idle_adapter(
+    client: Client, prompts: Sequence[list[int]]
+) -> None:
+    await on_device(client, "mlp-r24")
+    await client.generate("mlp-r24", prompts[0])
+    await asyncio.sleep(FRESH_S)
+    families = {
+        family.name: family
+        for family in text_string_to_metric_families((await client.get("/metrics")).text)
+    }
+    specs = {name: spec for name, spec in engine().items() if name.endswith("Spec")}
+    for spec in specs.values():
+        assert families[spec].type == "gauge"
+        assert len(families[spec].samples) == 1, spec
+    (info,) = families[specs["loraSpec"]].samples
+    assert "mlp-r24" in info.labels["running_lora_adapters"].split(",")
+    (loaded,) = [
+        sample.labels
+        for sample in families["sglang:lora_adapter_loaded"].samples
+        if sample.labels["adapter_name"] == "mlp-r24"
+    ]
+    assert (loaded["level"], loaded["pinned"]) == ("gpu", "false")
+    pages = families[specs["cacheNumBlocksSpec"]].samples[0].value
+    size = families[specs["cacheBlockSizeSpec"]].samples[0].value
+    assert pages * size == (await state(client))["pool"]["slots"]
 
 
 async def test_top_shows_the_server_and_the_ui_page_is_served(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -9,17 +11,26 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_elora.control import Changes, Counters, Histogram, StateMirror
 from sglang_elora.control.histogram import SECONDS
-from sglang_elora.control.metrics import HINTS, LORA_INFO, StateCollector, metric_rows
+from sglang_elora.control.metrics import (
+    ADAPTER_LOADED,
+    HINTS,
+    LORA_INFO,
+    MOST_LISTED,
+    StateCollector,
+    metric_rows,
+)
 from tests.unit.test_state_mirror import POOL, adapter
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
-def scraped(mirror: StateMirror) -> Series:
+NAMES = {"a": "law", "b": "art"}
+POOL_NOW = msgspec.structs.replace(POOL, counts=Counters().flat())
+
+
+def scraped(mirror: StateMirror, names: Mapping[str, str] = NAMES) -> Series:
     registry = CollectorRegistry()
-    registry.register(
-        StateCollector(mirror, lambda: {"a": "law", "b": "art"}, lambda: {"sent": 4}, "demo")
-    )
+    registry.register(StateCollector(mirror, lambda: names, lambda: {"sent": 4}, "demo"))
     families = text_string_to_metric_families(generate_latest(registry).decode())
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
@@ -67,6 +78,64 @@ def test_metrics_export_the_mirrored_state() -> None:
     assert len(info) == 1
 
 
+def lora_info(series: Series) -> dict[str, str]:
+    (info,) = [dict(labels) for name, labels in series if name == LORA_INFO]
+    return info
+
+
+def loaded(series: Series) -> dict[str, tuple[str, str]]:
+    """Level and pin of each adapter that is listed as loaded."""
+    found = [dict(labels) for name, labels in series if name == ADAPTER_LOADED]
+    assert {of(series, ADAPTER_LOADED, **_without_model(labels)) for labels in found} <= {1}
+    return {labels["adapter_name"]: (labels["level"], labels["pinned"]) for labels in found}
+
+
+def _without_model(labels: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in labels.items() if name != "model_name"}
+
+
+def test_lora_info_lists_an_idle_adapter_on_the_device_as_running() -> None:
+    mirror = StateMirror()
+    pool = msgspec.structs.replace(POOL_NOW, running=[], waiting=["b"])
+    mirror.apply(Changes(1, False, [adapter("a", "device"), adapter("b")], pool), {"a", "b"})
+    info = lora_info(scraped(mirror))
+    assert (info["running_lora_adapters"], info["waiting_lora_adapters"]) == ("law", "art")
+
+
+def test_adapter_loaded_has_a_level_for_adapters_on_device_and_host_only() -> None:
+    tiers = {"a": "device", "b": "host", "c": "loading", "d": "disk", "e": "reading"}
+    names = {key: f"adapter-{key}" for key in tiers}
+    mirror = StateMirror()
+    rows = [adapter(key, tier) for key, tier in tiers.items()]
+    rows[1] = msgspec.structs.replace(rows[1], pinned=True)
+    mirror.apply(Changes(1, False, rows, POOL_NOW), set(tiers))
+    assert loaded(scraped(mirror, names)) == {
+        "adapter-a": ("gpu", "false"),
+        "adapter-b": ("cpu", "true"),
+        "adapter-c": ("cpu", "false"),
+    }
+
+
+def test_adapter_loaded_omits_an_adapter_whose_name_is_gone() -> None:
+    mirror = StateMirror()
+    mirror.apply(Changes(1, False, [adapter("a"), adapter("x")], POOL_NOW), {"a", "x"})
+    assert loaded(scraped(mirror)) == {"law": ("cpu", "false")}
+
+
+def test_adapter_loaded_is_bounded_and_prefers_the_device_then_recent_use() -> None:
+    on_host = [
+        msgspec.structs.replace(adapter(f"h{i}"), last_used_s=float(i)) for i in range(MOST_LISTED)
+    ]
+    rows = [*on_host, adapter("never"), adapter("d", "device")]
+    names = {row.id: row.id for row in rows}
+    mirror = StateMirror()
+    mirror.apply(Changes(1, False, rows, POOL_NOW), names)
+    listed = set(loaded(scraped(mirror, names)))
+    assert len(listed) == MOST_LISTED
+    assert "d" in listed
+    assert set(names) - listed == {"never", "h0"}
+
+
 def test_metrics_are_empty_before_the_first_state() -> None:
     assert scraped(StateMirror()) == {}
 
@@ -82,8 +151,9 @@ def test_histogram_bucket_includes_its_upper_bound(bound: float) -> None:
 def test_listed_metrics_are_those_that_are_exported() -> None:
     mirror = StateMirror()
     counts = Counters(adapter_evictions={"capacity": 1}).flat()
-    mirror.apply(Changes(1, False, [], msgspec.structs.replace(POOL, counts=counts)), set())
-    collector = StateCollector(mirror, dict, lambda: dict.fromkeys(HINTS, 1), "demo")
+    pool = msgspec.structs.replace(POOL, counts=counts)
+    mirror.apply(Changes(1, False, [adapter("a")], pool), {"a"})
+    collector = StateCollector(mirror, lambda: NAMES, lambda: dict.fromkeys(HINTS, 1), "demo")
     exported = {
         family.name + ("_total" if family.type == "counter" else ""): (
             family.type,

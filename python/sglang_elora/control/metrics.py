@@ -6,9 +6,10 @@ series remains for a past set of running adapters.
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import get_args
 
@@ -22,12 +23,20 @@ from prometheus_client.registry import Collector
 
 from sglang_elora.control.counters import families
 from sglang_elora.control.mirror import StateMirror
-from sglang_elora.control.state import PoolState, Tier
+from sglang_elora.control.state import AdapterState, PoolState, Tier
 
 PREFIX = "sglang:elora_"
 LORA_INFO = "sglang:lora_requests_info"
 """The metric that the Gateway API inference extension routes by, as its model server protocol
-defines it; vLLM's is ``vllm:lora_requests_info``."""
+defines it; vLLM's is ``vllm:lora_requests_info``. The protocol lists as running what is on the
+device: an adapter without requests stays listed until it is evicted."""
+ADAPTER_LOADED = "sglang:lora_adapter_loaded"
+"""Residency of each adapter, with the names and labels of ``vllm:lora_adapter_loaded``."""
+LEVELS: Mapping[Tier, str] = {"device": "gpu", "loading": "cpu", "host": "cpu"}
+"""Label ``level`` by tier. Adapters of the other tiers have no series."""
+MOST_LISTED = 512
+"""Most adapters in one scrape: thousands may be loaded, each series costs its readers memory, and
+an endpoint picker scrapes several times per second. More lengthen each scrape."""
 
 
 LOAD_SECONDS = "adapter_load_seconds"
@@ -77,8 +86,13 @@ HINTS = {
 LOAD_SECONDS_TEXT = (
     "From the start of an adapter's copy to the device until it is known to be there."
 )
-LORA_INFO_TEXT = "Adapters of running and of waiting requests."
+LORA_INFO_TEXT = "Adapters on the device, and of the first waiting requests."
 LORA_INFO_LABELS = ("running_lora_adapters", "waiting_lora_adapters", "max_lora")
+ADAPTER_LOADED_TEXT = (
+    f"1 for each adapter on the device (gpu) or in host memory (cpu), at most {MOST_LISTED}: those "
+    "on the device first, then the most recently used."
+)
+ADAPTER_LOADED_LABELS = ("adapter_name", "level", "pinned")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +116,7 @@ def metric_rows() -> Iterator[MetricRow]:
         yield MetricRow(f"{PREFIX}hints_{name}_total", "counter", (), text)
     yield MetricRow(PREFIX + LOAD_SECONDS, "histogram", (), LOAD_SECONDS_TEXT)
     yield MetricRow(LORA_INFO, "gauge", LORA_INFO_LABELS, LORA_INFO_TEXT)
+    yield MetricRow(ADAPTER_LOADED, "gauge", ADAPTER_LOADED_LABELS, ADAPTER_LOADED_TEXT)
 
 
 class StateCollector(Collector):
@@ -136,7 +151,9 @@ class StateCollector(Collector):
         for name, count in self._hints().items():
             yield self._counter(f"hints_{name}", HINTS[name], count)
         yield self._load_seconds(pool)
-        yield self._lora_info(pool)
+        names, loaded = self._names(), _first_loaded(self._mirror.adapters.values())
+        yield self._lora_info(pool, loaded, names)
+        yield self._adapter_loaded(loaded, names)
 
     def _gauge(self, gauge: Gauge, values: Values) -> Metric:
         labels = [*self._labels, *_if_any(gauge.label)]
@@ -174,16 +191,28 @@ class StateCollector(Collector):
         family.add_metric(list(self._labels.values()), buckets, sum_value=pool.load_s.sum_s)
         return family
 
-    def _lora_info(self, pool: PoolState) -> Metric:
-        names = self._names()
+    def _lora_info(
+        self, pool: PoolState, loaded: Iterable[AdapterState], names: Mapping[str, str]
+    ) -> Metric:
+        on_device = [adapter.id for adapter in loaded if adapter.tier == "device"]
         info = (
-            _listed(pool.running, names),
+            _listed([*pool.running, *on_device], names),
             _listed(pool.waiting, names),
             str(pool.most_in_batch),
         )
         labels = [*self._labels, *LORA_INFO_LABELS]
         family = GaugeMetricFamily(LORA_INFO, LORA_INFO_TEXT, labels=labels)
         family.add_metric([*self._labels.values(), *info], time.time())
+        return family
+
+    def _adapter_loaded(self, loaded: Iterable[AdapterState], names: Mapping[str, str]) -> Metric:
+        labels = [*self._labels, *ADAPTER_LOADED_LABELS]
+        family = GaugeMetricFamily(ADAPTER_LOADED, ADAPTER_LOADED_TEXT, labels=labels)
+        for adapter in loaded:
+            if adapter.id in names:
+                pinned = str(adapter.pinned).lower()
+                values = (names[adapter.id], LEVELS[adapter.tier], pinned)
+                family.add_metric([*self._labels.values(), *values], 1)
         return family
 
 
@@ -195,5 +224,15 @@ def _since_start(text: str) -> str:
     return f"{text}, since the start."
 
 
-def _listed(adapter_ids: list[str], names: Mapping[str, str]) -> str:
-    return ",".join(sorted(names[adapter_id] for adapter_id in adapter_ids if adapter_id in names))
+def _first_loaded(adapters: Iterable[AdapterState]) -> list[AdapterState]:
+    """The ``MOST_LISTED`` adapters to list, most wanted first."""
+    return heapq.nlargest(
+        MOST_LISTED,
+        (adapter for adapter in adapters if adapter.tier in LEVELS),
+        key=lambda adapter: (adapter.tier == "device", adapter.last_used_s or 0.0),
+    )
+
+
+def _listed(adapter_ids: Iterable[str], names: Mapping[str, str]) -> str:
+    listed = {names[adapter_id] for adapter_id in adapter_ids if adapter_id in names}
+    return ",".join(sorted(listed))
