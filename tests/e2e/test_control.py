@@ -118,6 +118,16 @@ async def test_prefetch_of_a_list_loads_all_its_adapters(client: Client) -> None
         await until(lambda row: row["tier"] == "device", client, name)
 
 
+async def test_prefetch_to_the_host_loads_nothing_to_the_device(client: Client) -> None:
+    await off_device(client, "all-r4")
+    body = {"lora_name": ["all-r4", "rslora-r8"], "tier": "host"}
+    answer = await client.post("/elora/prefetch", body)
+    assert answer.status_code == 200 and answer.json()["tiers"]["all-r4"] == "host"
+    await asyncio.sleep(0.5)
+    assert (await adapter(client, "all-r4"))["tier"] == "host"
+    assert (await client.post("/elora/prefetch", {**body, "tier": "gpu"})).status_code == 400
+
+
 async def test_evict_order_removes_adapter_and_kv_and_output_is_unchanged(
     client: Client, reference: Reference, prompts: Sequence[list[int]]
 ) -> None:

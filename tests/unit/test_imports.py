@@ -41,6 +41,7 @@ ALLOWED = {
         "commands",
         "control",
         "demo",
+        "fleet",
         "platforms",
         "srt/install",
         "upstream",

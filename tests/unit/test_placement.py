@@ -110,9 +110,16 @@ def test_adapter_gives_up_servers_when_its_load_falls() -> None:
     moves = placement.update({**EVEN, "hot": 1.0})
     assert len(placement.servers_of("hot")) == 1
     assert {move.what for move in moves if move.adapter == "hot"} == {"remove"}
-    gone = placement.update(EVEN)
-    (server,) = (move.server for move in gone if move.adapter == "hot")
-    assert Move("remove", "hot", server, "no load") in gone
+
+
+def test_adapter_without_load_any_more_stays_at_home_only() -> None:
+    home, other, *_ = preference("hot", SERVERS)
+    placement = Placement(SERVERS)
+    placement.restore({"hot": [other, home, "unknown"]})
+    assert placement.servers_of("hot") == (other, home)
+    assert Move("remove", "hot", other, "no load") in placement.update(EVEN)
+    assert placement.servers_of("hot") == (home,)
+    assert not any(move.adapter == "hot" for move in placement.update(EVEN))
 
 
 def test_every_move_says_why() -> None:

@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("bench", help="measure stock and ELORA, or any server", add_help=False)
     commands.add_parser("top", help="watch a server's pool and adapters", add_help=False)
     commands.add_parser("drain", help="refuse new sessions, wait for the rest", add_help=False)
+    commands.add_parser("fleet", help="place adapters on several servers", add_help=False)
     commands.add_parser("check-sglang", help="what another SGLang would break", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "demo":
@@ -33,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sglang_elora.commands.top import main as top
 
         return top(rest)
+    if arguments.command == "fleet":
+        from sglang_elora.commands.fleet import main as fleet
+
+        return fleet(rest)
     if arguments.command == "drain":
         from sglang_elora.commands.drain import main as drain
 

@@ -32,6 +32,7 @@ class AdapterState(msgspec.Struct, frozen=True, array_like=True):
     num_dropped_weights: int = 0  # in its files, and not served (--elora-tower-weights drop)
     is_activated: bool = False  # acts from its invocation tokens on (``tree.activation``)
     shared_tokens: int = 0  # of its prompts, found as KV of the base model
+    computed_tokens: int = 0  # of its prompts, not found in the cache
 
 
 class PoolState(msgspec.Struct, frozen=True, array_like=True):

@@ -1,7 +1,7 @@
-"""Placement of adapters on the servers of a fleet. Imports neither SGLang nor torch."""
+"""Adapters on many servers: which server should hold which, and the orders that bring it about."""
 
-from __future__ import annotations
-
-__all__ = ["Move", "Placement", "preference"]
-
+from sglang_elora.fleet.controller import Controller, Order
+from sglang_elora.fleet.loads import Loads
 from sglang_elora.fleet.placement import Move, Placement, preference
+
+__all__ = ["Controller", "Loads", "Move", "Order", "Placement", "preference"]

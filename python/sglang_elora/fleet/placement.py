@@ -17,7 +17,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Literal
 
-SHARE = 0.5
+SHARE = 0.25
 """Load of one copy of an adapter, as a share of the mean load of a server. Lower spreads popular
 adapters over more servers, each of which then needs room for them."""
 
@@ -74,6 +74,14 @@ class Placement:
             if (left := tuple(server for server in placed if server in known))
         }
 
+    def restore(self, placed: Mapping[str, Sequence[str]]) -> None:
+        """Take over where adapters are, from before this object was made; the first servers are
+        kept longest."""
+        known = frozenset(self.servers)
+        for adapter, servers in placed.items():
+            if left := tuple(server for server in servers if server in known):
+                self._placed[adapter] = left
+
     def update(self, loads: Mapping[str, float]) -> list[Move]:
         """Place adapters for their loads; returns the changes.
 
@@ -96,7 +104,10 @@ class Placement:
             moves += [Move("add", adapter, s, why) for s in chosen if s not in old]
             moves += [Move("remove", adapter, s, why) for s in old if s not in chosen]
         for adapter in sorted(before.keys() - loads.keys()):
-            moves += [Move("remove", adapter, s, "no load") for s in before[adapter]]
+            home = self.servers_of(adapter)
+            moves += [
+                Move("remove", adapter, s, "no load") for s in before[adapter] if s not in home
+            ]
         return moves
 
     def _count(self, load: float, fair: float, before: int) -> int:

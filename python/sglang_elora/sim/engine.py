@@ -118,14 +118,27 @@ class Engine:
     def run_until(self, moment_s: float) -> None:
         """Simulate up to ``moment_s``, or to the end of the batch that runs then."""
         self._until_s = moment_s
-        while self._now_s < moment_s and self.num_requests:
-            self._step()
-        self._now_s = max(self._now_s, moment_s)
+        while self._now_s < moment_s:
+            if self.num_requests:
+                self._step()
+            else:
+                self._residence.read_ahead(self._now_s)
+                self._now_s = min(moment_s, self._residence.next_s)
 
     @property
     def num_requests(self) -> int:
         """Requests that wait or run."""
         return len(self._arrivals) + len(self._waiting) + len(self._running)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of all adapters."""
+        return [str(adapter.adapter_id) for adapter in self._cache.adapter_table]
+
+    def order(self, names: Sequence[str], *, to_device: bool) -> None:
+        """Receive an order to load adapters to the device, or into host memory only."""
+        ids = [str(self._adapter(name).entry.group) for name in names]
+        self._residence.order(ids, to_device=to_device)
 
     def has_adapter(self, name: str) -> bool:
         """Whether the adapter is on the device."""

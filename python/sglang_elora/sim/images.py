@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Collection
 
 from sglang_elora.sim.cache import Cache
@@ -23,7 +24,7 @@ class Images:
         self._present: dict[str, int] = {}  # adapter -> number of copies that read from it
         self._reads: dict[str, float] = {}  # adapter -> end of its read
         self._readers_free_s = [0.0] * NUM_READERS
-        self._never_read = {str(adapter.adapter_id): None for adapter in cache.adapter_table}
+        self._never_read = OrderedDict.fromkeys(str(a.adapter_id) for a in cache.adapter_table)
         self._is_denied = False  # an adapter had to wait for memory in this step
         self._idle = IdleImages(self._priority, cache.adapter_table.image_position)
 
@@ -62,6 +63,11 @@ class Images:
         took_s = self._calibration.read_s(num_slots)
         self._readers_free_s[reader] = max(now_s, self._readers_free_s[reader]) + took_s
         self._reads[adapter_id] = self._readers_free_s[reader]
+
+    def read_first(self, adapter_id: str) -> None:
+        """Read this adapter's file next, if it has never been read and there is time."""
+        if adapter_id in self._never_read:
+            self._never_read.move_to_end(adapter_id, last=False)
 
     def read_ahead(self, now_s: float) -> None:
         """Start reading one file that has never been read, if it fits."""

@@ -149,6 +149,9 @@ class PoolMemory:
     def read(self, adapter_id: str) -> None:
         self._images.read(adapter_id, self.now_s)
 
+    def read_first(self, adapter_id: str) -> None:
+        self._images.read_first(adapter_id)
+
     def read_ahead(self) -> None:
         self._images.read_ahead(self.now_s)
 

@@ -40,6 +40,14 @@ class Residence(ABC):
         """Receive the client's hint that the next turn of this session will follow."""
         return
 
+    def order(self, adapter_ids: Sequence[str], *, to_device: bool) -> None:
+        """Receive an order to load adapters to the device, or into host memory only."""
+        return
+
+    def read_ahead(self, now_s: float) -> None:
+        """Read files in advance; called when there is no request, and when a read ends then."""
+        return
+
     def prepare(self, now_s: float, num_steps: int) -> None:
         """Prefetch and evict in advance, while a batch or ``num_steps`` decode steps run."""
         return
@@ -194,6 +202,11 @@ class PoolResidence(Residence):
         self._planner.load_session()
         self._planner.read_ahead(waiting, is_busy=is_busy)
 
+    def read_ahead(self, now_s: float) -> None:
+        self._memory.settle(now_s)
+        self._planner.begin_step(is_busy=False)
+        self._planner.read_ahead((), is_busy=False)
+
     def prepare(self, now_s: float, num_steps: int) -> None:
         self._memory.now_s = max(self._memory.now_s, now_s)
         self._memory.num_launches += num_steps
@@ -206,6 +219,12 @@ class PoolResidence(Residence):
         if not talk.adapter.is_base:
             self._planner.expect([str(talk.adapter.entry.group)])
         self._planner.expect_sessions([talk.name])
+
+    def order(self, adapter_ids: Sequence[str], *, to_device: bool) -> None:
+        if to_device:
+            self._planner.expect(adapter_ids, ordered=True)
+        else:
+            self._planner.read_first(adapter_ids)
 
     def is_there(self, adapter: Segment) -> bool:
         return self._memory.is_there(adapter)

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sglang_elora.fleet import Placement, preference
+from sglang_elora.fleet import Loads, Placement, preference
 from sglang_elora.sim.engine import Engine
 from sglang_elora.workloads import Session
 
@@ -33,8 +33,8 @@ OVERLOAD, OVERLOAD_RATIO = 4, 2.0
 """``placed`` takes a session from a server with this many requests and this ratio more than the
 mean. Lower values compute more again."""
 
-PERIOD_S, HALF_LIFE_S = 5.0, 30.0
-"""Time between updates of the placement, and in which an adapter's past load halves."""
+PERIOD_S = 5.0
+"""Seconds between updates of the placement."""
 
 
 @dataclass(eq=False, slots=True)
@@ -162,35 +162,56 @@ class Placed(Router):
         super().__init__()
         self.placement = Placement([])
         self._servers: dict[str, Server] = {}
-        self._loads: defaultdict[str, float] = defaultdict(float)
+        self._loads, self._work = Loads(), Loads()  # of adapters, of servers
         self._updated_s = 0.0
+        self._adapters: dict[int, str] = {}  # of sessions, by number
+        self._seen: Counter[str] = Counter()  # records of each server that are in the loads
         self.num_moves = 0
 
     def set_servers(self, servers: Sequence[Server]) -> None:
         self._servers = {server.name: server for server in servers}
         self.placement.set_servers(self._servers)
+        homes: defaultdict[str, list[str]] = defaultdict(list)
+        for adapter in servers[0].engine.adapters:
+            for name in self.placement.servers_of(adapter):
+                homes[name].append(adapter)
+        for name, adapters in homes.items():
+            self._servers[name].engine.order(adapters, to_device=False)
 
     def begin_round(self, now_s: float, servers: Sequence[Server]) -> None:
         if now_s - self._updated_s < PERIOD_S:
             return
-        decay = 0.5 ** ((now_s - self._updated_s) / HALF_LIFE_S)
         self._updated_s = now_s
-        loads = {name: decay * load for name, load in self._loads.items() if load > 1e-2}
-        self._loads = defaultdict(float, loads)
-        if loads:
-            self.num_moves += sum(move.what == "add" for move in self.placement.update(loads))
+        self._add_work(servers)
+        self._work.decay(now_s)
+        loads = self._loads.decay(now_s)
+        for move in self.placement.update(loads) if loads else ():
+            if move.what == "add":
+                self.num_moves += 1
+                self._servers[move.server].engine.order([move.adapter], to_device=True)
 
     def choose(
         self, session: Session, turn: int, servers: Sequence[Server], last: Server | None
     ) -> Server:
-        self._loads[session.adapter] += 1.0
+        self._adapters[session.number] = session.adapter
         mean = sum(server.num_requests for server in servers) / len(servers)
         limit = OVERLOAD + OVERLOAD_RATIO * mean
         if last in servers and last is not None and last.num_requests < limit:
             return last
         mine = [self._servers[name] for name in self.placement.servers_of(session.adapter)]
-        least = self._least(mine)
+        there = [server for server in mine if server.engine.has_adapter(session.adapter)]
+        least = min(there or mine, key=lambda server: self._work[server.name])
         return least if least.num_requests < limit else self._least(servers)
+
+    def _add_work(self, servers: Sequence[Server]) -> None:
+        """Add the tokens that servers have computed since then to the loads of their adapters."""
+        for server in servers:
+            records = server.engine.records
+            for record in records[self._seen[server.name] :]:
+                work = record.num_prompt - record.num_cached + record.num_output
+                self._loads.add(self._adapters[record.session], work)
+                self._work.add(server.name, work)
+            self._seen[server.name] = len(records)
 
 
 ROUTERS: dict[str, Callable[[], Router]] = {

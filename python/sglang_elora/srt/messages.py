@@ -37,7 +37,7 @@ class StateAnswer(BaseReq, tag="elora.state.answer", kw_only=True):  # type: ign
 
 
 class AdapterOrder(BaseReq, tag="elora.order", kw_only=True):  # type: ignore[call-arg]
-    """Orders an action (``do``) on an adapter id: prefetch, pin, unpin or evict; or
+    """Orders an action (``do``) on an adapter id: prefetch, read, pin, unpin or evict; or
     prefetch_session, with a session's name as ``adapter``. Other actions are refused."""
 
     do: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class HostTier:
         self._outside: dict[str, None] = {}  # with a file, read or being read outside the arena
         self._sent_blocks = 0  # blocks that adapters without files take or wait for
         self._sent_outside: dict[str, None] = {}  # adapters without files that wait for blocks
-        self._never_read: dict[str, None] = {}  # in order of ``add``
+        self._never_read: OrderedDict[str, None] = OrderedDict()  # the next one to read first
         self._is_denied = False  # an adapter had to wait for memory in this step
         self._executor: ThreadPoolExecutor | None = None
 
@@ -187,6 +188,11 @@ class HostTier:
         reading = Reading(self._executor, entry.read, entry.num_bytes, self.arena, blocks)
         self._reading[adapter_id] = entry, reading
         self._on_moved(adapter_id)
+
+    def read_first(self, adapter_id: str) -> None:
+        """Read this adapter's file next, if it was never read and nothing else is to be done."""
+        if adapter_id in self._never_read:
+            self._never_read.move_to_end(adapter_id, last=False)
 
     def read_ahead(self) -> None:
         """Start to read one file that was never read, if the budget has room for it."""

@@ -129,6 +129,9 @@ class Memory(Protocol[N]):
     def read(self, adapter_id: str) -> None:
         """Read an adapter's file into host memory, if there is room for it."""
 
+    def read_first(self, adapter_id: str) -> None:
+        """Have ``read_ahead`` read this adapter's file next."""
+
     def read_ahead(self) -> None:
         """Read one file that was never read, if host memory has room for it."""
 

@@ -176,6 +176,12 @@ class Planner(Generic[N]):
             num_taken += 1
         return num_taken
 
+    def read_first(self, adapter_ids: Sequence[str]) -> None:
+        """Read the files of these adapters into host memory before those of others, in this order,
+        when the scheduler is idle. Files that were read before are not read again for this."""
+        for adapter_id in reversed(adapter_ids):
+            self._memory.read_first(adapter_id)
+
     def expect_sessions(self, sessions: Iterable[str]) -> int:
         """Requests of these sessions are about to arrive: load their KV from the host once their
         adapter is there, evicting nothing that queued requests need.

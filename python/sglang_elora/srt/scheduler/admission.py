@@ -130,7 +130,9 @@ class Admission:
         from_host = min(found, req.materialized_host_hit_len())
         tokens["device"] += found - from_host
         tokens["host"] += from_host
-        tokens["computed"] += len(req.origin_input_ids) - found
+        tokens["computed"] += (computed := len(req.origin_input_ids) - found)
+        if req.lora_id is not None:
+            self.residency.adapter_table.get(req.lora_id).computed_tokens += computed
         if (shared := num_inactive(req.lora_id, 0, found)) > 0:
             counts.shared_tokens += shared
             self.residency.adapter_table.get(req.lora_id).shared_tokens += shared

@@ -98,6 +98,9 @@ class SchedulerMemory:
     def read(self, adapter_id: str) -> None:
         self._host.request(adapter_id)
 
+    def read_first(self, adapter_id: str) -> None:
+        self._host.read_first(adapter_id)
+
     def read_ahead(self) -> None:
         self._host.read_ahead()
 

@@ -104,6 +104,7 @@ class Control:
             order.adapter,
             {
                 "prefetch": self._prefetch,
+                "read": self._read,
                 "pin": self._pin,
                 "unpin": self._residency.unpin,
                 "evict": self._swapper.evict_soon,
@@ -128,6 +129,9 @@ class Control:
     def _prefetch(self, adapter_id: str) -> None:
         if not self._swapper.expect([adapter_id], ordered=True):
             raise ValueError(f"{MAX_PENDING} adapters are expected already: ask again later")
+
+    def _read(self, adapter_id: str) -> None:
+        self._swapper.planner.read_first([adapter_id])
 
     def _pin(self, adapter_id: str) -> None:
         self._residency.pin(adapter_id)

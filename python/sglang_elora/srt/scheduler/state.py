@@ -49,6 +49,7 @@ def adapter_state(residency: Residency, adapter_id: str) -> AdapterState:
         num_dropped_weights=adapter.num_dropped,
         is_activated=bool(adapter.invocation),
         shared_tokens=adapter.shared_tokens,
+        computed_tokens=adapter.computed_tokens,
     )
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from importlib import resources
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import orjson
@@ -73,6 +73,10 @@ class Prefetch(BaseModel):
 
     lora_name: _Name | _Names | None = None
     session_id: _Name | _Names | None = None
+    tier: Literal["device", "host"] = Field(
+        default="device",
+        description="host: only read the adapters' files, the first one first, when idle.",
+    )
 
     @model_validator(mode="after")
     def _names_something(self) -> Prefetch:
@@ -136,12 +140,16 @@ def _add_control(app: FastAPI, control: TokenizerControl) -> None:
     @app.post("/elora/prefetch", **elora)
     @_for_admins
     async def prefetch(body: Prefetch) -> ORJSONResponse:
-        """Load adapters to the device, after the adapters of all queued requests. For sessions,
-        load their KV from the host to the device once their adapter is there."""
+        """Load adapters to the device, after the adapters of all queued requests; with ``tier:
+        host``, read their files into host memory, if they were never read. For sessions, load
+        their KV from the host to the device once their adapter is there."""
         names, sessions = _listed(body.lora_name), _listed(body.session_id)
         adapter_ids = [control.id_of(name) for name in names]
+        do = "prefetch" if body.tier == "device" else "read"
+        if do == "read":  # each becomes the next one
+            names, adapter_ids = names[::-1], adapter_ids[::-1]
         answers = await asyncio.gather(
-            *(control.order("prefetch", adapter_id) for adapter_id in adapter_ids),
+            *(control.order(do, adapter_id) for adapter_id in adapter_ids),
             *(control.order("prefetch_session", session) for session in sessions),
         )
         tiers = {name: answer.tier for name, answer in zip(names, answers, strict=False)}
