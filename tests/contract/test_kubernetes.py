@@ -17,6 +17,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from sglang_elora.commands.fleet import parsed
 from sglang_elora.config import EloraConfig
 from sglang_elora.control import AdapterState, Changes, Counters, StateMirror
 from sglang_elora.control.metrics import StateCollector
@@ -45,6 +46,7 @@ VARIANTS = {
     "volume": built(FOLDER / "servers", FOLDER / "adapters-volume"),
     "router": built(FOLDER / "router"),
     "gateway": built(FOLDER / "gateway"),
+    "fleet": [*built(FOLDER / "servers"), *built(FOLDER / "fleet")],
     "monitoring": [*built(FOLDER / "servers"), *built(FOLDER / "monitoring")],
 }
 ALL = {identity(one): one for name in reversed(VARIANTS) for one in VARIANTS[name]}
@@ -284,6 +286,19 @@ def test_flags_of_the_router_are_accepted_by_its_parser() -> None:
     port = servers["spec"]["template"]["spec"]["containers"][0]["ports"][0]["containerPort"]
     assert arguments.service_discovery and arguments.service_discovery_port == port
     assert arguments.health_check_endpoint == readiness_path()
+
+
+def test_fleet_controller_names_each_server_of_the_stateful_set() -> None:
+    _, controller = workload("elora-fleet")
+    assert controller["command"] == ["sglang-elora", "fleet"]
+    options = parsed(expanded(controller, VARIANTS["fleet"]))
+    servers, server = workload("elora")
+    name, port = servers["metadata"]["name"], server["ports"][0]["containerPort"]
+    assert options.url == [
+        f"http://{name}-{i}.{servers['spec']['serviceName']}:{port}"
+        for i in range(servers["spec"]["replicas"])
+    ]
+    assert options.api_key == "of-ADMIN_API_KEY"
 
 
 def endpoints() -> set[str]:

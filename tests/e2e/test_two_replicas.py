@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import runpy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from sglang_elora.commands.cli import main
 from sglang_elora.testbed.adapters import demo_adapters, make_adapters
+from sglang_elora.testbed.server import free_port
 
 pytest.importorskip("sglang_router", reason="needs the extra [router]")
 
@@ -135,3 +138,40 @@ def test_no_request_is_lost_while_one_replica_is_drained(
             assert http.get(f"{drained}/elora/drain").json()["num_requests"] == 0
         finally:
             http.delete(f"{drained}/elora/drain").raise_for_status()
+
+
+@pytest.mark.parametrize("acts", [False, True], ids=["dry-run", "acts"])
+def test_fleet_controller_brings_a_busy_adapter_to_the_other_replica(
+    acts: bool, urls: list[str], adapters: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = next(iter(adapters))
+    for url in urls:
+        EXAMPLE["empty"](url, list(adapters))
+
+    def tier(url: str) -> str:
+        found = httpx.get(f"{url}/elora/state", params={"lora_name": name}, trust_env=False)
+        (row,) = found.json()["adapters"]
+        return str(row["tier"])
+
+    def ask() -> None:
+        body = {"text": "hello", "lora_path": name, "sampling_params": {"max_new_tokens": 4}}
+        answer = httpx.post(f"{urls[0]}/generate", json=body, trust_env=False, timeout=60)
+        assert answer.status_code == 200
+
+    rounds = ["--interval", "0.5", "--rounds", "8", *([] if acts else ["--dry-run"])]
+    with ThreadPoolExecutor(1) as executor:
+        done = executor.submit(main, ["fleet", "--url", urls[0], "--url", urls[1], *rounds])
+        while not done.done():
+            ask()
+        assert done.result() == 0
+    assert tier(urls[0]) == "device"
+    assert (tier(urls[1]) == "device") == acts
+    orders = capsys.readouterr().out
+    assert f"{urls[1]}: pin {name}: 2.00 of a server's load on 2 servers" in orders
+    for url in urls:
+        httpx.post(f"{url}/elora/unpin", json={"lora_name": name}, trust_env=False)
+
+
+def test_fleet_controller_ends_if_no_server_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fleet", "--url", f"http://127.0.0.1:{free_port()}"]) == 1
+    assert "no server has answered" in capsys.readouterr().err

@@ -23,6 +23,15 @@ _TIMEOUT_S = 10.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run rounds until interrupted, or ``--rounds`` of them. Returns 1 if no server answered."""
+    options = parsed(argv)
+    try:
+        return asyncio.run(_run(options))
+    except KeyboardInterrupt:
+        return 0
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags of the command; ends the process if they are wrong."""
     parser = argparse.ArgumentParser(prog="sglang-elora fleet", description=__doc__)
     add = parser.add_argument
     add("--url", action="append", required=True, help="of a server; once for each")
@@ -33,14 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if not options.interval > 0:
         parser.error(f"--interval must be positive, got {options.interval}")
-    urls = list(dict.fromkeys(url.rstrip("/") for url in options.url))
-    try:
-        return asyncio.run(_run(urls, options))
-    except KeyboardInterrupt:
-        return 0
+    options.url = list(dict.fromkeys(url.rstrip("/") for url in options.url))
+    return options
 
 
-async def _run(urls: Sequence[str], options: argparse.Namespace) -> int:
+async def _run(options: argparse.Namespace) -> int:
+    urls: list[str] = options.url
     headers = {} if options.api_key is None else {"Authorization": f"Bearer {options.api_key}"}
     controller = Controller(urls, time.monotonic())
     done = 0

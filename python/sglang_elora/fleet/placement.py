@@ -100,7 +100,8 @@ class Placement:
             for server in chosen:
                 assigned[server] += part
             self._placed[adapter] = chosen
-            why = f"{loads[adapter] / fair:.2f} of a server's load on {count}"
+            servers = "server" if count == 1 else "servers"
+            why = f"{loads[adapter] / fair:.2f} of a server's load on {count} {servers}"
             moves += [Move("add", adapter, s, why) for s in chosen if s not in old]
             moves += [Move("remove", adapter, s, why) for s in old if s not in chosen]
         for adapter in sorted(before.keys() - loads.keys()):
