@@ -36,13 +36,7 @@ NUM_ATTEMPTS = 3
 ATTEMPT_PAUSE_S = 0.2
 SESSION_HEADERS = ("x-session-id", "x-smg-routing-key")
 _NOT_FORWARDED = ("host", "content-length", "connection", "transfer-encoding", "accept-encoding")
-_GUARDED = (
-    "setpriv",
-    "--pdeathsig",
-    "TERM",
-    sys.executable,
-    str(Path(__file__).with_name("guard.py")),
-)
+_GUARDED = (sys.executable, str(Path(__file__).with_name("guard.py")))
 """A server that ends with the replica, however that ends (``guard.py``)."""
 
 logger = logging.getLogger("ray.serve")
@@ -63,9 +57,8 @@ class Engine:
         log_path = Path(folder) / f"server-{self._name}.log"
         self._server = ServerProcess(flags, log_path=log_path, program=_GUARDED, stop_timeout_s=10)
         self._server.start()
-        self._pid = (
-            psutil.Process(self._server.pid).children()[0].pid
-        )  # of the server, not its guard
+        guard = psutil.Process(self._server.pid).children()[0]
+        self._pid = guard.children()[0].pid
         self._ending = False
         self._http = httpx.AsyncClient(
             base_url=self._server.url, timeout=None, trust_env=False, limits=LIMITS

@@ -20,6 +20,8 @@ NAME = "elora"  # of the application
 # and Ray's own processes listen there instead of on all interfaces.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Ray's default is 15, which the servers would inherit: every other process would have priority.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 import ray  # noqa: E402
 from ray import serve  # noqa: E402
