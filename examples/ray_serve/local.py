@@ -43,6 +43,7 @@ def local_ray(port: int) -> Iterator[str]:
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
             _temp_dir=folder,
         )
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="HeadOnly", http_options={"host": HOST, "port": port})
         yield f"http://{HOST}:{port}"
     finally:

@@ -62,7 +62,7 @@ class Event:
 
     def __init__(self, plan: Plan, act: Callable[[], dict[str, Any]]) -> None:
         self._at, self._act, self.notes = plan.num_requests // 3, act, dict[str, Any]()
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __call__(self, num_answered: int) -> None:
         if num_answered == self._at:

@@ -1,0 +1,245 @@
+"""The example on Ray Serve: real Ray, and a real server in each replica."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from sglang_elora.testbed.server import free_port
+from tests.harness.client import MODEL, Client, run
+from tests.harness.reference import Reference
+from tests.harness.server_flags import server_flags
+
+if not find_spec("ray"):
+    pytest.skip("needs the extra [ray]", allow_module_level=True)
+
+pytestmark = pytest.mark.slow
+EXAMPLE = Path(__file__).parents[2] / "examples/ray_serve"
+NAMES = ("attention-r8", "mlp-r24", "rslora-r8", "all-r4", "qv-r4")
+NUM_TOKENS = 12
+BATCH = 4  # running requests of a server
+NUM_CLIENTS = 14  # fewer than Serve's own policy scales for, more than a batch
+WAIT_S = 240.0
+
+
+@pytest.fixture(scope="module")
+def example() -> Iterator[SimpleNamespace]:
+    """The example's modules, and none of them in other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLE))
+        names = ("local", "routing", "app")  # ``local`` before Ray
+        yield SimpleNamespace(**{name: import_module(name) for name in names})
+        for name in names:
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def deploy(
+    example: SimpleNamespace, checkpoint: Path, adapters: dict[str, Path], logs: Path
+) -> Iterator[Callable[[str], str]]:
+    """Deploys a release; returns the API's address. It begins with one replica."""
+    given = {name: adapters[name] for name in NAMES}
+    flags = ["--elora", *server_flags(checkpoint, given), "--max-running-requests", str(BATCH)]
+    with example.local.local_ray(free_port()) as url:
+
+        def deploy_release(release: str) -> str:
+            application = example.app.application(
+                flags, logs, model=MODEL, num_replicas=2, min_replicas=1, release=release
+            )
+            example.local.serve.run(application, name=example.local.NAME)
+            return url
+
+        yield deploy_release
+
+
+@pytest.fixture(scope="module")
+def url(deploy: Callable[[str], str]) -> str:
+    return deploy("1")
+
+
+@pytest.fixture(scope="module")
+def expected(reference: Reference, prompts: Sequence[list[int]]) -> Mapping[str, list[int]]:
+    return {name: reference.generate(name, prompts[0], NUM_TOKENS) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def two_replicas(
+    url: str, example: SimpleNamespace, expected: Mapping[str, list[int]], prompts: Any
+) -> Outcome:
+    """What the requests saw that made the application grow from one replica to two."""
+    assert len(example.local.replicas()) == 1
+    return while_asking(url, expected, prompts[0], lambda: wait_for_replicas(example, 2))
+
+
+@dataclass(slots=True)
+class Outcome:
+    num_right: int = 0
+    wrong: list[Any] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+def wait_for_replicas(example: SimpleNamespace, count: int, without: str = "") -> None:
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        names = [replica["replica"] for replica in example.local.replicas()]
+        if len(names) == count and without not in names:
+            return
+        assert time.monotonic() < deadline, names
+        time.sleep(0.3)
+
+
+def while_asking(
+    url: str,
+    expected: Mapping[str, list[int]],
+    prompt: Sequence[int],
+    act: Callable[[], object],
+) -> Outcome:
+    """Run ``act`` while clients ask for all adapters, one answer in two as a stream."""
+    outcome = Outcome()
+
+    async def ask(client: Client, number: int) -> None:
+        name, stream = NAMES[number % len(NAMES)], number % 2 == 0
+        try:
+            answer = await client.generate(name, prompt, num_tokens=NUM_TOKENS, stream=stream)
+        except (httpx.HTTPError, AssertionError, KeyError) as error:
+            outcome.failures.append(repr(error))
+            return
+        if list(answer.token_ids) == expected[name]:
+            outcome.num_right += 1
+        else:
+            outcome.wrong.append((name, answer))
+
+    async def work(client: Client) -> None:
+        acting = asyncio.create_task(asyncio.to_thread(act))
+
+        async def ask_until_done(number: int) -> None:
+            while not acting.done():
+                await ask(client, number)
+
+        await asyncio.gather(*map(ask_until_done, range(NUM_CLIENTS)))
+        await acting
+
+    run(url, work)
+    return outcome
+
+
+def visits(example: SimpleNamespace) -> list[Counter[str]]:
+    """Of each replica's server: requests by adapter."""
+    states = [
+        httpx.get(f"{replica['url']}/elora/state", trust_env=False).json()
+        for replica in example.local.replicas()
+    ]
+    return [Counter({a["lora_name"]: a["visits"] for a in state["adapters"]}) for state in states]
+
+
+def test_long_queues_in_the_engine_add_a_replica(two_replicas: Outcome) -> None:
+    assert two_replicas.num_right > NUM_CLIENTS
+    assert not two_replicas.wrong and not two_replicas.failures
+
+
+def test_all_apis_answer_as_a_server_does(
+    url: str, two_replicas: Outcome, reference: Reference, prompts: Sequence[list[int]]
+) -> None:
+    name, text = NAMES[0], "The train to the harbour leaves at noon"
+    expected = reference.text(name, reference.tokenizer.encode(text), NUM_TOKENS)
+    messages = [{"role": "user", "content": text}]
+
+    async def ask(client: Client) -> None:
+        base = await client.generate(None, prompts[0], num_tokens=NUM_TOKENS)
+        assert list(base.token_ids) == reference.generate(None, prompts[0], NUM_TOKENS)
+        for stream in (False, True):
+            model = f"{MODEL}:{name}"
+            done = await client.complete(model, text, num_tokens=NUM_TOKENS, stream=stream)
+            assert done.text == expected
+        chats = [
+            await client.chat(f"{MODEL}:{name}", messages, num_tokens=NUM_TOKENS, stream=stream)
+            for stream in (False, True)
+        ]
+        assert chats[0].text == chats[1].text and chats[0].text
+        listed = (await client.get("/v1/models")).json()["data"]
+        assert {model["id"] for model in listed} == {MODEL, *NAMES}
+        assert (await client.get("/health")).status_code == 200
+
+    run(url, ask)
+
+
+def test_errors_keep_their_status(url: str, two_replicas: Outcome) -> None:
+    unknown = {"model": f"{MODEL}:nowhere", "prompt": "x", "max_tokens": 1}
+    with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
+        answer = http.post("/v1/completions", json=unknown)
+        assert answer.status_code == 400 and "nowhere" in answer.text
+        assert http.post("/generate", content=b"{not json").status_code == 400
+        assert http.get("/elora/state").status_code == 404, "no replica's own endpoints"
+        assert http.post("/close_session", json={}).status_code == 400
+
+
+def test_a_chat_stays_on_one_replica_with_its_adapter(
+    url: str, two_replicas: Outcome, example: SimpleNamespace, prompts: Sequence[list[int]]
+) -> None:
+    before = visits(example)
+
+    async def ask(client: Client) -> None:
+        for name in NAMES:
+            for _ in range(4):
+                await client.generate(name, prompts[0], num_tokens=1, session_id=f"chat-{name}")
+
+    run(url, ask)
+    done = [now - was for now, was in zip(visits(example), before, strict=True)]
+    assert sum(done, Counter()) == dict.fromkeys(NAMES, 4)
+    assert sum(len(+counts) for counts in done) == len(NAMES), done
+
+
+def test_a_killed_server_gives_no_wrong_answer_and_is_replaced(
+    url: str,
+    two_replicas: Outcome,
+    example: SimpleNamespace,
+    expected: Mapping[str, list[int]],
+    prompts: Sequence[list[int]],
+) -> None:
+    victim = example.local.replicas()[0]
+    processes = psutil.Process(victim["pid"]).children(recursive=True)
+    broken_before = example.local.front_counts()["broken"]
+
+    def kill_and_wait() -> None:
+        time.sleep(1.0)  # requests are running
+        os.kill(victim["pid"], signal.SIGKILL)
+        wait_for_replicas(example, 2, without=victim["replica"])
+
+    outcome = while_asking(url, expected, prompts[0], kill_and_wait)
+    assert not outcome.wrong and outcome.num_right > NUM_CLIENTS
+    counts = example.local.front_counts()
+    assert counts["unavailable"] == 0
+    assert len(outcome.failures) == counts["broken"] - broken_before, outcome.failures
+    assert not [process for process in processes if process.is_running()]
+
+
+def test_a_rolling_restart_loses_no_request(
+    url: str,
+    two_replicas: Outcome,
+    deploy: Callable[[str], str],
+    example: SimpleNamespace,
+    expected: Mapping[str, list[int]],
+    prompts: Sequence[list[int]],
+) -> None:
+    before = {replica["replica"] for replica in example.local.replicas()}
+
+    outcome = while_asking(url, expected, prompts[0], lambda: deploy("2"))
+    after = {replica["replica"] for replica in example.local.replicas()}
+    assert len(after) == 2 and not before & after
+    assert not outcome.wrong and not outcome.failures
+    assert outcome.num_right > NUM_CLIENTS
