@@ -32,8 +32,8 @@ from sglang_elora.testbed.server import ServerProcess
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/generate", "/health")
 TO_ALL = ("/close_session",)  # a session may be on any replica
-NUM_ATTEMPTS = 3
-ATTEMPT_PAUSE_S = 0.2
+NUM_ATTEMPTS = 5
+FIRST_PAUSE_S = 0.2  # before the second attempt; it doubles each time
 SESSION_HEADERS = ("x-session-id", "x-smg-routing-key")
 _NOT_FORWARDED = ("host", "content-length", "connection", "transfer-encoding", "accept-encoding")
 _GUARDED = (sys.executable, str(Path(__file__).with_name("guard.py")))
@@ -58,7 +58,7 @@ class Engine:
         self._server = ServerProcess(flags, log_path=log_path, program=_GUARDED, stop_timeout_s=10)
         self._server.start()
         guard = psutil.Process(self._server.pid).children()[0]
-        self._pid = guard.children()[0].pid
+        self._process = guard.children()[0]
         self._ending = False
         self._http = httpx.AsyncClient(
             base_url=self._server.url, timeout=None, trust_env=False, limits=LIMITS
@@ -67,11 +67,10 @@ class Engine:
 
     def _end_with_server(self) -> None:
         """A replica without a server would refuse at once, look idle, and get every request."""
-        status = self._server.wait()
+        self._process.wait()
         if not self._ending:
-            logger.error("the server of %s exited with status %s", self._name, status)
-            self._server.stop()
-            os._exit(1)
+            logger.error("the server of %s has ended", self._name)
+            os._exit(1)  # the guard ends what the server has left
 
     @serve.multiplexed(max_num_models_per_replica=-1)
     async def adapter(self, name: str) -> str:
@@ -99,7 +98,7 @@ class Engine:
         return answer.status_code, answer.content
 
     async def describe(self) -> dict[str, Any]:
-        return {"replica": self._name, "url": self._server.url, "pid": self._pid}
+        return {"replica": self._name, "url": self._server.url, "pid": self._process.pid}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         state = (await self._http.get("/elora/state")).json()
@@ -115,7 +114,9 @@ class Engine:
         await asyncio.to_thread(self._server.stop)
 
 
-@serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
+@serve.deployment(
+    max_ongoing_requests=1000, max_surge_percent=100, ray_actor_options={"num_cpus": 0}
+)
 class Front:
     """The API: names a request's adapter and session to Serve's router, and passes answers on.
 
@@ -149,7 +150,7 @@ class Front:
         for attempt in range(NUM_ATTEMPTS):
             if attempt:
                 self._counts["repeated"] += 1
-                await asyncio.sleep(ATTEMPT_PAUSE_S)
+                await asyncio.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
             chunks = engines.remote(request.method, path, headers, body)
             try:
                 status, content_type = await anext(chunks)
@@ -223,6 +224,7 @@ def application(
     num_replicas: int = 2,
     min_replicas: int | None = None,
     max_ongoing_requests: int = 32,
+    max_surge_percent: int = 0,
     num_gpus: float = 0,
     release: str = "",
 ) -> serve.Application:
@@ -236,6 +238,8 @@ def application(
         num_replicas: Replicas; with ``min_replicas`` the most there are.
         min_replicas: If given, Serve scales between this number and ``num_replicas``.
         max_ongoing_requests: Requests that a replica accepts; the router holds back the others.
+        max_surge_percent: Replicas, in percent, that a rolling restart starts before it stops as
+            many; 0 stops one first, and needs no memory for a further server.
         num_gpus: GPUs of a replica, which Ray assigns.
         release: Another value restarts all replicas, one after the other.
     """
@@ -256,6 +260,7 @@ def application(
     engines = Engine.options(
         **scaled,
         max_ongoing_requests=max_ongoing_requests,
+        max_surge_percent=max_surge_percent,
         request_router_config=RequestRouterConfig(request_router_class=chosen.router),
         health_check_period_s=2,
         health_check_timeout_s=25,  # SGLang's /health takes up to 20 s to fail

@@ -78,23 +78,23 @@ class Event:
 
 def kill_a_server() -> dict[str, Any]:
     """SIGKILL for one replica's server; returns when there are two replicas again."""
-    before = replicas()
+    before, counts = replicas(), front_counts()
     os.kill(before[0]["pid"], signal.SIGKILL)
     killed_s = time.perf_counter()
     kept = {replica["replica"] for replica in before[1:]}
     while True:
         now = {replica["replica"] for replica in replicas()}
         if len(now) == len(before) and before[0]["replica"] not in now and kept <= now:
-            return {"seconds until there were two replicas again": time.perf_counter() - killed_s}
+            seconds = time.perf_counter() - killed_s
+            sums = {key: value - counts[key] for key, value in front_counts().items()}
+            return {"seconds until there were two replicas again": seconds, **sums}
         time.sleep(0.5)
 
 
 def with_event(name: str, url: str, plan: Plan, act: Callable[[], dict[str, Any]]) -> Row:
-    counts, event = front_counts(), Event(plan, act)
+    event = Event(plan, act)
     record = hold_chats(url, plan, event)
-    notes = event.wait()
-    sums = {key: value - counts[key] for key, value in front_counts().items()}
-    return Row(name, record, [], [], {**notes, **sums})
+    return Row(name, record, [], [], event.wait())
 
 
 def main() -> None:
@@ -116,7 +116,7 @@ def main() -> None:
     checkpoint = make_checkpoint(folder / "checkpoint")
     adapters = make_adapters(checkpoint, folder / "adapters", demo_adapters(options.adapters))
     plan = Plan(list(adapters), options.sessions, options.turns)
-    console = Console()
+    console = Console(width=110)
 
     def flags(num_parts: int) -> list[str]:
         sizes = ("--max-total-tokens", str(options.slots * num_parts))

@@ -28,7 +28,13 @@ from tests.harness.server_flags import server_flags
 if not find_spec("ray"):
     pytest.skip("needs the extra [ray]", allow_module_level=True)
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # Of Ray's own code.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
 EXAMPLE = Path(__file__).parents[2] / "examples/ray_serve"
 NAMES = ("attention-r8", "mlp-r24", "rslora-r8", "all-r4", "qv-r4")
 NUM_TOKENS = 12
@@ -42,6 +48,7 @@ def example() -> Iterator[SimpleNamespace]:
     """The example's modules, and none of them in other tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLE))
+        patch.setenv("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "2")
         names = ("local", "routing", "app")  # ``local`` before Ray
         yield SimpleNamespace(**{name: import_module(name) for name in names})
         for name in names:
