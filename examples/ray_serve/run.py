@@ -1,4 +1,4 @@
-"""Two replicas on Ray Serve: four ways of routing, one server instead, a kill, a rolling restart.
+"""Two replicas on Ray Serve: ways of routing, one replica instead, a kill, a rolling restart.
 
 pip install 'sglang-elora[demo,ray]'
 python examples/ray_serve/run.py
@@ -32,6 +32,7 @@ from sglang_elora.testbed.signals import sigterm_acts_as_ctrl_c
 
 NUM_REPLICAS = 2
 BATCH = 16  # running requests of a replica
+ONE_REPLICA = "one_replica"  # with the pool of all
 SINGLE, WITH_KILL, WITH_RESTART = "one server", "a server killed", "rolling restart"
 
 
@@ -103,7 +104,9 @@ def main() -> None:
     from routing import ROUTINGS
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
+    ways = [ONE_REPLICA, *ROUTINGS]
+    parser.add_argument("--routings", nargs="+", choices=ways, default=ways)
+    parser.add_argument("--no-events", action="store_true", help="no kill, no restart")
     parser.add_argument("--adapters", type=int, default=40, help="[%(default)s]")
     parser.add_argument("--sessions", type=int, default=80, help="[%(default)s]")
     parser.add_argument("--turns", type=int, default=4, help="[%(default)s]")
@@ -126,6 +129,10 @@ def main() -> None:
     def engines(routing: str, release: str = "") -> Any:
         return application(flags(1), folder / "logs", model=MODEL, routing=routing, release=release)
 
+    def engine() -> Any:
+        part = {"num_replicas": 1, "max_ongoing_requests": 64}
+        return application(flags(NUM_REPLICAS), folder / "logs", model=MODEL, **part)
+
     def roll() -> dict[str, Any]:
         began_s = time.perf_counter()
         serve.run(engines("adapter_session", release="2"), name=NAME)
@@ -139,11 +146,13 @@ def main() -> None:
         with local_ray(options.port) as url:
             for routing in options.routings:
                 console.print(f"{routing} ...")
-                serve.run(engines(routing), name=NAME)
+                serve.run(engine() if routing == ONE_REPLICA else engines(routing), name=NAME)
                 rows.append(play(routing, url, [each["url"] for each in replicas()], plan))
                 serve.delete(NAME)
-            serve.run(engines("adapter_session"), name=NAME)
-            for name, act in ((WITH_KILL, kill_a_server), (WITH_RESTART, roll)):
+            events = () if options.no_events else ((WITH_KILL, kill_a_server), (WITH_RESTART, roll))
+            if events:
+                serve.run(engines("adapter_session"), name=NAME)
+            for name, act in events:
                 console.print(f"{name} ...")
                 rows.append(with_event(name, url, plan, act))
     show(console, rows)
