@@ -17,7 +17,8 @@ from sglang_elora.testbed.server import HOST
 NAME = "elora"  # of the application
 
 # Ray reads it when it is imported. Whatever its name says: with 0 the node's address is 127.0.0.1,
-# and Ray's own processes listen there instead of on all interfaces.
+# and Ray's own processes listen there instead of on all interfaces. Serve's replicas do not: each
+# opens a port for calls between deployments on all of them, which no option changes.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Ray's default is 15, which the servers would inherit: every other process would have priority.
