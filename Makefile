@@ -12,7 +12,7 @@ LOADED := $(addprefix tests/e2e/test_,pressure.py missing_waits.py hybrid_models
   triton_backend.py outputs.py dtypes.py events.py entry_points.py two_replicas.py \
   hostile_requests.py openapi.py adapter_sources.py chats.py cleanup.py model_families.py \
   engine.py peft_options.py tokenizer_workers.py embedding_models.py streaming_sessions.py \
-  vllm_side.py)
+  vllm_side.py ray_serve.py)
 DEMO ?=
 BENCH ?=
 

@@ -1,4 +1,5 @@
-"""The examples, against a server that is up. (``two_replicas`` has a test of its own.)"""
+"""The examples, against a server that is up. (``two_replicas`` and ``ray_serve`` have
+tests of their own.)"""
 
 from __future__ import annotations
 
