@@ -6,7 +6,9 @@ adapter and of the free share of load, each with half of the weight, as gateways
 ``hash-adapter``, ``hash-session``: consistent hashing with bounded loads. ``cache-aware``: SGLang's
 router: the server that had most of the prompt, if that is more than 0.3 of it, otherwise the one
 with the fewest requests; by load alone while loads differ much. ``placed``: the servers of
-``fleet.Placement``; a session stays where it is while that server is not overloaded.
+``fleet.Placement`` that are not overloaded, of these the one with the fewest requests; a session
+stays where it is. Servers read the files of their own adapters first, and load a new copy before
+its requests come.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ IMBALANCE, IMBALANCE_RATIO = 64, 1.5
 """Defaults of SGLang's router: --cache-threshold, --balance-abs-threshold, --balance-rel-threshold.
 """
 
-OVERLOAD, OVERLOAD_RATIO = 4, 2.0
-"""``placed`` takes a session from a server with this many requests and this ratio more than the
-mean. Lower values compute more again."""
+OVERLOAD, OVERLOAD_RATIO = 4, 1.25
+"""``placed`` passes over a server with more requests than this ratio of the mean and this number.
+Lower values compute and load more again; with a ratio of 2, servers at 1.5 times the table's rate
+had queues of their own while others were idle (chat: P95 184 ms, and 100 with 1.25)."""
 
 PERIOD_S = 5.0
 """Seconds between updates of the placement."""
@@ -200,8 +203,11 @@ class Placed(Router):
             return last
         mine = [self._servers[name] for name in self.placement.servers_of(session.adapter)]
         there = [server for server in mine if server.engine.has_adapter(session.adapter)]
-        least = min(there or mine, key=lambda server: self._work[server.name])
-        return least if least.num_requests < limit else self._least(servers)
+        least = min(there or mine, key=lambda s: (s.num_requests, self._work[s.name]))
+        if least.num_requests < limit:
+            return least
+        order = (self._servers[n] for n in preference(session.adapter, self.placement.servers))
+        return next((s for s in order if s.num_requests < limit), least)
 
     def _add_work(self, servers: Sequence[Server]) -> None:
         """Add the tokens that servers have computed since then to the loads of their adapters."""
