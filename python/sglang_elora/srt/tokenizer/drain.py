@@ -87,6 +87,7 @@ class Drain:
         self._workers = manager.elora_workers
         self._state: _State | None = None
         self._draining: Draining | None = None
+        self._later: asyncio.Task[None] | None = None  # will refuse new sessions
         self._workers.handle("drain.set", _State | None, self._set)
         self._workers.handle("drain.get", type(None), self._get)
         self._workers.handle("drain.in_progress", type(None), self._in_progress)
@@ -104,13 +105,15 @@ class Drain:
         return self._draining is None or self._draining.admits(session, time.monotonic())
 
     async def begin(self, options: DrainOptions) -> DrainStatus:
-        """Begin a drain; a second order changes nothing. Raises NoAnswer."""
+        """Begin a drain. A second order changes nothing, unless the first one could not find out
+        which sessions are open. Raises NoAnswer."""
         if self._state is None:
             await self._set_everywhere(_State(options))
+        if not self.is_refusing and (self._later is None or self._later.done()):
             if options.refuse_after_s > 0:
-                task = asyncio.get_running_loop().create_task(self._refuse_later(options))
-                self._manager.asyncio_tasks.add(task)
-                task.add_done_callback(self._manager.asyncio_tasks.discard)
+                self._later = asyncio.get_running_loop().create_task(self._refuse_later(options))
+                self._manager.asyncio_tasks.add(self._later)
+                self._later.add_done_callback(self._manager.asyncio_tasks.discard)
             else:
                 await self._refuse(options)
         return await self.status()
@@ -146,8 +149,7 @@ class Drain:
 
     async def _refuse_later(self, options: DrainOptions) -> None:
         await asyncio.sleep(options.refuse_after_s)
-        if self._state is not None and self._state.options is options:  # not ended meanwhile
-            await self._refuse(options)
+        await self._refuse(options)
 
     async def _refuse(self, options: DrainOptions) -> None:
         sessions = await self._open_sessions(await self._everywhere())
@@ -167,7 +169,11 @@ class Drain:
 
     async def _set(self, state: _State | None) -> None:
         self._state = state
-        if state is None or state.sessions is None:
+        if state is None:
+            self._draining = None
+            if self._later is not None:
+                self._later.cancel()
+        elif state.sessions is None:
             self._draining = None
         elif self._draining is None:
             self._draining = Draining(state.sessions, time.monotonic())
