@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from chats import Plan, Record, hold_chats
 from local import NAME, front_counts, local_ray, replicas
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from sglang_elora.demo.__main__ import MODEL, launch_flags
+from sglang_elora.demo.many_chats import Plan, Record, hold_chats
 from sglang_elora.testbed.adapters import demo_adapters, make_adapters
 from sglang_elora.testbed.checkpoint import make_checkpoint, silence_progress_bars
 from sglang_elora.testbed.server import ServerProcess, free_port

@@ -3,21 +3,22 @@
     pip install 'sglang-elora[demo,router]'
     python examples/two_replicas/run.py
 
-The same chats are held once for each way of routing. Before each, both replicas are emptied.
+The same chats are held with each way of routing, with one server of the same total pool, and once
+more while a replica is killed. Before each, all servers are emptied.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import random
+import os
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -25,19 +26,17 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from sglang_elora.control.connections import LIMITS
-from sglang_elora.demo.__main__ import MODEL, launch_flags
-from sglang_elora.demo.chat import system_prompt, user_message
+from sglang_elora.demo.__main__ import launch_flags
+from sglang_elora.demo.many_chats import Plan, Record, hold_chats
 from sglang_elora.testbed.adapters import demo_adapters, make_adapters
 from sglang_elora.testbed.checkpoint import make_checkpoint, silence_progress_bars
 from sglang_elora.testbed.server import ServerProcess, free_port, python_module
 
 NUM_REPLICAS = 2
-POOL_SLOTS = 8000  # of a replica: about half of the adapters beside their KV
+POOL_SLOTS = 16_000  # of a replica
+BATCH = 16  # running requests of a replica
 ROUTING_KEY = "X-SMG-Routing-Key"  # the header that the router's policy "manual" goes by
 SESSION, SESSION_END = "X-Request-Id-Session", "X-Request-Id-Session-End"  # read by the replicas
-MEAN_THINK_S = 2.0
-NUM_TOKENS = 16  # of an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +45,13 @@ class Route:
 
     flags: tuple[str, ...]
     key: Callable[[str, str], str] | None = None
+
+    def headers(self, session: str, adapter: str, is_last: bool) -> dict[str, str]:
+        """Headers of a turn. They also name its session to the replicas, and end it."""
+        found = {SESSION: session, SESSION_END: str(is_last).lower()}
+        if self.key is not None:
+            found[ROUTING_KEY] = self.key(session, adapter)
+        return found
 
 
 _BY_KEY = ("--policy", "manual", "--assignment-mode", "min_group")
@@ -107,10 +113,18 @@ def empty(url: str, adapters: Sequence[str]) -> None:
             time.sleep(0.1)
 
 
-def replica(checkpoint: Path, adapters: Mapping[str, Path], log_path: Path) -> ServerProcess:
-    flags = ("--max-total-tokens", str(POOL_SLOTS), "--enable-metrics")
-    command = launch_flags(checkpoint, adapters, flags)
-    return ServerProcess(command, log_path=log_path)
+def replica(
+    checkpoint: Path,
+    adapters: Mapping[str, Path],
+    log_path: Path,
+    num_parts: int = 1,
+    port: int | None = None,
+) -> ServerProcess:
+    """A server with the pool and the batch of ``num_parts`` replicas."""
+    flags = ("--max-total-tokens", str(POOL_SLOTS * num_parts), "--enable-metrics")
+    batch = ("--max-running-requests", str(BATCH * num_parts))
+    command = launch_flags(checkpoint, adapters, (*flags, *batch))
+    return ServerProcess(command, log_path=log_path, port=port)
 
 
 def router(urls: Sequence[str], route: Route, log_path: Path) -> ServerProcess:
@@ -137,100 +151,131 @@ def wait_for_workers(url: str) -> None:
         time.sleep(0.1)
 
 
-async def hold_chats(
-    url: str, route: Route, adapters: Sequence[str], num_sessions: int, num_turns: int
-) -> list[float]:
-    """Seconds that each turn took. A session keeps its adapter."""
-    seconds: list[float] = []
-    async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False, limits=LIMITS) as http:
-
-        async def hold(number: int) -> None:
-            adapter, session = adapters[number % len(adapters)], f"session-{number}"
-            headers = {SESSION: session}
-            if route.key is not None:
-                headers[ROUTING_KEY] = route.key(session, adapter)
-            messages: list[dict[str, Any]] = [{"role": "system", "content": system_prompt(adapter)}]
-            thinking = random.Random(number)
-            for turn in range(num_turns):
-                await asyncio.sleep(MEAN_THINK_S * min(3.0, thinking.expovariate(1.0)))
-                messages.append({"role": "user", "content": user_message(number, turn)})
-                if turn + 1 == num_turns:
-                    headers[SESSION_END] = "true"
-                body = {
-                    "model": f"{MODEL}:{adapter}",
-                    "messages": messages,
-                    "max_tokens": NUM_TOKENS,
-                    "temperature": 0,
-                }
-                sent_s = time.perf_counter()
-                answer = await http.post("/v1/chat/completions", json=body, headers=headers)
-                answer.raise_for_status()
-                seconds.append(time.perf_counter() - sent_s)
-                messages.append(answer.json()["choices"][0]["message"])
-
-        await asyncio.gather(*map(hold, range(num_sessions)))
-    return seconds
-
-
 def play(
-    urls: Sequence[str],
-    route: Route,
-    adapters: Sequence[str],
-    num_sessions: int,
-    num_turns: int,
-    log_path: Path,
-) -> tuple[list[dict[str, int]], float]:
-    """What each of these replicas did, empty before, and the mean seconds of a turn."""
+    urls: Sequence[str], route: Route, plan: Plan, log_path: Path
+) -> tuple[list[dict[str, int]], Record]:
+    """What each of these replicas did, empty before, and what the chats saw."""
     for url in urls:
-        empty(url, adapters)
+        empty(url, plan.adapters)
     before = [counts(url) for url in urls]
     with router(urls, route, log_path) as front:
         wait_for_workers(front.url)
-        seconds = asyncio.run(hold_chats(front.url, route, adapters, num_sessions, num_turns))
+        record = hold_chats(front.url, replace(plan, headers=route.headers))
     done = [counts(url).since(was) for url, was in zip(urls, before, strict=True)]
-    return done, statistics.mean(seconds)
+    return done, record
+
+
+def play_alone(server: ServerProcess, plan: Plan) -> tuple[list[dict[str, int]], Record]:
+    """As ``play``, with one server and no router."""
+    before = counts(server.url)
+    record = hold_chats(server.url, replace(plan, headers=Route(()).headers))
+    return [counts(server.url).since(before)], record
+
+
+def play_with_kill(
+    servers: Sequence[ServerProcess],
+    start: Callable[[int], ServerProcess],
+    plan: Plan,
+    log_path: Path,
+) -> tuple[Record, float]:
+    """The chats, while the first server is killed after a third of the turns and started again.
+
+    Args:
+        start: Starts a server at this port.
+
+    Returns:
+        What the chats saw, and the seconds until the router had both servers again.
+    """
+    route, killed, seconds = ROUTES["session"], servers[0], 0.0
+    with ExitStack() as stack:
+        front = stack.enter_context(router([one.url for one in servers], route, log_path))
+        wait_for_workers(front.url)
+
+        def kill_and_start() -> None:
+            nonlocal seconds
+            began_s = time.monotonic()
+            os.kill(killed.pid, signal.SIGKILL)
+            killed.stop()
+            stack.enter_context(start(killed.port))
+            wait_for_workers(front.url)
+            seconds = time.monotonic() - began_s
+
+        thread = threading.Thread(target=kill_and_start, daemon=True)
+
+        def on_answer(num_answered: int) -> None:
+            if num_answered == plan.num_requests // 3:
+                thread.start()
+
+        record = hold_chats(front.url, replace(plan, headers=route.headers), on_answer)
+        thread.join()
+    return record, seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--routes", nargs="+", choices=ROUTES, default=list(ROUTES))
-    parser.add_argument("--adapters", type=int, default=16)
-    parser.add_argument("--sessions", type=int, default=32)
-    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--adapters", type=int, default=40, help="[%(default)s]")
+    parser.add_argument("--sessions", type=int, default=80, help="[%(default)s]")
+    parser.add_argument("--turns", type=int, default=4, help="[%(default)s]")
     parser.add_argument("--dir", type=Path, default=Path(".demo"), help="[%(default)s]")
     options = parser.parse_args()
     silence_progress_bars()
     folder: Path = options.dir.resolve()
     checkpoint = make_checkpoint(folder / "checkpoint")
     adapters = make_adapters(checkpoint, folder / "adapters", demo_adapters(options.adapters))
-    table = Table(
-        "routing", "replica", box=SIMPLE, title=f"{options.sessions} chats of {options.turns} turns"
-    )
-    for column in ("requests", "adapters", "loads", "prompt", "cached", "turn"):
-        table.add_column(column, justify="right")
-    with ExitStack() as servers:
-        urls = [
-            servers.enter_context(
-                replica(checkpoint, adapters, folder / f"replica-{i + 1}.log")
-            ).url
-            for i in range(NUM_REPLICAS)
-        ]
+    plan = Plan(list(adapters), options.sessions, options.turns)
+    with replica(checkpoint, adapters, folder / "one.log", NUM_REPLICAS) as server:
+        rows: list[tuple[str, list[dict[str, int]], Record]]
+        rows = [("one server", *play_alone(server, plan))]
+    with ExitStack() as stack:
+
+        def start(number: int, port: int | None = None) -> ServerProcess:
+            log_path = folder / f"replica-{number}.log"
+            return replica(checkpoint, adapters, log_path, port=port)
+
+        servers = [stack.enter_context(start(i + 1)) for i in range(NUM_REPLICAS)]
+        urls = [server.url for server in servers]
         for name in options.routes:
             log_path = folder / f"router-{name}.log"
-            plan = (list(adapters), options.sessions, options.turns)
-            done, mean_s = play(urls, ROUTES[name], *plan, log_path)
-            for i, did in enumerate(done):
-                is_first, is_last = i == 0, i + 1 == len(done)
-                table.add_row(
-                    name if is_first else "",
-                    str(i + 1),
-                    *(str(did[n]) for n in ("requests", "adapters", "adapter_loads")),
-                    str(did["prompt_tokens"]),
-                    f"{did['cached_tokens'] / max(1, did['prompt_tokens']):.1%}",
-                    f"{mean_s:.3f} s" if is_first else "",
-                    end_section=is_last,
-                )
-    Console().print(table)
+            rows.append((name, *play(urls, ROUTES[name], plan, log_path)))
+        for url in urls:
+            empty(url, plan.adapters)
+        record, seconds = play_with_kill(
+            servers, lambda port: start(0, port), plan, folder / "router-kill.log"
+        )
+        rows.append(("session, one killed", [], record))
+    show(rows)
+    Console().print(f"Both replicas were there again {seconds:.0f} s after one was killed.")
+
+
+def show(rows: Sequence[tuple[str, Sequence[Mapping[str, int]], Record]]) -> None:
+    """The table. All answers are compared with those of the first row."""
+    table = Table("routing", box=SIMPLE)
+    for column in (
+        "requests",
+        "adapters",
+        "loads",
+        "cached",
+        "mean TTFT",
+        "p95",
+        "failed",
+        "wrong",
+    ):
+        table.add_column(column, justify="right")
+    for name, done, record in rows:
+        table.add_row(
+            name,
+            *(
+                " + ".join(str(did[what]) for did in done)
+                for what in ("requests", "adapters", "adapter_loads")
+            ),
+            f"{record.cached_share:.1%}",
+            f"{statistics.mean(record.ttft_s):.3f} s",
+            f"{statistics.quantiles(record.ttft_s, n=20)[-1]:.3f} s",
+            str(len(record.failures)),
+            str(record.num_different(rows[0][2])),
+        )
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from sglang_elora.commands.cli import main
+from sglang_elora.demo.many_chats import Plan
 from sglang_elora.testbed.adapters import demo_adapters, make_adapters
 from sglang_elora.testbed.server import free_port
 
@@ -47,10 +48,10 @@ def num_sessions(url: str) -> int:
 def test_router_keeps_requests_of_one_key_on_one_replica(
     name: str, urls: list[str], adapters: dict[str, Path], logs: Path
 ) -> None:
-    plan = (list(adapters), NUM_ADAPTERS, NUM_TURNS)
+    plan = Plan(list(adapters), NUM_ADAPTERS, NUM_TURNS, mean_think_s=2.0)
     did: list[dict[str, Any]]
-    did, mean_s = EXAMPLE["play"](urls, EXAMPLE["ROUTES"][name], *plan, logs / f"{name}.log")
-    assert mean_s > 0
+    did, record = EXAMPLE["play"](urls, EXAMPLE["ROUTES"][name], plan, logs / f"{name}.log")
+    assert len(record.texts) == plan.num_requests and not record.failures
     assert sum(replica["requests"] for replica in did) == NUM_ADAPTERS * NUM_TURNS
     places = [replica["adapters"] for replica in did]
     if name == "round_robin":

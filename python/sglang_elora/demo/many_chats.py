@@ -21,16 +21,23 @@ RETRY_PAUSE_S = 1.0
 TIMEOUT_S = 300.0
 
 Turn = tuple[int, int]  # session, turn
+Headers = Callable[[str, str, bool], Mapping[str, str]]
+"""Headers of a turn, by its session, its adapter, and whether it is the session's last one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``num_sessions`` chats, each with one of the adapters; users think between turns."""
+    """``num_sessions`` chats, each with one of the adapters; users think between turns.
+
+    Args:
+        headers: Of each turn; none if not given.
+    """
 
     adapters: Sequence[str]
     num_sessions: int = 80
     num_turns: int = 4
     mean_think_s: float = 5.0
+    headers: Headers = lambda session, adapter, is_last: {}
 
     @property
     def num_requests(self) -> int:
@@ -79,7 +86,11 @@ async def _hold_chats(url: str, plan: Plan, on_answer: Callable[[int], None]) ->
             for turn in range(plan.num_turns):
                 await asyncio.sleep(plan.mean_think_s * min(3.0, thinking.expovariate(1.0)))
                 messages.append({"role": "user", "content": user_message(session, turn)})
-                text = await _ask_until_answered(http, record, adapter, f"chat-{session}", messages)
+                name, is_last = f"chat-{session}", turn + 1 == plan.num_turns
+                headers = plan.headers(name, adapter, is_last)
+                text = await _ask_until_answered(
+                    http, record, headers, _body(adapter, name, messages)
+                )
                 record.texts[session, turn] = text
                 messages.append({"role": "assistant", "content": text})
                 on_answer(len(record.texts))
@@ -89,28 +100,18 @@ async def _hold_chats(url: str, plan: Plan, on_answer: Callable[[int], None]) ->
 
 
 async def _ask_until_answered(
-    http: httpx.AsyncClient,
-    record: Record,
-    adapter: str,
-    session: str,
-    messages: Sequence[Mapping[str, str]],
+    http: httpx.AsyncClient, record: Record, headers: Mapping[str, str], body: Mapping[str, Any]
 ) -> str:
     while True:
         try:
-            return await _ask(http, record, adapter, session, messages)
+            return await _ask(http, record, headers, body)
         except (httpx.HTTPError, BrokenAnswerError) as error:
             record.failures.append(f"{type(error).__name__}: {error}")
             await asyncio.sleep(RETRY_PAUSE_S)
 
 
-async def _ask(
-    http: httpx.AsyncClient,
-    record: Record,
-    adapter: str,
-    session: str,
-    messages: Sequence[Mapping[str, str]],
-) -> str:
-    body = {
+def _body(adapter: str, session: str, messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    return {
         "model": f"{MODEL}:{adapter}",
         "messages": messages,
         "max_tokens": NUM_TOKENS,
@@ -119,8 +120,13 @@ async def _ask(
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+async def _ask(
+    http: httpx.AsyncClient, record: Record, headers: Mapping[str, str], body: Mapping[str, Any]
+) -> str:
     sent_s, ttft_s, text, usage = time.perf_counter(), 0.0, "", None
-    async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+    async with http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
         if answer.is_error:
             raise BrokenAnswerError(f"{answer.status_code} {(await answer.aread()).decode()}")
         async for line in answer.aiter_lines():
