@@ -259,7 +259,7 @@ def show(rows: Sequence[tuple[str, Sequence[Mapping[str, int]], Record]]) -> Non
         "mean TTFT",
         "p95",
         "failed",
-        "wrong",
+        "different",
     ):
         table.add_column(column, justify="right")
     for name, done, record in rows:
