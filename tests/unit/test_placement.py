@@ -125,4 +125,4 @@ def test_adapter_without_load_any_more_stays_at_home_only() -> None:
 def test_every_move_says_why() -> None:
     placement = Placement(SERVERS)
     (move, *_) = placement.update({"a": 1.0, "b": 3.0})
-    assert move.why == "6.00 of a server's load on 8"
+    assert move.why == "6.00 of a server's load on 8 servers"
