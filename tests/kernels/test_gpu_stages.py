@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu.stages import expert_server, served
 from benchmarks.gpu.stages.stage_run import STAGE_LIMIT_S, Context, StageRun, Step, Verdict
@@ -114,13 +115,24 @@ def test_gpu_expert_stage_finds_answers_of_another_adapter(
     """In a dry run the server has one adapter, "all"."""
     context = Context(tmp_path, tmp_path / "models", True, {})
     reference = expert_server.made(context).reference()
+
+    def made(name: str | None, prompt: list[int]) -> list[int]:
+        fresh = expert_server.made(context).reference()
+        return fresh.generate(name, prompt, 3)
+
     batches = served.questions(context, expert_server.EXPERTS)
     asked = [question for batch in batches for question in batch]
     assert {name for name, _ in asked} == {None, "all"}
     ids = [reference.generate(name and adapter, prompt, 3) for name, prompt in asked]
     served.write_answers(context, "graphs", [{"ids": each} for each in ids])
     verdict = expert_server.peft(context)
-    assert list(verdict.right.values()) == [right], verdict.facts
+    # It has failed in whole runs now and then, with base rows wrong, too, and never alone.
+    assert list(verdict.right.values()) == [right], (
+        verdict.facts,
+        {"again": expert_server.peft(context).facts},
+        {"same answers again": ids == [made(name and adapter, prompt) for name, prompt in asked]},
+        {"sglang": "sglang" in sys.modules, "threads": torch.get_num_threads()},
+    )
 
 
 # The others repeat most of test_gpu_scripts.py.
