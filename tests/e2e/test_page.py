@@ -173,15 +173,26 @@ def test_ui_page_shows_the_server_state_under_load_and_after(
         assert all(tiers[-1] == rows[name]["tier"] for name, tiers in lanes.items())
 
 
+def wait_until_shown(page: Page, name: str, tiers: list[str]) -> None:
+    """The page asks for the state once a second, and later on a busy machine."""
+    for _ in range(WAIT_MS // 100):
+        rows = page.locator("#tree tr").evaluate_all(
+            "all => all.map(row => [...row.cells].map(cell => cell.textContent))"
+        )
+        if any(name in row[0] and row[1] in tiers for row in rows):
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError(f"{name} is not shown in {tiers}")
+
+
 def test_ui_page_timeline_shows_swaps_in_order(server: ServerProcess, browser: Browser) -> None:
     move(server.url, "prefetch", "qv-r4", ["device"])
     with opened(browser, server.url) as page:
-        page.locator("#tree tr").first.wait_for(timeout=WAIT_MS)
-        page.wait_for_timeout(1500)
+        wait_until_shown(page, "qv-r4", ["device"])
         move(server.url, "evict", "qv-r4", ["host", "disk"])
-        page.wait_for_timeout(1500)
+        wait_until_shown(page, "qv-r4", ["host", "disk"])
         move(server.url, "prefetch", "qv-r4", ["device"])
-        page.wait_for_timeout(1500)
+        wait_until_shown(page, "qv-r4", ["device"])
         tiers = dict(page.locator(".lane.swaps").evaluate_all(LANES))["qv-r4"]
         assert [tier for tier in tiers if tier not in ("loading", "reading")] in (
             ["device", "host", "device"],
