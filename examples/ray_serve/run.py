@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_elora.demo.__main__ import MODEL, launch_flags
-from sglang_elora.demo.many_chats import Plan, Record, hold_chats
+from sglang_elora.demo.many_chats import Plan, Record, add_plan_flags, hold_chats
 from sglang_elora.testbed.adapters import demo_adapters, make_adapters
 from sglang_elora.testbed.checkpoint import make_checkpoint, silence_progress_bars
 from sglang_elora.testbed.server import ServerProcess, free_port
@@ -107,9 +107,7 @@ def main() -> None:
     ways = [ONE_REPLICA, *ROUTINGS]
     parser.add_argument("--routings", nargs="+", choices=ways, default=ways)
     parser.add_argument("--no-events", action="store_true", help="no kill, no restart")
-    parser.add_argument("--adapters", type=int, default=40, help="[%(default)s]")
-    parser.add_argument("--sessions", type=int, default=80, help="[%(default)s]")
-    parser.add_argument("--turns", type=int, default=4, help="[%(default)s]")
+    add_plan_flags(parser)
     parser.add_argument("--slots", type=int, default=16_000, help="of a replica [%(default)s]")
     parser.add_argument("--port", type=int, default=free_port())
     parser.add_argument("--dir", type=Path, default=Path(".demo"), help="[%(default)s]")

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_elora.demo.__main__ import launch_flags
-from sglang_elora.demo.many_chats import Plan, Record, hold_chats
+from sglang_elora.demo.many_chats import Plan, Record, add_plan_flags, hold_chats
 from sglang_elora.testbed.adapters import demo_adapters, make_adapters
 from sglang_elora.testbed.checkpoint import make_checkpoint, silence_progress_bars
 from sglang_elora.testbed.server import ServerProcess, free_port, python_module
@@ -214,9 +214,7 @@ def play_with_kill(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--routes", nargs="+", choices=ROUTES, default=list(ROUTES))
-    parser.add_argument("--adapters", type=int, default=40, help="[%(default)s]")
-    parser.add_argument("--sessions", type=int, default=80, help="[%(default)s]")
-    parser.add_argument("--turns", type=int, default=4, help="[%(default)s]")
+    add_plan_flags(parser)
     parser.add_argument("--dir", type=Path, default=Path(".demo"), help="[%(default)s]")
     options = parser.parse_args()
     silence_progress_bars()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_elora.commands.cli import main
@@ -213,17 +214,22 @@ async def test_model_list_shows_tiers_and_openapi_lists_all_endpoints(client: Cl
     assert "/v1/models" in paths
 
 
-async def test_metrics_endpoint_exports_sglang_and_elora_metrics(
-    client: Client, prompts: Sequence[list[int]]
-) -> None:
+async def scraped_after_use(client: Client, prompt: list[int]) -> list[Metric]:
+    """The metrics after a request with "mlp-r24", which is on the device."""
     await on_device(client, "mlp-r24")
-    await client.generate("mlp-r24", prompts[0])
+    await client.generate("mlp-r24", prompt)
     await asyncio.sleep(FRESH_S)
     answer = await client.get("/metrics")
     assert answer.status_code == 200
+    return [*text_string_to_metric_families(answer.text)]
+
+
+async def test_metrics_endpoint_exports_sglang_and_elora_metrics(
+    client: Client, prompts: Sequence[list[int]]
+) -> None:
     found = {
         (sample.name, sample.labels.get("tier") or sample.labels.get("use")): sample.value
-        for family in text_string_to_metric_families(answer.text)
+        for family in await scraped_after_use(client, prompts[0])
         for sample in family.samples
     }
     assert ("sglang:num_running_reqs", None) in found, "SGLang's own"
@@ -239,13 +245,7 @@ async def test_metrics_endpoint_exports_sglang_and_elora_metrics(
 async def test_endpoint_picker_finds_its_metrics_and_an_idle_adapter(
     client: Client, prompts: Sequence[list[int]]
 ) -> None:
-    await on_device(client, "mlp-r24")
-    await client.generate("mlp-r24", prompts[0])
-    await asyncio.sleep(FRESH_S)
-    families = {
-        family.name: family
-        for family in text_string_to_metric_families((await client.get("/metrics")).text)
-    }
+    families = {family.name: family for family in await scraped_after_use(client, prompts[0])}
     specs = {name: spec for name, spec in engine().items() if name.endswith("Spec")}
     for spec in specs.values():
         assert families[spec].type == "gauge"

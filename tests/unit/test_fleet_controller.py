@@ -77,6 +77,24 @@ def test_busy_adapter_is_pinned_with_a_lease_on_further_servers_and_says_why() -
     assert set(controller.placement.servers_of("hot")) == set(SERVERS)
 
 
+def test_only_copy_of_an_adapter_is_loaded_without_a_pin_and_a_pinned_one_is_left() -> None:
+    for pinned in (False, True):
+        controller = Controller(SERVERS, 0.0)
+        place = home("one")
+        other = next(server for server in SERVERS if server != place)
+        for visits in (0, 1):
+            rows = {server: [row("one", tier="host", pinned=pinned)] for server in SERVERS}
+            if visits:  # a router has sent its first request to a server that is not its home
+                rows[other] = [busy("one", visits)]
+            for server in SERVERS:  # the load of the others, so that one copy is enough
+                rows[server] += [busy(f"{server}-{i}", 100 * visits) for i in range(4)]
+            states = {server: state(*rows[server]) for server in SERVERS}
+            orders = controller.round(states, 5.0 * visits)
+        of_one = [order for order in orders if order.body["lora_name"] == "one"]
+        assert all(order.what == "prefetch" for order in of_one)
+        assert len(of_one) == (not pinned)
+
+
 def test_started_again_the_controller_keeps_what_servers_have() -> None:
     names = [f"a{i}" for i in range(30)]
     places = {name: SERVERS[i % 3] for i, name in enumerate(names)}
@@ -106,10 +124,13 @@ def test_copy_that_is_not_wanted_is_evicted_only_when_idle() -> None:
         (IDLE_S, 0, True, False),
     ):
         controller = Controller(SERVERS, 0.0)
-        extra = row(name, tier="device", idle_s=idle_s, num_requests=num_requests, pinned=pinned)
         rest = {server: state(row(name, tier="host")) for server in SERVERS}
-        controller.round({**rest, second: state(extra, busy("other", 1))}, 0.0)
-        orders = controller.round({**rest, second: state(extra, busy("other", 50))}, 5.0)
+        for visits, idle in ((1, 0.0), (50, 0.0), (99, idle_s)):  # idle only some rounds later
+            extra = row(name, tier="device", idle_s=idle, num_requests=num_requests, pinned=pinned)
+            orders = controller.round(
+                {**rest, second: state(extra, busy("other", visits))}, float(visits)
+            )
+            assert not by_server(orders, "evict") or idle
         assert (by_server(orders, "evict") == {second: name}) == evicted
         assert first in controller.placement.servers_of(name)
 

@@ -104,38 +104,6 @@ def test_host_images_reads_only_requested_adapters() -> None:
     assert "7" in tier and "8" not in tier and tier.num_bytes == 20
 
 
-def test_read_ahead_reads_files_in_order_while_memory_is_free() -> None:
-    reads: list[str] = []
-    tier = Tier(35)
-    for adapter_id in "abcde":
-        tier.know(adapter_id, lambda adapter_id=adapter_id: reads.append(adapter_id) or IMAGE)  # type: ignore[misc]
-    tier.bring("b")
-    tier.remove("c")
-    for _ in range(5):
-        tier.read_ahead()
-        assert len(tier.reading) <= 1
-        tier.finish()
-    assert reads == ["b", "a", "d"] and tier.num_bytes == 30
-    tier.drop("a")  # read-ahead does not reread dropped images
-    tier.read_ahead()
-    tier.finish()
-    assert reads == ["b", "a", "d", "e"]
-
-
-def test_read_first_changes_the_order_of_files_that_were_never_read() -> None:
-    reads: list[str] = []
-    tier = Tier(1000)
-    for adapter_id in "abcd":
-        tier.know(adapter_id, lambda adapter_id=adapter_id: reads.append(adapter_id) or IMAGE)  # type: ignore[misc]
-    tier.bring("b")
-    for adapter_id in ("c", "d", "b", "unknown"):
-        tier.read_first(adapter_id)
-    for _ in range(5):
-        tier.read_ahead()
-        tier.finish()
-    assert reads == ["b", "d", "c", "a"]
-
-
 def test_repeated_request_reads_the_file_once() -> None:
     reads = []
     tier = Tier(1000)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,11 @@ class Plan:
     @property
     def num_requests(self) -> int:
         return self.num_sessions * self.num_turns
+
+
+def add_plan_flags(parser: ArgumentParser) -> None:
+    for name, default in (("adapters", 40), ("sessions", 80), ("turns", 4)):
+        parser.add_argument(f"--{name}", type=int, default=default, help="[%(default)s]")
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ that is dead leaves servers that decide alone, as soon as its leases are over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,9 @@ from sglang_elora.fleet.placement import Move, Placement
 
 State = Mapping[str, Any]
 """The JSON answer of ``GET /elora/state``."""
+
+Rows = Mapping[str, Mapping[str, Any]]
+"""Rows of the states' adapters, by server and name."""
 
 REQUEST_TOKENS = 100
 """Work of a request beside its computed prompt tokens: the state does not tell its answer's."""
@@ -88,8 +91,7 @@ class Controller:
             server: {row["lora_name"]: row for row in state["adapters"]}
             for server, state in present.items()
         }
-        orders = [order for move in moves for order in _orders_of(move, rows)]
-        return [*orders, *self._reads(rows)]
+        return [*self._loads_of(moves, rows), *self._evictions(rows), *self._reads(rows)]
 
     def _note_missing(self, states: Mapping[str, State | None]) -> None:
         for server, state in states.items():
@@ -112,7 +114,29 @@ class Controller:
                     self._loads.add(name, max(work, 0))
         self._before[server] = now
 
-    def _reads(self, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Order]:
+    def _loads_of(self, moves: Iterable[Move], rows: Rows) -> Iterator[Order]:
+        """Load new copies; one beside others is pinned, because their requests keep those only."""
+        for move in moves:
+            row = rows.get(move.server, {}).get(move.adapter)
+            if move.what == "remove" or row is None or row["tier"] in ON_DEVICE or row["pinned"]:
+                continue
+            body: dict[str, Any] = {"lora_name": move.adapter}
+            if len(self.placement.servers_of(move.adapter)) > 1:
+                yield Order(move.server, "pin", {**body, "lease_s": LEASE_S}, move.why)
+            else:
+                yield Order(move.server, "prefetch", body, move.why)
+
+    def _evictions(self, rows: Rows) -> Iterator[Order]:
+        """Evict idle copies from servers that should not have them."""
+        for server, of_server in rows.items():
+            for name, row in of_server.items():
+                is_free = row["tier"] == "device" and not (row["pinned"] or row["num_requests"])
+                is_idle = row["idle_s"] is None or row["idle_s"] >= IDLE_S
+                if is_free and is_idle and server not in self.placement.servers_of(name):
+                    why = f"idle, and placed on {', '.join(self.placement.servers_of(name))}"
+                    yield Order(server, "evict", {"lora_name": name}, why)
+
+    def _reads(self, rows: Rows) -> Iterator[Order]:
         """Have each server read the files of its own adapters before those of others."""
         for server, of_server in rows.items():
             told = self._told.setdefault(server, set())
@@ -139,16 +163,3 @@ def _places(states: Mapping[str, State]) -> dict[str, list[str]]:
             if row["tier"] in ON_DEVICE and row["idle_s"] is not None:
                 found.setdefault(row["lora_name"], []).append((row["idle_s"], server))
     return {name: [server for _, server in sorted(places)] for name, places in found.items()}
-
-
-def _orders_of(move: Move, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Order]:
-    row = rows.get(move.server, {}).get(move.adapter)
-    if row is None:
-        return
-    if move.what == "add" and row["tier"] not in ON_DEVICE:
-        body = {"lora_name": move.adapter, "lease_s": LEASE_S}
-        yield Order(move.server, "pin", body, move.why)
-    elif move.what == "remove" and row["tier"] == "device" and not row["pinned"]:
-        is_idle = row["idle_s"] is None or row["idle_s"] >= IDLE_S
-        if is_idle and not row["num_requests"]:
-            yield Order(move.server, "evict", {"lora_name": move.adapter}, move.why)
