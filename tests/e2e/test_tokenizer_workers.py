@@ -38,7 +38,11 @@ def server(
         *server_flags(checkpoint, {name: adapters[name] for name in GIVEN}),
         *("--max-lora-rank", "64"),
     ]
-    env = {"SGLANG_TIMEOUT_KEEP_ALIVE": "600"}
+    env = {
+        "SGLANG_TIMEOUT_KEEP_ALIVE": "600",
+        # A worker that clients_of stops for longer than this is killed as hung.
+        "SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT": "120",
+    }
     with ServerProcess(flags, log_path=logs / "workers.log", env=env) as server:
         yield server
 
