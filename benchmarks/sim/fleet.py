@@ -63,7 +63,7 @@ def measured(case: Case) -> Iterable[tuple[Case, dict[str, Any]]]:
             "adapter_loads": fleet.num_loads,
             "moved": fleet.num_moves / len(found),
             "resent": fleet.num_resent,
-            "placed": router.num_moves if isinstance(router, Placed) else None,
+            "placed": router.num_copies if isinstance(router, Placed) else None,
         },
     )
 

@@ -69,6 +69,7 @@ async def test_state_has_every_adapter_and_adds_up(
         assert row["tier"] == "device" and row["slots"] > 0 and row["host_bytes"] > 0
         assert row["kv_tokens_device"] >= len(prompts[1])
         assert row["visits"] >= 1 and 0 <= row["idle_s"] < 60
+        assert row["computed_tokens"] >= len(prompts[1]) and row["generated_tokens"] >= 32
     pool = found["pool"]
     assert pool["adapters"] == sum(row["slots"] for row in rows.values())
     of_adapters = sum(row["kv_tokens_device"] for row in rows.values())

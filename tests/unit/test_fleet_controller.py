@@ -18,6 +18,7 @@ def row(name: str, **fields: Any) -> dict[str, Any]:
         "tier": "disk",
         "visits": 0,
         "computed_tokens": 0,
+        "generated_tokens": 0,
         "num_requests": 0,
         "idle_s": None,
         "pinned": False,
@@ -62,7 +63,8 @@ def test_long_reads_are_ordered_in_parts_of_which_the_first_is_sent_last() -> No
 
 def busy(name: str, visits: int, **fields: Any) -> dict[str, Any]:
     fields = {"tier": "device", "idle_s": 0.0, **fields}
-    return row(name, visits=visits, computed_tokens=200 * visits, **fields)
+    tokens = {"computed_tokens": 200 * visits, "generated_tokens": 100 * visits}
+    return row(name, visits=visits, **tokens, **fields)
 
 
 def test_busy_adapter_is_pinned_with_a_lease_on_further_servers_and_says_why() -> None:
@@ -155,7 +157,7 @@ def test_counts_that_begin_again_are_no_work() -> None:
     controller = Controller(SERVERS[:1], 0.0)
     for i, visits in enumerate((100, 0, 0)):
         controller.round({SERVERS[0]: state(busy("a", visits))}, 5.0 * i)
-    assert controller._loads["a"] == 0.0
+    assert not controller._loads.decay(15.0)
 
 
 def test_controller_without_any_server_orders_nothing() -> None:

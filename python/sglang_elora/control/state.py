@@ -33,6 +33,7 @@ class AdapterState(msgspec.Struct, frozen=True, array_like=True):
     is_activated: bool = False  # acts from its invocation tokens on (``tree.activation``)
     shared_tokens: int = 0  # of its prompts, found as KV of the base model
     computed_tokens: int = 0  # of its prompts, not found in the cache
+    generated_tokens: int = 0  # of answers that have ended
 
 
 class PoolState(msgspec.Struct, frozen=True, array_like=True):

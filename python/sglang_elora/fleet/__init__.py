@@ -2,6 +2,6 @@
 
 from sglang_elora.fleet.controller import Controller, Order
 from sglang_elora.fleet.loads import Loads
-from sglang_elora.fleet.placement import Move, Placement, preference
+from sglang_elora.fleet.placement import NewCopy, Placement, preference
 
-__all__ = ["Controller", "Loads", "Move", "Order", "Placement", "preference"]
+__all__ = ["Controller", "Loads", "NewCopy", "Order", "Placement", "preference"]

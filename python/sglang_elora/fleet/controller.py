@@ -12,16 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sglang_elora.fleet.loads import Loads
-from sglang_elora.fleet.placement import Move, Placement
+from sglang_elora.fleet.placement import NewCopy, Placement
 
 State = Mapping[str, Any]
 """The JSON answer of ``GET /elora/state``."""
 
 Rows = Mapping[str, Mapping[str, Any]]
 """Rows of the states' adapters, by server and name."""
-
-REQUEST_TOKENS = 100
-"""Work of a request beside its computed prompt tokens: the state does not tell its answer's."""
 
 LEASE_S = 60.0
 """Seconds that a new copy is pinned, until its requests have come and keep it."""
@@ -68,7 +65,7 @@ class Controller:
         self.placement = Placement(servers)
         self._loads = Loads(now_s)
         self._misses = dict.fromkeys(servers, 0)
-        self._before: dict[str, dict[str, tuple[int, int]]] = {}  # counts of each server's adapters
+        self._before: dict[str, dict[str, int]] = {}  # tokens of each server's adapters so far
         self._told: dict[str, set[str]] = {}  # adapters that each server was told to read first
         self._is_new = True
 
@@ -86,12 +83,12 @@ class Controller:
         for server, state in present.items():
             self._add_work(server, state)
         loads = self._loads.decay(now_s)
-        moves = self.placement.update(loads) if loads and self.placement.servers else []
+        new = self.placement.update(loads) if loads and self.placement.servers else []
         rows = {
             server: {row["lora_name"]: row for row in state["adapters"]}
             for server, state in present.items()
         }
-        return [*self._loads_of(moves, rows), *self._evictions(rows), *self._reads(rows)]
+        return [*self._loads_of(new, rows), *self._evictions(rows), *self._reads(rows)]
 
     def _note_missing(self, states: Mapping[str, State | None]) -> None:
         for server, state in states.items():
@@ -105,26 +102,26 @@ class Controller:
 
     def _add_work(self, server: str, state: State) -> None:
         before = self._before.get(server)
-        now = {r["lora_name"]: (r["visits"], r["computed_tokens"]) for r in state["adapters"]}
+        now = {
+            row["lora_name"]: row["computed_tokens"] + row["generated_tokens"]
+            for row in state["adapters"]
+        }
         if before is not None:
-            for name, (visits, computed) in now.items():
-                was_visits, was_computed = before.get(name, (0, 0))
-                if visits > was_visits:  # not started or loaded again meanwhile
-                    work = REQUEST_TOKENS * (visits - was_visits) + computed - was_computed
-                    self._loads.add(name, max(work, 0))
+            for name, num_tokens in now.items():  # fewer than before if it was loaded again
+                self._loads.add(name, max(num_tokens - before.get(name, 0), 0))
         self._before[server] = now
 
-    def _loads_of(self, moves: Iterable[Move], rows: Rows) -> Iterator[Order]:
+    def _loads_of(self, new: Iterable[NewCopy], rows: Rows) -> Iterator[Order]:
         """Load new copies; one beside others is pinned, because their requests keep those only."""
-        for move in moves:
-            row = rows.get(move.server, {}).get(move.adapter)
-            if move.what == "remove" or row is None or row["tier"] in ON_DEVICE or row["pinned"]:
+        for copy in new:
+            row = rows.get(copy.server, {}).get(copy.adapter)
+            if row is None or row["tier"] in ON_DEVICE or row["pinned"]:
                 continue
-            body: dict[str, Any] = {"lora_name": move.adapter}
-            if len(self.placement.servers_of(move.adapter)) > 1:
-                yield Order(move.server, "pin", {**body, "lease_s": LEASE_S}, move.why)
+            body: dict[str, Any] = {"lora_name": copy.adapter}
+            if len(self.placement.servers_of(copy.adapter)) > 1:
+                yield Order(copy.server, "pin", {**body, "lease_s": LEASE_S}, copy.why)
             else:
-                yield Order(move.server, "prefetch", body, move.why)
+                yield Order(copy.server, "prefetch", body, copy.why)
 
     def _evictions(self, rows: Rows) -> Iterator[Order]:
         """Evict idle copies from servers that should not have them."""

@@ -33,6 +33,3 @@ class Loads:
         left = {name: factor * work for name, work in self._sums.items() if factor * work > LEAST}
         self._sums = defaultdict(float, left)
         return left
-
-    def __getitem__(self, name: str) -> float:
-        return self._sums.get(name, 0.0)

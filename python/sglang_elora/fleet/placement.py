@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Literal
 
 SHARE = 0.25
 """Load of one copy of an adapter, as a share of the mean load of a server. Lower spreads popular
@@ -39,10 +38,9 @@ def preference(key: str, servers: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
-    """A copy of an adapter that a server should get or may give up, and why."""
+class NewCopy:
+    """An adapter that a server should get, and why."""
 
-    what: Literal["add", "remove"]
     adapter: str
     server: str
     why: str
@@ -82,8 +80,9 @@ class Placement:
             if left := tuple(server for server in servers if server in known):
                 self._placed[adapter] = left
 
-    def update(self, loads: Mapping[str, float]) -> list[Move]:
-        """Place adapters for their loads; returns the changes.
+    def update(self, loads: Mapping[str, float]) -> list[NewCopy]:
+        """Place adapters for their loads; returns the new copies. Adapters without load keep the
+        first server of their order only.
 
         Args:
             loads: Of adapters that have some, in any unit, for example tokens per second.
@@ -91,7 +90,7 @@ class Placement:
         fair = sum(loads.values()) / len(self.servers)
         assigned = dict.fromkeys(self.servers, 0.0)
         before, self._placed = self._placed, {}
-        moves: list[Move] = []
+        new: list[NewCopy] = []
         for adapter in sorted(loads, key=lambda name: (-loads[name], name)):
             old = before.get(adapter, ())
             count = self._count(loads[adapter], fair, len(old))
@@ -102,14 +101,8 @@ class Placement:
             self._placed[adapter] = chosen
             servers = "server" if count == 1 else "servers"
             why = f"{loads[adapter] / fair:.2f} of a server's load on {count} {servers}"
-            moves += [Move("add", adapter, s, why) for s in chosen if s not in old]
-            moves += [Move("remove", adapter, s, why) for s in old if s not in chosen]
-        for adapter in sorted(before.keys() - loads.keys()):
-            home = self.servers_of(adapter)
-            moves += [
-                Move("remove", adapter, s, "no load") for s in before[adapter] if s not in home
-            ]
-        return moves
+            new += [NewCopy(adapter, server, why) for server in chosen if server not in old]
+        return new
 
     def _count(self, load: float, fair: float, before: int) -> int:
         """Servers for an adapter of this load."""

@@ -181,7 +181,7 @@ class Placed(Router):
         self._recent: OrderedDict[int, tuple[str, float]] = OrderedDict()
         self._num_recent: Counter[str] = Counter()  # sessions of each server
         self._now_s = 0.0
-        self.num_moves = 0
+        self.num_copies = 0
 
     def set_servers(self, servers: Sequence[Server]) -> None:
         self._servers = {server.name: server for server in servers}
@@ -202,10 +202,9 @@ class Placed(Router):
         self._updated_s = now_s
         self._add_work(servers)
         loads = self._loads.decay(now_s)
-        for move in self.placement.update(loads) if loads else ():
-            if move.what == "add":
-                self.num_moves += 1
-                self._servers[move.server].engine.order([move.adapter], to_device=True)
+        for copy in self.placement.update(loads) if loads else ():
+            self.num_copies += 1
+            self._servers[copy.server].engine.order([copy.adapter], to_device=True)
 
     def choose(
         self, session: Session, turn: int, servers: Sequence[Server], last: Server | None

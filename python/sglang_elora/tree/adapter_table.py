@@ -57,6 +57,7 @@ class Adapter:
     evicted_s: float = -math.inf  # time of the last eviction (monotonic), to count churn
     num_requests: int = 0  # requests that ran with it
     computed_tokens: int = 0  # tokens of their prompts that were not found in the cache
+    generated_tokens: int = 0  # tokens of the answers that have ended
     shared_tokens: int = 0  # tokens of their prompts that were found as KV of the base model
     used_s: float | None = None  # when the last of them began (monotonic clock)
     entry: CacheEntry = field(init=False)  # state for the eviction policy

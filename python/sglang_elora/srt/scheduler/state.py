@@ -50,6 +50,7 @@ def adapter_state(residency: Residency, adapter_id: str) -> AdapterState:
         is_activated=bool(adapter.invocation),
         shared_tokens=adapter.shared_tokens,
         computed_tokens=adapter.computed_tokens,
+        generated_tokens=adapter.generated_tokens,
     )
 
 
