@@ -146,6 +146,12 @@ class AdapterTable:
         adapter.used_s = moment_s
         self.touch(adapter_id)
 
+    def answered(self, adapter_id: str | None, num_tokens: int) -> None:
+        """Record that an answer has ended, with ``num_tokens`` generated."""
+        self.get(adapter_id).generated_tokens += num_tokens
+        if adapter_id is not None:
+            self.touch(adapter_id)
+
     def touch(self, adapter_id: str) -> None:
         """Record that the adapter's state has changed, for ``changed_since``."""
         self.num_changes += 1

@@ -117,7 +117,7 @@ class EloraRadixCache(UnifiedRadixCache):
         node = self.tree_core.find(ends[0]) if ends else None
         if node is not None and req.finished():
             self.tree_core.end_turn(node)
-            self.tree_core.adapter_table.get(req.lora_id).generated_tokens += len(req.output_ids)
+            self.tree_core.adapter_table.answered(req.lora_id, len(req.output_ids))
             if req.session_id is not None:
                 self.sessions.turn(str(req.session_id), node)
 
