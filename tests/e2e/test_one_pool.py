@@ -89,12 +89,15 @@ async def test_batch_holds_all_adapters_that_fit(
     assert sum(SLOTS[name] for name in small) < POOL_SLOTS - 900
     for name in small:  # all are resident, and answers overlap
         await client.generate(name, prompts[0], num_tokens=1)
-    answers = await asyncio.gather(
-        *(client.generate(name, prompts[0], num_tokens=64) for name in small)
-    )
-    for name, answer in zip(small, answers, strict=True):
-        assert list(answer.token_ids) == reference.generate(name, prompts[0], 64)
-    assert (await statistics(client))["max_adapters_in_batch"] >= len(small)
+    for _ in range(10):  # on a busy machine some arrive when others have their answer
+        answers = await asyncio.gather(
+            *(client.generate(name, prompts[0], num_tokens=64) for name in small)
+        )
+        for name, answer in zip(small, answers, strict=True):
+            assert list(answer.token_ids) == reference.generate(name, prompts[0], 64)
+        if (most := (await statistics(client))["max_adapters_in_batch"]) >= len(small):
+            break
+    assert most >= len(small)
 
 
 async def test_adapter_larger_than_the_pool_is_refused_with_its_size(
