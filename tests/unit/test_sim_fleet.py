@@ -9,9 +9,10 @@ from itertools import pairwise
 import pytest
 
 from sglang_elora.sim import make_engine
+from sglang_elora.sim.engine import Engine
 from sglang_elora.sim.fleet import Change, Fleet, FleetRecord
 from sglang_elora.sim.routers import ROUTERS, Placed
-from sglang_elora.workloads import CHAT, CHECKS, Trace, adapter_name, make_trace
+from sglang_elora.workloads import CHAT, CHECKS, Session, Trace, adapter_name, make_trace
 from tests.unit.test_sim_cases import BY_HAND
 
 NUM_ADAPTERS, NUM_SERVERS = 24, 4
@@ -36,6 +37,18 @@ def trace(seed: int = 0, duration_s: float = 60.0) -> Trace:
 
 def fleet(router: str, num_servers: int = NUM_SERVERS, side: str = "elora:elora") -> Fleet:
     return Fleet(ROUTERS[router](), lambda: make_engine(side, SERVER, NAMES), num_servers)
+
+
+def answer_one_turn(engine: Engine, session: Session) -> list[float]:
+    """Shares of the pool that it holds while it runs."""
+    answers: list[int] = []
+    engine.on_answer = lambda session, turn, now_s, num_tokens: answers.append(turn)
+    engine.send(session, 0, 0.0, len(session.system))
+    usages, now_s = [], 0.0
+    while not answers:
+        engine.run_until(now_s := now_s + 0.01)
+        usages.append(engine.usage)
+    return usages
 
 
 def answered(found: list[FleetRecord]) -> Counter[tuple[int, int]]:
@@ -105,6 +118,28 @@ def test_placed_adapters_are_loaded_less_often_than_by_least_load() -> None:
         if isinstance(made.router, Placed):
             assert made.router.num_copies >= NUM_ADAPTERS / 2
     assert loads["placed"] < 0.8 * loads["least-load"]
+
+
+def test_placed_begins_no_session_at_a_full_server_without_the_adapter() -> None:
+    made = fleet("placed")
+    router, session = made.router, trace().sessions[0]
+    assert isinstance(router, Placed)
+    (home,) = router.placement.servers_of(session.adapter)
+    (full,) = [server for server in made.servers if server.name == home]
+    assert router.choose(session, 0, made.servers, None) is full
+    full.usage = 1.0
+    assert router.choose(session, 0, made.servers, None) is not full
+    assert router.choose(session, 1, made.servers, last=full) is full
+    answer_one_turn(full.engine, session)
+    assert full.engine.has_adapter(session.adapter)
+    assert router.choose(session, 0, made.servers, None) is full
+
+
+def test_share_of_the_pool_that_running_requests_hold() -> None:
+    engine = make_engine("elora:elora", SERVER, NAMES)
+    assert engine.usage == 0.0
+    usages = answer_one_turn(engine, trace().sessions[0])
+    assert 0.0 < max(usages) < 1.0 and engine.usage == 0.0
 
 
 def test_fleet_refuses_checks() -> None:

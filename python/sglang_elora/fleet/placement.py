@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 
-SHARE = 0.25
+SHARE = 0.15
 """Load of one copy of an adapter, as a share of the mean load of a server. Lower spreads popular
 adapters over more servers, each of which then needs room for them."""
 

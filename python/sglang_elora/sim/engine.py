@@ -131,6 +131,11 @@ class Engine:
         return len(self._arrivals) + len(self._waiting) + len(self._running)
 
     @property
+    def usage(self) -> float:
+        """Share of the pool that cannot be evicted, as SGLang's metric ``token_usage``."""
+        return 1.0 - (self._cache.free + self._cache.evictable) / self._cache.pool_slots
+
+    @property
     def adapters(self) -> list[str]:
         """Names of all adapters."""
         return [str(adapter.adapter_id) for adapter in self._cache.adapter_table]

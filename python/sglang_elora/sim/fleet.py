@@ -1,8 +1,8 @@
 """Simulation of a fleet: servers behind a router, which sees each turn of each session.
 
 The servers are those of ``make_engine``, each with a cache of its own. Time passes in rounds of
-``ROUND_S``: the router knows how many requests each server has as of the round's begin, and what it
-has sent since then.
+``ROUND_S``: the router knows how many requests each server has, and how full its pool is, as of the
+round's begin, and what it has sent since then.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class Fleet:
                 self._change(left.pop(0), now_s)
             for server in self.servers:
                 server.num_requests = server.engine.num_requests
+                server.usage = server.engine.usage
             self.router.begin_round(now_s, self.servers)
             while self._due and self._due[0][0] <= now_s:
                 due_s, _, session, turn, num_tokens = heapq.heappop(self._due)
