@@ -37,9 +37,9 @@ times the mean. With 4 and 1.25, sessions often go where their adapter and its p
 (8 servers at twice the table's rate, agent, one seed: P95 39 ms, 35 with 16)."""
 
 FULL = 0.95
-"""``placed`` begins no session at a server of whose pool running requests hold this share, unless the
-adapter is there: the request would wait until others end (8 servers at 1.8 times the table's rate,
-translation, one seed: P95 63 ms, 418 without)."""
+"""``placed`` begins no session at a server of whose pool running requests hold this share, unless
+the adapter is there: the request would wait until others end (8 servers at 1.8 times the table's
+rate, translation, one seed: P95 63 ms, 418 without)."""
 
 RECENT_S, RECENT_WEIGHT = 20.0, 0.2
 """A new session goes to the server with the fewest requests, to which sessions that sent one in the
